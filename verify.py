@@ -1,0 +1,306 @@
+"""Judge a reply: exact arithmetic, one status and one reward per turn, a sentence for the model.
+
+The paper calls this VER: it maps the model's reply to a reward and to text that the model reads before it tries
+again (Section 3). GeneralPoints pays the column of appendix A.3. The first line that applies decides the turn:
+
+    status            reward   when
+    illegal_formula     -3     no reply object, no formula, or not a legal one (only integers, + - * / and brackets;
+                               a division by zero has no value and is illegal too)
+    wrong_numbers       -2     legal, but its numbers are not exactly the cards: foreign, used twice or left out
+    wrong_value         -1     the cards, each once, but another value than the target
+    correct             +5     the episode ends
+    cards misread     -1.5     added to any of the above when the cards come as a picture; a correct equation over
+                               misread cards earns 3.5 and still ends the episode
+    last try failed     -1     added by the environment (envs.py), which counts the tries
+
+Nothing here accumulates, and a half-right formula earns nothing. No `eval`: formulas are read by a tokenizer and a
+recursive descent over exact fractions, so 8/(3-8/3) is 24 and 9**9**9 is not a formula. This file knows neither
+torch nor the environments; `python -c "import verify; print(verify.solutions((3, 3, 8, 8)))"` is the way in.
+"""
+import itertools
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal_formula": -3.0}
+MISREAD_CARDS = -1.5
+STEP_LIMIT = -1.0
+MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the depth of the recursion.
+MAX_OBJECTS = 20    # of the {...} in a reply that mention the key, this many are tried, from the last one back
+
+# What the model is told. A prompt file may replace any of these by name (envs.py); {braces} are filled in.
+FEEDBACK = {
+    "correct": "Correct.",
+    "no_formula": "No JSON object with a \"formula\" was found in your reply.",
+    "illegal_formula": "Your formula is not legal: {fault}.",
+    "wrong_numbers": "Your formula uses {used}, but the cards give {numbers}.",
+    "wrong_value": "Your formula uses the right numbers, but it makes {value}, not {target}.",
+    "misread_cards": "You read the cards as {read}; that is not what they show.",
+    "plain": "That is not correct.",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the verifier found in one reply.
+
+    `cards_read` and `numbers_right` say whether the reply's "cards" and "number" lists match the deal as multisets;
+    they are measured in every reply, and only `cards_read` is ever paid for (with pictures).
+    """
+    status: str
+    reward: float
+    message: str
+    cards_read: bool | None = None
+    numbers_right: bool | None = None
+
+
+def fill(template, **values):
+    """Put `values` into the {names} of `template`, leaving every other brace (JSON skeletons) alone."""
+    for name, value in values.items():
+        template = template.replace("{" + name + "}", str(value))
+    return template
+
+
+# ---- Reading a reply --------------------------------------------------------------------------------------------
+
+FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
+SCALAR = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|([^{}\[\]:,"']+))\s*""", re.S)
+LIST = re.compile(r"\s*\[([^\[\]]*)\]\s*")
+CLOSING = re.compile(r"\s*\}")
+
+
+def scalars(matches):
+    return [match[match.lastindex].strip() for match in matches]
+
+
+def read_relaxed(text):
+    """Read one `{key: value, ...}` with single quotes, bare words or trailing commas; None if it is no such object."""
+    found, position = {}, 1                                    # behind the opening brace
+    while not CLOSING.match(text, position):
+        key = SCALAR.match(text, position)
+        if key is None or text[key.end()] != ":":
+            return None
+        value = LIST.match(text, key.end() + 1) or SCALAR.match(text, key.end() + 1)
+        if value is None:
+            return None
+        is_list = value.re is LIST
+        found[scalars([key])[0]] = scalars(SCALAR.finditer(value[1])) if is_list else scalars([value])[0]
+        position = value.end() + (text[value.end()] == ",")
+        if position == value.end() and text[position] != "}":
+            return None
+    return found
+
+
+def read_json(text):
+    """`text` as a JSON object, or None."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):   # RecursionError: thousands of open brackets
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_reply(reply, key):
+    """The last complete object of a reply that has `key`, as a dict; None if there is none.
+
+    Valid JSON is tried first, then the forms models really write: prose or code fences around the object, trailing
+    commas, single quotes, unquoted card names. The time is linear in the length of the reply.
+    """
+    found = read_json(reply)
+    if found is not None and key in found:
+        return found
+    candidates = [text for text in FLAT_OBJECT.findall(reply) if key in text]
+    for text in reversed(candidates[-MAX_OBJECTS:]):
+        found = read_json(text) or read_relaxed(text)
+        if found is not None and key in found:
+            return found
+    return None
+
+
+# ---- Arithmetic -------------------------------------------------------------------------------------------------
+
+LEGAL_TEXT = re.compile(r"[-+*/()0-9\s]*")
+FORMULA_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+
+
+@lru_cache(maxsize=2 ** 16)   # within a rollout the same formulas come back many times
+def parse_formula(text):
+    """Read a formula: its value as an unreduced (numerator, denominator), and the numbers it uses in order.
+
+    Raises ValueError with a short reason if it is not a legal formula or divides by zero.
+    """
+    if len(text) > MAX_FORMULA:
+        raise ValueError(f"it is longer than {MAX_FORMULA} characters")
+    legal = LEGAL_TEXT.match(text).end()
+    if legal < len(text):
+        raise ValueError(f"unexpected {text[legal]!r}")
+    tokens = FORMULA_TOKEN.findall(text)
+    tokens.append("")                                          # sentinel: the end
+    numbers, at = [], 0
+
+    def factor():
+        nonlocal at
+        token = tokens[at]
+        at += 1
+        if token.isdigit():
+            numbers.append(int(token))
+            return numbers[-1], 1
+        if token != "(":
+            raise ValueError(f"unexpected {token!r}" if token else "it breaks off")
+        value = additive()
+        if tokens[at] != ")":
+            raise ValueError(f"unexpected {tokens[at]!r}" if tokens[at] else "a bracket is not closed")
+        at += 1
+        return value
+
+    def multiplicative():
+        nonlocal at
+        n, d = factor()
+        while tokens[at] in ("*", "/"):
+            at += 1
+            if tokens[at - 1] == "*":
+                n2, d2 = factor()
+            else:
+                d2, n2 = factor()
+                if d2 == 0:
+                    raise ValueError("it divides by zero")
+            n, d = n * n2, d * d2
+        return n, d
+
+    def additive():
+        nonlocal at
+        n, d = multiplicative()
+        while tokens[at] in ("+", "-"):
+            at += 1
+            sign = 1 if tokens[at - 1] == "+" else -1
+            n2, d2 = multiplicative()
+            n, d = n * d2 + sign * n2 * d, d * d2
+        return n, d
+
+    value = additive()
+    if tokens[at]:
+        raise ValueError(f"unexpected {tokens[at]!r}")
+    return value, tuple(numbers)
+
+
+def formula_value(text):
+    """The exact value of a formula as a Fraction; ValueError says why it is not a legal one."""
+    (numerator, denominator), _ = parse_formula(text)
+    return Fraction(numerator, denominator)
+
+
+def write(operator, left, right):
+    """The text of `left operator right` without needless brackets, and how tightly it binds.
+
+    An operand is (text, rank): rank 0 a sum or difference, 1 a product or quotient, 2 a number.
+    """
+    rank = 0 if operator in "+-" else 1
+    least_right = rank + (operator in "-/")                    # a-(b-c) and a/(b*c) need their brackets, a+(b-c) does not
+    texts = [f"({text})" if bound < least else text for (text, bound), least in ((left, rank), (right, least_right))]
+    return operator.join(texts), rank
+
+
+def add(found, value, operator, lefts, rights):
+    """Enter `left operator right` under its value for every way to write either side."""
+    found.setdefault(value, {}).update(write(operator, x, y) for x in lefts.items() for y in rights.items())
+
+
+def splits(numbers):
+    """The ways to part a sorted tuple into two non-empty sorted tuples, the smaller first, without repeats."""
+    found = {}
+    for bits in range(1, 2 ** len(numbers) - 1):
+        part = tuple(n for i, n in enumerate(numbers) if bits >> i & 1)
+        rest = tuple(n for i, n in enumerate(numbers) if not bits >> i & 1)
+        if (len(part), part) <= (len(rest), rest):
+            found[part, rest] = None
+    return list(found)
+
+
+@lru_cache(maxsize=None)
+def expressions(numbers):
+    """Every value that a sorted tuple of integers makes, each used once: {value: {text: rank}}."""
+    if len(numbers) == 1:
+        return {Fraction(numbers[0]): {str(numbers[0]): 2}}
+    found = {}
+    for part, rest in splits(numbers):
+        for (a, lefts), (b, rights) in itertools.product(expressions(part).items(), expressions(rest).items()):
+            for operator, value in [("+", a + b), ("-", a - b), ("*", a * b)] + ([("/", a / b)] if b else []):
+                add(found, value, operator, lefts, rights)
+            for operator, value in [("+", a + b), ("-", b - a), ("*", a * b)] + ([("/", b / a)] if a else []):
+                add(found, value, operator, rights, lefts)
+    return found
+
+
+def last_steps(a, target, others):
+    """The last operation of a solution: yield (operator, a stands left, partner b) such that it makes `target`."""
+    yield from (("+", True, target - a), ("+", False, target - a), ("-", True, a - target), ("-", False, target + a))
+    any_partner = others if a == target == 0 else ()
+    for b in [target / a] if a else any_partner:
+        yield from (("*", True, b), ("*", False, b))
+    for b in [a / target] if a and target else any_partner:
+        if b:
+            yield "/", True, b
+    if a:
+        yield "/", False, target * a
+
+
+@lru_cache(maxsize=None)
+def solve_sorted(numbers, target):
+    found = {target: dict(expressions(numbers).get(target, ()))} if len(numbers) == 1 else {target: {}}
+    for part, rest in splits(numbers):       # the partner that hits the target is looked up: not every pair is tried
+        others = expressions(rest)
+        for a, texts in expressions(part).items():
+            for operator, is_left, b in last_steps(a, target, others):
+                if b in others:
+                    add(found, target, operator, *((texts, others[b]) if is_left else (others[b], texts)))
+    return tuple(sorted(found[target], key=lambda text: (len(text), text)))
+
+
+def solutions(numbers, target=24):
+    """Every formula that makes `target` of all the `numbers`, as text without needless brackets, shortest first."""
+    return solve_sorted(tuple(sorted(numbers)), Fraction(target))
+
+
+# ---- Judging ----------------------------------------------------------------------------------------------------
+
+def same_multiset(stated, truth):
+    """Whether a list from a reply holds the same things as `truth`, order and spelling of numbers aside."""
+    return stated == truth or isinstance(stated, list) and sorted(map(str, stated)) == sorted(map(str, truth))
+
+
+def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative", phrases=FEEDBACK):
+    """Judge one GeneralPoints reply (paper A.3; the table at the top of this file). Any string in, never an exception.
+
+    `cards` are ranks as text ("A", "10", "K"), `numbers` their values under the rule in force. `feedback`
+    "informative" names the fault and its values, "plain" only says that the try failed; `phrases` are the words.
+    """
+    found = read_reply(reply, "formula")
+    cards_read = found is not None and same_multiset(found.get("cards"), cards)
+    numbers_right = found is not None and same_multiset(found.get("number"), numbers)
+    status, told = "illegal_formula", {"fault": "it is not text"}
+    if found is None:
+        told = None
+    elif isinstance(found["formula"], str):
+        try:
+            (numerator, denominator), used = parse_formula(found["formula"].split("=", 1)[0])
+            if sorted(used) != sorted(numbers):
+                status = "wrong_numbers"
+                told = {"used": ", ".join(map(str, used)), "numbers": ", ".join(map(str, numbers))}
+            elif numerator != target * denominator:
+                status, told = "wrong_value", {"value": Fraction(numerator, denominator), "target": target}
+            else:
+                status, told = "correct", {}
+        except ValueError as fault:
+            told = {"fault": fault}
+    reward = REWARDS[status]
+    message = phrases["no_formula"] if told is None else fill(phrases[status], **told)
+    if vision and not cards_read:
+        reward += MISREAD_CARDS
+        stated = found.get("cards") if found else None
+        message += " " + fill(phrases["misread_cards"], read=str(stated)[:MAX_FORMULA])
+    if feedback == "plain" and status != "correct":
+        message = phrases["plain"]
+    return Verdict(status, reward, message, cards_read, numbers_right)
