@@ -217,6 +217,19 @@ def make_env(task, split, **overrides):
     return build(**{**splits[split], **overrides})
 
 
+def sample_texts(task, num=200):
+    """Prompts, replies and verdicts of every split, for training a small tokenizer."""
+    for split in TASKS[task][1]:
+        env = make_env(task, split)
+        yield " ".join(env.atoms() * 2)
+        for i in range(num):
+            messages, _ = env.reset(seed=f"texts/{i}")
+            yield messages[-1]["content"]
+            for reply in (env.flawed_reply(), env.expert_reply()):
+                messages, *_ = env.step(reply)
+                yield from (message["content"] for message in messages[-2:])
+
+
 def main():
     parser = argparse.ArgumentParser(description="Play an episode against the verifier, or --show one.")
     parser.add_argument("task", choices=TASKS)

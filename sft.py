@@ -1,0 +1,188 @@
+"""Supervised fine-tuning: cross-entropy on expert replies (paper Section 5, appendix C.1).
+
+The paper's SFT data are optimal single-turn pairs (prompt, expert reply) of the training rule; the loss sees the
+reply and its end-of-turn, never the prompt.
+
+    python sft.py --task gp-l --model PATH --out runs/sft                     # the paper's settings, pairs made on the fly
+    python sft.py --task gp-l --model PATH --out runs/sft --data data.json    # from a file in the released shape
+    python sft.py --task gp-l --model tiny --out runs/base --mix rule_family:1 --failed-tries 4    # see recipes/base.sh
+
+The same command continues a run that was stopped, from its newest checkpoint. Sample i of a run is made from the seed
+"SEED/sft/i", so nothing but the number of the next sample has to be remembered. `--mix` weighs the splits of envs.py;
+`--failed-tries` puts up to that many wrong replies, each with its verdict, before the expert's (paper Fig. 15).
+
+Left out: packing (replies of like length share a micro-batch instead), LoRA, more than one device.
+"""
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import trange
+
+import envs
+from model import (StopSignal, collate, encode, encode_reply, fail, knob, learning_rate, load_policy, load_resume,
+                   log_jsonl, micro_batches, open_run, parse_config, pick_device, save_checkpoint)
+
+
+@dataclass
+class Config:
+    """Defaults are the published settings for GP-L (official sft/sft_scripts/gp_l.sh); the batch is the global one."""
+    out: str = knob("", "run folder, new or stopped half-way")
+    model: str = knob("", "a model folder, or tiny, or tiny:WIDTHxLAYERS")
+    task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
+    # data
+    mix: str = knob("id:1", "splits and their weights, such as id:0.7,rule_ood:0.3")
+    fold: str = knob("", "hands to train on: all, train or test; empty: as the split says", choices=("", *envs.FOLDS))
+    solution: str = knob("fixed", "the expert's formula: the shortest, or any", choices=("fixed", "random"))
+    failed_tries: int = knob(0, "up to this many failed tries before the expert reply (Fig. 15)", low=0, high=9)
+    prompt_file: str = knob("", "JSON object of templates that replace ours")
+    data: str = knob("", "train on this file of conversations instead of the environment")
+    # optimisation
+    steps: int = knob(400, "optimizer steps (the paper's RL starts from step 400)", low=1)
+    batch_size: int = knob(128, "samples per optimizer step: 16 x 8 GPUs in the paper", low=1)
+    lr: float = knob(1e-6, "peak learning rate (5e-7 for the vision tasks)", low=0)
+    warmup_ratio: float = knob(0.03, "share of the steps with linear warm-up, then cosine to 0", low=0, high=1)
+    weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
+    beta2: float = knob(0.98, "AdamW beta 2; beta 1 is 0.9, eps 1e-7", low=0, high=0.999999)
+    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this", low=0)
+    # running
+    micro_batch_tokens: int = knob(16384, "padded tokens per forward", low=1)
+    dtype: str = knob("float32", "compute in this type; weights are float32", choices=("float32", "bfloat16"))
+    device: str = knob("auto", "cpu, cuda, or auto")
+    seed: int = knob(0, "fixes weights of a tiny model and every sample", low=0)
+    save_every: int = knob(100, "optimizer steps between checkpoints", low=1)
+    keep_resume: int = knob(2, "checkpoints that keep their optimizer state", low=1)
+
+
+def parse_mix(text):
+    """"id:0.7,rule_ood:0.3" -> (("id", "rule_ood"), (0.7, 0.3)); ValueError says what is wrong with it."""
+    pairs = []
+    for part in text.split(","):
+        split, _, weight = part.partition(":")
+        try:
+            pairs.append((split.strip(), float(weight or 1)))
+        except ValueError:
+            raise ValueError(f"mix {text!r}: {weight!r} is not a weight; expected e.g. id:0.7,rule_ood:0.3") from None
+        if not 0 < pairs[-1][1] < float("inf"):
+            raise ValueError(f"mix {text!r}: weight {weight} must be above 0")
+    return tuple(zip(*pairs))
+
+
+def read_conversations(path):
+    """(messages, reply) pairs from a file in the released data.json shape, one for every reply in it.
+
+    Shape: [{"conversations": [{"from": "human" | "gpt", "value": text}, ...]}, ...]. ValueError names file, record, key.
+    """
+    try:
+        records = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data file {path}: {error}") from None
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"data file {path}: expected a non-empty list of records, got {type(records).__name__}")
+    pairs, roles = [], ("human", "gpt")
+    for index, record in enumerate(records):
+        where = f"data file {path}, record {index}"
+        turns = record.get("conversations") if isinstance(record, dict) else None
+        if not isinstance(turns, list) or not turns or len(turns) % 2:
+            raise ValueError(f"{where}: key 'conversations' must be a list of human and gpt turns in pairs")
+        if record.get("image"):
+            raise ValueError(f"{where}: key 'image': pictures are not supported for text models")
+        messages = []
+        for at, turn in enumerate(turns):
+            if not isinstance(turn, dict) or turn.get("from") != roles[at % 2]:
+                raise ValueError(f"{where}: key 'from' of turn {at} must be {roles[at % 2]!r}")
+            if not isinstance(turn.get("value"), str):
+                raise ValueError(f"{where}: key 'value' of turn {at} must be text")
+            if at % 2:
+                pairs.append((messages, turn["value"]))
+            messages = messages + [{"role": ("user", "assistant")[at % 2], "content": turn["value"]}]
+    return pairs
+
+
+class Samples:
+    """Sample i of the run as (messages, expert reply): made by an environment, or read from a file in seeded order."""
+
+    def __init__(self, config):
+        splits, self.weights = parse_mix(config.mix)
+        overrides = {"solution": config.solution, "prompt_file": config.prompt_file, "verify_iter": config.failed_tries + 1}
+        overrides |= {"fold": config.fold} if config.fold else {}
+        self.envs = [envs.make_env(config.task, split, **overrides) for split in splits]
+        self.pairs = read_conversations(config.data) if config.data else None
+        self.config = config
+
+    def __getitem__(self, i):
+        seed, rng = self.config.seed, random.Random(f"{self.config.seed}/mix/{i}")
+        if self.pairs:
+            epoch, at = divmod(i, len(self.pairs))
+            order = random.Random(f"{seed}/order/{epoch}").sample(range(len(self.pairs)), len(self.pairs))
+            return self.pairs[order[at]]
+        env = rng.choices(self.envs, self.weights)[0]
+        messages, _ = env.reset(seed=f"{seed}/sft/{i}")
+        for _ in range(rng.randint(0, self.config.failed_tries)):
+            messages, *_ = env.step(env.flawed_reply())
+        return messages, env.expert_reply()
+
+
+def train_step(policy, optimizer, samples, config):
+    """One optimizer step on (prompt_ids, response_ids) samples; returns (loss, grad_norm).
+
+    The loss is the mean over all response tokens of the step: the denominator is counted before the micro-batches,
+    so how they are cut changes nothing.
+    """
+    num_tokens, loss = sum(len(response) for _, response in samples), 0.0
+    for rows in micro_batches([len(prompt) + len(response) for prompt, response in samples], config.micro_batch_tokens):
+        logprobs, _ = policy(collate([samples[row] for row in rows], policy.device))
+        micro_loss = -logprobs.sum() / num_tokens
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.backbone.parameters(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss), float(grad_norm)
+
+
+def main(config):
+    try:
+        if not config.out or not config.model:
+            raise ValueError("--out and --model are required; --model is a folder, tiny, or tiny:WIDTHxLAYERS")
+        device, samples = pick_device(config.device), Samples(config)
+        newest = open_run(config)
+        torch.manual_seed(config.seed)
+        policy, processor = load_policy(str(newest or config.model), config.dtype, device,
+                                        envs.sample_texts(config.task), samples.envs[0].atoms())
+    except ValueError as error:
+        fail(error)
+    policy.train()
+    optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=1e-7,
+                                  weight_decay=config.weight_decay)
+    state = load_resume(newest, policy, optimizer) if newest else {"step": 0, "tokens": 0}
+    stop, out, started = StopSignal(), Path(config.out), time.time()
+    progress = trange(state["step"], config.steps, initial=state["step"], total=config.steps, desc="sft")
+    for step in progress:
+        lr = learning_rate(step, config.steps, config.lr, config.warmup_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = [samples[i] for i in range(step * config.batch_size, (step + 1) * config.batch_size)]
+        batch = [(encode(processor, messages), encode_reply(processor, reply)) for messages, reply in batch]
+        loss, grad_norm = train_step(policy, optimizer, batch, config)
+        if loss != loss or abs(loss) == float("inf") or grad_norm != grad_norm:
+            fail(f"step {step + 1}: loss {loss}, grad_norm {grad_norm} on samples {step * config.batch_size} to "
+                 f"{(step + 1) * config.batch_size - 1}; the last checkpoint is whole, try a smaller --lr")
+        tokens = state["tokens"] + sum(len(prompt) + len(response) for prompt, response in batch)
+        state = {"step": step + 1, "tokens": tokens}
+        log_jsonl(out / "metrics.jsonl", step=step + 1, loss=loss, grad_norm=grad_norm, lr=lr, tokens_trained=tokens,
+                  response_tokens=sum(len(response) for _, response in batch),
+                  gflops=6 * policy.num_params * tokens / 1e9, seconds=time.time() - started)
+        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.requested:
+            save_checkpoint(out, step + 1, policy, processor, optimizer, state, config.keep_resume, with_value_head=False)
+        if stop.requested:
+            sys.exit(143)
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))
