@@ -177,7 +177,7 @@ class LlamaDecoder(CacheDecoder):
         self.keys, self.values = [], []                            # per layer (B, kv_heads, P + N, head_dim)
         for layer in self.cache.layers:
             for buffers, filled in ((self.keys, layer.keys), (self.values, layer.values)):
-                buffers.append(filled.new_empty(B, self.kv_heads, P + max_new_tokens, self.head_dim))
+                buffers.append(filled.new_empty(B, self.kv_heads, P + max_new_tokens, self.head_dim, dtype=self.lm_head.dtype))
                 buffers[-1][:, :, :P] = filled
         del self.cache
         self.mask = F.pad(attention_mask, (0, max_new_tokens), value=1).bool()[:, None, None]   # (B, 1, 1, P + N)

@@ -1,0 +1,320 @@
+"""Reinforcement learning: PPO with a value head over several turns with the verifier (paper Sections 3 and 5).
+
+    collect_turns -> score_turns -> compute_gae -> ppo_update
+
+The unit is the turn: one whole reply has one reward, one value (read at the last prompt token), one advantage and one
+log-prob, the weighted sum over its tokens (`thought_coef` before the answer key, 1 from it on). So there is one PPO
+ratio per reply. A second try sees the first one and the verifier's text in its prompt (sequential revision).
+
+    python rl.py --task gp-l --model runs/sft/step_000400 --out runs/rl
+
+The same command continues a run that was stopped, half-played episodes included. What differs from the official code,
+and why, is listed in the README; the hyper-parameters are theirs, since the paper prints none.
+
+Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages, more than one device.
+
+    S turns of each environment   E environments   N = S x E turns in an update   B turns in a micro-batch   R tokens
+"""
+import math
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm, trange
+
+import envs
+from model import (StopSignal, collate, decode_reply, encode, fail, knob, learning_rate, load_policy, load_resume,
+                   log_jsonl, micro_batches, open_run, parse_config, pick_device, sampling_uniforms, save_checkpoint)
+
+LAMBDA = {"gp": 6.0, "virl": 5.1}   # paper C.3: tokens of the rollout buffer per token trained
+
+
+@dataclass
+class Config:
+    """Defaults are the official code's (scripts/gp_training, rl/configs), but for max_grad_norm and the value clip."""
+    out: str = knob("", "run folder, new or stopped half-way")
+    model: str = knob("", "a model folder, usually one that sft.py wrote")
+    task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
+    # environment
+    split: str = knob("id", "the rule to train on")
+    fold: str = knob("", "hands to train on: all, train or test; empty: as the split says", choices=("", *envs.FOLDS))
+    verify_iter: int = knob(5, "judged replies per episode", low=1)
+    feedback: str = knob("informative", "what the verifier tells the model", choices=("informative", "plain"))
+    prompt_file: str = knob("", "JSON object of templates that replace ours")
+    # rollout
+    num_envs: int = knob(256, "environments played side by side", low=1)
+    turns_per_env: int = knob(8, "turns of each per update; 256 x 8 = 2048 as on the paper's 8 GPUs", low=1)
+    max_new_tokens: int = knob(512, "a reply is cut here", low=1)
+    temperature: float = knob(0.2, "of sampling and of the log-probs", low=0.01)
+    # PPO
+    updates: int = knob(20, "rollouts in all", low=1)
+    epochs: int = knob(4, "passes over a rollout", low=1)
+    minibatch_turns: int = knob(1024, "turns per optimizer step; 128 x 8 GPUs", low=1)
+    lr: float = knob(1e-6, "Adam learning rate", low=0)
+    lr_final: float = knob(1e-9, "the cosine ends here", low=0)
+    lr_horizon: int = knob(100, "updates until it does (longer than the run, as in the official code)", low=1)
+    gamma: float = knob(0.9, "discount per turn", low=0, high=1)
+    gae_lambda: float = knob(0.95, "GAE lambda", low=0, high=1)
+    clip: float = knob(0.1, "PPO ratio clip", low=0)
+    value_clip: float = knob(0.0, "clip of the value's change; 0: none (official: 0.1)", low=0)
+    value_coef: float = knob(0.5, "weight of the value loss", low=0)
+    thought_coef: float = knob(0.5, "weight of the log-probs before the answer key", low=0)
+    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this (official: 0.01, without effect)", low=0)
+    # running
+    micro_batch_tokens: int = knob(16384, "padded tokens per forward", low=1)
+    dtype: str = knob("float32", "compute in this type; weights are float32", choices=("float32", "bfloat16"))
+    device: str = knob("auto", "cpu, cuda, or auto")
+    seed: int = knob(0, "fixes deals, samples and a new value head", low=0)
+    save_every: int = knob(1, "updates between checkpoints", low=1)
+    keep_resume: int = knob(2, "checkpoints that keep their optimizer state", low=1)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One prompt, one reply, what it earned."""
+    prompt_ids: list      # (P,)
+    response_ids: list    # (R,)
+    answer_start: int     # tokens before this one are thought
+    reward: float
+    done: bool            # terminated or truncated: GAE stops here
+    info: dict
+
+
+class Player:
+    """One environment and the dialogue in it as ids; its state is (episode, replies so far), replayed on resume."""
+
+    def __init__(self, index, env, processor, config, episode=0, replies=()):
+        self.index, self.env, self.processor, self.seed = index, env, processor, config.seed
+        self.begin(episode)
+        for response_ids in replies:
+            self.play(response_ids)
+
+    def begin(self, episode):
+        self.episode, self.replies = episode, []
+        messages, _ = self.env.reset(seed=f"{self.seed}/rl/{self.index}/{episode}")
+        self.prompt_ids = encode(self.processor, messages)
+
+    def play(self, response_ids):
+        """Step the environment with a reply and move on to the next prompt: (messages, reward, done, info)."""
+        messages, reward, terminated, truncated, info = self.env.step(decode_reply(self.processor, response_ids))
+        if terminated or truncated:
+            self.begin(self.episode + 1)
+        else:
+            prior_ids = None if info["new_dialogue"] else self.prompt_ids + response_ids
+            self.replies = self.replies + [response_ids]
+            self.prompt_ids = encode(self.processor, messages, prior_ids)
+        return messages, reward, terminated or truncated, info
+
+
+def find_answer(processor, response_ids, answer_key):
+    """The index of the token in which the answer key begins; len(response_ids) if the key is not there."""
+    position = decode_reply(processor, response_ids).find(answer_key)
+    if position < 0:
+        return len(response_ids)
+    low, high = 0, len(response_ids) - 1   # the first token by whose end the text is longer than `position`
+    while low < high:
+        middle = (low + high) // 2
+        if len(decode_reply(processor, response_ids[:middle + 1])) > position:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def collect_turns(policy, processor, players, update, config, stop):
+    """S turns of every player, sampled from the policy: a list of N turns ordered (S, E); None if a stop was asked for."""
+    turns = []
+    for s in tqdm(range(config.turns_per_env), desc="rollout", leave=False):
+        if stop.requested:
+            return None
+        prompts = [player.prompt_ids for player in players]
+        uniforms = sampling_uniforms([(config.seed, update, player.index, s) for player in players], config.max_new_tokens)
+        replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature)
+        for player, prompt_ids, (response_ids, _) in zip(players, prompts, replies):
+            messages, reward, done, info = player.play(response_ids)
+            turns.append(Turn(prompt_ids, response_ids, find_answer(processor, response_ids, player.env.answer_key),
+                              reward, done, info))
+            if done and player.index < 2:   # a few whole conversations to read: the way to see reward hacking
+                log_jsonl(Path(config.out) / "turns.jsonl", step=update + 1, env=player.index, messages=messages,
+                          reward=reward, **info)
+    return turns
+
+
+def turn_logprobs(policy, turns, config):
+    """Weighted log-prob of each reply (B,) and value of each prompt (B,): the one function of rollout and update."""
+    batch = collate([(turn.prompt_ids, turn.response_ids) for turn in turns], policy.device)
+    logprobs, values = policy(batch, config.temperature)                            # (B, R), (B,)
+    starts = torch.tensor([turn.answer_start for turn in turns], device=policy.device)
+    is_thought = torch.arange(logprobs.shape[1], device=policy.device) < starts[:, None]
+    return (logprobs * torch.where(is_thought, config.thought_coef, 1.0)).sum(1), values
+
+
+def turn_lengths(turns):
+    return [len(turn.prompt_ids) + len(turn.response_ids) for turn in turns]
+
+
+@torch.no_grad()
+def score_turns(policy, turns, config):
+    """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,)."""
+    logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
+    for rows in micro_batches(turn_lengths(turns), config.micro_batch_tokens):
+        micro_logprobs, micro_values = turn_logprobs(policy, [turns[row] for row in rows], config)
+        logprobs[rows], values[rows] = micro_logprobs.cpu(), micro_values.cpu()
+    return logprobs, values
+
+
+def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
+    """Generalised advantage estimates and returns, both (S, E), over turns.
+
+    rewards, values, dones are (S, E); next_values (E,) belong to the prompts after the last turn. An episode that ends,
+    terminated or truncated, passes nothing back: neither value nor advantage crosses `done`.
+    """
+    advantages, following = torch.zeros_like(rewards), torch.zeros_like(next_values)
+    for s in reversed(range(len(rewards))):
+        going = 1.0 - dones[s]
+        delta = rewards[s] + gamma * next_values * going - values[s]
+        following = delta + gamma * gae_lambda * going * following
+        advantages[s], next_values = following, values[s]
+    return advantages, advantages + values
+
+
+def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, config):
+    """Policy loss, value loss, and what to watch, each (B,); the caller averages. All arguments are (B,)."""
+    log_ratio = (logprobs - old_logprobs).clamp(max=math.log(10))   # beyond 10 no gradient, as in the official code
+    ratio = log_ratio.exp()
+    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - config.clip, 1 + config.clip) * advantages)
+    value_loss = 0.5 * (values - returns) ** 2
+    if config.value_clip:
+        clipped = old_values + (values - old_values).clamp(-config.value_clip, config.value_clip)
+        value_loss = torch.max(value_loss, 0.5 * (clipped - returns) ** 2)
+    watched = {"ratio": ratio, "approx_kl": ratio - 1 - log_ratio, "clip_fraction": ((ratio - 1).abs() > config.clip).float()}
+    return policy_loss, value_loss, {name: value.detach() for name, value in watched.items()}
+
+
+def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, returns, update, config):
+    """`epochs` passes over the N turns in shuffled minibatches, one optimizer step each; returns the stats to log."""
+    normalised = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+    columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)   # (4, N)
+    lengths, sums, grad_norms, first_ratios = turn_lengths(turns), Counter(), [], []
+    for epoch in trange(config.epochs, desc="update", leave=False):
+        order = np.random.default_rng((config.seed, update, epoch)).permutation(len(turns)).tolist()
+        for start in range(0, len(turns), config.minibatch_turns):
+            minibatch = order[start:start + config.minibatch_turns]
+            for group in micro_batches([lengths[i] for i in minibatch], config.micro_batch_tokens):
+                rows = [minibatch[i] for i in group]
+                logprobs, values = turn_logprobs(policy, [turns[i] for i in rows], config)
+                old_logprob, old_value, advantage, target = columns[:, rows]
+                policy_loss, value_loss, watched = ppo_loss(logprobs, old_logprob, values, old_value, advantage, target, config)
+                loss = (policy_loss + config.value_coef * value_loss).sum() / len(minibatch)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"update {update + 1}, epoch {epoch}, turns {rows[:8]}...: loss {float(loss)}")
+                loss.backward()
+                first_ratios += watched["ratio"].tolist() if epoch == start == 0 else []
+                for name, value in {"policy_loss": policy_loss, "value_loss": value_loss, **watched}.items():
+                    sums[name] += float(value.sum())
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+            if not torch.isfinite(grad_norm):
+                raise FloatingPointError(f"update {update + 1}, epoch {epoch}, turns {minibatch[:8]}...: grad_norm {float(grad_norm)}")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            grad_norms.append(float(grad_norm))
+    stats = {name: value / len(turns) / config.epochs for name, value in sums.items()}
+    residual = (returns - old_values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+    return {**stats, "ratio_max_first": max(first_ratios), "ratio_min_first": min(first_ratios),
+            "grad_norm": sum(grad_norms) / len(grad_norms), "optimizer_steps": len(grad_norms),
+            "explained_variance": 1 - float(residual)}
+
+
+def rollout_stats(turns, config, eos_id):
+    """Counts and means over one rollout."""
+    ended = [turn for turn in turns if turn.done]
+    statuses = Counter(turn.info["status"] for turn in turns)
+    return {"turns": len(turns), "episodes": len(ended),
+            "success": sum(turn.info["success"] for turn in ended) / max(1, len(ended)),
+            "reward": sum(turn.reward for turn in turns) / len(turns),
+            **{f"status_{status}": statuses[status] for status in sorted(statuses)},
+            "replies_cut": sum(turn.response_ids[-1] != eos_id for turn in turns),
+            "response_length": sum(len(turn.response_ids) for turn in turns) / len(turns)}
+
+
+def check(config):
+    if not config.out or not config.model:
+        raise ValueError("--out and --model are required; --model is a folder, such as a checkpoint of sft.py")
+    num_turns = config.num_envs * config.turns_per_env
+    if num_turns % config.minibatch_turns:
+        raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must divide the {num_turns} turns of an update "
+                         f"({config.num_envs} environments x {config.turns_per_env})")
+
+
+def main(config):
+    try:
+        check(config)
+        device = pick_device(config.device)
+        overrides = {"verify_iter": config.verify_iter, "feedback": config.feedback, "prompt_file": config.prompt_file}
+        overrides |= {"fold": config.fold} if config.fold else {}
+        environments = [envs.make_env(config.task, config.split, **overrides) for _ in range(config.num_envs)]
+        newest = open_run(config)
+        torch.manual_seed(config.seed)
+        policy, processor = load_policy(str(newest or config.model), config.dtype, device,
+                                        envs.sample_texts(config.task), environments[0].atoms())
+    except ValueError as error:
+        fail(error)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=1e-7)
+    state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "players": [[0, []]] * config.num_envs}
+    state = load_resume(newest, policy, optimizer) if newest else state
+    players = [Player(i, env, processor, config, *state["players"][i]) for i, env in enumerate(environments)]
+    stop, out, started = StopSignal(), Path(config.out), time.time()
+
+    def save(update):
+        save_checkpoint(out, update, policy, processor, optimizer, state, config.keep_resume)
+
+    progress = trange(state["step"], config.updates, initial=state["step"], total=config.updates, desc="rl")
+    for update in progress:
+        lr = learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rollout_started = time.time()
+        turns = collect_turns(policy, processor, players, update, config, stop)
+        if turns is None:                                           # the rollout is dropped, `state` is from before it
+            save(update)
+            sys.exit(143)
+        old_logprobs, values = score_turns(policy, turns, config)                   # (N,), (N,)
+        upcoming = [Turn(player.prompt_ids, [], 0, 0.0, False, {}) for player in players]
+        _, next_values = score_turns(policy, upcoming, config)                      # (E,)
+        shape = config.turns_per_env, config.num_envs
+        rewards = torch.tensor([turn.reward for turn in turns]).view(shape)         # (S, E)
+        dones = torch.tensor([float(turn.done) for turn in turns]).view(shape)      # (S, E)
+        advantages, returns = compute_gae(rewards, values.view(shape), dones, next_values, config.gamma, config.gae_lambda)
+        update_started = time.time()
+        try:
+            stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages.flatten(), returns.flatten(),
+                               update, config)
+        except FloatingPointError as error:
+            fail(f"{error}; the last checkpoint is whole, try a smaller --lr")
+        tokens = sum(turn_lengths(turns))
+        state = {"step": update + 1, "tokens_trained": state["tokens_trained"] + config.epochs * tokens,
+                 # sampled once, scored once, and the prompts that the bootstrap values were read from
+                 "tokens_rollout": state["tokens_rollout"] + 2 * tokens + sum(turn_lengths(upcoming)),
+                 "players": [[player.episode, player.replies] for player in players]}
+        flops_per_token = 2 * policy.num_params
+        lam = LAMBDA[config.task.split("-")[0]]
+        log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout_stats(turns, config, policy.eos_id), **stats,
+                  value=float(values.mean()), tokens_trained=state["tokens_trained"], tokens_rollout=state["tokens_rollout"],
+                  gflops=flops_per_token * (3 * state["tokens_trained"] + state["tokens_rollout"]) / 1e9,
+                  gflops_paper=flops_per_token * (3 + lam) * state["tokens_trained"] / 1e9,
+                  seconds_rollout=update_started - rollout_started, seconds_update=time.time() - update_started,
+                  seconds=time.time() - started)
+        progress.set_postfix(success=f"{rollout_stats(turns, config, policy.eos_id)['success']:.2f}",
+                             reward=f"{float(rewards.mean()):.2f}")
+        if (update + 1) % config.save_every == 0 or update + 1 == config.updates or stop.requested:
+            save(update + 1)
+        if stop.requested:
+            sys.exit(143)
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))
