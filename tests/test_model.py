@@ -1,0 +1,341 @@
+"""The policy: encoding, log-probs, sampling, checkpoints, configs."""
+import json
+import subprocess
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import envs
+import model
+
+
+def some_prompts(processor, num=6):
+    """Prompts of different lengths: some are second turns."""
+    prompts = []
+    for seed in range(num):
+        env = envs.make_env("gp-l", "id")
+        messages, _ = env.reset(seed)
+        prompts.append(model.encode(processor, messages))
+        if seed % 2:
+            reply = model.encode_reply(processor, env.flawed_reply())
+            messages, *_ = env.step(model.decode_reply(processor, reply))
+            prompts[-1] = model.encode(processor, messages, prompts[-1] + reply)
+    return prompts
+
+
+def test_any_text_comes_back_from_the_tokenizer(tiny):
+    _, processor = tiny
+    for text in ["", "{\"formula\": \"(10-6)*4=24\"}", "ünïcode ♠ \n\t 中文", "  two  blanks ", "24242424 1J2Q"]:
+        ids = processor(text, add_special_tokens=False).input_ids
+        assert processor.decode(ids) == text
+
+
+def test_every_atom_is_one_token_and_wording_between_atoms_is_cheap(tiny):
+    _, processor = tiny
+    env = envs.make_env("gp-l", "rule_ood")
+    for atom in env.atoms():
+        assert len(processor(atom, add_special_tokens=False).input_ids) == 1, atom
+    messages, _ = env.reset(0)
+    assert len(model.encode(processor, messages)) < 45
+    assert len(model.encode_reply(processor, env.expert_reply())) < 40
+
+
+def test_special_ids_are_distinct_and_the_prompt_has_one_bos(tiny):
+    _, processor = tiny
+    assert len({processor.pad_token_id, processor.eos_token_id, processor.bos_token_id}) == 3
+    for prompt in some_prompts(processor):
+        assert prompt.count(processor.bos_token_id) == 1 and prompt[0] == processor.bos_token_id
+
+
+def test_prompt_ids_grow_only_at_the_end_over_five_turns(tiny):
+    policy, processor = tiny
+    env = envs.make_env("gp-l", "id", verify_iter=6)
+    messages, _ = env.reset(1)
+    prompt = model.encode(processor, messages)
+    for turn in range(5):
+        response, _ = policy.generate([prompt], model.sampling_uniforms([(0, turn)], 7 + turn), 7 + turn, 1.0)[0]
+        messages, _, terminated, truncated, _ = env.step(model.decode_reply(processor, response))
+        following = model.encode(processor, messages, prompt + response)
+        assert following[:len(prompt) + len(response)] == prompt + response
+        assert following[-1] == processor.convert_tokens_to_ids("<|assistant|>")
+        prompt = following
+
+
+def test_a_reply_cut_at_the_limit_is_closed_in_the_next_prompt_only(tiny):
+    _, processor = tiny
+    env = envs.make_env("gp-l", "id")
+    prompt = model.encode(processor, env.reset(0)[0])
+    cut = processor("{\"cards\": [", add_special_tokens=False).input_ids
+    whole = cut + [processor.eos_token_id]
+    messages, *_ = env.step(model.decode_reply(processor, cut))
+    assert model.encode(processor, messages, prompt + cut) == model.encode(processor, messages, prompt + whole)
+
+
+def test_encoding_with_prior_ids_equals_encoding_afresh_when_the_ids_are_canonical(tiny):
+    _, processor = tiny
+    env = envs.make_env("gp-l", "id")
+    prompt = model.encode(processor, env.reset(3)[0])
+    reply = env.flawed_reply()
+    messages, *_ = env.step(reply)
+    assert model.encode(processor, messages, prompt + model.encode_reply(processor, reply)) == model.encode(processor, messages)
+
+
+def test_logprobs_are_those_of_the_plain_model_at_the_response_tokens(tiny):
+    policy, processor = tiny
+    prompts = some_prompts(processor)
+    samples = [(p, model.encode_reply(processor, "[1] (2" * (i + 1))) for i, p in enumerate(prompts)]
+    before = [(list(p), list(r)) for p, r in samples]
+    logprobs, values = policy(model.collate(samples, policy.device))
+    assert samples == before
+    assert logprobs.shape == (len(samples), max(len(r) for _, r in samples)) and values.shape == (len(samples),)
+    for (prompt, response), row, value in zip(samples, logprobs, values):
+        ids = torch.tensor([prompt + response], device=policy.device)
+        out = policy.backbone(ids, output_hidden_states=True)
+        expected = torch.log_softmax(out.logits[0].float(), -1)[len(prompt) - 1:-1].gather(1, ids[0, len(prompt):, None])[:, 0]
+        torch.testing.assert_close(row[:len(response)], expected, atol=1e-5, rtol=0)
+        assert (row[len(response):] == 0).all()
+        torch.testing.assert_close(value, policy.value_head(out.hidden_states[-1][0, len(prompt) - 1])[0], atol=1e-5, rtol=0)
+
+
+def test_padding_and_neighbours_change_nothing(tiny):
+    policy, processor = tiny
+    samples = [(p, model.encode_reply(processor, "12+" * (i + 1))) for i, p in enumerate(some_prompts(processor))]
+    together, values = policy(model.collate(samples, policy.device), 0.7)
+    for sample, row, value in zip(samples, together, values):
+        alone, alone_value = policy(model.collate([sample], policy.device), 0.7)
+        torch.testing.assert_close(alone[0], row[:len(sample[1])], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone_value[0], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_logprobs_seen_while_sampling_equal_those_of_the_update(tiny, temperature):
+    policy, processor = tiny
+    prompts = some_prompts(processor)
+    replies = policy.generate(prompts, model.sampling_uniforms([(5, i) for i in range(len(prompts))], 24), 24, temperature)
+    logprobs, _ = policy(model.collate([(p, r) for p, (r, _) in zip(prompts, replies)], policy.device), temperature)
+    for row, (response, seen) in zip(logprobs.tolist(), replies):
+        assert row[:len(response)] == pytest.approx(seen, abs=1e-5)
+
+
+def test_a_reply_does_not_depend_on_the_rows_beside_it(tiny):
+    policy, processor = tiny
+    prompts = some_prompts(processor)
+    uniforms = model.sampling_uniforms([(9, i) for i in range(len(prompts))], 24)
+    together = [ids for ids, _ in policy.generate(prompts, uniforms, 24, 1.0)]
+    alone = [policy.generate([p], u[None], 24, 1.0)[0][0] for p, u in zip(prompts, uniforms)]
+    small = [ids for ids, _ in policy.generate(prompts, uniforms, 24, 1.0, token_budget=200)]
+    assert together == alone == small
+
+
+def test_replies_end_with_end_of_turn_or_at_the_limit_and_hold_no_special_id(tiny):
+    policy, processor = tiny
+    prompts = some_prompts(processor) * 20
+    bias = policy.backbone.lm_head.weight.detach().clone()
+    try:
+        with torch.no_grad():   # make end-of-turn likely, so that rows leave at different times
+            policy.backbone.lm_head.weight[policy.eos_id] += 0.02 * policy.backbone.lm_head.weight.sum(0).sign()
+        replies = [ids for ids, _ in policy.generate(prompts, model.sampling_uniforms([(i,) for i in range(120)], 60), 60, 3.0)]
+    finally:
+        with torch.no_grad():
+            policy.backbone.lm_head.weight.copy_(bias)
+    special = set(processor.all_special_ids)
+    assert len({len(ids) for ids in replies}) > 1
+    for ids in replies:
+        assert len(ids) == 60 or ids[-1] == policy.eos_id
+        assert not special & set(ids[:-1]) and ids[-1] not in special - {policy.eos_id}
+
+
+def test_samples_follow_the_softmax_at_the_temperature(tiny):
+    policy, _ = tiny
+    rows = len(policy.banned)
+    logits = torch.full((1, rows), -9.0, device=policy.device)
+    allowed = (~policy.banned).nonzero()[:3, 0]
+    logits[0, allowed] = torch.tensor([1.0, 0.5, -0.5], device=policy.device)
+    logits[0, policy.banned] = 50.0
+    uniforms = torch.tensor(np.random.default_rng(0).random(20_000), device=policy.device)
+    ids, _ = policy.pick(logits.expand(20_000, -1), uniforms, 0.5)
+    expected = torch.softmax(torch.tensor([2.0, 1.0, -1.0]), 0)
+    for token, p in zip(allowed.tolist(), expected.tolist()):
+        assert abs(float((ids == token).float().mean()) - p) < 4 * (p * (1 - p) / 20_000) ** 0.5   # four standard errors
+
+
+def test_the_fast_llama_decoder_and_the_cache_decoder_agree_with_grouped_heads(device):
+    torch.manual_seed(1)
+    tokenizer = model.train_tokenizer(["a b c d 1 2 3"] * 3, ["1", "2", "3"])
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=96, tie_word_embeddings=False)
+    policy = model.Policy(LlamaForCausalLM(config), tokenizer).to(device)
+    prompts = [[5, 6, 7, 8], [9], list(range(20, 31))]
+    uniforms = model.sampling_uniforms([(i,) for i in range(3)], 16)
+    fast = policy.generate(prompts, uniforms, 16, 1.0)
+    policy.backbone.config.model_type = "other"
+    slow = policy.generate(prompts, uniforms, 16, 1.0)
+    assert [ids for ids, _ in fast] == [ids for ids, _ in slow]
+    for (_, a), (_, b) in zip(fast, slow):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_greedy_decoding_equals_generate_of_hugging_face_also_for_another_architecture(tiny, device):
+    _, processor = tiny
+    torch.manual_seed(2)
+    config = Qwen2Config(vocab_size=len(processor), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=2, intermediate_size=64)
+    policy = model.Policy(Qwen2ForCausalLM(config), processor).to(device)
+    policy.banned.fill_(False)
+    for prompt in some_prompts(processor, 3):
+        ids = torch.tensor([prompt], device=device)
+        expected = policy.backbone.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                                            eos_token_id=policy.eos_id, pad_token_id=processor.pad_token_id)[0, len(prompt):]
+        assert policy.generate([prompt], np.zeros((1, 12)), 12, 0.0)[0][0] == expected.tolist()
+
+
+def test_bfloat16_computes_close_to_float32_and_keeps_float32_weights(tiny, device):
+    policy, processor = tiny
+    samples = [(p, model.encode_reply(processor, "1+2")) for p in some_prompts(processor)]
+    exact, _ = policy(model.collate(samples, policy.device))
+    policy.dtype = torch.bfloat16
+    try:
+        rough, values = policy(model.collate(samples, policy.device))
+        replies = policy.generate([p for p, _ in samples], model.sampling_uniforms([(i,) for i in range(6)], 8), 8, 1.0)
+    finally:
+        policy.dtype = torch.float32
+    assert rough.dtype == values.dtype == torch.float32 and len(replies) == 6
+    torch.testing.assert_close(exact, rough, atol=0.1, rtol=0)
+    assert not torch.equal(exact, rough)
+    assert all(p.dtype == torch.float32 for p in policy.parameters())
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    lengths = [5, 100, 7, 7, 50, 3, 99, 1]
+    groups = model.micro_batches(lengths, 110)
+    assert sorted(row for group in groups for row in group) == list(range(8))
+    assert all(len(group) * max(lengths[row] for row in group) <= 110 for group in groups)
+    assert model.micro_batches([500, 1], 10) == [[0], [1]]   # a row longer than the budget still runs
+
+
+def test_num_params_counts_what_multiplies():
+    tokenizer = model.train_tokenizer(["abc"] * 3, ["1"])
+    shape = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=64)
+    sizes = {}
+    for tied in (True, False):
+        policy = model.Policy(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tied)), tokenizer)
+        sizes[tied] = policy.num_params
+    assert sizes[True] == sizes[False] == 300 * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
+
+
+def test_a_checkpoint_opens_in_plain_transformers_and_comes_back_whole(tiny, tmp_path):
+    policy, processor = tiny
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    samples = [(p, model.encode_reply(processor, "1+2")) for p in some_prompts(processor)]
+    logprobs, values = policy(model.collate(samples, policy.device))
+    (logprobs.sum() * 0 + values.sum() * 0).backward()
+    optimizer.step()
+    folder = model.save_checkpoint(tmp_path, 7, policy, processor, optimizer, {"step": 7})
+    assert folder.name == "step_000007" and not list(tmp_path.glob("*.tmp")) and not list(tmp_path.rglob("*.p*kl"))
+    plain = AutoModelForCausalLM.from_pretrained(folder).to(policy.device)
+    ids = torch.tensor([samples[0][0]], device=policy.device)
+    assert torch.equal(plain(ids).logits, policy.backbone(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder)("J+10", add_special_tokens=False).input_ids == processor("J+10", add_special_tokens=False).input_ids
+    again, its_processor = model.load_policy(str(folder), device=policy.device)
+    for (name, p), (_, q) in zip(policy.named_parameters(), again.named_parameters()):
+        assert torch.equal(p, q), name
+    fresh = torch.optim.Adam(again.parameters(), lr=1e-3)
+    assert model.load_resume(folder, again, fresh) == {"step": 7}
+    for p, q in zip(policy.parameters(), again.parameters()):
+        assert all(torch.equal(optimizer.state[p][key], fresh.state[q][key]) for key in optimizer.state[p])
+
+
+def test_weights_stay_and_resume_state_is_kept_for_the_newest_only(tiny, tmp_path):
+    policy, processor = tiny
+    optimizer = torch.optim.Adam(policy.parameters())
+    for step in range(1, 5):
+        model.save_checkpoint(tmp_path, step, policy, processor, optimizer, {"step": step}, keep_resume=2)
+    assert [p.name for p in model.checkpoints(tmp_path)] == [f"step_{s:06d}" for s in range(1, 5)]
+    assert [(p / "resume").exists() for p in model.checkpoints(tmp_path)] == [False, False, True, True]
+
+
+def make_run(tmp_path, **changes):
+    @dataclass
+    class Config:
+        out: str = str(tmp_path / "run")
+        lr: float = 1.0
+    return Config(**changes)
+
+
+def test_open_run_takes_the_newest_complete_checkpoint_and_drops_later_log_lines(tiny, tmp_path, capsys):
+    policy, processor = tiny
+    config = make_run(tmp_path)
+    assert model.open_run(config) is None
+    run, optimizer = tmp_path / "run", torch.optim.Adam(policy.parameters())
+    for step in (1, 2):
+        model.save_checkpoint(run, step, policy, processor, optimizer, {"step": step})
+    (run / "step_000003.tmp" / "resume").mkdir(parents=True)          # a save that was killed
+    (run / "step_000003.tmp" / "resume" / "state.json").write_text("{}")
+    for step in (1, 2, 3):
+        model.log_jsonl(run / "metrics.jsonl", step=step)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')                                  # a line that was killed
+    assert model.open_run(config).name == "step_000002"
+    assert "step_000003.tmp" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_an_out_folder_of_another_config_or_with_foreign_files_is_refused_untouched(tmp_path):
+    model.open_run(make_run(tmp_path))
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ValueError, match="lr 1.0 there, 2.0 here"):
+        model.open_run(make_run(tmp_path, lr=2.0))
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("!")
+    with pytest.raises(ValueError, match="not empty"):
+        model.open_run(make_run(tmp_path, out=str(tmp_path / "mine")))
+
+
+def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="no such model folder"):
+        model.load_policy(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a text causal language model"):
+        model.load_policy(str(tmp_path))
+    with pytest.raises(ValueError, match="multiple of 32"):
+        model.load_policy("tiny:33x2", texts=["a"], atoms=["1"])
+
+
+@dataclass
+class Example:
+    """A config with a knob of every kind."""
+    name: str = model.knob("a", "a word", choices=("a", "b"))
+    lr: float = model.knob(0.1, "100 % of it", low=0, high=1)
+    steps: int = model.knob(3, "some", low=1)
+    fast: bool = model.knob(False, "or slow")
+
+
+def test_a_config_comes_from_the_command_line():
+    assert model.parse_config(Example, []) == Example()
+    assert model.parse_config(Example, ["--lr", "0.5", "--fast", "--name", "b"]) == Example("b", 0.5, 3, True)
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
+    (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    (["--steps", "0"], "--steps 0: must be at least 1"),
+    (["--lr", "1.5"], "--lr 1.5: must be from 0 to 1"),
+    (["--lr", "nan"], "--lr nan: must be a finite number"),
+    (["--name", "c"], "--name 'c': allowed are a, b"),
+])
+def test_a_bad_option_ends_with_one_line_that_says_what_is_allowed(argv, told, capsys):
+    with pytest.raises(SystemExit) as exit:
+        model.parse_config(Example, argv)
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and told in err and err.count("\n") == 1
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_end():
+    rates = [model.learning_rate(step, 100, 1.0, warmup_ratio=0.1, final=0.01) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    assert 0.01 < rates[-1] < 0.02

@@ -1,0 +1,211 @@
+"""PPO: advantages, loss, rollouts, update."""
+import copy
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import envs
+import model
+import rl
+
+CONFIG = rl.Config(out="", model="", num_envs=4, turns_per_env=3, minibatch_turns=12, max_new_tokens=12, temperature=1.0,
+                   micro_batch_tokens=4096, epochs=1, lr=1e-3)
+
+
+def config(**changes):
+    return rl.Config(**{**vars(CONFIG), **changes})
+
+
+def rollout(tiny, config, tmp_path, update=0, players=None):
+    policy, processor = tiny
+    config.out = str(tmp_path)
+    players = players or [rl.Player(i, envs.make_env("gp-l", "id", verify_iter=2), processor, config) for i in range(config.num_envs)]
+    return players, rl.collect_turns(policy, processor, players, update, config, SimpleNamespace(requested=False))
+
+
+# ---- compute_gae
+
+def gae_by_definition(rewards, values, dones, next_value, gamma, lam):
+    """O(n^2): for every turn the discounted sum of deltas up to the end of its episode or of the rollout."""
+    n, advantages = len(rewards), []
+    for t in range(n):
+        total, weight = 0.0, 1.0
+        for k in range(t, n):
+            following = 0.0 if dones[k] else (values[k + 1] if k + 1 < n else next_value)
+            total += weight * (rewards[k] + gamma * following - values[k])
+            weight *= gamma * lam
+            if dones[k]:
+                break
+        advantages.append(total)
+    return advantages
+
+
+def test_gae_equals_its_definition_on_random_rollouts():
+    rng = random.Random(0)
+    for _ in range(30):
+        S, E = rng.randint(1, 9), rng.randint(1, 4)
+        rewards, values = ([[rng.uniform(-3, 5) for _ in range(E)] for _ in range(S)] for _ in range(2))
+        dones = [[float(rng.random() < 0.3) for _ in range(E)] for _ in range(S)]
+        next_values, gamma, lam = [rng.uniform(-1, 1) for _ in range(E)], rng.random(), rng.random()
+        advantages, returns = rl.compute_gae(*map(torch.tensor, (rewards, values, dones, next_values)), gamma, lam)
+        for e in range(E):
+            expected = gae_by_definition(*([row[e] for row in m] for m in (rewards, values, dones)), next_values[e], gamma, lam)
+            assert advantages[:, e].tolist() == pytest.approx(expected, abs=1e-4)
+        torch.testing.assert_close(returns, advantages + torch.tensor(values))
+
+
+def test_gae_of_three_turns_worked_by_hand():
+    # one environment: a failed turn, a correct one (done), then an unfinished episode that bootstraps from 2.0
+    advantages, _ = rl.compute_gae(torch.tensor([[-1.0], [5.0], [-1.0]]), torch.tensor([[1.0], [2.0], [0.5]]),
+                                   torch.tensor([[0.0], [1.0], [0.0]]), torch.tensor([2.0]), 0.5, 0.5)
+    # third: -1 + .5*2 - .5 = -.5; second: 5 - 2 = 3; first: -1 + .5*2 - 1 + .25*3 = -.25
+    assert advantages[:, 0].tolist() == [-0.25, 3.0, -0.5]
+
+
+def test_nothing_crosses_the_end_of_an_episode():
+    values, dones = torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
+    a, _ = rl.compute_gae(torch.tensor([[1.0], [0.0]]), values, dones, torch.tensor([0.0]), 0.9, 0.95)
+    b, _ = rl.compute_gae(torch.tensor([[1.0], [99.0]]), values, dones, torch.tensor([99.0]), 0.9, 0.95)
+    assert a[0] == b[0] == 1.0
+
+
+# ---- ppo_loss
+
+def test_no_gradient_outside_the_clip_and_the_policy_gradient_at_ratio_one():
+    old = torch.zeros(5)
+    logprobs = torch.tensor([0.3, -0.3, 0.3, -0.3, 0.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, 2.0])
+    policy_loss, _, watched = rl.ppo_loss(logprobs, old, old, old, advantages, old, config(clip=0.1))
+    policy_loss.sum().backward()
+    gone, kept = logprobs.grad[:2], logprobs.grad[2:]
+    assert (gone == 0).all()                                     # moved past the clip in the wanted direction: enough
+    torch.testing.assert_close(kept, -torch.tensor([0.3, -0.3, 0.0]).exp() * advantages[2:])
+    assert watched["clip_fraction"].tolist() == [1, 1, 1, 1, 0]
+
+
+def test_a_huge_ratio_gives_neither_infinity_nor_gradient():
+    logprobs = torch.tensor([500.0, 500.0], requires_grad=True)
+    policy_loss, _, _ = rl.ppo_loss(logprobs, *[torch.zeros(2)] * 3, torch.tensor([1.0, -1.0]), torch.zeros(2), CONFIG)
+    policy_loss.sum().backward()
+    assert torch.isfinite(policy_loss).all() and logprobs.grad.tolist() == [0, 0]
+
+
+def test_the_value_clip_is_off_unless_asked_for():
+    value = torch.tensor([3.0], requires_grad=True)
+    arguments = torch.zeros(1), torch.zeros(1), value, torch.zeros(1), torch.zeros(1), torch.tensor([5.0])
+    assert float(rl.ppo_loss(*arguments, CONFIG)[1]) == 0.5 * 4
+    assert float(rl.ppo_loss(*arguments, config(value_clip=0.1))[1]) == pytest.approx(0.5 * 4.9 ** 2)
+
+
+# ---- rollout
+
+def test_a_rollout_has_the_asked_number_of_turns_and_the_second_prompt_begins_with_the_first_turn(tiny, tmp_path):
+    players, turns = rollout(tiny, config(), tmp_path)
+    assert len(turns) == 12
+    for e in range(4):
+        first, second = turns[e], turns[4 + e]
+        assert not first.done and second.done                    # verify_iter is 2 and a random model never solves a hand
+        assert second.prompt_ids[:len(first.prompt_ids + first.response_ids)] == first.prompt_ids + first.response_ids
+        assert second.reward == first.reward - 1 == -4.0         # illegal, and the step limit on the last
+        assert turns[8 + e].prompt_ids[:len(first.prompt_ids)] != first.prompt_ids   # another hand
+
+
+def test_a_player_rebuilt_from_its_state_goes_on_alike(tiny, tmp_path):
+    policy, processor = tiny
+    players, _ = rollout(tiny, config(), tmp_path)
+    again = [rl.Player(p.index, envs.make_env("gp-l", "id", verify_iter=2), processor, config(), p.episode, p.replies) for p in players]
+    assert any(p.replies for p in players)
+    assert [p.prompt_ids for p in again] == [p.prompt_ids for p in players]
+    _, a = rollout(tiny, config(), tmp_path, 1, players)
+    _, b = rollout(tiny, config(), tmp_path, 1, again)
+    assert a == b
+
+
+def test_a_stop_drops_the_rollout(tiny, tmp_path):
+    policy, processor = tiny
+    assert rl.collect_turns(policy, processor, [], 0, config(), SimpleNamespace(requested=True)) is None
+
+
+@pytest.mark.parametrize("reply, thought", [
+    ('{"cards": ["A"], "number": [1], "formula": "1=24"}', '{"cards": ["A"], "number": [1], '),
+    ('well, "formula": 3', "well, "), ("no answer", "no answer"), ('"formula"', ""),
+])
+def test_the_answer_begins_with_the_token_that_holds_the_start_of_its_key(tiny, reply, thought):
+    _, processor = tiny
+    ids = model.encode_reply(processor, reply)
+    start = rl.find_answer(processor, ids, '"formula"')
+    if '"formula"' not in reply:
+        assert start == len(ids)
+    else:
+        before, through = (processor.decode(ids[:k]) for k in (start, start + 1))
+        assert len(before) <= len(thought) < len(through)
+
+
+def test_thought_coef_weighs_the_tokens_before_the_answer(tiny):
+    policy, processor = tiny
+    prompt = model.encode(processor, envs.make_env("gp-l", "id").reset(0)[0])
+    ids = model.encode_reply(processor, '{"cards": [], "formula": "1"}')
+    start = rl.find_answer(processor, ids, '"formula"')
+    assert 0 < start < len(ids) - 1
+    turn = rl.Turn(prompt, ids, start, 0.0, False, {})
+    tokens, _ = policy(model.collate([(prompt, ids)], policy.device), 1.0)
+    weighted, _ = rl.turn_logprobs(policy, [turn], config(thought_coef=0.25))
+    torch.testing.assert_close(weighted[0], 0.25 * tokens[0, :start].sum() + tokens[0, start:].sum())
+
+
+# ---- update
+
+def test_before_the_first_step_every_ratio_is_one(tiny, tmp_path):
+    policy, processor = copy.deepcopy(tiny[0]), tiny[1]
+    _, turns = rollout(tiny, CONFIG, tmp_path)
+    logprobs, values = rl.score_turns(policy, turns, CONFIG)
+    stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, logprobs, values, torch.randn(12), torch.randn(12), 0,
+                          config(micro_batch_tokens=700))
+    assert abs(stats["ratio_max_first"] - 1) < 1e-4 and abs(stats["ratio_min_first"] - 1) < 1e-4
+
+
+def one_update(tiny, turns, advantages, **changes):
+    policy = copy.deepcopy(tiny[0])
+    logprobs, values = rl.score_turns(policy, turns, CONFIG)
+    stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters(), lr=1e-3, eps=1e-7), turns, logprobs, values, advantages,
+                          advantages, 0, config(**changes))
+    after, _ = rl.score_turns(policy, turns, CONFIG)
+    return policy, after - logprobs, stats
+
+
+def test_a_rewarded_reply_gets_likelier_and_a_punished_one_less_likely(tiny, tmp_path):
+    _, turns = rollout(tiny, CONFIG, tmp_path)
+    advantages = torch.tensor([1.0, -1.0] * 6)
+    _, change, _ = one_update(tiny, turns, advantages, value_coef=0.0)
+    assert (change[::2].mean() > 0) and (change[1::2].mean() < 0)
+
+
+def test_micro_batches_do_not_change_the_update(tiny, tmp_path):
+    _, turns = rollout(tiny, CONFIG, tmp_path)
+    advantages = torch.linspace(-1, 1, 12)
+    whole, _, stats = one_update(tiny, turns, advantages)
+    cut, _, cut_stats = one_update(tiny, turns, advantages, micro_batch_tokens=1)
+    assert cut_stats["grad_norm"] == pytest.approx(stats["grad_norm"], rel=1e-3)
+    assert cut_stats["value_loss"] == pytest.approx(stats["value_loss"], rel=1e-4)
+
+
+def test_equal_rewards_everywhere_give_no_nan(tiny, tmp_path):
+    _, turns = rollout(tiny, CONFIG, tmp_path)
+    policy, _, stats = one_update(tiny, turns, torch.zeros(12))
+    assert all(torch.isfinite(p).all() for p in policy.parameters())
+
+
+def test_a_loss_that_is_not_finite_names_the_update_and_the_turns(tiny, tmp_path):
+    policy = copy.deepcopy(tiny[0])
+    _, turns = rollout(tiny, CONFIG, tmp_path)
+    advantages = torch.zeros(12)
+    advantages[5] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"update 8, epoch 0, turns \["):
+        rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, torch.zeros(12), torch.zeros(12), advantages, advantages, 7, CONFIG)
+
+
+def test_an_update_that_minibatches_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="--minibatch-turns 5: must divide the 12 turns"):
+        rl.check(config(out="a", model="b", minibatch_turns=5))

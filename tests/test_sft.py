@@ -1,0 +1,130 @@
+"""Supervised fine-tuning: what the loss sees, data, resume."""
+import copy
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import envs
+import model
+import sft
+
+
+def some_samples(processor, num=6):
+    env, samples = envs.make_env("gp-l", "id"), []
+    for seed in range(num):
+        messages, _ = env.reset(seed)
+        for _ in range(seed % 3):
+            messages, *_ = env.step(env.flawed_reply())
+        samples.append((model.encode(processor, messages), model.encode_reply(processor, env.expert_reply())))
+    return samples
+
+
+def gradients(policy, samples, token_budget):
+    """The gradient of one step before it is applied, as one vector, and the loss."""
+    twin = copy.deepcopy(policy)
+    kept = {}
+    optimizer = SimpleNamespace(step=lambda: kept.update(g=torch.cat([p.grad.flatten() for p in twin.backbone.parameters()])),
+                                zero_grad=lambda **_: None)
+    loss, norm = sft.train_step(twin, optimizer, samples, SimpleNamespace(micro_batch_tokens=token_budget, max_grad_norm=1e9))
+    return kept["g"], loss, norm
+
+
+def test_the_loss_equals_that_of_hugging_face_with_masked_labels(tiny):
+    policy, processor = tiny
+    samples = some_samples(processor)
+    T = max(len(p) + len(r) for p, r in samples)
+    ids, labels = torch.zeros(len(samples), T, dtype=torch.long), torch.full((len(samples), T), -100)
+    for row, (prompt, response) in enumerate(samples):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor(prompt + response)
+        labels[row, len(prompt):end] = torch.tensor(response)
+    expected = policy.backbone(ids.to(policy.device), labels=labels.to(policy.device)).loss
+    _, loss, _ = gradients(policy, samples, 10 ** 6)
+    assert loss == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_micro_batches_change_neither_loss_nor_gradient(tiny):
+    policy, processor = tiny
+    samples = some_samples(processor)
+    whole, loss, norm = gradients(policy, samples, 10 ** 6)
+    for budget in (1, 300):
+        cut, cut_loss, cut_norm = gradients(policy, samples, budget)
+        assert cut_loss == pytest.approx(loss, abs=1e-5) and cut_norm == pytest.approx(norm, rel=1e-4)
+        torch.testing.assert_close(cut, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_prompt_tokens_are_no_targets_but_the_end_of_turn_is(tiny):
+    policy, processor = tiny
+    batch = model.collate(some_samples(processor), "cpu")
+    for (prompt, response), row in zip(some_samples(processor), batch["response_mask"]):
+        assert row.nonzero()[:, 0].tolist() == list(range(len(prompt), len(prompt) + len(response)))
+        assert response[-1] == processor.eos_token_id
+
+
+def test_one_sample_can_be_learnt_by_heart(tiny):
+    policy, processor = copy.deepcopy(tiny[0]), tiny[1]
+    optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=1e-2)
+    sample = some_samples(processor, 1)
+    for _ in range(60):
+        loss, _ = sft.train_step(policy, optimizer, sample, SimpleNamespace(micro_batch_tokens=10 ** 6, max_grad_norm=1.0))
+    reply = policy.generate([sample[0][0]], torch.zeros(1, 60), 60, 0.0)[0][0]
+    assert loss < 0.05 and reply == sample[0][1]
+
+
+def test_samples_come_from_the_splits_of_the_mix_in_their_shares():
+    samples = sft.Samples(sft.Config(mix="id:0.75,rule_ood:0.25", seed=3))
+    told = [samples[i][0][0]["content"] for i in range(400)]
+    share = sum("K counts as 13" in text for text in told) / 400
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    assert told == [sft.Samples(sft.Config(mix="id:0.75,rule_ood:0.25", seed=3))[i][0][0]["content"] for i in range(400)]
+    assert told[:9] != [sft.Samples(sft.Config(mix="id:0.75,rule_ood:0.25", seed=4))[i][0][0]["content"] for i in range(9)]
+
+
+def test_failed_tries_precede_the_expert_reply_and_are_not_the_target():
+    samples = sft.Samples(sft.Config(failed_tries=3))
+    counts = set()
+    for i in range(60):
+        messages, reply = samples[i]
+        counts.add(len(messages) // 2)
+        assert messages[-1]["role"] == "user" and all(reply != m["content"] for m in messages)
+    assert counts == {0, 1, 2, 3}
+
+
+def record(*turns):
+    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]}
+
+
+def test_the_released_data_shape_is_read_one_sample_a_reply_in_seeded_order(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([record("q1", "a1"), record("q2", "a2", "again", "a3")]))
+    pairs = sft.read_conversations(path)
+    assert [(len(messages), reply) for messages, reply in pairs] == [(1, "a1"), (1, "a2"), (3, "a3")]
+    samples = sft.Samples(sft.Config(data=str(path), seed=1))
+    replies = [samples[i][1] for i in range(300)]
+    assert all(sorted(replies[i:i + 3]) == ["a1", "a2", "a3"] for i in range(0, 300, 3))
+    assert len({tuple(replies[i:i + 3]) for i in range(0, 300, 3)}) == 6
+
+
+@pytest.mark.parametrize("content, told", [
+    ("{", "data.json"), ("{}", "expected a non-empty list"), ("[]", "expected a non-empty list"),
+    (json.dumps([record("q", "a"), {"conversation": []}]), "record 1: key 'conversations'"),
+    (json.dumps([record("q")]), "record 0: key 'conversations'"),
+    (json.dumps([{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]}]), "key 'from' of turn 0"),
+    (json.dumps([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 3}]}]), "key 'value' of turn 1"),
+    (json.dumps([record("q", "a") | {"image": "x.png"}]), "record 0: key 'image'"),
+])
+def test_a_broken_data_file_is_refused_by_file_record_and_key(tmp_path, content, told):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="data.json") as error:
+        sft.read_conversations(path)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("mix", ["id:x", "id:0", "id:-1", "id:nan", "elsewhere:1"])
+def test_a_bad_mix_is_refused(mix):
+    with pytest.raises(ValueError, match="mix|elsewhere"):
+        sft.Samples(sft.Config(mix=mix))
