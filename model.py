@@ -441,14 +441,12 @@ def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
 
 # ---- Running: run folders, checkpoints, log -------------------------------------------------------------------------
 
-def open_run(config):
-    """Make the run folder, or check that it belongs to this very config; the newest complete checkpoint in it or None.
+def check_run(config):
+    """The newest complete checkpoint of the run folder, or None; writes nothing.
 
-    ValueError names the fields in which a folder's config differs. Lines of metrics and turns that were logged after
-    that checkpoint are dropped, as they will be written again.
+    ValueError names the fields in which the folder's config differs from this one, or says that it holds no run.
     """
-    out, path = Path(config.out), Path(config.out) / "config.json"
-    ours = asdict(config)
+    out, path, ours = Path(config.out), Path(config.out) / "config.json", asdict(config)
     if path.is_file():
         try:
             theirs = json.loads(path.read_text())
@@ -458,21 +456,23 @@ def open_run(config):
         if differing:
             told = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differing)
             raise ValueError(f"out folder {config.out} belongs to another config ({told}): choose another --out")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out folder {config.out} is not empty and holds no run: choose another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(ours, indent=2) + "\n")
     for torn in sorted(out.glob("step_*.tmp")):
         print(f"{torn} was never finished: skipped")
-    newest = max((p.parent.parent for p in out.glob("step_*/resume/state.json") if not p.parent.parent.suffix),
-                 default=None, key=checkpoint_step)
-    last_step = checkpoint_step(newest) if newest else -1
+    return max((p for p in checkpoints(out) if (p / "resume" / "state.json").is_file()), default=None, key=checkpoint_step)
+
+
+def open_run(config, newest):
+    """Make the run folder with its config.json, or cut its log back to the checkpoint `newest`: the rest comes again."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    last_step = checkpoint_step(newest) if newest else 0
     for name in ("metrics.jsonl", "turns.jsonl"):
         if (out / name).is_file():
-            rows = [line for line in (out / name).read_text().splitlines(keepends=True) if line.endswith("\n")]
-            write_whole(out / name, "".join(row for row in rows if json.loads(row)["step"] <= last_step))
-    return newest
+            lines = [line for line in (out / name).read_text().splitlines(keepends=True) if line.endswith("\n")]
+            write_whole(out / name, "".join(line for line in lines if json.loads(line)["step"] <= last_step))
 
 
 def write_whole(path, text):

@@ -27,8 +27,9 @@ import torch
 from tqdm import tqdm, trange
 
 import envs
-from model import (StopSignal, collate, decode_reply, encode, fail, knob, learning_rate, load_policy, load_resume,
-                   log_jsonl, micro_batches, open_run, parse_config, pick_device, sampling_uniforms, save_checkpoint)
+from model import (StopSignal, check_run, collate, decode_reply, encode, fail, knob, learning_rate, load_policy,
+                   load_resume, log_jsonl, micro_batches, open_run, parse_config, pick_device, sampling_uniforms,
+                   save_checkpoint)
 
 LAMBDA = {"gp": 6.0, "virl": 5.1}   # paper C.3: tokens of the rollout buffer per token trained
 
@@ -215,7 +216,7 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
                 loss.backward()
                 first_ratios += watched["ratio"].tolist() if epoch == start == 0 else []
                 for name, value in {"policy_loss": policy_loss, "value_loss": value_loss, **watched}.items():
-                    sums[name] += float(value.sum())
+                    sums[name] += float(value.detach().sum())
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             if not torch.isfinite(grad_norm):
                 raise FloatingPointError(f"update {update + 1}, epoch {epoch}, turns {minibatch[:8]}...: grad_norm {float(grad_norm)}")
@@ -257,10 +258,11 @@ def main(config):
         overrides = {"verify_iter": config.verify_iter, "feedback": config.feedback, "prompt_file": config.prompt_file}
         overrides |= {"fold": config.fold} if config.fold else {}
         environments = [envs.make_env(config.task, config.split, **overrides) for _ in range(config.num_envs)]
-        newest = open_run(config)
+        newest = check_run(config)
         torch.manual_seed(config.seed)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device,
                                         envs.sample_texts(config.task), environments[0].atoms())
+        open_run(config, newest)
     except ValueError as error:
         fail(error)
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=1e-7)

@@ -24,8 +24,8 @@ import torch
 from tqdm import trange
 
 import envs
-from model import (StopSignal, collate, encode, encode_reply, fail, knob, learning_rate, load_policy, load_resume,
-                   log_jsonl, micro_batches, open_run, parse_config, pick_device, save_checkpoint)
+from model import (StopSignal, check_run, collate, encode, encode_reply, fail, knob, learning_rate, load_policy,
+                   load_resume, log_jsonl, micro_batches, open_run, parse_config, pick_device, save_checkpoint)
 
 
 @dataclass
@@ -138,11 +138,11 @@ def train_step(policy, optimizer, samples, config):
         logprobs, _ = policy(collate([samples[row] for row in rows], policy.device))
         micro_loss = -logprobs.sum() / num_tokens
         micro_loss.backward()
-        loss += micro_loss.detach()
+        loss += float(micro_loss.detach())
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.backbone.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(loss), float(grad_norm)
+    return loss, float(grad_norm)
 
 
 def main(config):
@@ -150,10 +150,11 @@ def main(config):
         if not config.out or not config.model:
             raise ValueError("--out and --model are required; --model is a folder, tiny, or tiny:WIDTHxLAYERS")
         device, samples = pick_device(config.device), Samples(config)
-        newest = open_run(config)
+        newest = check_run(config)
         torch.manual_seed(config.seed)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device,
                                         envs.sample_texts(config.task), samples.envs[0].atoms())
+        open_run(config, newest)
     except ValueError as error:
         fail(error)
     policy.train()

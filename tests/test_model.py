@@ -266,10 +266,11 @@ def make_run(tmp_path, **changes):
     return Config(**changes)
 
 
-def test_open_run_takes_the_newest_complete_checkpoint_and_drops_later_log_lines(tiny, tmp_path, capsys):
+def test_a_run_goes_on_from_the_newest_complete_checkpoint_and_drops_later_log_lines(tiny, tmp_path, capsys):
     policy, processor = tiny
     config = make_run(tmp_path)
-    assert model.open_run(config) is None
+    assert model.check_run(config) is None and not list(tmp_path.iterdir())
+    model.open_run(config, None)
     run, optimizer = tmp_path / "run", torch.optim.Adam(policy.parameters())
     for step in (1, 2):
         model.save_checkpoint(run, step, policy, processor, optimizer, {"step": step})
@@ -279,21 +280,23 @@ def test_open_run_takes_the_newest_complete_checkpoint_and_drops_later_log_lines
         model.log_jsonl(run / "metrics.jsonl", step=step)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')                                  # a line that was killed
-    assert model.open_run(config).name == "step_000002"
+    newest = model.check_run(config)
+    assert newest.name == "step_000002"
+    model.open_run(config, newest)
     assert "step_000003.tmp" in capsys.readouterr().out
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_an_out_folder_of_another_config_or_with_foreign_files_is_refused_untouched(tmp_path):
-    model.open_run(make_run(tmp_path))
+    model.open_run(make_run(tmp_path), None)
     before = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(ValueError, match="lr 1.0 there, 2.0 here"):
-        model.open_run(make_run(tmp_path, lr=2.0))
+        model.check_run(make_run(tmp_path, lr=2.0))
     assert (tmp_path / "run" / "config.json").read_text() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("!")
     with pytest.raises(ValueError, match="not empty"):
-        model.open_run(make_run(tmp_path, out=str(tmp_path / "mine")))
+        model.check_run(make_run(tmp_path, out=str(tmp_path / "mine")))
 
 
 def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):

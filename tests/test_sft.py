@@ -43,7 +43,7 @@ def test_the_loss_equals_that_of_hugging_face_with_masked_labels(tiny):
         labels[row, len(prompt):end] = torch.tensor(response)
     expected = policy.backbone(ids.to(policy.device), labels=labels.to(policy.device)).loss
     _, loss, _ = gradients(policy, samples, 10 ** 6)
-    assert loss == pytest.approx(float(expected), abs=1e-5)
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_micro_batches_change_neither_loss_nor_gradient(tiny):

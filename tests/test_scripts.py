@@ -1,0 +1,136 @@
+"""The scripts as a user runs them: the chain, stopping and going on, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import evaluate
+import model
+import rl
+import sft
+from conftest import ROOT
+
+SFT = dict(model="tiny:32x2", steps=4, batch_size=8, lr=1e-3, save_every=2)
+RL = dict(num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2, updates=4, lr=1e-4, max_new_tokens=10, temperature=1.0, verify_iter=4)
+
+
+def flags(**knobs):
+    return [word for name, value in knobs.items() for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def metrics(run):
+    """The lines of metrics.jsonl without the fields that hold times."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, device):
+    """A checkpoint of a few SFT steps."""
+    out = tmp_path_factory.mktemp("start") / "run"
+    sft.main(sft.Config(out=str(out), device=device, **SFT))
+    return out
+
+
+def test_sft_then_rl_then_evaluate_on_the_command_line(start, tmp_path, device, run_script):
+    assert [p.name for p in model.checkpoints(start)] == ["step_000002", "step_000004"]
+    done = run_script("rl.py", *flags(model=start / "step_000004", out="rl", device=device, **{**RL, "updates": 2}))
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in metrics(tmp_path / "rl")] == [1, 2]
+    done = run_script("evaluate.py", *flags(run="rl", episodes=6, verify_iter=2, max_new_tokens=12, device=device))
+    assert done.returncode == 0 and "rule_ood" in done.stdout, done.stderr
+    rows = evaluate.read_jsonl(tmp_path / "rl" / "eval.jsonl")
+    assert [(row["step"], row["split"]) for row in rows] == [(s, split) for s in (0, 1, 2) for split in ("id", "rule_ood")]
+    assert rows[0]["gflops"] == 0 < rows[2]["gflops"] < rows[4]["gflops"]
+    assert run_script("evaluate.py", *flags(run="rl", episodes=6, verify_iter=2, max_new_tokens=12, device=device)).returncode == 0
+    assert evaluate.read_jsonl(tmp_path / "rl" / "eval.jsonl") == rows      # what is there is not played again
+
+
+def test_the_log_has_what_a_reader_of_a_run_needs(start, tmp_path, device):
+    rl.main(rl.Config(model=str(start / "step_000004"), out=str(tmp_path / "rl"), device=device, **{**RL, "updates": 3}))
+    row = metrics(tmp_path / "rl")[-1]
+    assert row["turns"] == 12 and row["optimizer_steps"] == 4 and row["gflops_paper"] > 0
+    assert sum(value for name, value in row.items() if name.startswith("status_")) == 12
+    assert {"success", "reward", "replies_cut", "grad_norm", "clip_fraction", "approx_kl", "explained_variance", "lr",
+            "policy_loss", "value_loss", "tokens_trained", "tokens_rollout", "gflops"} <= row.keys()
+    talk = evaluate.read_jsonl(tmp_path / "rl" / "turns.jsonl")[0]["messages"]
+    assert [m["role"] for m in talk[:3]] == ["user", "assistant", "user"] and talk[0]["content"].startswith("Make 24")
+
+
+def interrupted(script, knobs, run, how, lines=2):
+    """Start a script, stop it once its log has `lines` lines, and return its exit status."""
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags(out=run, **knobs)], stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    deadline = time.time() + 120
+    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < lines:
+        assert process.poll() is None and time.time() < deadline, "it ended before it was stopped"
+        time.sleep(0.005)
+    process.send_signal(how)
+    return process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("how, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_stopped_rl_run_goes_on_to_the_same_numbers(start, tmp_path, device, how, status):
+    knobs = dict(model=start / "step_000004", device=device, save_every=2, **{**RL, "updates": 12})
+    rl.main(rl.Config(out=str(tmp_path / "straight"), **{**knobs, "model": str(knobs["model"])}))
+    assert interrupted("rl.py", knobs, tmp_path / "stopped", how, lines=3) == status
+    assert len(metrics(tmp_path / "stopped")) < 12
+    rl.main(rl.Config(out=str(tmp_path / "stopped"), **{**knobs, "model": str(knobs["model"])}))
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+    ours, theirs = ((tmp_path / run / "step_000012" / "model.safetensors").read_bytes() for run in ("stopped", "straight"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("how, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_stopped_sft_run_goes_on_to_the_same_numbers(tmp_path, device, how, status):
+    knobs = dict(SFT, device=device, steps=40, save_every=5)
+    sft.main(sft.Config(out=str(tmp_path / "straight"), **knobs))
+    assert interrupted("sft.py", knobs, tmp_path / "stopped", how, lines=8) == status
+    assert len(metrics(tmp_path / "stopped")) < 40
+    sft.main(sft.Config(out=str(tmp_path / "stopped"), **knobs))
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
+
+
+BAD = [
+    ("sft.py", dict(model="tiny:32x2", out="new", stepz=3), "unknown option --stepz; did you mean --steps?"),
+    ("sft.py", dict(model="tiny:32x2", out="new", steps="many"), "--steps: invalid int value: 'many'"),
+    ("sft.py", dict(model="tiny:32x2", out="new", data="none.json"), "data file none.json"),
+    ("sft.py", dict(model="nowhere", out="new"), "model 'nowhere': no such model folder"),
+    ("rl.py", dict(model="nowhere", out="new"), "model 'nowhere': no such model folder"),
+    ("rl.py", dict(model="nowhere", out="new", clip=-1), "--clip -1.0: must be at least 0"),
+    ("rl.py", dict(model="nowhere", out="new", split="blue"), "split 'blue': gp-l has id, rule_ood"),
+    ("evaluate.py", dict(model="nowhere"), "model 'nowhere': no such model folder"),
+    ("evaluate.py", dict(run="nowhere"), "run 'nowhere': no run folder"),
+    ("evaluate.py", dict(episodes=3), "exactly one of --model, --run and --compare"),
+]
+
+
+def test_bad_input_ends_with_one_line_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scripts = {"sft.py": sft, "rl.py": rl, "evaluate.py": evaluate}
+    for script, knobs, told in BAD:
+        monkeypatch.setattr(sys, "argv", [script])
+        with pytest.raises(SystemExit) as exit:
+            scripts[script].main(model.parse_config(scripts[script].Config, flags(**knobs)))
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and f"{script}: error: " in err and told in err, err
+        assert err.strip().count("\n") == 0
+        assert not list(tmp_path.iterdir()), f"{script} {knobs} left something behind"
+
+
+def test_an_out_folder_of_another_config_is_not_touched(start, device, capsys):
+    before = {p: p.stat().st_mtime_ns for p in start.rglob("*")}
+    with pytest.raises(SystemExit):
+        sft.main(sft.Config(out=str(start), device=device, **{**SFT, "lr": 5e-4}))
+    assert "belongs to another config (lr 0.001 there, 0.0005 here)" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in start.rglob("*")}
+
+
+def test_importing_any_file_starts_nothing(tmp_path):
+    code = "import verify, envs, model, sft, rl, evaluate"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout and not list(tmp_path.iterdir())
