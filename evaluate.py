@@ -49,6 +49,7 @@ class Config:
     seeds: str = knob("0", "evaluation seeds, comma-separated; deals are never those of training")
     temperature: float = knob(0.0, "0 is greedy", low=0)
     max_new_tokens: int = knob(256, "a reply is cut here", low=1)
+    generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
     dtype: str = knob("float32", "compute in this type", choices=("float32", "bfloat16"))
     device: str = knob("auto", "cpu, cuda, or auto")
 
@@ -65,7 +66,8 @@ def play_episodes(policy, processor, environments, seed, config):
     progress = tqdm(total=len(environments), desc="episodes", leave=False)
     while playing:
         uniforms = sampling_uniforms([(seed, i, turn) for i in playing], config.max_new_tokens)
-        replies = policy.generate([dialogues[i] for i in playing], uniforms, config.max_new_tokens, config.temperature)
+        replies = policy.generate([dialogues[i] for i in playing], uniforms, config.max_new_tokens, config.temperature,
+                                  config.generate_tokens)
         for i, (response_ids, _) in zip(playing, replies):
             messages, reward, _, _, info = environments[i].step(decode_reply(processor, response_ids))
             infos[i].append(info | {"reward": reward})

@@ -95,21 +95,24 @@ def decode_reply(processor, response_ids):
     return processor.decode([i for i in response_ids if i != processor.eos_token_id])
 
 
-def collate(samples, device):
-    """Pad (prompt_ids, response_ids) pairs on the right: input_ids, response_mask (B, T), prompt_lengths (B,).
+def collate(dialogues, device):
+    """One row of tokens for each dialogue, padded on the right, and where in it the replies stand.
 
-    No attention mask: under causal attention no token sees the padding that follows it.
+    A dialogue is a list of (prompt_ids, response_ids) in which each prompt begins with the whole turn before it, so
+    its last turn holds them all and one pass serves every reply: 5 tries cost the tokens of the longest, not the sum.
+    Returns input_ids (rows, T) and, for each of the B replies in order, row, prompt_length and response_length (B,).
+    No attention mask: under causal attention no token sees what follows it, padding or later turns.
     """
-    T = max(len(prompt) + len(response) for prompt, response in samples)
-    input_ids = torch.zeros(len(samples), T, dtype=torch.long)
-    response_mask = torch.zeros(len(samples), T, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(samples):
-        end = len(prompt) + len(response)
-        input_ids[row, :end] = torch.tensor(prompt + response)
-        response_mask[row, len(prompt):end] = True
-    prompt_lengths = torch.tensor([len(prompt) for prompt, _ in samples])
-    return {"input_ids": input_ids.to(device), "response_mask": response_mask.to(device),
-            "prompt_lengths": prompt_lengths.to(device)}
+    whole = [dialogue[-1][0] + dialogue[-1][1] for dialogue in dialogues]
+    input_ids = torch.zeros(len(whole), max(map(len, whole)), dtype=torch.long)
+    replies = []
+    for row, ids in enumerate(whole):
+        input_ids[row, :len(ids)] = torch.tensor(ids)
+        for prompt, response in dialogues[row]:
+            assert ids[:len(prompt) + len(response)] == prompt + response, "a prompt does not begin with the turn before"
+            replies.append((row, len(prompt), len(response)))
+    columns = torch.tensor(replies, device=device).T
+    return {"input_ids": input_ids.to(device), "row": columns[0], "prompt_length": columns[1], "response_length": columns[2]}
 
 
 def micro_batches(lengths, token_budget):
@@ -258,17 +261,19 @@ class Policy(nn.Module):
         The shift between a position and the token it predicts is made here and nowhere else; the vocabulary is only
         multiplied at the n response tokens, so no (B, T, V) tensor exists.
         """
+        row, first, lengths = batch["row"], batch["prompt_length"], batch["response_length"]
+        offsets = torch.arange(int(lengths.max()), device=self.device)                             # (R,)
+        is_token = offsets < lengths[:, None]                                                      # (B, R)
+        rows, columns = row[:, None].expand_as(is_token)[is_token], (first[:, None] + offsets)[is_token]   # (n,)
         with self.autocast():
-            hidden = self.backbone.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state  # (B, T, D)
-            is_response = batch["response_mask"][:, 1:]
-            logits = self.backbone.lm_head(hidden[:, :-1][is_response]).float()                            # (n, V)
-            values = self.value_head(hidden[torch.arange(len(hidden)), batch["prompt_lengths"] - 1])       # (B, 1)
+            hidden = self.backbone.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state  # (rows, T, D)
+            logits = self.backbone.lm_head(hidden[rows, columns - 1]).float()                      # (n, V)
+            values = self.value_head(hidden[row, first - 1])                                       # (B, 1)
         if temperature is not None:
             logits = logits.div_(temperature).masked_fill_(self.banned, -math.inf)
-        flat = -F.cross_entropy(logits, batch["input_ids"][:, 1:][is_response], reduction="none")          # (n,)
-        lengths = is_response.sum(1)
-        logprobs = flat.new_zeros(len(hidden), int(lengths.max()))                                         # (B, R)
-        logprobs[torch.arange(logprobs.shape[1], device=self.device) < lengths[:, None]] = flat
+        flat = -F.cross_entropy(logits, batch["input_ids"][rows, columns], reduction="none")       # (n,)
+        logprobs = flat.new_zeros(is_token.shape)                                                  # (B, R)
+        logprobs[is_token] = flat
         return logprobs, values[:, 0].float()
 
     @torch.no_grad()

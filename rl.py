@@ -13,7 +13,7 @@ and why, is listed in the README; the hyper-parameters are theirs, since the pap
 
 Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages, more than one device.
 
-    S turns of each environment   E environments   N = S x E turns in an update   B turns in a micro-batch   R tokens
+    S turns of each environment   E environments   N = S x E turns of an update   B turns of a micro-batch   R tokens
 """
 import math
 import sys
@@ -66,7 +66,8 @@ class Config:
     thought_coef: float = knob(0.5, "weight of the log-probs before the answer key", low=0)
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this (official: 0.01, without effect)", low=0)
     # running
-    micro_batch_tokens: int = knob(16384, "padded tokens per forward", low=1)
+    micro_batch_tokens: int = knob(16384, "padded tokens per forward of the update", low=1)
+    generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
     dtype: str = knob("float32", "compute in this type; weights are float32", choices=("float32", "bfloat16"))
     device: str = knob("auto", "cpu, cuda, or auto")
     seed: int = knob(0, "fixes deals, samples and a new value head", low=0)
@@ -82,6 +83,7 @@ class Turn:
     answer_start: int     # tokens before this one are thought
     reward: float
     done: bool            # terminated or truncated: GAE stops here
+    dialogue: tuple       # turns of one dialogue share this: (environment, episode, number in it)
     info: dict
 
 
@@ -95,9 +97,13 @@ class Player:
             self.play(response_ids)
 
     def begin(self, episode):
-        self.episode, self.replies = episode, []
+        self.episode, self.replies, self.dialogue = episode, [], 0
         messages, _ = self.env.reset(seed=f"{self.seed}/rl/{self.index}/{episode}")
-        self.prompt_ids = encode(self.processor, messages)
+        self.continue_with(messages, None)
+
+    def continue_with(self, messages, prior_ids):
+        self.dialogue += prior_ids is None
+        self.prompt_ids = encode(self.processor, messages, prior_ids)
 
     def play(self, response_ids):
         """Step the environment with a reply and move on to the next prompt: (messages, reward, done, info)."""
@@ -105,9 +111,8 @@ class Player:
         if terminated or truncated:
             self.begin(self.episode + 1)
         else:
-            prior_ids = None if info["new_dialogue"] else self.prompt_ids + response_ids
             self.replies = self.replies + [response_ids]
-            self.prompt_ids = encode(self.processor, messages, prior_ids)
+            self.continue_with(messages, None if info["new_dialogue"] else self.prompt_ids + response_ids)
         return messages, reward, terminated or truncated, info
 
 
@@ -134,36 +139,58 @@ def collect_turns(policy, processor, players, update, config, stop):
             return None
         prompts = [player.prompt_ids for player in players]
         uniforms = sampling_uniforms([(config.seed, update, player.index, s) for player in players], config.max_new_tokens)
-        replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature)
+        replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
+                                  config.generate_tokens)
         for player, prompt_ids, (response_ids, _) in zip(players, prompts, replies):
+            dialogue = player.index, player.episode, player.dialogue
             messages, reward, done, info = player.play(response_ids)
-            turns.append(Turn(prompt_ids, response_ids, find_answer(processor, response_ids, player.env.answer_key),
-                              reward, done, info))
+            answer_start = find_answer(processor, response_ids, player.env.answer_key)
+            turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, dialogue, info))
             if done and player.index < 2:   # a few whole conversations to read: the way to see reward hacking
                 log_jsonl(Path(config.out) / "turns.jsonl", step=update + 1, env=player.index, messages=messages,
                           reward=reward, **info)
     return turns
 
 
-def turn_logprobs(policy, turns, config):
-    """Weighted log-prob of each reply (B,) and value of each prompt (B,): the one function of rollout and update."""
-    batch = collate([(turn.prompt_ids, turn.response_ids) for turn in turns], policy.device)
+def group_dialogues(turns):
+    """The turns' indices by dialogue: a list of lists, each in the order they were played."""
+    dialogues = {}
+    for index, turn in enumerate(turns):
+        dialogues.setdefault(turn.dialogue, []).append(index)
+    return list(dialogues.values())
+
+
+def turn_length(turn):
+    return len(turn.prompt_ids) + len(turn.response_ids)
+
+
+def turn_batches(turns, dialogues, config):
+    """Micro-batches of whole dialogues, as lists of lists of turn indices: the turns of a dialogue share one row."""
+    lengths = [turn_length(turns[dialogue[-1]]) for dialogue in dialogues]   # the last turn holds the earlier ones
+    for group in micro_batches(lengths, config.micro_batch_tokens):
+        yield [dialogues[i] for i in group]
+
+
+def turn_logprobs(policy, turns, dialogues, config):
+    """Weighted log-prob of each reply (B,) and value of each prompt (B,): the one function of rollout and update.
+
+    `dialogues` are lists of turn indices; B runs over them in that order.
+    """
+    flat = [turns[i] for dialogue in dialogues for i in dialogue]
+    batch = collate([[(turns[i].prompt_ids, turns[i].response_ids) for i in dialogue] for dialogue in dialogues], policy.device)
     logprobs, values = policy(batch, config.temperature)                            # (B, R), (B,)
-    starts = torch.tensor([turn.answer_start for turn in turns], device=policy.device)
+    starts = torch.tensor([turn.answer_start for turn in flat], device=policy.device)
     is_thought = torch.arange(logprobs.shape[1], device=policy.device) < starts[:, None]
     return (logprobs * torch.where(is_thought, config.thought_coef, 1.0)).sum(1), values
-
-
-def turn_lengths(turns):
-    return [len(turn.prompt_ids) + len(turn.response_ids) for turn in turns]
 
 
 @torch.no_grad()
 def score_turns(policy, turns, config):
     """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,)."""
     logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
-    for rows in micro_batches(turn_lengths(turns), config.micro_batch_tokens):
-        micro_logprobs, micro_values = turn_logprobs(policy, [turns[row] for row in rows], config)
+    for dialogues in turn_batches(turns, group_dialogues(turns), config):
+        rows = [i for dialogue in dialogues for i in dialogue]
+        micro_logprobs, micro_values = turn_logprobs(policy, turns, dialogues, config)
         logprobs[rows], values[rows] = micro_logprobs.cpu(), micro_values.cpu()
     return logprobs, values
 
@@ -197,20 +224,25 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, co
 
 
 def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, returns, update, config):
-    """`epochs` passes over the N turns in shuffled minibatches, one optimizer step each; returns the stats to log."""
+    """`epochs` passes over the N turns in shuffled minibatches, one optimizer step each; returns the stats to log.
+
+    Whole dialogues are shuffled, so that a minibatch has about `minibatch_turns` turns; each is averaged over its own.
+    """
     normalised = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
     columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)   # (4, N)
-    lengths, sums, grad_norms, first_ratios = turn_lengths(turns), Counter(), [], []
+    everyone, sums, grad_norms, first_ratios = group_dialogues(turns), Counter(), [], []
     for epoch in trange(config.epochs, desc="update", leave=False):
-        order = np.random.default_rng((config.seed, update, epoch)).permutation(len(turns)).tolist()
+        order = np.random.default_rng((config.seed, update, epoch)).permutation(len(everyone))
+        ends = np.cumsum([len(everyone[i]) for i in order])                         # turns up to and including each
         for start in range(0, len(turns), config.minibatch_turns):
-            minibatch = order[start:start + config.minibatch_turns]
-            for group in micro_batches([lengths[i] for i in minibatch], config.micro_batch_tokens):
-                rows = [minibatch[i] for i in group]
-                logprobs, values = turn_logprobs(policy, [turns[i] for i in rows], config)
+            chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
+            num_turns = sum(len(everyone[i]) for i in chosen)
+            for dialogues in turn_batches(turns, [everyone[i] for i in chosen], config):
+                rows = [i for dialogue in dialogues for i in dialogue]
+                logprobs, values = turn_logprobs(policy, turns, dialogues, config)
                 old_logprob, old_value, advantage, target = columns[:, rows]
                 policy_loss, value_loss, watched = ppo_loss(logprobs, old_logprob, values, old_value, advantage, target, config)
-                loss = (policy_loss + config.value_coef * value_loss).sum() / len(minibatch)
+                loss = (policy_loss + config.value_coef * value_loss).sum() / num_turns
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"update {update + 1}, epoch {epoch}, turns {rows[:8]}...: loss {float(loss)}")
                 loss.backward()
@@ -219,7 +251,7 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
                     sums[name] += float(value.detach().sum())
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             if not torch.isfinite(grad_norm):
-                raise FloatingPointError(f"update {update + 1}, epoch {epoch}, turns {minibatch[:8]}...: grad_norm {float(grad_norm)}")
+                raise FloatingPointError(f"update {update + 1}, epoch {epoch}, minibatch from turn {start}: grad_norm {float(grad_norm)}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             grad_norms.append(float(grad_norm))
@@ -285,7 +317,7 @@ def main(config):
             save(update)
             sys.exit(143)
         old_logprobs, values = score_turns(policy, turns, config)                   # (N,), (N,)
-        upcoming = [Turn(player.prompt_ids, [], 0, 0.0, False, {}) for player in players]
+        upcoming = [Turn(player.prompt_ids, [], 0, 0.0, False, (player.index,), {}) for player in players]
         _, next_values = score_turns(policy, upcoming, config)                      # (E,)
         shape = config.turns_per_env, config.num_envs
         rewards = torch.tensor([turn.reward for turn in turns]).view(shape)         # (S, E)
@@ -297,10 +329,10 @@ def main(config):
                                update, config)
         except FloatingPointError as error:
             fail(f"{error}; the last checkpoint is whole, try a smaller --lr")
-        tokens = sum(turn_lengths(turns))
-        state = {"step": update + 1, "tokens_trained": state["tokens_trained"] + config.epochs * tokens,
-                 # sampled once, scored once, and the prompts that the bootstrap values were read from
-                 "tokens_rollout": state["tokens_rollout"] + 2 * tokens + sum(turn_lengths(upcoming)),
+        tokens_trained = config.epochs * sum(turn_length(turns[dialogue[-1]]) for dialogue in group_dialogues(turns))
+        tokens_scored = tokens_trained // config.epochs + sum(map(turn_length, upcoming))
+        state = {"step": update + 1, "tokens_trained": state["tokens_trained"] + tokens_trained,
+                 "tokens_rollout": state["tokens_rollout"] + sum(map(turn_length, turns)) + tokens_scored,
                  "players": [[player.episode, player.replies] for player in players]}
         flops_per_token = 2 * policy.num_params
         lam = LAMBDA[config.task.split("-")[0]]

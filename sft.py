@@ -135,7 +135,7 @@ def train_step(policy, optimizer, samples, config):
     """
     num_tokens, loss = sum(len(response) for _, response in samples), 0.0
     for rows in micro_batches([len(prompt) + len(response) for prompt, response in samples], config.micro_batch_tokens):
-        logprobs, _ = policy(collate([samples[row] for row in rows], policy.device))
+        logprobs, _ = policy(collate([[samples[row]] for row in rows], policy.device))
         micro_loss = -logprobs.sum() / num_tokens
         micro_loss.backward()
         loss += float(micro_loss.detach())

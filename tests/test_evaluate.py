@@ -17,7 +17,7 @@ class Puppet:
     def __init__(self, processor, environments, choose):
         self.processor, self.waiting, self.choose = processor, environments, choose
 
-    def generate(self, prompts, uniforms, max_new_tokens, temperature):
+    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget):
         playing = [env for env in self.waiting if not env.done]
         assert len(playing) == len(prompts) == len(uniforms)
         return [(model.encode_reply(self.processor, self.choose(env)), []) for env in playing]
@@ -25,7 +25,7 @@ class Puppet:
 
 def played(tiny, split, choose, verify_iter=3, episodes=20):
     environments = [envs.make_env("gp-l", split, verify_iter=verify_iter) for _ in range(episodes)]
-    config = SimpleNamespace(max_new_tokens=8, temperature=0.0)
+    config = SimpleNamespace(max_new_tokens=8, temperature=0.0, generate_tokens=1)
     infos = evaluate.play_episodes(Puppet(tiny[1], environments, choose), tiny[1], environments, 0, config)
     return evaluate.summarise(infos, verify_iter)
 

@@ -89,7 +89,7 @@ def test_logprobs_are_those_of_the_plain_model_at_the_response_tokens(tiny):
     prompts = some_prompts(processor)
     samples = [(p, model.encode_reply(processor, "[1] (2" * (i + 1))) for i, p in enumerate(prompts)]
     before = [(list(p), list(r)) for p, r in samples]
-    logprobs, values = policy(model.collate(samples, policy.device))
+    logprobs, values = policy(model.collate([[s] for s in samples], policy.device))
     assert samples == before
     assert logprobs.shape == (len(samples), max(len(r) for _, r in samples)) and values.shape == (len(samples),)
     for (prompt, response), row, value in zip(samples, logprobs, values):
@@ -104,11 +104,32 @@ def test_logprobs_are_those_of_the_plain_model_at_the_response_tokens(tiny):
 def test_padding_and_neighbours_change_nothing(tiny):
     policy, processor = tiny
     samples = [(p, model.encode_reply(processor, "12+" * (i + 1))) for i, p in enumerate(some_prompts(processor))]
-    together, values = policy(model.collate(samples, policy.device), 0.7)
+    together, values = policy(model.collate([[s] for s in samples], policy.device), 0.7)
     for sample, row, value in zip(samples, together, values):
-        alone, alone_value = policy(model.collate([sample], policy.device), 0.7)
+        alone, alone_value = policy(model.collate([[sample]], policy.device), 0.7)
         torch.testing.assert_close(alone[0], row[:len(sample[1])], atol=1e-5, rtol=0)
         torch.testing.assert_close(alone_value[0], value, atol=1e-5, rtol=0)
+
+
+def test_turns_that_share_a_row_have_the_logprobs_and_values_of_turns_alone(tiny):
+    policy, processor = tiny
+    env = envs.make_env("gp-l", "id")
+    messages, _ = env.reset(4)
+    dialogue, prompt = [], model.encode(processor, messages)
+    for length in (9, 5, 7):                                     # cut replies: the next prompt closes them
+        response = model.encode_reply(processor, env.flawed_reply())[:length]
+        dialogue.append((prompt, response))
+        messages, *_ = env.step(model.decode_reply(processor, response))
+        prompt = model.encode(processor, messages, prompt + response)
+    dialogues = [dialogue, [(some_prompts(processor)[0], [5, 6])]]
+    batch = model.collate(dialogues, policy.device)
+    assert batch["input_ids"].shape[0] == 2 and len(batch["row"]) == 4
+    together, values = policy(batch, 1.0)
+    alone, alone_values = policy(model.collate([[turn] for turns in dialogues for turn in turns], policy.device), 1.0)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(values, alone_values, atol=1e-5, rtol=0)
+    with pytest.raises(AssertionError, match="does not begin with the turn before"):
+        model.collate([[dialogue[2], dialogue[0]]], policy.device)
 
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
@@ -116,7 +137,7 @@ def test_logprobs_seen_while_sampling_equal_those_of_the_update(tiny, temperatur
     policy, processor = tiny
     prompts = some_prompts(processor)
     replies = policy.generate(prompts, model.sampling_uniforms([(5, i) for i in range(len(prompts))], 24), 24, temperature)
-    logprobs, _ = policy(model.collate([(p, r) for p, (r, _) in zip(prompts, replies)], policy.device), temperature)
+    logprobs, _ = policy(model.collate([[(p, r)] for p, (r, _) in zip(prompts, replies)], policy.device), temperature)
     for row, (response, seen) in zip(logprobs.tolist(), replies):
         assert row[:len(response)] == pytest.approx(seen, abs=1e-5)
 
@@ -196,10 +217,10 @@ def test_greedy_decoding_equals_generate_of_hugging_face_also_for_another_archit
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_weights(tiny, device):
     policy, processor = tiny
     samples = [(p, model.encode_reply(processor, "1+2")) for p in some_prompts(processor)]
-    exact, _ = policy(model.collate(samples, policy.device))
+    exact, _ = policy(model.collate([[s] for s in samples], policy.device))
     policy.dtype = torch.bfloat16
     try:
-        rough, values = policy(model.collate(samples, policy.device))
+        rough, values = policy(model.collate([[s] for s in samples], policy.device))
         replies = policy.generate([p for p, _ in samples], model.sampling_uniforms([(i,) for i in range(6)], 8), 8, 1.0)
     finally:
         policy.dtype = torch.float32
@@ -231,7 +252,7 @@ def test_a_checkpoint_opens_in_plain_transformers_and_comes_back_whole(tiny, tmp
     policy, processor = tiny
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
     samples = [(p, model.encode_reply(processor, "1+2")) for p in some_prompts(processor)]
-    logprobs, values = policy(model.collate(samples, policy.device))
+    logprobs, values = policy(model.collate([[s] for s in samples], policy.device))
     (logprobs.sum() * 0 + values.sum() * 0).backward()
     optimizer.step()
     folder = model.save_checkpoint(tmp_path, 7, policy, processor, optimizer, {"step": 7})

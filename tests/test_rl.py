@@ -149,9 +149,9 @@ def test_thought_coef_weighs_the_tokens_before_the_answer(tiny):
     ids = model.encode_reply(processor, '{"cards": [], "formula": "1"}')
     start = rl.find_answer(processor, ids, '"formula"')
     assert 0 < start < len(ids) - 1
-    turn = rl.Turn(prompt, ids, start, 0.0, False, {})
-    tokens, _ = policy(model.collate([(prompt, ids)], policy.device), 1.0)
-    weighted, _ = rl.turn_logprobs(policy, [turn], config(thought_coef=0.25))
+    turn = rl.Turn(prompt, ids, start, 0.0, False, (0, 0), {})
+    tokens, _ = policy(model.collate([[(prompt, ids)]], policy.device), 1.0)
+    weighted, _ = rl.turn_logprobs(policy, [turn], [[0]], config(thought_coef=0.25))
     torch.testing.assert_close(weighted[0], 0.25 * tokens[0, :start].sum() + tokens[0, start:].sum())
 
 

@@ -1,0 +1,540 @@
+"""envs.py: GeneralPoints is dealt, told and judged as its knobs say, and every episode can be played again."""
+import ast
+import copy
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+import envs
+from envs import GP_SPLITS, PROMPTS, RANKS, RULES, GeneralPoints, held_out, load_prompts, make_env
+from verify import FEEDBACK, STEP_LIMIT, solutions
+
+ROOT = Path(__file__).resolve().parent.parent
+WRONG = '{"formula": "1"}'    # legal, but never the four cards: wrong_numbers
+
+
+def python(*arguments, stdin=""):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=60)
+
+
+def exact_value(formula):
+    """A formula's value by Python's own parser, over fractions."""
+    def walk(node):
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        left, right = walk(node.left), walk(node.right)
+        return {ast.Add: lambda: left + right, ast.Sub: lambda: left - right,
+                ast.Mult: lambda: left * right, ast.Div: lambda: left / right}[type(node.op)]()
+    return walk(ast.parse(formula, mode="eval").body)
+
+
+def stated_values(prompt):
+    """What each rank is worth according to the words of a prompt."""
+    assert "ace counts as 1," in prompt
+    faces = {rank: int(re.search(rf"\b{rank} counts as (\d+)", prompt)[1]) for rank in "JQK"}
+    return {"A": 1, **{str(n): n for n in range(2, 11)}, **faces}
+
+
+def stated_cards(prompt):
+    return json.loads(re.search(r"Cards: (\[.*\])", prompt)[1])
+
+
+def play(env, seed, replies):
+    """Everything that an episode shows from outside."""
+    shown = [env.reset(seed=seed)]
+    return copy.deepcopy(shown + [env.step(reply) for reply in replies])
+
+
+# ---- Seeds ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("split", GP_SPLITS)
+@pytest.mark.parametrize("solution", ["fixed", "random"])
+def test_the_same_seed_gives_the_same_episode_whatever_was_played_before(split, solution):
+    fresh, used = make_env("gp-l", split, solution=solution), make_env("gp-l", split, solution=solution)
+    for other in range(5):
+        used.reset(seed=other)
+        used.flawed_reply()
+        used.step(WRONG)
+    for seed in (7, "a/text/7"):
+        fresh.reset(seed=seed), used.reset(seed=seed)
+        assert fresh.expert_reply() == used.expert_reply()
+        assert [fresh.flawed_reply() for _ in range(3)] == [used.flawed_reply() for _ in range(3)]
+        replies = ["?", WRONG, fresh.flawed_reply(), fresh.expert_reply()]
+        assert play(fresh, seed, replies) == play(used, seed, replies)
+
+
+@pytest.mark.parametrize("split", GP_SPLITS)
+def test_other_seeds_give_other_episodes(split):
+    env = make_env("gp-l", split)
+    ordered_hands = 100                                     # of many thousands; two seeds may well share one
+    seen = {env.reset(seed=seed)[0][0]["content"] for seed in range(ordered_hands)}
+    assert len(seen) > ordered_hands * 0.9
+    assert env.reset(seed=1)[0] != env.reset(seed="1")[0]
+
+
+def test_the_expert_solution_setting_does_not_change_the_hand():
+    fixed, drawn = make_env("gp-l", "id"), make_env("gp-l", "id", solution="random")
+    for seed in range(200):
+        assert fixed.reset(seed=seed)[0] == drawn.reset(seed=seed)[0]
+
+
+# ---- The expert and the flawed reply ----------------------------------------------------------------------------
+
+SETTINGS = [*((split, {"solution": solution}) for split in GP_SPLITS for solution in ("fixed", "random")),
+            ("id", {"rule": "3,12,7"}), ("id", {"rule": "99,1,50", "face_card": True}), ("rule_ood", {"suits": "HD"}),
+            ("id", {"target": 0}), ("rule_family", {"target": 10, "fold": "train"}), ("id", {"suits": "S"})]
+
+
+@pytest.mark.parametrize("split, knobs", SETTINGS)
+def test_the_expert_reply_is_valid_json_and_right_by_the_rule_that_the_prompt_states(split, knobs):
+    env = make_env("gp-l", split, **knobs)
+    target = knobs.get("target", 24)
+    for seed in range(250):
+        prompt = env.reset(seed=seed)[0][0]["content"]
+        reply = json.loads(env.expert_reply())
+        assert list(reply) == ["cards", "number", "formula"]
+        assert reply["cards"] == stated_cards(prompt)
+        assert reply["number"] == [stated_values(prompt)[card] for card in reply["cards"]]
+        formula, told = reply["formula"].split("=")
+        assert exact_value(formula) == target == int(told)
+        assert sorted(int(n) for n in re.findall(r"\d+", formula)) == sorted(reply["number"])
+        _, reward, terminated, truncated, info = env.step(env.expert_reply())
+        assert (reward, terminated, truncated, info["status"], info["success"]) == (5, True, False, "correct", True)
+        assert info["cards_read"] and info["numbers_right"]
+
+
+def test_the_fixed_solution_is_a_shortest_one_and_random_solutions_reach_all_of_them():
+    fixed, drawn = make_env("gp-l", "id"), make_env("gp-l", "id", solution="random")
+    by_hand = {}
+    for seed in range(4_000):
+        fixed.reset(seed=seed), drawn.reset(seed=seed)
+        shortest, found = json.loads(fixed.expert_reply()), json.loads(drawn.expert_reply())
+        every = solutions(shortest["number"])
+        assert len(shortest["formula"]) == min(map(len, every)) + len("=24")
+        hand = tuple(sorted(found["number"]))
+        by_hand.setdefault(hand, (set(), set()))
+        by_hand[hand][0].add(shortest["formula"])
+        by_hand[hand][1].add(found["formula"])
+        assert found["formula"].removesuffix("=24") in every
+    assert all(len(formulas) == 1 for formulas, _ in by_hand.values())
+    few = [(hand, formulas) for hand, (_, formulas) in by_hand.items() if len(solutions(hand)) == 2 and len(formulas) == 2]
+    assert few                                              # hands with two solutions of which both were drawn
+
+
+@pytest.mark.parametrize("split, knobs", SETTINGS)
+def test_a_flawed_reply_uses_the_cards_and_is_never_correct(split, knobs):
+    env = make_env("gp-l", split, **knobs)
+    for seed in range(150):
+        env.reset(seed=seed)
+        expert = json.loads(env.expert_reply())
+        text = env.flawed_reply()
+        flawed = json.loads(text)
+        assert (flawed["cards"], flawed["number"]) == (expert["cards"], expert["number"])
+        formula = flawed["formula"].split("=")[0]
+        assert sorted(int(n) for n in re.findall(r"\d+", formula)) == sorted(expert["number"])
+        _, reward, terminated, _, info = env.step(text)
+        assert (reward, terminated, info["status"]) == (-1, False, "wrong_value")
+        assert env.step(env.expert_reply())[2]               # and the expert's reply is as right as before
+
+
+def test_flawed_replies_are_of_many_kinds():
+    env = make_env("gp-l", "id")
+    env.reset(seed=0)
+    formulas = {json.loads(env.flawed_reply())["formula"] for _ in range(300)}
+    assert len(formulas) > 100
+    for sign in "+-*/(":
+        assert any(sign in formula for formula in formulas)
+
+
+# ---- Deals ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("suits", ["S", "HD", "CDH", "SHDC"])
+def test_hands_are_dealt_without_replacement_from_the_suits_of_the_deck(suits):
+    env = make_env("gp-l", "id", suits=suits)
+    assert sorted(env.deck) == sorted({(rank, suit) for rank in range(13) for suit in suits})
+    most = 0
+    for seed in range(1_500):                                # with replacement every second hand of one suit holds a pair
+        env.reset(seed=seed)
+        assert set(env.cards) <= set(RANKS)
+        most = max(most, *Counter(env.cards).values())
+    assert most <= len(suits)                                # a rank comes once for each suit
+    assert len(suits) == 4 or most == len(suits)
+
+
+def test_a_suit_named_twice_does_not_put_a_card_into_the_deck_twice():
+    try:
+        env = make_env("gp-l", "id", suits="SS")
+    except ValueError as error:
+        assert "suits" in str(error) and "SS" in str(error)
+        return
+    for seed in range(300):
+        env.reset(seed=seed)
+        assert len(set(env.cards)) == 4, env.cards
+
+
+def test_every_rank_is_dealt_and_ranks_come_in_any_order():
+    env = make_env("gp-l", "id")
+    hands = []
+    for seed in range(500):
+        env.reset(seed=seed)
+        hands.append(list(env.cards))
+    for place in range(4):
+        assert {hand[place] for hand in hands} == set(RANKS)
+
+
+@pytest.mark.parametrize("split", GP_SPLITS)
+def test_every_hand_can_be_solved_under_the_rule_in_force(split):
+    env = make_env("gp-l", split)
+    for seed in range(300):
+        prompt = env.reset(seed=seed)[0][0]["content"]
+        assert solutions([stated_values(prompt)[card] for card in stated_cards(prompt)])
+
+
+def test_rule_ood_hands_hold_a_face_card_and_other_hands_need_not():
+    def share(split):
+        env, count = make_env("gp-l", split), 0
+        for seed in range(500):
+            count += bool(set("JQK") & set(stated_cards(env.reset(seed=seed)[0][0]["content"])))
+        return count / 500
+    assert share("rule_ood") == 1
+    for split in ("id", "unseen", "rule_family"):            # P(a face card among four) = 1 - C(40,4)/C(52,4) = 0.66
+        assert 0.4 < share(split) < 0.95
+
+
+def test_id_and_rule_ood_state_the_papers_rules():
+    assert (RULES["face_cards_as_10"], RULES["face_cards_as_11_12_13"]) == ((10, 10, 10), (11, 12, 13))
+    for split, rule in (("id", (10, 10, 10)), ("unseen", (10, 10, 10)), ("rule_ood", (11, 12, 13))):
+        values = stated_values(make_env("gp-l", split).reset(seed=5)[0][0]["content"])
+        assert (values["J"], values["Q"], values["K"]) == rule
+
+
+def test_rule_family_draws_many_rules_of_1_to_13_and_never_the_papers_two():
+    env, rules = make_env("gp-l", "rule_family"), []
+    for seed in range(3_000):
+        values = stated_values(env.reset(seed=seed)[0][0]["content"])
+        rules.append((values["J"], values["Q"], values["K"]))
+    assert {n for rule in rules for n in rule} == set(range(1, 14))
+    assert len(set(rules)) > 1_000                           # of 2,195
+    assert not set(rules) & set(RULES.values())
+
+
+def test_rule_family_draws_again_when_it_hits_one_of_the_papers_two_rules(monkeypatch):
+    class Loaded(envs.random.Random):
+        """Dice that first show both rules of the paper, then 1, 2, 3."""
+        def __init__(self, seed):
+            super().__init__(seed)
+            self.shown = iter((10, 10, 10, 11, 12, 13, 1, 2, 3))
+
+        def randint(self, low, high):
+            return next(self.shown)
+    monkeypatch.setattr(envs.random, "Random", Loaded)
+    values = stated_values(make_env("gp-l", "rule_family").reset(seed=0)[0][0]["content"])
+    assert (values["J"], values["Q"], values["K"]) == (1, 2, 3)
+
+
+def test_the_held_out_hands_are_53_of_the_566_solvable_multisets_under_rule_10():
+    """Not a random value: the fold is a fixed hash, and another one would make old results incomparable in silence."""
+    hands = [hand for hand in itertools.combinations_with_replacement(range(1, 11), 4) if solutions(hand)]
+    assert (sum(map(held_out, hands)), len(hands)) == (53, 566)
+    for hand in hands[::20]:
+        assert len({held_out(order) for order in itertools.permutations(hand)}) == 1
+        assert held_out(list(hand)) == held_out(hand)
+
+
+def test_the_folds_train_and_test_share_no_multiset_of_values_and_unseen_is_the_test_fold():
+    def multisets(split, **knobs):
+        env, found = make_env("gp-l", split, **knobs), set()
+        for seed in range(800):
+            env.reset(seed=seed)
+            found.add(tuple(sorted(json.loads(env.expert_reply())["number"])))
+        return found
+    train, test, unseen = multisets("id", fold="train"), multisets("id", fold="test"), multisets("unseen")
+    assert not train & test and not train & unseen
+    assert all(map(held_out, test)) and all(map(held_out, unseen)) and not any(map(held_out, train))
+    assert len(test) > 26 and len(train) > 200               # most of the 53, many of the 513
+    assert any(map(held_out, multisets("id")))               # without a fold, both are dealt
+
+
+def test_the_prompt_states_target_cards_and_the_keys_of_the_reply():
+    for target in (24, 7):
+        prompt = make_env("gp-l", "id", target=target).reset(seed=1)[0][0]["content"]
+        assert f"Make {target} " in prompt and f"={target}" in prompt
+        assert len(stated_cards(prompt)) == 4
+        assert all(f'"{key}"' in prompt for key in ("cards", "number", "formula"))
+        assert not re.search(r"\{\w+\}", prompt)              # every placeholder is filled
+
+
+def test_a_target_that_no_hand_makes_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="1000003"):
+        make_env("gp-l", "id", target=1_000_003).reset(seed=0)
+
+
+# ---- Conversations ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("verify_iter", [1, 2, 5])
+def test_verify_iter_replies_are_judged_then_the_episode_is_truncated_with_one_more_point_off(verify_iter):
+    env = make_env("gp-l", "id", verify_iter=verify_iter)
+    env.reset(seed=0)
+    for turn in range(1, verify_iter + 1):
+        messages, reward, terminated, truncated, info = env.step(WRONG)
+        last = turn == verify_iter
+        assert (reward, terminated, truncated) == (-2 + (STEP_LIMIT if last else 0), False, last)
+        assert (info["turn"], info["status"], info["success"]) == (turn, "wrong_numbers", False)
+        assert (PROMPTS["gp_retry"].removeprefix("{verdict}") in messages[-1]["content"]) is not last
+    assert STEP_LIMIT == -1
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(env.expert_reply())
+
+
+def test_a_right_reply_at_the_last_try_terminates_and_is_paid_in_full():
+    env = make_env("gp-l", "id", verify_iter=3)
+    env.reset(seed=0)
+    env.step(WRONG), env.step(WRONG)
+    messages, reward, terminated, truncated, info = env.step(env.expert_reply())
+    assert (reward, terminated, truncated, info["success"], info["turn"]) == (5, True, False, True, 3)
+    assert messages[-1] == {"role": "user", "content": "Correct."}
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(WRONG)
+    env.reset(seed=1)
+    assert env.step(WRONG)[4]["turn"] == 1
+
+
+def test_step_before_the_first_reset_is_an_error_that_says_so():
+    with pytest.raises(RuntimeError, match="reset"):
+        make_env("gp-l", "id").step(WRONG)
+
+
+def test_messages_alternate_between_user_and_assistant_and_keep_every_reply_as_it_was():
+    env = make_env("gp-l", "id")
+    messages, info = env.reset(seed=0)
+    assert [message["role"] for message in messages] == ["user"]
+    assert (info["turn"], info["success"], info["new_dialogue"]) == (0, False, True)
+    replies = ["", " no idea \n", WRONG, env.expert_reply()]
+    for count, reply in enumerate(replies, 1):
+        before, messages = messages, env.step(reply)[0]
+        assert messages[:-2] == before
+        assert messages[-2] == {"role": "assistant", "content": reply}
+        assert [message["role"] for message in messages] == ["user", *["assistant", "user"] * count]
+        assert all(set(message) == {"role", "content"} and isinstance(message["content"], str) for message in messages)
+
+
+def test_messages_that_were_handed_out_are_never_changed():
+    env = make_env("gp-l", "id")
+    handed_out = [env.reset(seed=0)[0]]
+    kept = copy.deepcopy(handed_out)
+    for reply in (WRONG, "?", env.expert_reply()):
+        handed_out.append(env.step(reply)[0])
+        kept.append(copy.deepcopy(handed_out[-1]))
+    env.reset(seed=1)
+    env.step(WRONG)
+    assert handed_out == kept
+
+
+def test_two_environments_share_nothing():
+    one, two = make_env("gp-l", "id"), make_env("gp-l", "id")
+    one.reset(seed=0), two.reset(seed=0)
+    one.step(WRONG), one.step(one.expert_reply())
+    assert two.step(WRONG)[4]["turn"] == 1
+    one.reset(seed=3)
+    assert one.step(one.expert_reply())[2] and not two.done
+
+
+def test_informative_feedback_names_the_fault_and_plain_feedback_only_says_that_the_try_failed():
+    informative, plain = make_env("gp-l", "id"), make_env("gp-l", "id", feedback="plain")
+    informative.reset(seed=0), plain.reset(seed=0)
+    for reply in ("nothing", '{"formula": "1+"}', WRONG, informative.flawed_reply()):
+        long, short = informative.step(reply), plain.step(reply)
+        assert (long[1:4], long[4]["status"]) == (short[1:4], short[4]["status"])
+        assert short[0][-1]["content"].startswith(FEEDBACK["plain"]) and not re.search(r"\d", short[0][-1]["content"])
+        assert FEEDBACK["plain"] not in long[0][-1]["content"]
+    numbers = json.loads(informative.expert_reply())["number"]
+    assert ", ".join(map(str, numbers)) in informative.messages[6]["content"]
+
+
+def test_info_tells_whether_cards_and_numbers_were_read_right():
+    env = make_env("gp-l", "rule_ood")
+    env.reset(seed=0)
+    right = json.loads(env.expert_reply())
+    _, reward, _, _, info = env.step(json.dumps({**right, "cards": ["A"] * 4, "formula": "1"}))
+    assert (info["cards_read"], info["numbers_right"], reward) == (False, True, -2)   # in text, reading is not paid for
+    _, _, _, _, info = env.step(json.dumps({**right, "number": [10] * 4, "formula": "1"}))
+    assert (info["cards_read"], info["numbers_right"]) == (True, False)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"rule": "face_cards_as_11_12_13"}, {"rule": "random"}, {"rule": "20,30,40"},
+                                   {"target": 36}])
+def test_atoms_hold_every_rank_value_and_sign_of_prompts_and_replies(knobs):
+    env = make_env("gp-l", "id", **knobs)
+    atoms = env.atoms()
+    assert all(isinstance(atom, str) and atom for atom in atoms)
+    for seed in range(100):
+        env.reset(seed=seed)
+        reply = json.loads(env.expert_reply())
+        written = reply["cards"] + list(map(str, reply["number"])) + re.findall(r"\d+|\D", reply["formula"])
+        assert set(written) <= set(atoms)
+
+
+def test_the_answer_key_stands_once_in_an_expert_reply():
+    env = make_env("gp-l", "id")
+    env.reset(seed=0)
+    assert env.expert_reply().count(env.answer_key) == 1
+
+
+def test_sample_texts_show_prompts_replies_and_verdicts_of_every_split():
+    texts = list(envs.sample_texts("gp-l", 3))
+    assert all(isinstance(text, str) for text in texts)
+    everything = "\n".join(texts)
+    assert "J counts as 10" in everything and "J counts as 11" in everything
+    assert "Correct." in everything and "it makes" in everything and '"formula": "' in everything
+
+
+# ---- Prompt files -----------------------------------------------------------------------------------------------
+
+def prompt_file(tmp_path, content):
+    path = tmp_path / "prompts.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_a_prompt_file_replaces_wording_and_missing_names_keep_ours(tmp_path):
+    words = {"gp_task": "Reach {target}; J={J} Q={Q} K={K}. \u00c0 toi.", "gp_retry": "{verdict} ENCORE",
+             "feedback_wrong_numbers": "used {used}", "feedback_plain": "NON"}
+    for feedback, told in (("informative", "used 1 ENCORE"), ("plain", "NON ENCORE")):
+        env = make_env("gp-l", "rule_ood", prompt_file=str(prompt_file(tmp_path, words)), feedback=feedback)
+        ours = make_env("gp-l", "rule_ood").reset(seed=0)[0][0]["content"]
+        prompt = env.reset(seed=0)[0][0]["content"]
+        assert prompt.startswith("Reach 24; J=11 Q=12 K=13. \u00c0 toi.\nCards: [")
+        assert prompt.partition("\nCards")[2] == ours.partition("\nCards")[2]
+        assert env.step(WRONG)[0][-1]["content"] == told
+
+
+def test_an_empty_prompt_file_changes_nothing_and_loading_never_changes_the_defaults(tmp_path):
+    before = dict(PROMPTS)
+    assert load_prompts("") == load_prompts(prompt_file(tmp_path, {})) == before
+    load_prompts(prompt_file(tmp_path, {"gp_task": "other"}))
+    assert PROMPTS == before
+
+
+@pytest.mark.parametrize("content, named", [
+    ({"gp_tusk": "x"}, ["gp_tusk", "gp_task"]), ({"gp_task": "Make {goal}"}, ["gp_task", "goal", "target"]),
+    ({"feedback_plain": "{value}"}, ["feedback_plain", "value", "none"]), ({"gp_task": 24}, ["gp_task", "int"]),
+    ({"gp_task": None}, ["gp_task", "NoneType"]), (["gp_task"], ["list", "object"]),
+    ("{", ["line 1"]), ("", ["line 1"]), ('{"gp_task": "x",}', ["line 1"])])
+def test_a_prompt_file_with_a_fault_is_an_error_that_names_file_and_fault(tmp_path, content, named):
+    path = prompt_file(tmp_path, content)
+    with pytest.raises(ValueError) as error:
+        make_env("gp-l", "id", prompt_file=path)
+    for word in [str(path), *named]:
+        assert word in str(error.value)
+
+
+def test_a_prompt_file_that_is_missing_or_unreadable_is_an_error_that_names_it(tmp_path):
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe\x00\x80")
+    for path in (tmp_path / "nowhere.json", tmp_path, binary):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            make_env("gp-l", "id", prompt_file=path)
+
+
+# ---- Making one -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task, split, named", [
+    ("gp-x", "id", ["'gp-x'", "gp-l"]), ("", "id", ["''", "gp-l"]), ("gp-l", "odd", ["'odd'", *GP_SPLITS]),
+    ("gp-l", "visual_ood", ["'visual_ood'", *GP_SPLITS]), ("gp-l", "", ["''", *GP_SPLITS])])
+def test_a_task_or_split_that_does_not_exist_is_an_error_that_names_it_and_what_there_is(task, split, named):
+    with pytest.raises(ValueError) as error:
+        make_env(task, split)
+    for word in named:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("knob, value, allowed", [
+    ("rule", "faces", ["face_cards_as_10", "face_cards_as_11_12_13", "random", "3,12,7"]), ("rule", "", ["random"]),
+    ("rule", "1,2", ["3,12,7"]), ("rule", "1,2,3,4", ["3,12,7"]), ("rule", "0,1,2", ["3,12,7"]), ("rule", "-1,2,3", ["3,12,7"]),
+    ("rule", "1.5,2,3", ["3,12,7"]), ("rule", "A,B,C", ["3,12,7"]), ("rule", "100,1,1", ["3,12,7"]),
+    ("rule", (11, 12, 13), ["face_cards_as_10"]), ("rule", None, ["face_cards_as_10"]),
+    ("target", -1, ["0 or more"]), ("target", 24.5, ["whole"]), ("target", "24", ["whole"]), ("target", None, ["whole"]),
+    ("suits", "", ["SHDC"]), ("suits", "SX", ["SHDC"]), ("suits", "black", ["SHDC"]), ("suits", None, ["SHDC"]),
+    ("suits", 5, ["SHDC"]),
+    ("verify_iter", 0, ["1 or more"]), ("verify_iter", -5, ["1 or more"]), ("verify_iter", 2.5, ["1 or more"]),
+    ("verify_iter", "5", ["1 or more"]), ("verify_iter", None, ["1 or more"]),
+    ("feedback", "loud", ["informative", "plain"]), ("feedback", None, ["informative", "plain"]),
+    ("fold", "half", ["all", "train", "test"]), ("solution", "best", ["fixed", "random"])])
+def test_a_setting_that_is_not_allowed_is_an_error_that_names_it_and_what_is(knob, value, allowed):
+    with pytest.raises(ValueError) as error:
+        make_env("gp-l", "id", **{knob: value})
+    for word in [knob, str(value), *allowed]:
+        assert word in str(error.value)
+
+
+def test_every_split_can_be_made_and_overrides_win_over_the_split():
+    for split in GP_SPLITS:
+        assert isinstance(make_env("gp-l", split), GeneralPoints)
+    values = stated_values(make_env("gp-l", "rule_ood", rule="1, 2,3").reset(seed=0)[0][0]["content"])
+    assert (values["J"], values["Q"], values["K"]) == (1, 2, 3)
+
+
+# ---- In processes of their own ----------------------------------------------------------------------------------
+
+def test_importing_envs_and_verify_imports_neither_torch_nor_transformers_and_prints_nothing():
+    done = python("-c", "import sys, envs, verify; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("split", GP_SPLITS)
+def test_ten_thousand_resets_take_less_than_five_seconds_from_a_cold_start(split):
+    done = python("-c", "import time, envs\n"
+                        f"env = envs.make_env('gp-l', '{split}', solution='random')\n"
+                        "for seed in range(10_000): env.reset(seed=seed)\n"
+                        "print(time.process_time())")
+    assert float(done.stdout) < 5, done.stderr
+
+
+@pytest.mark.parametrize("split", GP_SPLITS)
+def test_show_prints_a_prompt_an_expert_reply_and_a_verdict(split):
+    done = python("envs.py", "gp-l", "--split", split, "--show")
+    assert (done.returncode, done.stderr) == (0, "")
+    prompt, reply = done.stdout.split("\n> ")
+    assert prompt.startswith("Make 24 ") and stated_cards(prompt) == json.loads(reply.splitlines()[0])["cards"]
+    assert reply.splitlines()[1] == "Correct.   [correct, reward +5]"
+
+
+def test_a_person_can_play_with_json_or_bare_formulas_and_stop_at_any_time():
+    shown = python("envs.py", "gp-l", "--seed", "3", "--show").stdout
+    reply = json.loads(shown.split("\n> ")[1].splitlines()[0])
+    for answer in (json.dumps(reply), reply["formula"], reply["formula"].removesuffix("=24")):
+        done = python("envs.py", "gp-l", "--seed", "3", stdin=f"1+1\nwhat?\n{answer}\nnever read\n")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.findall(r"\[(\w+), reward (\S+)\]", done.stdout) == [
+            ("wrong_numbers", "-2"), ("illegal_formula", "-3"), ("correct", "+5")]
+    lost = python("envs.py", "gp-l", "--seed", "3", stdin="1\n" * 9)
+    assert lost.returncode == 0 and lost.stdout.count("wrong_numbers") == 5 and "reward -3, last try]" in lost.stdout
+    left = python("envs.py", "gp-l", "--seed", "3", stdin="1\n")
+    assert (left.returncode, left.stderr) == (0, "") and left.stdout.count("wrong_numbers") == 1
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ([], ["task"]), (["gp-x"], ["gp-x", "gp-l"]), (["gp-l", "--split", "odd"], ["odd", "rule_ood"]),
+    (["gp-l", "--seed", "x"], ["--seed", "'x'"]), (["gp-l", "--prompt-file", "nowhere.json"], ["nowhere.json"])])
+def test_a_wrong_command_line_is_explained_in_a_few_lines(arguments, named):
+    done = python("envs.py", *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for word in named:
+        assert word in done.stderr
+
+
+def test_an_episode_is_the_same_in_another_process_with_another_hash_seed():
+    """Nothing hangs on the order of a set or on hash(): resumed runs and ranks deal the same hands."""
+    code = ("import envs\nfor split in envs.GP_SPLITS:\n    env = envs.make_env('gp-l', split, solution='random')\n"
+            "    for seed in range(30): print(env.reset(seed=f'x/{seed}')[0], env.expert_reply(), env.flawed_reply())")
+    outputs = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "PYTHONHASHSEED": value}).stdout for value in ("1", "2")}
+    assert len(outputs) == 1 and all(outputs)
