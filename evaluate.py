@@ -234,6 +234,8 @@ def main(config):
             evaluate_run(Path(config.run), config)
         else:
             out = Path(config.out) / "eval.jsonl" if config.out else None
+            if out:
+                out.parent.mkdir(parents=True, exist_ok=True)
             known = read_jsonl(out) if out else []
             evaluate_checkpoint(Path(config.model), known, config, lambda row: log_jsonl(out, **row) if out else None)
     except ValueError as error:

@@ -131,10 +131,6 @@ def random_samples(args, vocab_size, lengths):
     return [[[rng.randrange(1, vocab_size) for _ in range(length)] for length in pair] for pair in lengths]
 
 
-def our_batch(policy, samples):
-    return collate([[sample] for sample in samples], policy.device)      # dialogues of one turn
-
-
 def baseline_batch(samples, device):
     """input_ids padded on the right, where they are not padding, and where they are a response: (B, T) each."""
     input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + r) for p, r in samples], batch_first=True)
@@ -173,7 +169,7 @@ def rollout(args, rates):
         return [response_ids for response_ids, _ in policy.generate(prompts, uniforms, R, temperature=1.0)]
 
     def ours():
-        return policy(our_batch(policy, list(zip(prompts, sample()))), temperature=1.0)[0].sum(1)
+        return policy(collate([[turn] for turn in zip(prompts, sample())], args.device), temperature=1.0)[0].sum(1)
 
     def official():
         for prompt in prompts[:few]:
@@ -217,8 +213,10 @@ def logprob_functions(args):
         policy.zero_grad(set_to_none=True)
         return float(logprob.detach())
 
-    return (policy, lambda: finish(policy(our_batch(policy, samples), temperature=1.0)[0].sum()),
-            lambda: finish(baseline_logprobs(policy, samples).sum()))
+    def ours():
+        return finish(policy(collate([[sample] for sample in samples], args.device), temperature=1.0)[0].sum())
+
+    return policy, ours, lambda: finish(baseline_logprobs(policy, samples).sum())
 
 
 def print_peak(args):
@@ -307,7 +305,7 @@ def baseline_judge(reply, cards, numbers, target, known):
 
 
 def make_cases(args, count):
-    """(reply, cards, numbers, solutions): distinct replies, a quarter each right, of wrong value, numbers, or illegal."""
+    """(reply, cards, numbers, solutions) of distinct replies: right, wrong in value, in numbers, illegal."""
     env, rng, cases = envs.make_env("gp-l", "id"), random.Random(args.seed), {}
     for i in itertools.count():
         env.reset(seed=f"{args.seed}/bench/{i}")
@@ -332,8 +330,8 @@ def verifier(args, rates):
     for (reply, *_), verdict, (status, *_) in zip(cases, ours(), baseline()):
         if verdict.status != status:
             fail(f"verifier: {reply} is {verdict.status}, the baseline says {status}")
-    yield from rows_with_caches(args, [verify.parse_formula], f"{len(cases)} different replies", (ours, baseline), "check",
-                                (len(cases), len(cases)))
+    yield from rows_with_caches(args, [verify.parse_formula], f"{len(cases)} different replies", (ours, baseline),
+                                "check", (len(cases), len(cases)))
 
 
 # ---- Environments -------------------------------------------------------------------------------------------------
@@ -424,7 +422,8 @@ def main():
     print("| section | what | ours | baseline | ratio |\n| --- | --- | --- | --- | --- |", flush=True)
     for section in args.only:
         for what, ours, baseline, ratio in SECTIONS[section](args, rates):
-            print(f"| {section} | {what} | {ours} | {baseline} | {f'{ratio:.3g}x' if ratio else ''} |", flush=True)
+            times = f"{ratio:,.2f}x" if ratio else ""
+            print(f"| {section} | {what} | {ours} | {baseline} | {times} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,7 @@ TABLE = [  # formula, numbers on the cards, status
     ("12*(3-1)/1", (1, 1, 3, 12), "correct"),
     ("3-8-3-8", (3, 3, 8, 8), "wrong_value"),               # a negative value
     ("1/3+8/3+8", (1, 3, 3, 8, 8), "wrong_value"),
+    (f"{24 * 10 ** 20 + 1}/{10 ** 20}", (24 * 10 ** 20 + 1, 10 ** 20), "wrong_value"),    # 24.0 as a float
     ("3*8", (3, 3, 8, 8), "wrong_numbers"),                 # two cards left out, though it makes 24
     ("24", (3, 3, 8, 8), "wrong_numbers"),
     ("8/(3-8/3)+3-3", (3, 3, 8, 8), "wrong_numbers"),       # a card used twice
@@ -144,6 +145,7 @@ TABLE = [  # formula, numbers on the cards, status
     ("8e0/(3-8/3)", (3, 3, 8, 8), "illegal_formula"),
     ("8_/(3-8/3)", (3, 3, 8, 8), "illegal_formula"),
     ("\u0668/(3-8/3)", (3, 3, 8, 8), "illegal_formula"),    # an Arabic 8: int() would read it
+    ("8/(3-8/3)\u0668", (3, 3, 8, 8), "illegal_formula"),    # nor is it passed over
     ("8\u00d73\u00d7(8-7)", (3, 3, 8, 8), "illegal_formula"),
     ("sum((3,3,8,8))", (3, 3, 8, 8), "illegal_formula"),
     ("K+Q-J*A", (1, 11, 12, 13), "illegal_formula"),        # card names are not numbers
