@@ -6,7 +6,7 @@ worth, which hands are dealt, which suits. The paper trains on one setting and t
     split         J, Q, K        hands                      used for
     id            10, 10, 10     any solvable               training and in-distribution tests
     rule_ood      11, 12, 13     at least one face card     the rule never trained on
-    unseen        10, 10, 10     the held-out tenth         hands never trained on (train with --fold train)
+    unseen        10, 10, 10     the held-out tenth         hands never trained on, if all training had fold="train"
     rule_family   1..13 each,    any solvable               not in the paper: the stand-in for pre-training; the
                   drawn anew                                two rules above are never drawn
 
@@ -30,7 +30,7 @@ import re
 from pathlib import Path
 from zlib import crc32
 
-from verify import FEEDBACK, STEP_LIMIT, fill, formula_value, judge_general_points, solutions
+from verify import FEEDBACK, STEP_LIMIT, fill, judge_general_points, solutions
 
 # Our words for the paper's prompt structure (paper A.2): task, input, output. A prompt file may replace each by name.
 PROMPTS = {
@@ -55,8 +55,8 @@ def load_prompts(path):
     if not path:
         return PROMPTS
     try:
-        given = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"prompt file {path}: {error}") from None
     if not isinstance(given, dict):
         raise ValueError(f"prompt file {path}: expected a JSON object of templates, got {type(given).__name__}")
@@ -79,10 +79,11 @@ def parse_rule(rule):
         return None
     if rule in RULES:
         return RULES[rule]
-    values = rule.split(",")
-    if len(values) == 3 and all(v.strip().isdecimal() and 1 <= int(v) <= 99 for v in values):
-        return tuple(int(v) for v in values)
-    raise ValueError(f"rule {rule!r}: allowed are {', '.join(RULES)}, random, or three numbers for J,Q,K such as 3,12,7")
+    values = rule.split(",") if isinstance(rule, str) else []
+    if len(values) == 3 and all(re.fullmatch("[1-9][0-9]?", value.strip()) for value in values):
+        return tuple(int(value) for value in values)
+    raise ValueError(f"rule {rule!r}: allowed are {', '.join(RULES)}, random, or three numbers from 1 to 99 for J,Q,K "
+                     "such as 3,12,7")
 
 
 def held_out(numbers):
@@ -110,12 +111,11 @@ class GeneralPoints:
                                      ("solution", solution, ("fixed", "random"))]:
             if value not in allowed:
                 raise ValueError(f"{name} {value!r}: allowed are {', '.join(allowed)}")
-        if not suits or set(suits) - set(SUITS):
-            raise ValueError(f"suits {suits!r}: allowed are letters of {SUITS}")
-        if not (isinstance(target, int) and target >= 0):
-            raise ValueError(f"target {target!r}: must be a whole number, 0 or more")
-        if verify_iter < 1:
-            raise ValueError(f"verify_iter {verify_iter}: must be 1 or more")
+        if not isinstance(suits, str) or not suits or set(suits) - set(SUITS) or len(set(suits)) < len(suits):
+            raise ValueError(f"suits {suits!r}: allowed are letters of {SUITS}, each once")
+        for name, value, least in [("target", target, 0), ("verify_iter", verify_iter, 1)]:
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} {value!r}: must be a whole number, {least} or more")
         self.target, self.face_card, self.verify_iter = target, face_card, verify_iter
         self.feedback, self.fold, self.solution = feedback, fold, solution
         self.deck = [(rank, suit) for suit in suits for rank in range(13)]
@@ -133,11 +133,12 @@ class GeneralPoints:
                 continue
             if self.fold == "all" or held_out(numbers) == (self.fold == "test"):
                 return [RANKS[rank] for rank in ranks], numbers
-        raise ValueError(f"no hand makes {self.target} with J,Q,K = {self.jqk}, fold {self.fold}: try another target")
+        raise ValueError(f"no hand makes {self.target} with J,Q,K = {self.jqk}, fold {self.fold}, suits and "
+                         f"face_card as given (100,000 deals tried): try another target")
 
     def reset(self, seed):
         """Deal a hand; the seed (an int or a string) fixes the whole episode. Returns (messages, info)."""
-        self.rng = random.Random(seed)
+        self.rng = random.Random(str(seed))   # as text: numbers would lose their sign
         self.jqk = self.values
         while self.jqk is None or self.values is None and self.jqk in RULES.values():
             self.jqk = tuple(self.rng.randint(1, 13) for _ in range(3))
@@ -153,11 +154,14 @@ class GeneralPoints:
         shown = fill(self.prompts["gp_input_text"], cards=json.dumps(self.cards))
         return task + shown + fill(self.prompts["gp_output"], target=self.target)
 
+    def judge(self, reply):
+        return judge_general_points(reply, self.cards, self.numbers, self.target, False, self.feedback, self.phrases)
+
     def step(self, reply):
         """Judge one reply and append it with the verdict: (messages, reward, terminated, truncated, info)."""
         if self.done:
             raise RuntimeError("the episode is over: call reset() first")
-        verdict = judge_general_points(reply, self.cards, self.numbers, self.target, False, self.feedback, self.phrases)
+        verdict = self.judge(reply)
         self.turn += 1
         terminated = verdict.status == "correct"
         truncated = not terminated and self.turn == self.verify_iter
@@ -176,24 +180,29 @@ class GeneralPoints:
         return self.format_reply(self.formula)
 
     def flawed_reply(self):
-        """A well-formed reply to the present hand whose formula uses the cards but misses the target.
+        """A reply in the right format that is not correct: mostly another value, else a wrong number or a broken formula.
 
-        For dialogues with failed tries before the expert's (the paper trains on such in appendix D, Fig. 15).
+        For dialogues with failed tries before the expert's reply (the paper trains on such in appendix D, Fig. 15).
         """
         while True:
-            a, b, c, d = self.rng.sample(self.numbers, 4)
+            numbers = self.rng.sample(self.numbers, 4)
+            fault = self.rng.choices(("value", "number", "form"), weights=(6, 2, 1))[0]
+            if fault == "number":
+                numbers[0] = self.rng.randint(1, 13)
+            a, b, c, d = numbers
             o, p, q = self.rng.choices("+-*/", weights=(3, 3, 3, 1), k=3)
             formula = self.rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}{c}{q}{d}", f"{a}{o}({b}{p}{c}){q}{d}",
                                        f"({a}{o}{b}){p}({c}{q}{d})", f"({a}{o}{b}{p}{c}){q}{d}"))
-            try:
-                if formula_value(formula) != self.target:
-                    return self.format_reply(formula)
-            except ValueError:   # a division by zero
-                pass
+            if fault == "form":
+                formula = f"({formula}"
+            reply = self.format_reply(formula)
+            if self.judge(reply).status != "correct":
+                return reply
 
     def atoms(self):
         """The strings that a small tokenizer should keep whole: ranks, values, operators."""
-        return [*RANKS, *map(str, range(1, 14)), str(self.target), *"+-*/()="]
+        values = [*range(1, 14), *(self.values or ()), self.target]
+        return list(dict.fromkeys([*RANKS, *map(str, values), *"+-*/()="]))
 
 
 # ---- Making one -------------------------------------------------------------------------------------------------

@@ -292,17 +292,21 @@ class Policy(nn.Module):
             mask = torch.tensor([[0] * (P - len(prompts[r])) + [1] * len(prompts[r]) for r in rows], device=self.device)
             logits = decoder.prefill(input_ids, mask, max_new_tokens)
             alive = torch.tensor(rows, device=self.device)         # which prompt each row of the batch answers
+            going = torch.ones_like(alive, dtype=torch.bool)
             drawn_ids, drawn_logprobs = [], []
             for position in range(max_new_tokens):
                 ids, logprobs = self.pick(logits, uniforms[alive, position], temperature)
-                drawn_ids.append(torch.full((len(prompts),), -1, device=self.device).scatter(0, alive, ids))
-                drawn_logprobs.append(torch.zeros(len(prompts), device=self.device).scatter(0, alive, logprobs))
-                going = (ids != self.eos_id).nonzero()[:, 0]
-                if len(going) == 0 or position == max_new_tokens - 1:
+                for drawn, new, empty in ((drawn_ids, ids, -1), (drawn_logprobs, logprobs, 0.0)):
+                    drawn.append(torch.full((len(prompts),), empty, dtype=new.dtype, device=self.device)
+                                 .scatter(0, alive[going], new[going]))
+                going &= ids != self.eos_id
+                num_going = int(going.sum())
+                if num_going == 0 or position == max_new_tokens - 1:
                     break
-                if len(going) < len(ids):
-                    decoder.keep(going)
-                    alive, ids = alive[going], ids[going]
+                if num_going < 0.9 * len(ids):                     # dropping rows copies the cache: not for each one
+                    kept = going.nonzero()[:, 0]
+                    decoder.keep(kept)
+                    alive, ids, going = alive[kept], ids[kept], going[kept]
                 logits = decoder.step(ids)
             all_ids, all_logprobs = torch.stack(drawn_ids, 1).tolist(), torch.stack(drawn_logprobs, 1).tolist()
             for row in rows:
@@ -317,7 +321,7 @@ class Policy(nn.Module):
         if temperature == 0:
             ids = logits.argmax(-1)
         else:
-            cumulative = logprobs.double().exp().cumsum(-1)
+            cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
             ids = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
 

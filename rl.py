@@ -281,6 +281,9 @@ def check(config):
     if num_turns % config.minibatch_turns:
         raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must divide the {num_turns} turns of an update "
                          f"({config.num_envs} environments x {config.turns_per_env})")
+    if config.minibatch_turns < config.verify_iter:
+        raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must be at least --verify-iter "
+                         f"{config.verify_iter}, since a dialogue is never cut")
 
 
 def main(config):

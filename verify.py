@@ -20,7 +20,6 @@ torch nor the environments; `python -c "import verify; print(verify.solutions((3
 import itertools
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -29,7 +28,8 @@ REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal_
 MISREAD_CARDS = -1.5
 STEP_LIMIT = -1.0
 MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the depth of the recursion.
-MAX_OBJECTS = 20    # of the {...} in a reply that mention the key, this many are tried, from the last one back
+MAX_SCALARS = 500   # words and numbers in an object that is not JSON
+MAX_WORK = 3000     # about microseconds; after so many false starts a reply counts as holding no object
 
 # What the model is told. A prompt file may replace any of these by name (envs.py); {braces} are filled in.
 FEEDBACK = {
@@ -39,6 +39,7 @@ FEEDBACK = {
     "wrong_numbers": "Your formula uses {used}, but the cards give {numbers}.",
     "wrong_value": "Your formula uses the right numbers, but it makes {value}, not {target}.",
     "misread_cards": "You read the cards as {read}; that is not what they show.",
+    "no_cards": "Your reply lists no \"cards\".",
     "plain": "That is not correct.",
 }
 
@@ -66,57 +67,84 @@ def fill(template, **values):
 
 # ---- Reading a reply --------------------------------------------------------------------------------------------
 
-FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
-SCALAR = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|([^{}\[\]:,"']+))\s*""", re.S)
-LIST = re.compile(r"\s*\[([^\[\]]*)\]\s*")
-CLOSING = re.compile(r"\s*\}")
+SCALAR = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|([^{}\[\]:,"'\s][^{}\[\]:,"']*))\s*""", re.S)
+OPEN_LIST, CLOSE_LIST, CLOSE_OBJECT = (re.compile(r"\s*" + re.escape(mark)) for mark in "[]}")
+DECODER = json.JSONDecoder()
 
 
-def scalars(matches):
-    return [match[match.lastindex].strip() for match in matches]
+def read_scalar(text, position):
+    """A quoted string or a run of bare words: (its text, where it ends); the text is None where there is neither."""
+    match = SCALAR.match(text, position)
+    if match is None:
+        return None, position
+    word = match[match.lastindex].strip()
+    return re.sub(r"\\([\"'/\\])", r"\1", word) if "\\" in word else word, match.end()
 
 
-def read_relaxed(text):
-    """Read one `{key: value, ...}` with single quotes, bare words or trailing commas; None if it is no such object."""
-    found, position = {}, 1                                    # behind the opening brace
-    while not CLOSING.match(text, position):
-        key = SCALAR.match(text, position)
-        if key is None or text[key.end()] != ":":
-            return None
-        value = LIST.match(text, key.end() + 1) or SCALAR.match(text, key.end() + 1)
-        if value is None:
-            return None
-        is_list = value.re is LIST
-        found[scalars([key])[0]] = scalars(SCALAR.finditer(value[1])) if is_list else scalars([value])[0]
-        position = value.end() + (text[value.end()] == ",")
-        if position == value.end() and text[position] != "}":
-            return None
-    return found
+def read_relaxed(text, position):
+    """Read `{key: value, ...}` behind its brace, with single quotes, bare words or trailing commas; values are text or lists.
+
+    Returns (the dict, or None if it is no such object; how many scalars were read). Never reads more than MAX_SCALARS.
+    """
+    found, num_read = {}, 0
+    while not CLOSE_OBJECT.match(text, position):
+        key, position = read_scalar(text, position)
+        num_read += 2                                              # the key, and its value unless that is a list
+        if key is None or text[position:position + 1] != ":" or num_read > MAX_SCALARS:
+            return None, num_read
+        opening = OPEN_LIST.match(text, position + 1)
+        if opening:
+            value, position = [], opening.end()
+            while not CLOSE_LIST.match(text, position):
+                item, position = read_scalar(text, position)
+                num_read += 1
+                if item is None or text[position:position + 1] not in (",", "]") or num_read > MAX_SCALARS:
+                    return None, num_read
+                value.append(item)
+                position += text[position] == ","
+            position = CLOSE_LIST.match(text, position).end()
+        else:
+            value, position = read_scalar(text, position + 1)
+            if value is None:
+                return None, num_read
+        found[key] = value
+        if text[position:position + 1] == ",":
+            position += 1
+        elif not CLOSE_OBJECT.match(text, position):
+            return None, num_read
+    return found, num_read
 
 
-def read_json(text):
-    """`text` as a JSON object, or None."""
+def read_json(text, position):
+    """Read one JSON object at its brace: (the dict or None, where reading stopped)."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):   # RecursionError: thousands of open brackets
-        return None
-    return found if isinstance(found, dict) else None
+        return DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        return None, error.pos
+    except (ValueError, RecursionError):   # an integer of thousands of digits; thousands of open brackets
+        return None, len(text)
 
 
 def read_reply(reply, key):
     """The last complete object of a reply that has `key`, as a dict; None if there is none.
 
-    Valid JSON is tried first, then the forms models really write: prose or code fences around the object, trailing
-    commas, single quotes, unquoted card names. The time is linear in the length of the reply.
+    Each object is read as JSON first, then as models really write it: trailing commas, single quotes, unquoted card
+    names; prose and code fences may surround it. After MAX_WORK microseconds' worth of false starts it gives up.
     """
-    found = read_json(reply)
-    if found is not None and key in found:
-        return found
-    candidates = [text for text in FLAT_OBJECT.findall(reply) if key in text]
-    for text in reversed(candidates[-MAX_OBJECTS:]):
-        found = read_json(text) or read_relaxed(text)
+    if reply.startswith("{"):                                       # the common case: nothing but one JSON object
+        found, end = read_json(reply, 0)
+        if found is not None and key in found and not reply[end:].strip():
+            return found
+    work, position = 0, reply.rfind("{", 0, max(0, reply.rfind(key)))
+    while position >= 0 and work < MAX_WORK:
+        found, end = read_json(reply, position)
+        work += 8 + (end - position) // 50
+        if found is None:
+            found, num_read = read_relaxed(reply, position + 1)
+            work += 2 * num_read
         if found is not None and key in found:
             return found
+        position = reply.rfind("{", 0, position)
     return None
 
 
@@ -268,7 +296,7 @@ def solutions(numbers, target=24):
 
 def same_multiset(stated, truth):
     """Whether a list from a reply holds the same things as `truth`, order and spelling of numbers aside."""
-    return stated == truth or isinstance(stated, list) and sorted(map(str, stated)) == sorted(map(str, truth))
+    return isinstance(stated, list) and sorted(map(str, stated)) == sorted(map(str, truth))
 
 
 def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative", phrases=FEEDBACK):
@@ -299,8 +327,9 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     message = phrases["no_formula"] if told is None else fill(phrases[status], **told)
     if vision and not cards_read:
         reward += MISREAD_CARDS
-        stated = found.get("cards") if found else None
-        message += " " + fill(phrases["misread_cards"], read=str(stated)[:MAX_FORMULA])
-    if feedback == "plain" and status != "correct":
-        message = phrases["plain"]
+        has_cards = found is not None and "cards" in found
+        message += " " + (fill(phrases["misread_cards"], read=json.dumps(found["cards"])[:MAX_FORMULA]) if has_cards
+                          else phrases["no_cards"])
+    if feedback == "plain":
+        message = phrases["correct" if status == "correct" else "plain"]
     return Verdict(status, reward, message, cards_read, numbers_right)

@@ -22,7 +22,8 @@ WRONG = '{"formula": "1"}'    # legal, but never the four cards: wrong_numbers
 
 
 def python(*arguments, stdin=""):
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, input=stdin, capture_output=True, text=True,
+                          timeout=60)
 
 
 def exact_value(formula):
@@ -77,7 +78,7 @@ def test_other_seeds_give_other_episodes(split):
     ordered_hands = 100                                     # of many thousands; two seeds may well share one
     seen = {env.reset(seed=seed)[0][0]["content"] for seed in range(ordered_hands)}
     assert len(seen) > ordered_hands * 0.9
-    assert env.reset(seed=1)[0] != env.reset(seed="1")[0]
+    assert env.reset(seed=1)[0] != env.reset(seed=-1)[0]
 
 
 def test_the_expert_solution_setting_does_not_change_the_hand():
@@ -125,24 +126,24 @@ def test_the_fixed_solution_is_a_shortest_one_and_random_solutions_reach_all_of_
         by_hand[hand][1].add(found["formula"])
         assert found["formula"].removesuffix("=24") in every
     assert all(len(formulas) == 1 for formulas, _ in by_hand.values())
-    few = [(hand, formulas) for hand, (_, formulas) in by_hand.items() if len(solutions(hand)) == 2 and len(formulas) == 2]
-    assert few                                              # hands with two solutions of which both were drawn
+    # some hands have few solutions; all of them were drawn at one time or another
+    assert any(len(drawn) == len(solutions(hand)) > 1 for hand, (_, drawn) in by_hand.items())
 
 
 @pytest.mark.parametrize("split, knobs", SETTINGS)
-def test_a_flawed_reply_uses_the_cards_and_is_never_correct(split, knobs):
-    env = make_env("gp-l", split, **knobs)
+def test_a_flawed_reply_names_the_cards_and_is_never_correct_for_one_of_three_reasons(split, knobs):
+    env, reasons = make_env("gp-l", split, **knobs), set()
     for seed in range(150):
         env.reset(seed=seed)
         expert = json.loads(env.expert_reply())
         text = env.flawed_reply()
         flawed = json.loads(text)
         assert (flawed["cards"], flawed["number"]) == (expert["cards"], expert["number"])
-        formula = flawed["formula"].split("=")[0]
-        assert sorted(int(n) for n in re.findall(r"\d+", formula)) == sorted(expert["number"])
-        _, reward, terminated, _, info = env.step(text)
-        assert (reward, terminated, info["status"]) == (-1, False, "wrong_value")
+        _, _, terminated, _, info = env.step(text)
+        assert not terminated
+        reasons.add(info["status"])
         assert env.step(env.expert_reply())[2]               # and the expert's reply is as right as before
+    assert reasons == {"wrong_value", "wrong_numbers", "illegal_formula"}
 
 
 def test_flawed_replies_are_of_many_kinds():
@@ -161,7 +162,7 @@ def test_hands_are_dealt_without_replacement_from_the_suits_of_the_deck(suits):
     env = make_env("gp-l", "id", suits=suits)
     assert sorted(env.deck) == sorted({(rank, suit) for rank in range(13) for suit in suits})
     most = 0
-    for seed in range(1_500):                                # with replacement every second hand of one suit holds a pair
+    for seed in range(1_500):                                # with replacement every other hand of one suit has a pair
         env.reset(seed=seed)
         assert set(env.cards) <= set(RANKS)
         most = max(most, *Counter(env.cards).values())
@@ -458,10 +459,12 @@ def test_a_task_or_split_that_does_not_exist_is_an_error_that_names_it_and_what_
 
 @pytest.mark.parametrize("knob, value, allowed", [
     ("rule", "faces", ["face_cards_as_10", "face_cards_as_11_12_13", "random", "3,12,7"]), ("rule", "", ["random"]),
-    ("rule", "1,2", ["3,12,7"]), ("rule", "1,2,3,4", ["3,12,7"]), ("rule", "0,1,2", ["3,12,7"]), ("rule", "-1,2,3", ["3,12,7"]),
+    ("rule", "1,2", ["3,12,7"]), ("rule", "1,2,3,4", ["3,12,7"]), ("rule", "0,1,2", ["3,12,7"]),
+    ("rule", "-1,2,3", ["3,12,7"]),
     ("rule", "1.5,2,3", ["3,12,7"]), ("rule", "A,B,C", ["3,12,7"]), ("rule", "100,1,1", ["3,12,7"]),
     ("rule", (11, 12, 13), ["face_cards_as_10"]), ("rule", None, ["face_cards_as_10"]),
-    ("target", -1, ["0 or more"]), ("target", 24.5, ["whole"]), ("target", "24", ["whole"]), ("target", None, ["whole"]),
+    ("target", -1, ["0 or more"]), ("target", 24.5, ["whole"]), ("target", "24", ["whole"]),
+    ("target", None, ["whole"]),
     ("suits", "", ["SHDC"]), ("suits", "SX", ["SHDC"]), ("suits", "black", ["SHDC"]), ("suits", None, ["SHDC"]),
     ("suits", 5, ["SHDC"]),
     ("verify_iter", 0, ["1 or more"]), ("verify_iter", -5, ["1 or more"]), ("verify_iter", 2.5, ["1 or more"]),
@@ -485,7 +488,8 @@ def test_every_split_can_be_made_and_overrides_win_over_the_split():
 # ---- In processes of their own ----------------------------------------------------------------------------------
 
 def test_importing_envs_and_verify_imports_neither_torch_nor_transformers_and_prints_nothing():
-    done = python("-c", "import sys, envs, verify; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))")
+    done = python("-c",
+                  "import sys, envs, verify; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -184,8 +184,9 @@ def test_formula_value_is_an_exact_fraction():
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("", "breaks off"), ("1+", "breaks off"), ("1/0", "divides by zero"), ("1/(2-2)", "divides by zero"), ("(1", "not closed"),
-    ("1)", "'[)]'"), ("2**3", "'[*]'"), ("1=1", "'='"), ("one", "'o'"), ("1 2", "'2'"), ("1+" * 50 + "1", "longer than 100")])
+    ("", "breaks off"), ("1+", "breaks off"), ("1/0", "divides by zero"), ("1/(2-2)", "divides by zero"),
+    ("(1", "not closed"), ("1)", "'[)]'"), ("2**3", "'[*]'"), ("1=1", "'='"), ("one", "'o'"), ("1 2", "'2'"),
+    ("1+" * 50 + "1", "longer than 100")])
 def test_formula_value_says_why_a_text_is_not_a_formula(text, reason):
     with pytest.raises(ValueError, match=reason):
         formula_value(text)
@@ -242,7 +243,8 @@ def test_solutions_are_what_trying_every_order_bracketing_and_operator_finds():
 @pytest.mark.parametrize("numbers, target", [
     ((24,), 24), ((7,), 24), ((7,), 7), ((4, 6), 24), ((1, 24), 24), ((5, 5), 0), ((0, 5), 0), ((0, 0), 0),
     ((2, 3, 4), 24), ((2, 2, 4), 0), ((0, 3, 3), 0), ((1, 2, 3), 1), ((8, 3, 3), Fraction(8, 9)), ((1, 2, 3), -5),
-    ((2, 3, 5, 7), 0), ((1, 1, 2, 2), 0), ((0, 0, 1, 2), 0), ((3, 3, 8, 8), 10), ((1, 5, 10, 13), 100), ((1, 2, 3, 4), 1)])
+    ((2, 3, 5, 7), 0), ((1, 1, 2, 2), 0), ((0, 0, 1, 2), 0), ((3, 3, 8, 8), 10), ((1, 5, 10, 13), 100),
+    ((1, 2, 3, 4), 1)])
 def test_solutions_for_other_targets_and_other_numbers_of_cards_are_complete(numbers, target):
     assert set(solutions(numbers, target)) == {prune(text) for text in brute_force(numbers, target)}
 
@@ -272,19 +274,23 @@ def test_every_solution_of_every_hand_is_correct_and_with_one_number_changed_by_
                 off_by_one = int(number[0]) + (1 if replies % 2 else -1)
                 changed = f"{formula[:number.start()]}{off_by_one}{formula[number.end():]}"
                 status = judge_general_points(f'{{"formula":"{changed}"}}', cards, numbers).status
-                assert status == "wrong_numbers" or status == "illegal_formula" and value_by_python(changed) is None, changed
+                assert status == "wrong_numbers" or (status == "illegal_formula"
+                                                     and value_by_python(changed) is None), changed
                 replies += 1
     assert replies > 100_000                               # four numbers in each of some thirty thousand formulas
 
 
 # ---- Reading a reply --------------------------------------------------------------------------------------------
 
+BRACES_IN_A_STRING = good_reply().replace("{", '{"thought": "from {3,3,8,8}", ')
+OBJECT_WITHIN = good_reply().replace("{", '{"values": {"J": 10}, ')
 READABLE = {
     "valid JSON": good_reply(),
     "JSON over several lines": json.dumps(json.loads(good_reply()), indent=2),
     "a trailing comma": good_reply()[:-1] + ",}",
     "a trailing comma and a line break": good_reply()[:-1] + ",\n}",
-    "a trailing comma in a list": '{"cards": ["3", "3", "8", "8",], "number": [3, 3, 8, 8,], "formula": "8/(3-8/3)=24"}',
+    "a trailing comma in a list":
+        '{"cards": ["3", "3", "8", "8",], "number": [3, 3, 8, 8,], "formula": "8/(3-8/3)=24"}',
     "a trailing comma and a space in a list":
         '{"cards": ["3", "3", "8", "8", ], "number": [3, 3, 8, 8, ], "formula": "8/(3-8/3)=24"}',
     "lists over several lines with trailing commas":
@@ -302,17 +308,17 @@ READABLE = {
     "LaTeX before": f"$\\frac{{8}}{{3-8/3}}$ {good_reply()}",
     "an apostrophe in a string": good_reply()[:-1].replace("{", '{"thought": "it\'s easy", ') + ",}",
     "a line break in a string": good_reply().replace("3-8/3", "3-\n8/3"),
-    "several objects, the last one right": good_reply("3+3+8+8=24") + " no, " + good_reply("3*8") + " but " + good_reply(),
+    "several objects, the last one right": f"{good_reply('3+3+8+8')} no, {good_reply('3*8')} but {good_reply()}",
     "an object without a formula behind it": good_reply() + ' {"confidence": 1}',
     "an object cut off behind it": good_reply() + ' {"cards": ["3", "3", "8", "8"], "formula": "3+3',
     "a formula given twice": good_reply().replace("{", '{"formula": "3+3", '),
     "a list of objects": f"[{good_reply('3+3')}, {good_reply()}]",
     "numbers in quotes": good_reply(numbers=["3", "3", "8", "8"]),
     "another order": good_reply(cards=["8", "3", "8", "3"], numbers=[8, 8, 3, 3]),
-    "braces in a string of valid JSON": good_reply().replace("{", '{"thought": "from {3,3,8,8}", '),
-    "braces in a string, in a code fence": "```json\n" + good_reply().replace("{", '{"thought": "from {3,3,8,8}", ') + "\n```",
-    "an object within, valid JSON": good_reply().replace("{", '{"values": {"J": 10}, '),
-    "an object within, prose around": "So: " + good_reply().replace("{", '{"values": {"J": 10}, ') + " Done.",
+    "braces in a string of valid JSON": BRACES_IN_A_STRING,
+    "braces in a string, in a code fence": f"```json\n{BRACES_IN_A_STRING}\n```",
+    "an object within, valid JSON": OBJECT_WITHIN,
+    "an object within, prose around": f"So: {OBJECT_WITHIN} Done.",
 }
 
 
@@ -324,7 +330,8 @@ def test_a_right_reply_is_read_in_the_forms_that_models_write(name):
 
 
 NOTHING = ["", " ", "I do not know.", RIGHT, "formula", '"formula": "8/(3-8/3)"', "{}", "[]", "null", '"formula"',
-           '{"Formula": "8/(3-8/3)"}', '{"cards": ["3", "3", "8", "8"]}', good_reply()[:-1], good_reply()[1:], "{formula}"]
+           '{"Formula": "8/(3-8/3)"}', '{"cards": ["3", "3", "8", "8"]}', good_reply()[:-1], good_reply()[1:],
+           "{formula}"]
 
 
 @pytest.mark.parametrize("reply", NOTHING)
@@ -341,8 +348,10 @@ def test_a_formula_that_is_not_text_is_illegal(formula):
 
 
 @pytest.mark.parametrize("last, status", [
-    (good_reply("3+3+8+8=24"), "wrong_value"), (good_reply("3*8"), "wrong_numbers"), (good_reply("8*"), "illegal_formula"),
-    ("{'formula': '3*8',}", "wrong_numbers"), (good_reply("3*8").replace("{", '{"steps": {"first": 1}, '), "wrong_numbers")])
+    (good_reply("3+3+8+8=24"), "wrong_value"), (good_reply("3*8"), "wrong_numbers"),
+    (good_reply("8*"), "illegal_formula"),
+    ("{'formula': '3*8',}", "wrong_numbers"),
+    (good_reply("3*8").replace("{", '{"steps": {"first": 1}, '), "wrong_numbers")])
 def test_the_last_complete_object_counts_though_an_earlier_one_is_right(last, status):
     assert judge(f"{good_reply()} On second thoughts: {last}").status == status
 
@@ -360,7 +369,8 @@ HAND, VALUES = ["A", "10", "K", "K"], [1, 10, 13, 13]
 @pytest.mark.parametrize("cards, right", [
     (["A", "10", "K", "K"], True), (["K", "A", "K", "10"], True), (["A", 10, "K", "K"], True),
     (["A", "10", "K"], False), (["A", "10", "K", "K", "K"], False), (["A", "10", "10", "K"], False),
-    (["A", "1", "K", "K"], False), ([], False), ("A10KK", False), (None, False), ({"A": "10", "K": "K"}, False), (10, False)])
+    (["A", "1", "K", "K"], False), ([], False), ("A10KK", False), (None, False), ({"A": "10", "K": "K"}, False),
+    (10, False)])
 def test_cards_read_compares_the_cards_as_a_multiset(cards, right):
     reply = json.dumps({"cards": cards, "number": VALUES, "formula": "1"})
     assert judge(reply, HAND, VALUES).cards_read is right
@@ -377,7 +387,8 @@ def test_numbers_right_compares_the_values_as_a_multiset(numbers, right):
     assert judge(reply, HAND, VALUES).cards_read is True
 
 
-@pytest.mark.parametrize("spelt", [[1, 10, 13, 13], ["1", "10", "13", "13"], [1.0, 10.0, 13.0, 13.0], [True, 10, 13, 13]])
+@pytest.mark.parametrize("spelt",
+                         [[1, 10, 13, 13], ["1", "10", "13", "13"], [1.0, 10.0, 13.0, 13.0], [True, 10, 13, 13]])
 def test_the_order_of_the_stated_numbers_never_matters(spelt):
     answers = {judge(json.dumps({"number": order, "formula": "1"}), HAND, VALUES).numbers_right
                for order in itertools.permutations(spelt)}
@@ -398,7 +409,7 @@ def test_misread_cards_cost_one_and_a_half_more_when_the_cards_are_a_picture(for
     assert (seen.reward, seen.status) == (reward, told.status)
     assert told.reward == reward + 1.5                       # in text the list of cards is not paid for
     assert judge(good_reply(formula), vision=True).reward == told.reward
-    assert "'9'" in seen.message and "'9'" not in told.message
+    assert '"9"' in seen.message and '"9"' not in told.message
 
 
 def test_a_reply_without_an_object_has_not_read_the_picture():
@@ -468,9 +479,9 @@ def test_random_bytes_are_judged_without_an_exception():
 
 def test_json_like_strings_are_judged_without_an_exception():
     rng = random.Random(4)
-    tokens = ["{", "}", "{", "}", "[", "]", '"', "'", ":", ",", "\\", " ", "\n", "formula", "cards", "number", '"formula":',
-              "'formula':", '"cards":', RIGHT, f'"{RIGHT}"', f"'{RIGHT}=24'", "=24", "3", "8", "-", "1e999", "null", "NaN",
-              "9" * 50, "\\u0041", "\\ud800", "```", "\x00", "\u2028", "\ud800"]
+    tokens = ["{", "}", "{", "}", "[", "]", '"', "'", ":", ",", "\\", " ", "\n", "formula", "cards", "number",
+              '"formula":', "'formula':", '"cards":', RIGHT, f'"{RIGHT}"', f"'{RIGHT}=24'", "=24", "3", "8", "-",
+              "1e999", "null", "NaN", "9" * 50, "\\u0041", "\\ud800", "```", "\x00", "\u2028", "\ud800"]
     seen = Counter()
     for i in range(35_000):
         body = "".join(rng.choices(tokens, k=rng.randint(1, 14)))
@@ -519,14 +530,14 @@ def test_a_huge_formula_is_turned_down_at_once(formula):
     assert not slow(json.dumps({"formula": formula}))
 
 
-UNITS = ["{", "}", "{}", "[", "]", "[]", '"', "'", "\\", '\\"', "\\'", '"\\', "'\\", "'\"", "\\\"'", '\\" ', "\\\"\\'", '" ', "' ",
-         '",', "',", " ", "\n", "\t", "\x00", "\u2003", "a", "9", "1,", "(", "-", ":", ",", "e", '"a":1,', '"a":[],', "a:1,", "{a:",
-         '{"a":', '{"formula":1}', "{formula}", "{formula:}", "{formula:[}", '{"formula":"', "{'formula':'", "{formula: [ \"\\\"",
-         '{"formula":"8/(3-8/3)"}', "formula", '"formula":', '"formula",', "\\u0041", "\\ud800", " a", " ,", " :", "' '", '"\'" ',
-         "1e9,", "\u00e9", "```", "null,", "[[],"]
-OPENINGS = ["", "{", "[", '{"formula": ', '{"formula": "', "{'formula': '", '{"formula": [', '{"formula": ["', "{formula: ",
-            '{"formula": 1, ', '{"cards": [', '{"formula": "8/(3-8/3)", "cards": [', '{"formula": "8/(3-8/3)", "cards": ["',
-            "{formula"]
+UNITS = ["{", "}", "{}", "[", "]", "[]", '"', "'", "\\", '\\"', "\\'", '"\\', "'\\", "'\"", "\\\"'", '\\" ', "\\\"\\'",
+         '" ', "' ", '",', "',", " ", "\n", "\t", "\x00", "\u2003", "a", "9", "1,", "(", "-", ":", ",", "e", '"a":1,',
+         '"a":[],', "a:1,", "{a:", '{"a":', '{"formula":1}', "{formula}", "{formula:}", "{formula:[}", '{"formula":"',
+         "{'formula':'", "{formula: [ \"\\\"", '{"formula":"8/(3-8/3)"}', "formula", '"formula":', '"formula",',
+         "\\u0041", "\\ud800", " a", " ,", " :", "' '", '"\'" ', "1e9,", "\u00e9", "```", "null,", "[[],"]
+OPENINGS = ["", "{", "[", '{"formula": ', '{"formula": "', "{'formula': '", '{"formula": [', '{"formula": ["',
+            "{formula: ", '{"formula": 1, ', '{"cards": [', '{"formula": "8/(3-8/3)", "cards": [',
+            '{"formula": "8/(3-8/3)", "cards": ["', "{formula"]
 CLOSINGS = ["", "}", '"}', "']}", "]}", "],}", '"],}', ",}", " }"]
 
 
@@ -541,14 +552,16 @@ def test_ten_thousand_hostile_characters_take_at_most_ten_milliseconds(opening):
 @pytest.mark.parametrize("depth", [10, 900, 1_000, 2_000, 4_900])
 def test_deep_nesting_is_judged_quickly_and_without_an_exception(depth):
     for inner in ("[" * depth + "]" * depth, '{"a":' * (depth // 4) + "1" + "}" * (depth // 4)):
-        for reply in (inner, f'{{"formula": {inner}}}', f'{{"formula": "{RIGHT}", "cards": {inner}, "number": {inner}}}'):
+        for reply in (inner, f'{{"formula": {inner}}}',
+                      f'{{"formula": "{RIGHT}", "cards": {inner}, "number": {inner}}}'):
             assert not slow(reply)
 
 
 def test_huge_integers_are_judged_quickly_and_without_an_exception():
     for digits in (300, 4_299, 4_300, 4_301, 9_900):         # Python refuses to read more than 4,300
         for text in ("9" * digits, "-" + "9" * digits, "1e" + "9" * digits, "0." + "9" * digits):
-            for reply in (text, f'{{"formula": {text}}}', f'{{"formula": "{RIGHT}", "cards": [{text}], "number": [{text}]}}'):
+            for reply in (text, f'{{"formula": {text}}}',
+                          f'{{"formula": "{RIGHT}", "cards": [{text}], "number": [{text}]}}'):
                 assert not slow(reply)
 
 
