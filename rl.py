@@ -55,7 +55,8 @@ class Config:
     updates: int = knob(20, "rollouts in all", low=1)
     epochs: int = knob(4, "passes over a rollout", low=1)
     minibatch_turns: int = knob(1024, "turns per optimizer step; 128 x 8 GPUs", low=1)
-    lr: float = knob(1e-6, "Adam learning rate", low=0)
+    lr: float = knob(1e-6, "Adam learning rate", low=1e-12)
+    value_lr: float = knob(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
     lr_final: float = knob(1e-9, "the cosine ends here", low=0)
     lr_horizon: int = knob(100, "updates until it does (longer than the run, as in the official code)", low=1)
     gamma: float = knob(0.9, "discount per turn", low=0, high=1)
@@ -210,6 +211,15 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     return advantages, advantages + values
 
 
+def estimate_advantages(turns, values, next_values, config):
+    """`compute_gae` on a rollout's N turns: advantages and returns, both (N,)."""
+    shape = config.turns_per_env, config.num_envs
+    rewards = torch.tensor([turn.reward for turn in turns]).view(shape)             # (S, E)
+    dones = torch.tensor([float(turn.done) for turn in turns]).view(shape)          # (S, E)
+    advantages, returns = compute_gae(rewards, values.view(shape), dones, next_values, config.gamma, config.gae_lambda)
+    return advantages.flatten(), returns.flatten()
+
+
 def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, config):
     """Policy loss, value loss, and what to watch, each (B,); the caller averages. All arguments are (B,)."""
     log_ratio = (logprobs - old_logprobs).clamp(max=math.log(10))   # beyond 10 no gradient, as in the official code
@@ -262,7 +272,7 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
             "explained_variance": 1 - float(residual)}
 
 
-def rollout_stats(turns, config, eos_id):
+def rollout_stats(turns, eos_id):
     """Counts and means over one rollout."""
     ended = [turn for turn in turns if turn.done]
     statuses = Counter(turn.info["status"] for turn in turns)
@@ -274,7 +284,23 @@ def rollout_stats(turns, config, eos_id):
             "response_length": sum(len(turn.response_ids) for turn in turns) / len(turns)}
 
 
+def advance(state, turns, upcoming, players, config):
+    """The state after an update: its number, the tokens spent so far, and where each environment stands."""
+    dialogue_tokens = sum(turn_length(turns[dialogue[-1]]) for dialogue in group_dialogues(turns))
+    sampled, scored = sum(map(turn_length, turns)), dialogue_tokens + sum(map(turn_length, upcoming))
+    return {"step": state["step"] + 1, "tokens_trained": state["tokens_trained"] + config.epochs * dialogue_tokens,
+            "tokens_rollout": state["tokens_rollout"] + sampled + scored,
+            "players": [[player.episode, player.replies] for player in players]}
+
+
+def compute_spent(state, num_params, task):
+    """GFLOPs since the start: 6 N per token trained, 2 N per token of the rollouts; and by the formula of paper C.3."""
+    trained, rollout, lam = state["tokens_trained"], state["tokens_rollout"], LAMBDA[task.split("-")[0]]
+    return {"gflops": 2 * num_params * (3 * trained + rollout) / 1e9, "gflops_paper": 2 * num_params * (3 + lam) * trained / 1e9}
+
+
 def check(config):
+    """Refuse settings that do not fit each other; ValueError names them."""
     if not config.out or not config.model:
         raise ValueError("--out and --model are required; --model is a folder, such as a checkpoint of sft.py")
     num_turns = config.num_envs * config.turns_per_env
@@ -300,55 +326,43 @@ def main(config):
         open_run(config, newest)
     except ValueError as error:
         fail(error)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=config.lr, eps=1e-7)
+    optimizer = torch.optim.Adam([{"params": policy.backbone.parameters(), "peak": config.lr},
+                                  {"params": policy.value_head.parameters(), "peak": config.value_lr or config.lr}],
+                                 lr=config.lr, eps=1e-7)
     state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "players": [[0, []]] * config.num_envs}
     state = load_resume(newest, policy, optimizer) if newest else state
     players = [Player(i, env, processor, config, *state["players"][i]) for i, env in enumerate(environments)]
     stop, out, started = StopSignal(), Path(config.out), time.time()
 
-    def save(update):
-        save_checkpoint(out, update, policy, processor, optimizer, state, config.keep_resume)
-
     progress = trange(state["step"], config.updates, initial=state["step"], total=config.updates, desc="rl")
     for update in progress:
         lr = learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final)
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        rollout_started = time.time()
+            group["lr"] = lr * group["peak"] / config.lr
+        clock = [time.time()]
         turns = collect_turns(policy, processor, players, update, config, stop)
         if turns is None:                                           # the rollout is dropped, `state` is from before it
-            save(update)
+            save_checkpoint(out, update, policy, processor, optimizer, state, config.keep_resume)
             sys.exit(143)
+        clock.append(time.time())
         old_logprobs, values = score_turns(policy, turns, config)                   # (N,), (N,)
         upcoming = [Turn(player.prompt_ids, [], 0, 0.0, False, (player.index,), {}) for player in players]
-        _, next_values = score_turns(policy, upcoming, config)                      # (E,)
-        shape = config.turns_per_env, config.num_envs
-        rewards = torch.tensor([turn.reward for turn in turns]).view(shape)         # (S, E)
-        dones = torch.tensor([float(turn.done) for turn in turns]).view(shape)      # (S, E)
-        advantages, returns = compute_gae(rewards, values.view(shape), dones, next_values, config.gamma, config.gae_lambda)
-        update_started = time.time()
+        _, next_values = score_turns(policy, upcoming, config)                      # (E,): only for the bootstrap
+        advantages, returns = estimate_advantages(turns, values, next_values, config)
         try:
-            stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages.flatten(), returns.flatten(),
-                               update, config)
+            stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages, returns, update, config)
         except FloatingPointError as error:
             fail(f"{error}; the last checkpoint is whole, try a smaller --lr")
-        tokens_trained = config.epochs * sum(turn_length(turns[dialogue[-1]]) for dialogue in group_dialogues(turns))
-        tokens_scored = tokens_trained // config.epochs + sum(map(turn_length, upcoming))
-        state = {"step": update + 1, "tokens_trained": state["tokens_trained"] + tokens_trained,
-                 "tokens_rollout": state["tokens_rollout"] + sum(map(turn_length, turns)) + tokens_scored,
-                 "players": [[player.episode, player.replies] for player in players]}
-        flops_per_token = 2 * policy.num_params
-        lam = LAMBDA[config.task.split("-")[0]]
-        log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout_stats(turns, config, policy.eos_id), **stats,
-                  value=float(values.mean()), tokens_trained=state["tokens_trained"], tokens_rollout=state["tokens_rollout"],
-                  gflops=flops_per_token * (3 * state["tokens_trained"] + state["tokens_rollout"]) / 1e9,
-                  gflops_paper=flops_per_token * (3 + lam) * state["tokens_trained"] / 1e9,
-                  seconds_rollout=update_started - rollout_started, seconds_update=time.time() - update_started,
-                  seconds=time.time() - started)
-        progress.set_postfix(success=f"{rollout_stats(turns, config, policy.eos_id)['success']:.2f}",
-                             reward=f"{float(rewards.mean()):.2f}")
+        clock.append(time.time())
+        state = advance(state, turns, upcoming, players, config)
+        rollout = rollout_stats(turns, policy.eos_id)
+        log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout, **stats, value=float(values.mean()),
+                  tokens_trained=state["tokens_trained"], tokens_rollout=state["tokens_rollout"],
+                  **compute_spent(state, policy.num_params, config.task), seconds=clock[2] - started,
+                  seconds_rollout=clock[1] - clock[0], seconds_update=clock[2] - clock[1])
+        progress.set_postfix(success=f"{rollout['success']:.2f}", reward=f"{rollout['reward']:.2f}")
         if (update + 1) % config.save_every == 0 or update + 1 == config.updates or stop.requested:
-            save(update + 1)
+            save_checkpoint(out, update + 1, policy, processor, optimizer, state, config.keep_resume)
         if stop.requested:
             sys.exit(143)
 

@@ -10,9 +10,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/base}
 common="--task gp-l --mix rule_family:1 --fold train --dtype bfloat16 --micro-batch-tokens 8192 --save-every 50"
-python sft.py --model tiny:160x4 --out "$OUT/first" --steps 250 --lr 2e-3 --seed 0 $common
-python sft.py --model "$OUT/first/step_000250" --out "$OUT/second" --steps 150 --lr 1e-3 --failed-tries 4 --seed 1 $common
-python - "$OUT/second/step_000150" data/base/gp-l <<'PY'
+python sft.py --model tiny:160x4 --out "$OUT/first" --steps 400 --lr 2e-3 --seed 0 $common
+python sft.py --model "$OUT/first/step_000400" --out "$OUT/second" --steps 200 --lr 1e-3 --failed-tries 4 --seed 1 $common
+python - "$OUT/second/step_000200" data/base/gp-l <<'PY'
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])
