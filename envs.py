@@ -39,7 +39,8 @@ PROMPTS = {
                "Q counts as {Q} and K counts as {K}.",
     "gp_input_text": "\nCards: {cards}",
     "gp_output": "\nReply with a JSON object:\n"
-                 "{\"cards\": [the ranks you see], \"number\": [their values], \"formula\": \"an equation ending in ={target}\"}",
+                 "{\"cards\": [the ranks you see], \"number\": [their values], "
+                 "\"formula\": \"an equation ending in ={target}\"}",
     "gp_retry": "{verdict} Try another formula in the same format.",
     **{f"feedback_{name}": text for name, text in FEEDBACK.items()},
 }
@@ -51,7 +52,7 @@ FOLDS = ("all", "train", "test")
 
 
 def load_prompts(path):
-    """PROMPTS with the templates of a JSON file put over them; ValueError names a template or placeholder it cannot have."""
+    """PROMPTS with the templates of a JSON file put over them; ValueError names what the file may not hold."""
     if not path:
         return PROMPTS
     try:
@@ -74,7 +75,7 @@ def load_prompts(path):
 
 
 def parse_rule(rule):
-    """What J, Q, K are worth: a name in RULES, "J,Q,K" such as "3,12,7", or None for "random" (drawn every episode)."""
+    """What J, Q, K are worth under a rule: three numbers, or None for "random" (drawn every episode)."""
     if rule == "random":
         return None
     if rule in RULES:
@@ -180,7 +181,7 @@ class GeneralPoints:
         return self.format_reply(self.formula)
 
     def flawed_reply(self):
-        """A reply in the right format that is not correct: mostly another value, else a wrong number or a broken formula.
+        """A reply in the right format that is not correct: wrong value (mostly), wrong number, or broken formula.
 
         For dialogues with failed tries before the expert's reply (the paper trains on such in appendix D, Fig. 15).
         """
@@ -191,8 +192,9 @@ class GeneralPoints:
                 numbers[0] = self.rng.randint(1, 13)
             a, b, c, d = numbers
             o, p, q = self.rng.choices("+-*/", weights=(3, 3, 3, 1), k=3)
-            formula = self.rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}{c}{q}{d}", f"{a}{o}({b}{p}{c}){q}{d}",
-                                       f"({a}{o}{b}){p}({c}{q}{d})", f"({a}{o}{b}{p}{c}){q}{d}"))
+            formula = self.rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}{c}{q}{d}",
+                                       f"{a}{o}({b}{p}{c}){q}{d}", f"({a}{o}{b}){p}({c}{q}{d})",
+                                       f"({a}{o}{b}{p}{c}){q}{d}"))
             if fault == "form":
                 formula = f"({formula}"
             reply = self.format_reply(formula)
@@ -205,7 +207,7 @@ class GeneralPoints:
         return list(dict.fromkeys([*RANKS, *map(str, values), *"+-*/()="]))
 
 
-# ---- Making one -------------------------------------------------------------------------------------------------
+# ---- Making one --------------------------------------------------------------------------------------------
 
 GP_SPLITS = {
     "id": dict(rule="face_cards_as_10"),
@@ -245,7 +247,7 @@ def main():
     parser.add_argument("--split", default="id")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompt-file", default="")
-    parser.add_argument("--show", action="store_true", help="print a prompt, an expert reply and a verdict, then stop")
+    parser.add_argument("--show", action="store_true", help="print one prompt, expert reply and verdict")
     args = parser.parse_args()
     try:
         env = make_env(args.task, args.split, prompt_file=args.prompt_file)

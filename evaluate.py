@@ -22,8 +22,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import envs
-from model import (checkpoint_step, checkpoints, decode_reply, encode, fail, knob, load_policy, log_jsonl, parse_config,
-                   pick_device, sampling_uniforms)
+from model import (checkpoint_step, checkpoints, decode_reply, encode, fail, knob, load_policy, log_jsonl,
+                   parse_config, pick_device, sampling_uniforms)
 
 # Paper Fig. 6 and Section 5.1: success on the other rule (%) at the start, after SFT and after RL, at equal compute.
 PAPER = {"gp-l": {"rule_ood": (11.5, 3.4, 15.0)}}
@@ -54,7 +54,7 @@ class Config:
     device: str = knob("auto", "cpu, cuda, or auto")
 
 
-# ---- Playing ------------------------------------------------------------------------------------------------------
+# ---- Playing -----------------------------------------------------------------------------------------------
 
 def play_episodes(policy, processor, environments, seed, config):
     """Play one episode in each environment, all side by side; the list of infos, one per turn, of each episode."""
@@ -66,7 +66,8 @@ def play_episodes(policy, processor, environments, seed, config):
     progress = tqdm(total=len(environments), desc="episodes", leave=False)
     while playing:
         uniforms = sampling_uniforms([(seed, i, turn) for i in playing], config.max_new_tokens)
-        replies = policy.generate([dialogues[i] for i in playing], uniforms, config.max_new_tokens, config.temperature,
+        prompts = [dialogues[i] for i in playing]
+        replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
                                   config.generate_tokens)
         for i, (response_ids, _) in zip(playing, replies):
             messages, reward, _, _, info = environments[i].step(decode_reply(processor, response_ids))
@@ -85,12 +86,13 @@ def summarise(infos, verify_iter):
     """What eval.jsonl says about a list of played episodes, each a list of infos."""
     n, turns = len(infos), [info for episode in infos for info in episode]
     solved_at = [len(episode) if episode[-1]["success"] else 0 for episode in infos]   # 0: never
-    by_turn = [sum(0 < at <= turn for at in solved_at) / n for turn in range(1, verify_iter + 1)]
-    tried = [sum(len(episode) >= turn for episode in infos) for turn in range(1, verify_iter + 1)]
-    success = by_turn[-1]
+    tries = range(1, verify_iter + 1)
+    within = [sum(0 < at <= turn for at in solved_at) / n for turn in tries]
+    played = [sum(len(episode) >= turn for episode in infos) for turn in tries]
+    success = within[-1]
     return {"episodes": n, "success": success, "stderr": math.sqrt(success * (1 - success) / n),
-            "success_within": by_turn, "first_try": by_turn[0],
-            "turn_accuracy": [sum(at == turn for at in solved_at) / max(1, tried[turn - 1]) for turn in range(1, verify_iter + 1)],
+            "success_within": within, "first_try": within[0],
+            "turn_accuracy": [solved_at.count(turn) / max(1, num) for turn, num in zip(tries, played)],
             "numbers_right": sum(bool(info["numbers_right"]) for info in turns) / len(turns),
             "reward": sum(info["reward"] for info in turns) / n,
             "statuses": dict(sorted(Counter(info["status"] for info in turns).items()))}
@@ -101,8 +103,9 @@ def evaluate_checkpoint(path, known, config, write):
     wanted = [(split, int(seed)) for split in config.splits.split(",") for seed in config.seeds.split(",")]
     settings = {"fold": config.fold, "verify_iter": config.verify_iter, "feedback": config.feedback,
                 "temperature": config.temperature, "episodes": 234 if config.paper else config.episodes}
-    missing = [(split, seed) for split, seed in wanted
-               if not any(row.items() >= {"checkpoint": path.name, "split": split, "seed": seed, **settings}.items() for row in known)]
+    done = [(row["split"], row["seed"]) for row in known
+            if row["checkpoint"] == path.name and settings.items() <= row.items()]
+    missing = [pair for pair in wanted if pair not in done]
     if not missing:
         return
     policy, processor = load_policy(str(path), config.dtype, pick_device(config.device))
@@ -114,8 +117,8 @@ def evaluate_checkpoint(path, known, config, write):
         infos = play_episodes(policy, processor, environments, seed, config)
         row = {"checkpoint": path.name, "task": config.task, "split": split, "seed": seed, **settings,
                **summarise(infos, config.verify_iter)}
-        print(f"{path.name:14s} {split:10s} seed {seed}: success {100 * row['success']:.1f} +- {100 * row['stderr']:.1f} %, "
-              f"first try {100 * row['first_try']:.1f} %, numbers right {100 * row['numbers_right']:.1f} %")
+        print(f"{path.name:14s} {split:10s} seed {seed}: success {100 * row['success']:.1f} +- "
+              f"{100 * row['stderr']:.1f} %, first try {100 * row['first_try']:.1f} %, numbers right {100 * row['numbers_right']:.1f} %")
         write(row)
 
 
@@ -134,10 +137,11 @@ def evaluate_run(run, config):
     for step, path in tqdm(points, desc=f"checkpoints of {run}"):
         compute = {key: spent.get(step, {}).get(key, 0.0) for key in ("gflops", "gflops_paper")}
         known = [row for row in read_jsonl(run / "eval.jsonl") if row["step"] == step]
-        evaluate_checkpoint(path, known, config, lambda row: log_jsonl(run / "eval.jsonl", step=step, **compute, **row))
+        evaluate_checkpoint(path, known, config,
+                            lambda row: log_jsonl(run / "eval.jsonl", step=step, **compute, **row))
 
 
-# ---- Comparing ------------------------------------------------------------------------------------------------------
+# ---- Comparing ---------------------------------------------------------------------------------------------
 
 def mean_and_error(rows):
     """Mean success (%) and its standard error: over runs if there are several, binomial for one."""
@@ -172,7 +176,7 @@ def curve(rows, split):
     for row in rows:
         if row["split"] == split:
             steps[row["step"]].append(row)
-    return [(sum(r["gflops"] for r in steps[step]) / len(steps[step]), *mean_and_error(steps[step])) for step in sorted(steps)]
+    return [(sum(row["gflops"] for row in own) / len(own), *mean_and_error(own)) for _, own in sorted(steps.items())]
 
 
 def compare(folders, figure):

@@ -33,7 +33,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig,
                           LlamaForCausalLM, PreTrainedTokenizerFast)
 
-# ---- Messages <-> tokens ----------------------------------------------------------------------------------------
+# ---- Messages <-> tokens -----------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] "
                  "+ '<|end_of_turn|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -49,8 +49,9 @@ def train_tokenizer(texts, atoms, vocab_size=4096):
     marks = sorted({re.escape(a) for a in atoms if not a.isalnum()}, key=len, reverse=True)
     pattern = "|".join([rf"\b(?:{'|'.join(words)})\b"] * bool(words) + marks)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   min_frequency=2, show_progress=False)
@@ -109,14 +110,16 @@ def collate(dialogues, device):
     for row, ids in enumerate(whole):
         input_ids[row, :len(ids)] = torch.tensor(ids)
         for prompt, response in dialogues[row]:
-            assert ids[:len(prompt) + len(response)] == prompt + response, "a prompt does not begin with the turn before"
+            turn = prompt + response
+            assert ids[:len(turn)] == turn, "a prompt does not begin with the turn before"
             replies.append((row, len(prompt), len(response)))
-    columns = torch.tensor(replies, device=device).T
-    return {"input_ids": input_ids.to(device), "row": columns[0], "prompt_length": columns[1], "response_length": columns[2]}
+    row, prompt_length, response_length = torch.tensor(replies, device=device).T
+    return {"input_ids": input_ids.to(device), "row": row, "prompt_length": prompt_length,
+            "response_length": response_length}
 
 
 def micro_batches(lengths, token_budget):
-    """Part row indices into groups of similar length with at most `token_budget` padded tokens each (one row always fits)."""
+    """Group row indices by length, with at most `token_budget` padded tokens in a group (one row always fits)."""
     groups = []
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):   # longest first: it sets the padding
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= token_budget:
@@ -126,7 +129,7 @@ def micro_batches(lengths, token_budget):
     return groups
 
 
-# ---- Decoding: two ways to hold the keys and values of a batch ----------------------------------------------------
+# ---- Decoding: two ways to hold the keys and values of a batch ---------------------------------------------
 
 class CacheDecoder:
     """Decode any causal LM over the Hugging Face cache."""
@@ -169,7 +172,8 @@ class LlamaDecoder(CacheDecoder):
         self.layers = [{
             "qkv": torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]).to(dtype),
             "out": a.o_proj.weight.to(dtype),
-            "gate_up": torch.cat([m.gate_proj.weight, m.up_proj.weight]).to(dtype), "down": m.down_proj.weight.to(dtype),
+            "gate_up": torch.cat([m.gate_proj.weight, m.up_proj.weight]).to(dtype),
+            "down": m.down_proj.weight.to(dtype),
             "norm_1": layer.input_layernorm.weight, "norm_2": layer.post_attention_layernorm.weight,
         } for layer in self.model.model.layers for a, m in [(layer.self_attn, layer.mlp)]]
         self.lm_head = self.model.lm_head.weight.to(dtype)
@@ -180,7 +184,8 @@ class LlamaDecoder(CacheDecoder):
         self.keys, self.values = [], []                            # per layer (B, kv_heads, P + N, head_dim)
         for layer in self.cache.layers:
             for buffers, filled in ((self.keys, layer.keys), (self.values, layer.values)):
-                buffers.append(filled.new_empty(B, self.kv_heads, P + max_new_tokens, self.head_dim, dtype=self.lm_head.dtype))
+                shape = B, self.kv_heads, P + max_new_tokens, self.head_dim
+                buffers.append(filled.new_empty(shape, dtype=self.lm_head.dtype))
                 buffers[-1][:, :, :P] = filled
         del self.cache
         self.mask = F.pad(attention_mask, (0, max_new_tokens), value=1).bool()[:, None, None]   # (B, 1, 1, P + N)
@@ -214,7 +219,7 @@ class LlamaDecoder(CacheDecoder):
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
 
 
-# ---- The policy -------------------------------------------------------------------------------------------------
+# ---- The policy --------------------------------------------------------------------------------------------
 
 class Policy(nn.Module):
     """A causal LM that also says how much reward it expects: one value per reply, read at the last prompt token.
@@ -266,7 +271,8 @@ class Policy(nn.Module):
         is_token = offsets < lengths[:, None]                                                      # (B, R)
         rows, columns = row[:, None].expand_as(is_token)[is_token], (first[:, None] + offsets)[is_token]   # (n,)
         with self.autocast():
-            hidden = self.backbone.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state  # (rows, T, D)
+            hidden = self.backbone.model(input_ids=batch["input_ids"],
+                                         use_cache=False).last_hidden_state                        # (rows, T, D)
             logits = self.backbone.lm_head(hidden[rows, columns - 1]).float()                      # (n, V)
             values = self.value_head(hidden[row, first - 1])                                       # (B, 1)
         if temperature is not None:
@@ -288,8 +294,9 @@ class Policy(nn.Module):
         decoder = (LlamaDecoder if self.backbone.config.model_type == "llama" else CacheDecoder)(self)
         for rows in micro_batches([len(p) + max_new_tokens for p in prompts], token_budget):
             P = max(len(prompts[row]) for row in rows)
-            input_ids = torch.tensor([[0] * (P - len(prompts[r])) + prompts[r] for r in rows], device=self.device)
-            mask = torch.tensor([[0] * (P - len(prompts[r])) + [1] * len(prompts[r]) for r in rows], device=self.device)
+            padding = [P - len(prompts[row]) for row in rows]                                      # on the left
+            input_ids = torch.tensor([[0] * pad + prompts[row] for pad, row in zip(padding, rows)], device=self.device)
+            mask = torch.tensor([[0] * pad + [1] * (P - pad) for pad in padding], device=self.device)
             logits = decoder.prefill(input_ids, mask, max_new_tokens)
             alive = torch.tensor(rows, device=self.device)         # which prompt each row of the batch answers
             going = torch.ones_like(alive, dtype=torch.bool)
@@ -315,7 +322,7 @@ class Policy(nn.Module):
         return replies
 
     def pick(self, logits, uniforms, temperature):
-        """One token for each row of logits (B, V) by the inverse of its cumulative distribution: ids, log-probs (B,)."""
+        """One token for each row of logits (B, V), by inverse CDF at its uniform: ids (B,), log-probs (B,)."""
         logits = logits.float().masked_fill(self.banned, -math.inf)
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
         if temperature == 0:
@@ -327,17 +334,17 @@ class Policy(nn.Module):
 
 
 def sampling_uniforms(keys, max_new_tokens):
-    """The uniforms (len(keys), max_new_tokens) for `generate`: each row from a generator seeded by its own key of integers."""
+    """Uniforms (len(keys), max_new_tokens) for `generate`, each row from a generator seeded by its key of integers."""
     return np.stack([np.random.default_rng(key).random(max_new_tokens) for key in keys])
 
 
-# ---- Making and loading one -------------------------------------------------------------------------------------
+# ---- Making and loading one --------------------------------------------------------------------------------
 
 TINY = re.compile(r"tiny(?::(\d+)x(\d+))?")
 
 
 def make_tiny(name, texts, atoms):
-    """A random-init Llama, "tiny" (128x4) or "tiny:WIDTHxLAYERS", and a tokenizer trained on an environment's texts."""
+    """A random-init Llama, "tiny" (128x4) or "tiny:WIDTHxLAYERS", and a tokenizer trained on `texts`."""
     width, layers = (int(number or default) for number, default in zip(TINY.fullmatch(name).groups(), (128, 4)))
     if width % 32 or not width or not layers:
         raise ValueError(f"model {name!r}: WIDTH must be a multiple of 32 and LAYERS at least 1")
@@ -353,8 +360,8 @@ def make_tiny(name, texts, atoms):
 def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=()):
     """(policy, processor) from a folder that any Hugging Face tool opens, or "tiny" for a random-init Llama.
 
-    `texts` and `atoms` are what the tokenizer of "tiny" is trained on. A missing value head is initialised from torch's seed. ValueError says what is wrong
-    with a folder that is not a text causal LM.
+    `texts` and `atoms` are what the tokenizer of "tiny" is trained on. A missing value head is
+    initialised from torch's seed. ValueError says what is wrong with a folder that is not a text causal LM.
     """
     if TINY.fullmatch(path):
         backbone, processor = make_tiny(path, texts, atoms)
@@ -382,7 +389,7 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=()):
     return policy.to(device), processor
 
 
-# ---- Running: configs ---------------------------------------------------------------------------------------------
+# ---- Running: configs --------------------------------------------------------------------------------------
 
 def knob(default, help, low=None, high=None, choices=None):
     """A field of a script's Config: its default, a remark with its source, and what values are allowed."""
@@ -396,7 +403,8 @@ class OneLineParser(argparse.ArgumentParser):
         for word in re.findall(r"(?<!\S)--[\w-]+", message) if "unrecognized" in message else []:
             known = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(word, known, n=1)
-            message = f"unknown option {word}" + (f"; did you mean {near[0]}?" if near else f"; known: {' '.join(known)}")
+            hint = f"did you mean {near[0]}?" if near else f"known: {' '.join(known)}"
+            message = f"unknown option {word}; {hint}"
             break
         fail(message)
 
@@ -409,7 +417,7 @@ def fail(message):
 
 
 def parse_config(cls, argv=None):
-    """A Config from the command line; unknown flags, wrong types and values out of range end the program with one line."""
+    """A Config from the command line; a flag, type or value that is not allowed ends the program with one line."""
     parser = OneLineParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(cls):
@@ -448,7 +456,7 @@ def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# ---- Running: run folders, checkpoints, log -------------------------------------------------------------------------
+# ---- Running: run folders, checkpoints, log ----------------------------------------------------------------
 
 def check_run(config):
     """The newest complete checkpoint of the run folder, or None; writes nothing.
@@ -469,11 +477,11 @@ def check_run(config):
         raise ValueError(f"out folder {config.out} is not empty and holds no run: choose another --out")
     for torn in sorted(out.glob("step_*.tmp")):
         print(f"{torn} was never finished: skipped")
-    return max((p for p in checkpoints(out) if (p / "resume" / "state.json").is_file()), default=None, key=checkpoint_step)
+    return next((p for p in reversed(checkpoints(out)) if (p / "resume" / "state.json").is_file()), None)
 
 
 def open_run(config, newest):
-    """Make the run folder with its config.json, or cut its log back to the checkpoint `newest`: the rest comes again."""
+    """Make the run folder with its config.json, or cut its log back to the checkpoint it goes on from."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
@@ -539,7 +547,8 @@ def load_resume(folder, policy, optimizer):
     """Put the optimizer state of a checkpoint back and return its `state`; the weights come with load_policy."""
     tensors = load_file(folder / "resume" / "optimizer.safetensors", device=str(policy.device))
     for name, p in policy.named_parameters():
-        entry = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
+        entry = {key: tensors[f"{name}.{key}"] for key in keys}
         if entry:
             optimizer.state[p] = {**entry, "step": entry["step"].cpu()}
     return json.loads((folder / "resume" / "state.json").read_text())

@@ -133,13 +133,14 @@ def find_answer(processor, response_ids, answer_key):
 
 
 def collect_turns(policy, processor, players, update, config, stop):
-    """S turns of every player, sampled from the policy: a list of N turns ordered (S, E); None if a stop was asked for."""
+    """S turns of every player, sampled from the policy: N turns ordered (S, E); None if a stop was asked for."""
     turns = []
     for s in tqdm(range(config.turns_per_env), desc="rollout", leave=False):
         if stop.requested:
             return None
         prompts = [player.prompt_ids for player in players]
-        uniforms = sampling_uniforms([(config.seed, update, player.index, s) for player in players], config.max_new_tokens)
+        keys = [(config.seed, update, player.index, s) for player in players]
+        uniforms = sampling_uniforms(keys, config.max_new_tokens)
         replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
                                   config.generate_tokens)
         for player, prompt_ids, (response_ids, _) in zip(players, prompts, replies):
@@ -178,7 +179,8 @@ def turn_logprobs(policy, turns, dialogues, config):
     `dialogues` are lists of turn indices; B runs over them in that order.
     """
     flat = [turns[i] for dialogue in dialogues for i in dialogue]
-    batch = collate([[(turns[i].prompt_ids, turns[i].response_ids) for i in dialogue] for dialogue in dialogues], policy.device)
+    samples = [[(turns[i].prompt_ids, turns[i].response_ids) for i in dialogue] for dialogue in dialogues]
+    batch = collate(samples, policy.device)
     logprobs, values = policy(batch, config.temperature)                            # (B, R), (B,)
     starts = torch.tensor([turn.answer_start for turn in flat], device=policy.device)
     is_thought = torch.arange(logprobs.shape[1], device=policy.device) < starts[:, None]
@@ -229,7 +231,8 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, co
     if config.value_clip:
         clipped = old_values + (values - old_values).clamp(-config.value_clip, config.value_clip)
         value_loss = torch.max(value_loss, 0.5 * (clipped - returns) ** 2)
-    watched = {"ratio": ratio, "approx_kl": ratio - 1 - log_ratio, "clip_fraction": ((ratio - 1).abs() > config.clip).float()}
+    watched = {"ratio": ratio, "approx_kl": ratio - 1 - log_ratio,
+               "clip_fraction": ((ratio - 1).abs() > config.clip).float()}
     return policy_loss, value_loss, {name: value.detach() for name, value in watched.items()}
 
 
@@ -250,18 +253,20 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
             for dialogues in turn_batches(turns, [everyone[i] for i in chosen], config):
                 rows = [i for dialogue in dialogues for i in dialogue]
                 logprobs, values = turn_logprobs(policy, turns, dialogues, config)
-                old_logprob, old_value, advantage, target = columns[:, rows]
-                policy_loss, value_loss, watched = ppo_loss(logprobs, old_logprob, values, old_value, advantage, target, config)
+                old_logprob, old_value, advantage, target = columns[:, rows]        # (B,) each
+                policy_loss, value_loss, watched = ppo_loss(logprobs, old_logprob, values, old_value, advantage,
+                                                            target, config)
                 loss = (policy_loss + config.value_coef * value_loss).sum() / num_turns
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"update {update + 1}, epoch {epoch}, turns {rows[:8]}...: loss {float(loss)}")
+                    raise FloatingPointError(f"update {update + 1}, epoch {epoch}, turns {rows[:8]}...: loss {loss}")
                 loss.backward()
                 first_ratios += watched["ratio"].tolist() if epoch == start == 0 else []
                 for name, value in {"policy_loss": policy_loss, "value_loss": value_loss, **watched}.items():
                     sums[name] += float(value.detach().sum())
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             if not torch.isfinite(grad_norm):
-                raise FloatingPointError(f"update {update + 1}, epoch {epoch}, minibatch from turn {start}: grad_norm {float(grad_norm)}")
+                raise FloatingPointError(f"update {update + 1}, epoch {epoch}, minibatch from turn {start}: "
+                                         f"grad_norm {grad_norm}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             grad_norms.append(float(grad_norm))
@@ -296,7 +301,8 @@ def advance(state, turns, upcoming, players, config):
 def compute_spent(state, num_params, task):
     """GFLOPs since the start: 6 N per token trained, 2 N per token of the rollouts; and by the formula of paper C.3."""
     trained, rollout, lam = state["tokens_trained"], state["tokens_rollout"], LAMBDA[task.split("-")[0]]
-    return {"gflops": 2 * num_params * (3 * trained + rollout) / 1e9, "gflops_paper": 2 * num_params * (3 + lam) * trained / 1e9}
+    return {"gflops": 2 * num_params * (3 * trained + rollout) / 1e9,
+            "gflops_paper": 2 * num_params * (3 + lam) * trained / 1e9}
 
 
 def check(config):

@@ -3,9 +3,9 @@
 The paper's SFT data are optimal single-turn pairs (prompt, expert reply) of the training rule; the loss sees the
 reply and its end-of-turn, never the prompt.
 
-    python sft.py --task gp-l --model PATH --out runs/sft                     # the paper's settings, pairs made on the fly
-    python sft.py --task gp-l --model PATH --out runs/sft --data data.json    # from a file in the released shape
-    python sft.py --task gp-l --model tiny --out runs/base --mix rule_family:1 --failed-tries 4    # see recipes/base.sh
+    python sft.py --model PATH --out runs/sft                      # the paper's settings, pairs made on the fly
+    python sft.py --model PATH --out runs/sft --data data.json     # from a file in the released shape
+    python sft.py --model tiny --out runs/base --mix rule_family:1 --failed-tries 4       # see recipes/base.sh
 
 The same command continues a run that was stopped, from its newest checkpoint. Sample i of a run is made from the seed
 "SEED/sft/i", so nothing but the number of the next sample has to be remembered. `--mix` weighs the splits of envs.py;
@@ -75,7 +75,8 @@ def parse_mix(text):
 def read_conversations(path):
     """(messages, reply) pairs from a file in the released data.json shape, one for every reply in it.
 
-    Shape: [{"conversations": [{"from": "human" | "gpt", "value": text}, ...]}, ...]. ValueError names file, record, key.
+    Shape: [{"conversations": [{"from": "human" | "gpt", "value": text}, ...]}, ...]. ValueError names file, record
+    and key.
     """
     try:
         records = json.loads(Path(path).read_text())
@@ -108,7 +109,8 @@ class Samples:
 
     def __init__(self, config):
         splits, self.weights = parse_mix(config.mix)
-        overrides = {"solution": config.solution, "prompt_file": config.prompt_file, "verify_iter": config.failed_tries + 1}
+        overrides = {"solution": config.solution, "prompt_file": config.prompt_file,
+                     "verify_iter": config.failed_tries + 1}
         overrides |= {"fold": config.fold} if config.fold else {}
         self.envs = [envs.make_env(config.task, split, **overrides) for split in splits]
         self.pairs = read_conversations(config.data) if config.data else None
@@ -134,7 +136,8 @@ def train_step(policy, optimizer, samples, config):
     so how they are cut changes nothing.
     """
     num_tokens, loss = sum(len(response) for _, response in samples), 0.0
-    for rows in micro_batches([len(prompt) + len(response) for prompt, response in samples], config.micro_batch_tokens):
+    lengths = [len(prompt) + len(response) for prompt, response in samples]
+    for rows in micro_batches(lengths, config.micro_batch_tokens):
         logprobs, _ = policy(collate([[samples[row]] for row in rows], policy.device))
         micro_loss = -logprobs.sum() / num_tokens
         micro_loss.backward()
@@ -180,7 +183,8 @@ def main(config):
                   gflops=6 * policy.num_params * tokens / 1e9, seconds=time.time() - started)
         progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.requested:
-            save_checkpoint(out, step + 1, policy, processor, optimizer, state, config.keep_resume, with_value_head=False)
+            save_checkpoint(out, step + 1, policy, processor, optimizer, state, config.keep_resume,
+                            with_value_head=False)
         if stop.requested:
             sys.exit(143)
 

@@ -65,7 +65,7 @@ def fill(template, **values):
     return template
 
 
-# ---- Reading a reply --------------------------------------------------------------------------------------------
+# ---- Reading a reply ---------------------------------------------------------------------------------------
 
 SCALAR = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|([^{}\[\]:,"'\s][^{}\[\]:,"']*))\s*""", re.S)
 OPEN_LIST, CLOSE_LIST, CLOSE_OBJECT = (re.compile(r"\s*" + re.escape(mark)) for mark in "[]}")
@@ -82,9 +82,10 @@ def read_scalar(text, position):
 
 
 def read_relaxed(text, position):
-    """Read `{key: value, ...}` behind its brace, with single quotes, bare words or trailing commas; values are text or lists.
+    """Read `{key: value, ...}` behind its brace, with single quotes, bare words or trailing commas.
 
-    Returns (the dict, or None if it is no such object; how many scalars were read). Never reads more than MAX_SCALARS.
+    Values are text or lists of text. Returns (the dict, or None if it is no such object; how many scalars were read,
+    never more than MAX_SCALARS).
     """
     found, num_read = {}, 0
     while not CLOSE_OBJECT.match(text, position):
@@ -148,7 +149,7 @@ def read_reply(reply, key):
     return None
 
 
-# ---- Arithmetic -------------------------------------------------------------------------------------------------
+# ---- Arithmetic --------------------------------------------------------------------------------------------
 
 LEGAL_TEXT = re.compile(r"[-+*/()0-9\s]*")
 FORMULA_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
@@ -226,7 +227,7 @@ def write(operator, left, right):
     An operand is (text, rank): rank 0 a sum or difference, 1 a product or quotient, 2 a number.
     """
     rank = 0 if operator in "+-" else 1
-    least_right = rank + (operator in "-/")                    # a-(b-c) and a/(b*c) need their brackets, a+(b-c) does not
+    least_right = rank + (operator in "-/")   # a-(b-c) and a/(b*c) need their brackets, a+(b-c) does not
     texts = [f"({text})" if bound < least else text for (text, bound), least in ((left, rank), (right, least_right))]
     return operator.join(texts), rank
 
@@ -292,7 +293,7 @@ def solutions(numbers, target=24):
     return solve_sorted(tuple(sorted(numbers)), Fraction(target))
 
 
-# ---- Judging ----------------------------------------------------------------------------------------------------
+# ---- Judging -----------------------------------------------------------------------------------------------
 
 def same_multiset(stated, truth):
     """Whether a list from a reply holds the same things as `truth`, order and spelling of numbers aside."""
