@@ -96,12 +96,14 @@ class GeneralPoints:
     """One GeneralPoints conversation at a time.
 
     rule          "face_cards_as_10", "face_cards_as_11_12_13", "random", or "J,Q,K" values
+    target        what the formula must make
     face_card     deal only hands with at least one of J, Q, K (the paper's OOD sampling)
     suits         the suits of the deck, a subset of "SHDC"
     verify_iter   judged replies per episode (5 in the paper)
     feedback      "informative" names the fault, "plain" only says the try failed
     fold          "all", or value multisets in ("test") or out of ("train") the held-out tenth
     solution      the expert's formula: "fixed" (the shortest) or "random" (seeded, any of them)
+    prompt_file   JSON object of templates that replace those of PROMPTS
     """
     answer_key = '"formula"'   # rl.py weighs the reply's tokens from here on fully
 
@@ -124,6 +126,12 @@ class GeneralPoints:
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
         self.done = True
 
+    def draw_rule(self):
+        """Values for J, Q, K that are neither rule of the paper."""
+        while (jqk := tuple(self.rng.randint(1, 13) for _ in range(3))) in RULES.values():
+            pass
+        return jqk
+
     def deal(self):
         """Draw hands until one fits: a face card if asked for, a solution, the right fold."""
         for _ in range(100_000):
@@ -140,9 +148,7 @@ class GeneralPoints:
     def reset(self, seed):
         """Deal a hand; the seed (an int or a string) fixes the whole episode. Returns (messages, info)."""
         self.rng = random.Random(str(seed))   # as text: numbers would lose their sign
-        self.jqk = self.values
-        while self.jqk is None or self.values is None and self.jqk in RULES.values():
-            self.jqk = tuple(self.rng.randint(1, 13) for _ in range(3))
+        self.jqk = self.values or self.draw_rule()
         self.cards, self.numbers = self.deal()
         found = solutions(self.numbers, self.target)
         self.formula = found[0] if self.solution == "fixed" else self.rng.choice(found)
@@ -219,12 +225,19 @@ TASKS = {"gp-l": (GeneralPoints, GP_SPLITS)}
 
 
 def make_env(task, split, **overrides):
-    """The environment of a task ("gp-l") and split (table at the top); `overrides` are its keyword arguments."""
+    """The environment of a task ("gp-l") and split (table at the top); `overrides` are its keyword arguments.
+
+    fold="" leaves the fold to the split. ValueError names what is not allowed.
+    """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: allowed are {', '.join(TASKS)}")
     build, splits = TASKS[task]
     if split not in splits:
         raise ValueError(f"split {split!r}: {task} has {', '.join(splits)}")
+    if overrides.get("fold") == "":
+        overrides = {name: value for name, value in overrides.items() if name != "fold"}
+    if "fold" in splits[split] and "fold" in overrides:
+        raise ValueError(f"fold {overrides['fold']!r}: split {split} has a fold of its own ({splits[split]['fold']})")
     return build(**{**splits[split], **overrides})
 
 

@@ -1,15 +1,16 @@
 """Success inside and outside the training distribution (paper Section 4 and 5, appendix C.3), and the paper's figure.
 
-An episode succeeds when it is solved within its verification turns. Every episode is played to `--verify-iter` tries,
-so one evaluation gives the success for every smaller number of tries as well.
+An episode succeeds when it is solved within its verification turns. Every episode is played until it is solved or out
+of tries, so one evaluation gives the success within every smaller number of tries as well.
 
-    python evaluate.py --model runs/sft/step_000400                  # one checkpoint, a table row per split
+    python evaluate.py --model runs/sft/step_000400                  # one checkpoint, printed only
     python evaluate.py --run runs/rl                                 # all checkpoints of a run and its start
     python evaluate.py --compare runs/sft,runs/rl --figure fig.png   # table beside the paper's numbers, and curves
 
-Rows go to eval.jsonl beside what was evaluated, one per checkpoint, split and seed; rows that are there already are
-not played again, so a stopped evaluation goes on. Several runs of one arm (other seeds) are averaged: mean and
-standard error over runs; a single run has the binomial standard error sqrt(p (1 - p) / n).
+Rows of a run go to its eval.jsonl, one per checkpoint, split and seed; rows that are there already are not played
+again, so a stopped evaluation goes on. Several runs of one arm (other seeds) are averaged: mean and standard error
+over runs, which should be evaluated on hands of their own (--seeds) so that the error holds the draw of hands as
+well; a single run has the binomial standard error sqrt(p (1 - p) / n).
 
 Left out: smoothing (the paper's curves are Savitzky-Golay filtered), API models.
 """
@@ -23,9 +24,10 @@ from tqdm import tqdm
 
 import envs
 from model import (checkpoint_step, checkpoints, decode_reply, encode, fail, knob, load_policy, log_jsonl,
-                   parse_config, pick_device, sampling_uniforms)
+                   parse_config, pick_device, read_jsonl, sampling_uniforms, write_whole)
 
 # Paper Fig. 6 and Section 5.1: success on the other rule (%) at the start, after SFT and after RL, at equal compute.
+EVALUATION = 2   # the first number of a random stream's key; rl.py has 0 and 1
 PAPER = {"gp-l": {"rule_ood": (11.5, 3.4, 15.0)}}
 
 
@@ -37,7 +39,6 @@ class Config:
     start: bool = knob(True, "with --run: evaluate the model it started from as well")
     compare: str = knob("", "print the table and draw the figure of these evaluated run folders, comma-separated")
     figure: str = knob("", "with --compare: write the figure here (needs matplotlib)")
-    out: str = knob("", "with --model: the folder of eval.jsonl; empty: only print")
     task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
     splits: str = knob("id,rule_ood", "what to evaluate on, comma-separated (envs.py lists them)")
     fold: str = knob("", "hands to test on: all, train or test; empty: as the split says", choices=("", *envs.FOLDS))
@@ -45,8 +46,8 @@ class Config:
     feedback: str = knob("informative", "what the verifier tells the model", choices=("informative", "plain"))
     prompt_file: str = knob("", "JSON object of templates that replace ours")
     episodes: int = knob(1000, "per split and seed", low=1)
-    paper: bool = knob(False, "the paper's sample size: 234 hands")
-    seeds: str = knob("0", "evaluation seeds, comma-separated; deals are never those of training")
+    paper: bool = knob(False, "the paper's sample size instead: 234 hands")
+    seeds: str = knob("0", "evaluation seeds, comma-separated; never those of training, though a hand may come again")
     temperature: float = knob(0.0, "0 is greedy", low=0)
     max_new_tokens: int = knob(256, "a reply is cut here", low=1)
     generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
@@ -65,7 +66,7 @@ def play_episodes(policy, processor, environments, seed, config):
     playing, turn = list(range(len(environments))), 0
     progress = tqdm(total=len(environments), desc="episodes", leave=False)
     while playing:
-        uniforms = sampling_uniforms([(seed, i, turn) for i in playing], config.max_new_tokens)
+        uniforms = sampling_uniforms([(EVALUATION, seed, i, turn) for i in playing], config.max_new_tokens)
         prompts = [dialogues[i] for i in playing]
         replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
                                   config.generate_tokens)
@@ -101,42 +102,42 @@ def summarise(infos, verify_iter):
 def evaluate_checkpoint(path, known, config, write):
     """Evaluate one checkpoint on every split and seed that `known` rows do not cover; `write` gets each new row."""
     wanted = [(split, int(seed)) for split in config.splits.split(",") for seed in config.seeds.split(",")]
-    settings = {"fold": config.fold, "verify_iter": config.verify_iter, "feedback": config.feedback,
-                "temperature": config.temperature, "episodes": 234 if config.paper else config.episodes}
+    names = ("task", "fold", "verify_iter", "feedback", "prompt_file", "temperature", "max_new_tokens", "dtype")
+    settings = {name: getattr(config, name) for name in names}
+    settings["episodes"] = 234 if config.paper else config.episodes
     done = [(row["split"], row["seed"]) for row in known
-            if row["checkpoint"] == path.name and settings.items() <= row.items()]
+            if row["checkpoint"] == str(path) and row["settings"] == settings]
     missing = [pair for pair in wanted if pair not in done]
     if not missing:
+        print(f"{path}: already evaluated")
         return
     policy, processor = load_policy(str(path), config.dtype, pick_device(config.device))
-    policy.eval()
-    overrides = {"verify_iter": config.verify_iter, "feedback": config.feedback, "prompt_file": config.prompt_file}
-    overrides |= {"fold": config.fold} if config.fold else {}
     for split, seed in missing:
-        environments = [envs.make_env(config.task, split, **overrides) for _ in range(settings["episodes"])]
+        environments = [envs.make_env(config.task, split, fold=config.fold, verify_iter=config.verify_iter,
+                                      feedback=config.feedback, prompt_file=config.prompt_file)
+                        for _ in range(settings["episodes"])]
         infos = play_episodes(policy, processor, environments, seed, config)
-        row = {"checkpoint": path.name, "task": config.task, "split": split, "seed": seed, **settings,
-               **summarise(infos, config.verify_iter)}
+        row = {"checkpoint": str(path), "split": split, "seed": seed, **summarise(infos, config.verify_iter),
+               "settings": settings}
         print(f"{path.name:14s} {split:10s} seed {seed}: success {100 * row['success']:.1f} +- "
               f"{100 * row['stderr']:.1f} %, first try {100 * row['first_try']:.1f} %, numbers right {100 * row['numbers_right']:.1f} %")
         write(row)
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def evaluate_run(run, config):
     """Evaluate every checkpoint of a run; rows carry its step and the compute spent since the start."""
     if not (run / "config.json").is_file():
         raise ValueError(f"run {str(run)!r}: no run folder (it would have a config.json)")
-    spent = {row["step"]: row for row in read_jsonl(run / "metrics.jsonl")}
-    start = Path(json.loads((run / "config.json").read_text())["model"])
-    points = [(0, start)] if config.start else []
+    spent = {0: {"gflops": 0.0, "gflops_paper": 0.0}} | {row["step"]: row for row in read_jsonl(run / "metrics.jsonl")}
+    start = json.loads((run / "config.json").read_text())["model"]
+    if config.start and not Path(start).is_dir():
+        raise ValueError(f"run {str(run)!r} started from {start!r}, which is no folder: use --no-start")
+    points = [(0, Path(start))] if config.start else []
     points += [(checkpoint_step(path), path) for path in checkpoints(run) if checkpoint_step(path)]
+    known = read_jsonl(run / "eval.jsonl")
+    write_whole(run / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in known))   # without a torn last line
     for step, path in tqdm(points, desc=f"checkpoints of {run}"):
-        compute = {key: spent.get(step, {}).get(key, 0.0) for key in ("gflops", "gflops_paper")}
-        known = [row for row in read_jsonl(run / "eval.jsonl") if row["step"] == step]
+        compute = {name: spent[step][name] for name in ("gflops", "gflops_paper")}
         evaluate_checkpoint(path, known, config,
                             lambda row: log_jsonl(run / "eval.jsonl", step=step, **compute, **row))
 
@@ -156,38 +157,58 @@ def mean_and_error(rows):
 
 
 def load_arms(folders):
-    """Evaluated rows by arm ("start", "SFT", "RL"), each with the run it comes from."""
-    arms = defaultdict(list)
+    """Evaluated rows by arm ("start", "SFT", "RL"), each with the run it comes from.
+
+    ValueError unless all runs go on from one start and were evaluated with one set of settings. The start is one
+    model: its "runs" are the seeds it was evaluated on.
+    """
+    arms, starts, settings = defaultdict(list), {}, {}
     for run in map(Path, folders):
         rows = read_jsonl(run / "eval.jsonl")
         if not rows:
             raise ValueError(f"run {str(run)!r}: no eval.jsonl; run evaluate.py --run {run} first")
-        arm = "RL" if "updates" in json.loads((run / "config.json").read_text()) else "SFT"
+        config = json.loads((run / "config.json").read_text())
+        arm = "RL" if "updates" in config else "SFT"               # rl.py counts updates, sft.py steps
+        starts[config["model"]] = run
         for row in rows:
-            arms["start" if row["step"] == 0 else arm].append(row | {"run": str(run)})
+            settings[json.dumps(row["settings"], sort_keys=True)] = row["settings"]
+            if row["step"]:
+                arms[arm].append(row | {"run": str(run)})
+            else:
+                arms["start"].append(row | {"run": row["seed"]})
+    if len(starts) > 1:
+        raise ValueError(f"--compare needs runs of one start; these started from {', '.join(starts)}")
+    if len(settings) > 1:
+        raise ValueError(f"--compare needs one set of settings; eval.jsonl holds {' and '.join(settings)}")
     if len(arms) < 3:
         raise ValueError(f"--compare needs an evaluated start, an SFT run and an RL run; found {', '.join(arms)}")
     return arms
 
 
 def curve(rows, split):
-    """[(mean GFLOPs, mean success, error)] over checkpoints, oldest first."""
+    """[(mean GFLOPs, mean success, error)] over the checkpoints that all runs have, oldest first."""
     steps = defaultdict(list)
     for row in rows:
         if row["split"] == split:
             steps[row["step"]].append(row)
-    return [(sum(row["gflops"] for row in own) / len(own), *mean_and_error(own)) for _, own in sorted(steps.items())]
+    num_runs = len({row["run"] for row in rows})
+    points = [(sum(row["gflops"] for row in own) / len(own), *mean_and_error(own)) for _, own in sorted(steps.items())
+              if len({row["run"] for row in own}) == num_runs]
+    if not points:
+        raise ValueError(f"--compare: no checkpoint of every run was evaluated on {split}")
+    return points
 
 
 def compare(folders, figure):
     """Print success at the start, after SFT and after RL at equal compute, beside the paper's; draw the curves."""
     arms = load_arms(folders)
-    task, splits = arms["start"][0]["task"], list(dict.fromkeys(row["split"] for row in arms["start"]))
+    task = arms["start"][0]["settings"]["task"]
+    splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
     budget = min(max(row["gflops"] for row in arms[arm]) for arm in ("SFT", "RL"))
     num_runs = {arm: len({row["run"] for row in arms[arm]}) for arm in ("SFT", "RL")}
     print(f"\n{task}: success %, at the checkpoints nearest to {budget:,.0f} GFLOPs of post-training "
           f"({num_runs['SFT']} SFT and {num_runs['RL']} RL runs)\n")
-    print(f"| split | start | SFT | RL | paper: start | SFT | RL |\n|---|---|---|---|---|---|---|")
+    print("| split | start | SFT | RL | paper: start | SFT | RL |\n|---|---|---|---|---|---|---|")
     for split in splits:
         start = mean_and_error([row for row in arms["start"] if row["split"] == split])
         cells = ["{:.1f} ± {:.1f}".format(*start)]
@@ -227,7 +248,7 @@ def draw(arms, task, splits, figure):
 def main(config):
     try:
         for split in config.splits.split(","):
-            envs.make_env(config.task, split)
+            envs.make_env(config.task, split, fold=config.fold, prompt_file=config.prompt_file)
         if not all(seed.strip().isdecimal() for seed in config.seeds.split(",")):
             raise ValueError(f"--seeds {config.seeds!r}: expected whole numbers such as 0,1,2")
         if sum(map(bool, (config.model, config.run, config.compare))) != 1:
@@ -237,11 +258,7 @@ def main(config):
         elif config.run:
             evaluate_run(Path(config.run), config)
         else:
-            out = Path(config.out) / "eval.jsonl" if config.out else None
-            if out:
-                out.parent.mkdir(parents=True, exist_ok=True)
-            known = read_jsonl(out) if out else []
-            evaluate_checkpoint(Path(config.model), known, config, lambda row: log_jsonl(out, **row) if out else None)
+            evaluate_checkpoint(Path(config.model), [], config, lambda row: print(json.dumps(row)))
     except ValueError as error:
         fail(error)
 

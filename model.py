@@ -161,7 +161,10 @@ class CacheDecoder:
 
 
 class LlamaDecoder(CacheDecoder):
-    """The same for Llama, faster: keys and values in buffers made once, fused projections, weights cast once."""
+    """The same for Llama, faster: prompts are read as above, but each token is appended by a `step` of its own.
+
+    Keys and values stand in buffers made once per batch; projections are fused and weights cast once per `generate`.
+    """
 
     def __init__(self, policy):
         super().__init__(policy)
@@ -286,12 +289,16 @@ class Policy(nn.Module):
     def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536):
         """Sample one reply to each prompt: (response_ids, the log-probs (R,) seen while sampling) per prompt.
 
-        `uniforms` (number of prompts, max_new_tokens) in [0, 1) decide the tokens, one row a reply, so a reply does
-        not depend on the rows beside it. Temperature 0 takes the likeliest token. Rows that end leave the batch.
+        `uniforms` (number of prompts, max_new_tokens) in [0, 1) decide the tokens, one row a reply, so but for
+        rounding a reply does not depend on the rows beside it. Temperature 0 takes the likeliest token. Rows that
+        end leave the batch. The log-probs serve only to check those of `forward`.
         """
         replies = [None] * len(prompts)
         uniforms = torch.as_tensor(uniforms, device=self.device)
-        decoder = (LlamaDecoder if self.backbone.config.model_type == "llama" else CacheDecoder)(self)
+        config = self.backbone.config
+        plain_llama = (config.model_type == "llama" and config.hidden_act == "silu"
+                       and not config.attention_bias and not config.mlp_bias)
+        decoder = LlamaDecoder(self) if plain_llama else CacheDecoder(self)
         for rows in micro_batches([len(p) + max_new_tokens for p in prompts], token_budget):
             P = max(len(prompts[row]) for row in rows)
             padding = [P - len(prompts[row]) for row in rows]                                      # on the left
@@ -357,6 +364,23 @@ def make_tiny(name, texts, atoms):
     return LlamaForCausalLM(config), tokenizer
 
 
+def check_model(path, backbone, processor):
+    """ValueError unless this model and its chat template behave as `encode` and `Policy` take for granted."""
+    if processor.chat_template is None or processor.eos_token is None:
+        raise ValueError(f"model {path!r}: its tokenizer has no chat template or no end-of-sequence token")
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
+    first = render(processor, messages[:1], add_generation_prompt=True)
+    whole = render(processor, messages, add_generation_prompt=True)
+    if not whole.startswith(f"{first}2{processor.eos_token}"):
+        raise ValueError(f"model {path!r}: its chat template must keep earlier turns as they were and end a reply with "
+                         f"{processor.eos_token!r}; allowed are models whose template does")
+    ids = torch.tensor([processor(first, add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        if not torch.allclose(backbone(ids).logits, backbone.lm_head(backbone.model(ids).last_hidden_state), atol=1e-4):
+            raise ValueError(f"model {path!r}: its logits are more than a linear map of the hidden states "
+                             f"({backbone.config.model_type}), which is not supported")
+
+
 def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=()):
     """(policy, processor) from a folder that any Hugging Face tool opens, or "tiny" for a random-init Llama.
 
@@ -380,9 +404,8 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=()):
         if not hasattr(backbone, "model") or not hasattr(backbone, "lm_head"):
             raise ValueError(f"model {path!r}: architecture {config.model_type} is not supported; "
                              "supported are causal LMs shaped like Llama (.model and .lm_head)")
-        if processor.chat_template is None or processor.eos_token is None:
-            raise ValueError(f"model {path!r}: its tokenizer has no chat template or no end-of-turn token")
-    policy = Policy(backbone, processor, dtype)
+        check_model(path, backbone, processor)
+    policy = Policy(backbone, processor, dtype).eval()   # no dropout: sampling and update must agree
     value_head = Path(path) / "value_head.safetensors"
     if value_head.is_file():
         policy.value_head.load_state_dict(load_file(value_head))
@@ -453,10 +476,15 @@ def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ---- Running: run folders, checkpoints, log ----------------------------------------------------------------
+
+# Fields that say how a run is executed, not what it computes: they may differ when it is continued.
+RUNNING = {"out", "device", "micro_batch_tokens", "generate_tokens", "save_every", "keep_resume"}
+
 
 def check_run(config):
     """The newest complete checkpoint of the run folder, or None; writes nothing.
@@ -469,15 +497,19 @@ def check_run(config):
             theirs = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        differing = [k for k in {**theirs, **ours} if k != "out" and theirs.get(k, MISSING) != ours.get(k, MISSING)]
+        differing = [k for k in {**theirs, **ours} if k not in RUNNING and theirs.get(k, MISSING) != ours.get(k, MISSING)]
         if differing:
             told = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differing)
             raise ValueError(f"out folder {config.out} belongs to another config ({told}): choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
         raise ValueError(f"out folder {config.out} is not empty and holds no run: choose another --out")
     for torn in sorted(out.glob("step_*.tmp")):
         print(f"{torn} was never finished: skipped")
-    return next((p for p in reversed(checkpoints(out)) if (p / "resume" / "state.json").is_file()), None)
+    resumable = [p for p in checkpoints(out) if (p / "resume" / "state.json").is_file()]
+    if checkpoints(out) and not resumable:
+        raise ValueError(f"out folder {config.out} has checkpoints but none with its resume/ folder: "
+                         f"go on with --model {checkpoints(out)[-1]} and another --out")
+    return resumable[-1] if resumable else None
 
 
 def open_run(config, newest):
@@ -488,8 +520,8 @@ def open_run(config, newest):
     last_step = checkpoint_step(newest) if newest else 0
     for name in ("metrics.jsonl", "turns.jsonl"):
         if (out / name).is_file():
-            lines = [line for line in (out / name).read_text().splitlines(keepends=True) if line.endswith("\n")]
-            write_whole(out / name, "".join(line for line in lines if json.loads(line)["step"] <= last_step))
+            rows = [row for row in read_jsonl(out / name) if row["step"] <= last_step]
+            write_whole(out / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_whole(path, text):
@@ -497,6 +529,13 @@ def write_whole(path, text):
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def read_jsonl(path):
+    """The rows of a log; a last line that was never finished is left out, and a file that is not there is empty."""
+    if not Path(path).is_file():
+        return []
+    return [json.loads(line) for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def log_jsonl(path, **row):
@@ -538,6 +577,9 @@ def save_checkpoint(out, step, policy, processor, optimizer, state, keep_resume=
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     os.replace(temporary, final)
+    folder = os.open(out, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
     for old in checkpoints(out)[:-keep_resume]:
         shutil.rmtree(old / "resume", ignore_errors=True)
     return final

@@ -8,7 +8,8 @@ ratio per reply. A second try sees the first one and the verifier's text in its 
 
     python rl.py --task gp-l --model runs/sft/step_000400 --out runs/rl
 
-The same command continues a run that was stopped, half-played episodes included. What differs from the official code,
+The same command continues a run that was stopped, half-played episodes included; SIGTERM drops a rollout or finishes an
+update, saves, and exits with 143. What differs from the official code,
 and why, is listed in the README; the hyper-parameters are theirs, since the paper prints none.
 
 Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages, more than one device.
@@ -31,6 +32,7 @@ from model import (StopSignal, check_run, collate, decode_reply, encode, fail, k
                    load_resume, log_jsonl, micro_batches, open_run, parse_config, pick_device, sampling_uniforms,
                    save_checkpoint)
 
+SAMPLES, SHUFFLES = 0, 1            # the first number of a random stream's key: what it is for
 LAMBDA = {"gp": 6.0, "virl": 5.1}   # paper C.3: tokens of the rollout buffer per token trained
 
 
@@ -65,7 +67,7 @@ class Config:
     value_clip: float = knob(0.0, "clip of the value's change; 0: none (official: 0.1)", low=0)
     value_coef: float = knob(0.5, "weight of the value loss", low=0)
     thought_coef: float = knob(0.5, "weight of the log-probs before the answer key", low=0)
-    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this (official: 0.01, without effect)", low=0)
+    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this (official: 0.01, without effect)", low=1e-12)
     # running
     micro_batch_tokens: int = knob(16384, "padded tokens per forward of the update", low=1)
     generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
@@ -112,14 +114,14 @@ class Player:
         if terminated or truncated:
             self.begin(self.episode + 1)
         else:
-            self.replies = self.replies + [response_ids]
+            self.replies = self.replies + [response_ids]   # a new list: the state that is saved holds the old one
             self.continue_with(messages, None if info["new_dialogue"] else self.prompt_ids + response_ids)
         return messages, reward, terminated or truncated, info
 
 
 def find_answer(processor, response_ids, answer_key):
     """The index of the token in which the answer key begins; len(response_ids) if the key is not there."""
-    position = decode_reply(processor, response_ids).find(answer_key)
+    position = decode_reply(processor, response_ids).rfind(answer_key)   # the verifier reads the last object
     if position < 0:
         return len(response_ids)
     low, high = 0, len(response_ids) - 1   # the first token by whose end the text is longer than `position`
@@ -139,7 +141,7 @@ def collect_turns(policy, processor, players, update, config, stop):
         if stop.requested:
             return None
         prompts = [player.prompt_ids for player in players]
-        keys = [(config.seed, update, player.index, s) for player in players]
+        keys = [(SAMPLES, config.seed, update, player.index, s) for player in players]
         uniforms = sampling_uniforms(keys, config.max_new_tokens)
         replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
                                   config.generate_tokens)
@@ -201,15 +203,16 @@ def score_turns(policy, turns, config):
 def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     """Generalised advantage estimates and returns, both (S, E), over turns.
 
-    rewards, values, dones are (S, E); next_values (E,) belong to the prompts after the last turn. An episode that ends,
-    terminated or truncated, passes nothing back: neither value nor advantage crosses `done`.
+    rewards, values, dones are (S, E); next_values (E,) belong to the prompts after the last turn, and stand in for
+    what is still to come of an episode that goes on in the next update. An episode that ends, terminated or truncated,
+    passes nothing back: neither value nor advantage crosses `done`.
     """
-    advantages, following = torch.zeros_like(rewards), torch.zeros_like(next_values)
+    advantages, next_advantages = torch.zeros_like(rewards), torch.zeros_like(next_values)
     for s in reversed(range(len(rewards))):
         going = 1.0 - dones[s]
         delta = rewards[s] + gamma * next_values * going - values[s]
-        following = delta + gamma * gae_lambda * going * following
-        advantages[s], next_values = following, values[s]
+        next_advantages = delta + gamma * gae_lambda * going * next_advantages
+        advantages[s], next_values = next_advantages, values[s]
     return advantages, advantages + values
 
 
@@ -239,18 +242,19 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, co
 def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, returns, update, config):
     """`epochs` passes over the N turns in shuffled minibatches, one optimizer step each; returns the stats to log.
 
-    Whole dialogues are shuffled, so that a minibatch has about `minibatch_turns` turns; each is averaged over its own.
+    Whole dialogues are shuffled; one belongs to the minibatch in which its last turn falls, so that a minibatch has
+    about `minibatch_turns` turns, and its loss is the mean over its own.
     """
     normalised = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
     columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)   # (4, N)
-    everyone, sums, grad_norms, first_ratios = group_dialogues(turns), Counter(), [], []
+    all_dialogues, sums, grad_norms, first_ratios = group_dialogues(turns), Counter(), [], []
     for epoch in trange(config.epochs, desc="update", leave=False):
-        order = np.random.default_rng((config.seed, update, epoch)).permutation(len(everyone))
-        ends = np.cumsum([len(everyone[i]) for i in order])                         # turns up to and including each
+        order = np.random.default_rng((SHUFFLES, config.seed, update, epoch)).permutation(len(all_dialogues))
+        ends = np.cumsum([len(all_dialogues[i]) for i in order])                    # turns up to the end of each
         for start in range(0, len(turns), config.minibatch_turns):
             chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
-            num_turns = sum(len(everyone[i]) for i in chosen)
-            for dialogues in turn_batches(turns, [everyone[i] for i in chosen], config):
+            num_turns = sum(len(all_dialogues[i]) for i in chosen)
+            for dialogues in turn_batches(turns, [all_dialogues[i] for i in chosen], config):
                 rows = [i for dialogue in dialogues for i in dialogue]
                 logprobs, values = turn_logprobs(policy, turns, dialogues, config)
                 old_logprob, old_value, advantage, target = columns[:, rows]        # (B,) each
@@ -278,12 +282,16 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
 
 
 def rollout_stats(turns, eos_id):
-    """Counts and means over one rollout."""
+    """Counts and means over one rollout.
+
+    `success` is over the episodes that ended in it. Short ones end first, so it starts too high, at 1 when a rollout
+    is shorter than an episode: `turn_accuracy`, over all replies, has no such bias.
+    """
     ended = [turn for turn in turns if turn.done]
     statuses = Counter(turn.info["status"] for turn in turns)
     return {"turns": len(turns), "episodes": len(ended),
             "success": sum(turn.info["success"] for turn in ended) / max(1, len(ended)),
-            "reward": sum(turn.reward for turn in turns) / len(turns),
+            "turn_accuracy": statuses["correct"] / len(turns), "reward": sum(turn.reward for turn in turns) / len(turns),
             **{f"status_{status}": statuses[status] for status in sorted(statuses)},
             "replies_cut": sum(turn.response_ids[-1] != eos_id for turn in turns),
             "response_length": sum(len(turn.response_ids) for turn in turns) / len(turns)}
@@ -295,7 +303,7 @@ def advance(state, turns, upcoming, players, config):
     sampled, scored = sum(map(turn_length, turns)), dialogue_tokens + sum(map(turn_length, upcoming))
     return {"step": state["step"] + 1, "tokens_trained": state["tokens_trained"] + config.epochs * dialogue_tokens,
             "tokens_rollout": state["tokens_rollout"] + sampled + scored,
-            "players": [[player.episode, player.replies] for player in players]}
+            "players": [[player.episode, player.replies] for player in players], "seconds": state["seconds"]}
 
 
 def compute_spent(state, num_params, task):
@@ -305,7 +313,7 @@ def compute_spent(state, num_params, task):
             "gflops_paper": 2 * num_params * (3 + lam) * trained / 1e9}
 
 
-def check(config):
+def check_config(config):
     """Refuse settings that do not fit each other; ValueError names them."""
     if not config.out or not config.model:
         raise ValueError("--out and --model are required; --model is a folder, such as a checkpoint of sft.py")
@@ -320,11 +328,11 @@ def check(config):
 
 def main(config):
     try:
-        check(config)
+        check_config(config)
         device = pick_device(config.device)
-        overrides = {"verify_iter": config.verify_iter, "feedback": config.feedback, "prompt_file": config.prompt_file}
-        overrides |= {"fold": config.fold} if config.fold else {}
-        environments = [envs.make_env(config.task, config.split, **overrides) for _ in range(config.num_envs)]
+        environments = [envs.make_env(config.task, config.split, fold=config.fold, verify_iter=config.verify_iter,
+                                      feedback=config.feedback, prompt_file=config.prompt_file)
+                        for _ in range(config.num_envs)]
         newest = check_run(config)
         torch.manual_seed(config.seed)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device,
@@ -335,10 +343,10 @@ def main(config):
     optimizer = torch.optim.Adam([{"params": policy.backbone.parameters(), "peak": config.lr},
                                   {"params": policy.value_head.parameters(), "peak": config.value_lr or config.lr}],
                                  lr=config.lr, eps=1e-7)
-    state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "players": [[0, []]] * config.num_envs}
+    state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "players": [[0, []]] * config.num_envs, "seconds": 0.0}
     state = load_resume(newest, policy, optimizer) if newest else state
     players = [Player(i, env, processor, config, *state["players"][i]) for i, env in enumerate(environments)]
-    stop, out, started = StopSignal(), Path(config.out), time.time()
+    stop, out = StopSignal(), Path(config.out)
 
     progress = trange(state["step"], config.updates, initial=state["step"], total=config.updates, desc="rl")
     for update in progress:
@@ -352,21 +360,22 @@ def main(config):
             sys.exit(143)
         clock.append(time.time())
         old_logprobs, values = score_turns(policy, turns, config)                   # (N,), (N,)
+        # the prompts that come next, as turns without a reply: only their values are used
         upcoming = [Turn(player.prompt_ids, [], 0, 0.0, False, (player.index,), {}) for player in players]
-        _, next_values = score_turns(policy, upcoming, config)                      # (E,): only for the bootstrap
+        _, next_values = score_turns(policy, upcoming, config)                      # (E,)
         advantages, returns = estimate_advantages(turns, values, next_values, config)
         try:
             stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages, returns, update, config)
         except FloatingPointError as error:
-            fail(f"{error}; the last checkpoint is whole, try a smaller --lr")
+            fail(f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
         clock.append(time.time())
-        state = advance(state, turns, upcoming, players, config)
+        state = advance(state | {"seconds": state["seconds"] + clock[2] - clock[0]}, turns, upcoming, players, config)
         rollout = rollout_stats(turns, policy.eos_id)
         log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout, **stats, value=float(values.mean()),
                   tokens_trained=state["tokens_trained"], tokens_rollout=state["tokens_rollout"],
-                  **compute_spent(state, policy.num_params, config.task), seconds=clock[2] - started,
+                  **compute_spent(state, policy.num_params, config.task), seconds=state["seconds"],
                   seconds_rollout=clock[1] - clock[0], seconds_update=clock[2] - clock[1])
-        progress.set_postfix(success=f"{rollout['success']:.2f}", reward=f"{rollout['reward']:.2f}")
+        progress.set_postfix(correct=f"{rollout['turn_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}")
         if (update + 1) % config.save_every == 0 or update + 1 == config.updates or stop.requested:
             save_checkpoint(out, update + 1, policy, processor, optimizer, state, config.keep_resume)
         if stop.requested:

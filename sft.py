@@ -11,9 +11,10 @@ The same command continues a run that was stopped, from its newest checkpoint. S
 "SEED/sft/i", so nothing but the number of the next sample has to be remembered. `--mix` weighs the splits of envs.py;
 `--failed-tries` puts up to that many wrong replies, each with its verdict, before the expert's (paper Fig. 15).
 
-Left out: packing (replies of like length share a micro-batch instead), LoRA, more than one device.
+Left out: packing (samples of like length share a micro-batch instead), LoRA, more than one device.
 """
 import json
+import math
 import random
 import sys
 import time
@@ -40,7 +41,7 @@ class Config:
     solution: str = knob("fixed", "the expert's formula: the shortest, or any", choices=("fixed", "random"))
     failed_tries: int = knob(0, "up to this many failed tries before the expert reply (Fig. 15)", low=0, high=9)
     prompt_file: str = knob("", "JSON object of templates that replace ours")
-    data: str = knob("", "train on this file of conversations instead of the environment")
+    data: str = knob("", "train on this file of conversations instead (the four knobs above then mean nothing)")
     # optimisation
     steps: int = knob(400, "optimizer steps (the paper's RL starts from step 400)", low=1)
     batch_size: int = knob(128, "samples per optimizer step: 16 x 8 GPUs in the paper", low=1)
@@ -48,7 +49,7 @@ class Config:
     warmup_ratio: float = knob(0.03, "share of the steps with linear warm-up, then cosine to 0", low=0, high=1)
     weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
     beta2: float = knob(0.98, "AdamW beta 2; beta 1 is 0.9, eps 1e-7", low=0, high=0.999999)
-    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this", low=0)
+    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this", low=1e-12)
     # running
     micro_batch_tokens: int = knob(16384, "padded tokens per forward", low=1)
     dtype: str = knob("float32", "compute in this type; weights are float32", choices=("float32", "bfloat16"))
@@ -109,19 +110,21 @@ class Samples:
 
     def __init__(self, config):
         splits, self.weights = parse_mix(config.mix)
-        overrides = {"solution": config.solution, "prompt_file": config.prompt_file,
-                     "verify_iter": config.failed_tries + 1}
-        overrides |= {"fold": config.fold} if config.fold else {}
-        self.envs = [envs.make_env(config.task, split, **overrides) for split in splits]
+        self.envs = [envs.make_env(config.task, split, fold=config.fold, solution=config.solution,
+                                   prompt_file=config.prompt_file,
+                                   verify_iter=config.failed_tries + 1)   # so that no failed try ends the episode
+                     for split in splits]
         self.pairs = read_conversations(config.data) if config.data else None
-        self.config = config
+        self.config, self.epoch = config, None
 
     def __getitem__(self, i):
         seed, rng = self.config.seed, random.Random(f"{self.config.seed}/mix/{i}")
         if self.pairs:
             epoch, at = divmod(i, len(self.pairs))
-            order = random.Random(f"{seed}/order/{epoch}").sample(range(len(self.pairs)), len(self.pairs))
-            return self.pairs[order[at]]
+            if epoch != self.epoch:
+                order = random.Random(f"{seed}/order/{epoch}").sample(range(len(self.pairs)), len(self.pairs))
+                self.epoch, self.order = epoch, order
+            return self.pairs[self.order[at]]
         env = rng.choices(self.envs, self.weights)[0]
         messages, _ = env.reset(seed=f"{seed}/sft/{i}")
         for _ in range(rng.randint(0, self.config.failed_tries)):
@@ -133,7 +136,7 @@ def train_step(policy, optimizer, samples, config):
     """One optimizer step on (prompt_ids, response_ids) samples; returns (loss, grad_norm).
 
     The loss is the mean over all response tokens of the step: the denominator is counted before the micro-batches,
-    so how they are cut changes nothing.
+    so how they are cut changes nothing. FloatingPointError, before the step, if either is not finite.
     """
     num_tokens, loss = sum(len(response) for _, response in samples), 0.0
     lengths = [len(prompt) + len(response) for prompt, response in samples]
@@ -142,10 +145,12 @@ def train_step(policy, optimizer, samples, config):
         micro_loss = -logprobs.sum() / num_tokens
         micro_loss.backward()
         loss += float(micro_loss.detach())
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.backbone.parameters(), config.max_grad_norm)
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.backbone.parameters(), config.max_grad_norm))
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise FloatingPointError(f"loss {loss}, grad_norm {grad_norm}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, float(grad_norm)
+    return loss, grad_norm
 
 
 def main(config):
@@ -160,11 +165,10 @@ def main(config):
         open_run(config, newest)
     except ValueError as error:
         fail(error)
-    policy.train()
     optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=1e-7,
                                   weight_decay=config.weight_decay)
-    state = load_resume(newest, policy, optimizer) if newest else {"step": 0, "tokens": 0}
-    stop, out, started = StopSignal(), Path(config.out), time.time()
+    state = load_resume(newest, policy, optimizer) if newest else {"step": 0, "tokens": 0, "seconds": 0.0}
+    stop, out, started, earlier = StopSignal(), Path(config.out), time.time(), state["seconds"]
     progress = trange(state["step"], config.steps, initial=state["step"], total=config.steps, desc="sft")
     for step in progress:
         lr = learning_rate(step, config.steps, config.lr, config.warmup_ratio)
@@ -172,15 +176,17 @@ def main(config):
             group["lr"] = lr
         batch = [samples[i] for i in range(step * config.batch_size, (step + 1) * config.batch_size)]
         batch = [(encode(processor, messages), encode_reply(processor, reply)) for messages, reply in batch]
-        loss, grad_norm = train_step(policy, optimizer, batch, config)
-        if loss != loss or abs(loss) == float("inf") or grad_norm != grad_norm:
-            fail(f"step {step + 1}: loss {loss}, grad_norm {grad_norm} on samples {step * config.batch_size} to "
-                 f"{(step + 1) * config.batch_size - 1}; the last checkpoint is whole, try a smaller --lr")
+        try:
+            loss, grad_norm = train_step(policy, optimizer, batch, config)
+        except FloatingPointError as error:
+            fail(f"step {step + 1}, samples {step * config.batch_size} to {(step + 1) * config.batch_size - 1}: "
+                 f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
         tokens = state["tokens"] + sum(len(prompt) + len(response) for prompt, response in batch)
-        state = {"step": step + 1, "tokens": tokens}
+        state = {"step": step + 1, "tokens": tokens, "seconds": earlier + time.time() - started}
+        gflops = 6 * policy.num_params * tokens / 1e9                               # paper C.3
         log_jsonl(out / "metrics.jsonl", step=step + 1, loss=loss, grad_norm=grad_norm, lr=lr, tokens_trained=tokens,
                   response_tokens=sum(len(response) for _, response in batch),
-                  gflops=6 * policy.num_params * tokens / 1e9, seconds=time.time() - started)
+                  gflops=gflops, gflops_paper=gflops, seconds=state["seconds"])
         progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.requested:
             save_checkpoint(out, step + 1, policy, processor, optimizer, state, config.keep_resume,

@@ -8,7 +8,7 @@ again (Section 3). GeneralPoints pays the column of appendix A.3. The first line
                                a division by zero has no value and is illegal too)
     wrong_numbers       -2     legal, but its numbers are not exactly the cards: foreign, used twice or left out
     wrong_value         -1     the cards, each once, but another value than the target
-    correct             +5     the episode ends
+    correct             +5     the left side of the formula makes the target; what follows the first = is not read
     cards misread     -1.5     added to any of the above when the cards come as a picture; a correct equation over
                                misread cards earns 3.5 and still ends the episode
     last try failed     -1     added by the environment (envs.py), which counts the tries
@@ -130,23 +130,25 @@ def read_reply(reply, key):
     """The last complete object of a reply that has `key`, as a dict; None if there is none.
 
     Each object is read as JSON first, then as models really write it: trailing commas, single quotes, unquoted card
-    names; prose and code fences may surround it. After MAX_WORK microseconds' worth of false starts it gives up.
+    names; prose and code fences may surround it. An object that JSON finds around the last one is preferred: its
+    braces were text. After MAX_WORK microseconds' worth of false starts it gives up.
     """
     if reply.startswith("{"):                                       # the common case: nothing but one JSON object
         found, end = read_json(reply, 0)
         if found is not None and key in found and not reply[end:].strip():
             return found
     work, position = 0, reply.rfind("{", 0, max(0, reply.rfind(key)))
+    last, last_start = None, len(reply)
     while position >= 0 and work < MAX_WORK:
         found, end = read_json(reply, position)
         work += 8 + (end - position) // 50
-        if found is None:
+        if found is None and last is None:
             found, num_read = read_relaxed(reply, position + 1)
             work += 2 * num_read
-        if found is not None and key in found:
-            return found
+        if found is not None and key in found and (last is None or end > last_start):
+            last, last_start = found, position
         position = reply.rfind("{", 0, position)
-    return None
+    return last
 
 
 # ---- Arithmetic --------------------------------------------------------------------------------------------
@@ -295,9 +297,13 @@ def solutions(numbers, target=24):
 
 # ---- Judging -----------------------------------------------------------------------------------------------
 
+def is_plain_list(stated):
+    return isinstance(stated, list) and all(isinstance(item, (str, int, float)) for item in stated)
+
+
 def same_multiset(stated, truth):
-    """Whether a list from a reply holds the same things as `truth`, order and spelling of numbers aside."""
-    return isinstance(stated, list) and sorted(map(str, stated)) == sorted(map(str, truth))
+    """Whether a list from a reply holds the same words or numbers as `truth`, in any order."""
+    return is_plain_list(stated) and sorted(map(str, stated)) == sorted(map(str, truth))
 
 
 def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative", phrases=FEEDBACK):
@@ -328,9 +334,9 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     message = phrases["no_formula"] if told is None else fill(phrases[status], **told)
     if vision and not cards_read:
         reward += MISREAD_CARDS
-        has_cards = found is not None and "cards" in found
-        message += " " + (fill(phrases["misread_cards"], read=json.dumps(found["cards"])[:MAX_FORMULA]) if has_cards
-                          else phrases["no_cards"])
+        stated = found.get("cards") if found else None
+        told = {"read": json.dumps(stated)[:MAX_FORMULA]} if is_plain_list(stated) else None
+        message += " " + (fill(phrases["misread_cards"], **told) if told else phrases["no_cards"])
     if feedback == "plain":
         message = phrases["correct" if status == "correct" else "plain"]
     return Verdict(status, reward, message, cards_read, numbers_right)

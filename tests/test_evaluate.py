@@ -52,12 +52,13 @@ def test_error_bars_are_binomial_for_one_run_and_over_runs_for_several():
     assert evaluate.mean_and_error(rows) == pytest.approx((40.0, 20 / math.sqrt(3)))
 
 
-def write_run(folder, arm, points):
+def write_run(folder, arm, points, start="start", episodes=100):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model": "start", **({"updates": 1} if arm == "RL" else {"steps": 1})}))
+    (folder / "config.json").write_text(json.dumps({"model": start, **({"updates": 1} if arm == "RL" else {"steps": 1})}))
     for step, gflops, success in points:
         for split in ("id", "rule_ood"):
-            model.log_jsonl(folder / "eval.jsonl", step=step, gflops=gflops, split=split, task="gp-l", success=success, stderr=0.01)
+            model.log_jsonl(folder / "eval.jsonl", step=step, gflops=gflops, split=split, seed=0, success=success,
+                            stderr=0.01, settings={"task": "gp-l", "episodes": episodes})
 
 
 def test_the_table_compares_at_equal_compute_beside_the_paper(tmp_path, capsys, monkeypatch):
@@ -76,6 +77,22 @@ def test_the_figure_is_drawn_where_matplotlib_is(tmp_path):
     write_run(tmp_path / "rl", "RL", [(1, 60.0, 0.12)])
     evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "rl")], str(tmp_path / "fig.png"))
     assert (tmp_path / "fig.png").stat().st_size > 10_000
+
+
+def test_runs_of_other_starts_or_settings_are_not_mixed(tmp_path):
+    write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
+    write_run(tmp_path / "far", "RL", [(1, 60.0, 0.12)], start="elsewhere")
+    write_run(tmp_path / "few", "RL", [(1, 60.0, 0.12)], episodes=5)
+    with pytest.raises(ValueError, match="started from start, elsewhere"):
+        evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "far")], "")
+    with pytest.raises(ValueError, match="one set of settings"):
+        evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "few")], "")
+
+
+def test_a_checkpoint_that_one_run_lacks_is_left_out_of_the_curve(tmp_path):
+    rows = [{"split": "id", "step": step, "run": run, "gflops": 1.0 * step, "success": 0.5, "stderr": 0.1}
+            for run, steps in (("a", (5, 7, 10)), ("b", (5, 10))) for step in steps]
+    assert [gflops for gflops, _, _ in evaluate.curve(rows, "id")] == [5.0, 10.0]
 
 
 def test_comparing_what_was_not_evaluated_says_what_to_run(tmp_path):

@@ -43,11 +43,11 @@ def test_sft_then_rl_then_evaluate_on_the_command_line(start, tmp_path, device, 
     assert [row["step"] for row in metrics(tmp_path / "rl")] == [1, 2]
     done = run_script("evaluate.py", *flags(run="rl", episodes=6, verify_iter=2, max_new_tokens=12, device=device))
     assert done.returncode == 0 and "rule_ood" in done.stdout, done.stderr
-    rows = evaluate.read_jsonl(tmp_path / "rl" / "eval.jsonl")
+    rows = model.read_jsonl(tmp_path / "rl" / "eval.jsonl")
     assert [(row["step"], row["split"]) for row in rows] == [(s, split) for s in (0, 1, 2) for split in ("id", "rule_ood")]
     assert rows[0]["gflops"] == 0 < rows[2]["gflops"] < rows[4]["gflops"]
     assert run_script("evaluate.py", *flags(run="rl", episodes=6, verify_iter=2, max_new_tokens=12, device=device)).returncode == 0
-    assert evaluate.read_jsonl(tmp_path / "rl" / "eval.jsonl") == rows      # what is there is not played again
+    assert model.read_jsonl(tmp_path / "rl" / "eval.jsonl") == rows      # what is there is not played again
 
 
 def test_the_log_has_what_a_reader_of_a_run_needs(start, tmp_path, device):
@@ -57,7 +57,7 @@ def test_the_log_has_what_a_reader_of_a_run_needs(start, tmp_path, device):
     assert sum(value for name, value in row.items() if name.startswith("status_")) == 12
     assert {"success", "reward", "replies_cut", "grad_norm", "clip_fraction", "approx_kl", "explained_variance", "lr",
             "policy_loss", "value_loss", "tokens_trained", "tokens_rollout", "gflops"} <= row.keys()
-    talk = evaluate.read_jsonl(tmp_path / "rl" / "turns.jsonl")[0]["messages"]
+    talk = model.read_jsonl(tmp_path / "rl" / "turns.jsonl")[0]["messages"]
     assert [m["role"] for m in talk[:3]] == ["user", "assistant", "user"] and talk[0]["content"].startswith("Make 24")
 
 
