@@ -33,7 +33,7 @@ PAPER = {"gp-l": {"rule_ood": (11.5, 3.4, 15.0)}}
 
 @dataclass
 class Config:
-    """Defaults are ours where the paper is silent; --paper takes its sample sizes."""
+    """Defaults are ours: the paper does not say how it decodes in its tests."""
     model: str = knob("", "evaluate this one checkpoint")
     run: str = knob("", "evaluate all checkpoints of this run folder, and the model it started from")
     start: bool = knob(True, "with --run: evaluate the model it started from as well")
@@ -119,8 +119,9 @@ def evaluate_checkpoint(path, known, config, write):
         infos = play_episodes(policy, processor, environments, seed, config)
         row = {"checkpoint": str(path), "split": split, "seed": seed, **summarise(infos, config.verify_iter),
                "settings": settings}
-        print(f"{path.name:14s} {split:10s} seed {seed}: success {100 * row['success']:.1f} +- "
-              f"{100 * row['stderr']:.1f} %, first try {100 * row['first_try']:.1f} %, numbers right {100 * row['numbers_right']:.1f} %")
+        success, error, first, numbers = (100 * row[k] for k in ("success", "stderr", "first_try", "numbers_right"))
+        tqdm.write(f"{path.name:12s} {split:9s} seed {seed}: success {success:.1f} +- {error:.1f} %, "
+                   f"first try {first:.1f} %, numbers right {numbers:.1f} %")
         write(row)
 
 

@@ -368,7 +368,7 @@ def check_model(path, backbone, processor):
     """ValueError unless this model and its chat template behave as `encode` and `Policy` take for granted."""
     if processor.chat_template is None or processor.eos_token is None:
         raise ValueError(f"model {path!r}: its tokenizer has no chat template or no end-of-sequence token")
-    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
+    messages = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2"), ("user", "3"))]
     first = render(processor, messages[:1], add_generation_prompt=True)
     whole = render(processor, messages, add_generation_prompt=True)
     if not whole.startswith(f"{first}2{processor.eos_token}"):
@@ -497,7 +497,8 @@ def check_run(config):
             theirs = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        differing = [k for k in {**theirs, **ours} if k not in RUNNING and theirs.get(k, MISSING) != ours.get(k, MISSING)]
+        differing = [k for k in {**theirs, **ours}
+                     if k not in RUNNING and theirs.get(k, MISSING) != ours.get(k, MISSING)]
         if differing:
             told = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differing)
             raise ValueError(f"out folder {config.out} belongs to another config ({told}): choose another --out")

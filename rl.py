@@ -291,7 +291,8 @@ def rollout_stats(turns, eos_id):
     statuses = Counter(turn.info["status"] for turn in turns)
     return {"turns": len(turns), "episodes": len(ended),
             "success": sum(turn.info["success"] for turn in ended) / max(1, len(ended)),
-            "turn_accuracy": statuses["correct"] / len(turns), "reward": sum(turn.reward for turn in turns) / len(turns),
+            "turn_accuracy": statuses["correct"] / len(turns),
+            "reward": sum(turn.reward for turn in turns) / len(turns),
             **{f"status_{status}": statuses[status] for status in sorted(statuses)},
             "replies_cut": sum(turn.response_ids[-1] != eos_id for turn in turns),
             "response_length": sum(len(turn.response_ids) for turn in turns) / len(turns)}
@@ -343,7 +344,8 @@ def main(config):
     optimizer = torch.optim.Adam([{"params": policy.backbone.parameters(), "peak": config.lr},
                                   {"params": policy.value_head.parameters(), "peak": config.value_lr or config.lr}],
                                  lr=config.lr, eps=1e-7)
-    state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "players": [[0, []]] * config.num_envs, "seconds": 0.0}
+    state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
+             "players": [[0, []]] * config.num_envs}
     state = load_resume(newest, policy, optimizer) if newest else state
     players = [Player(i, env, processor, config, *state["players"][i]) for i, env in enumerate(environments)]
     stop, out = StopSignal(), Path(config.out)
