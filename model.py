@@ -276,14 +276,21 @@ class Policy(nn.Module):
         with self.autocast():
             hidden = self.backbone.model(input_ids=batch["input_ids"],
                                          use_cache=False).last_hidden_state                        # (rows, T, D)
-            logits = self.backbone.lm_head(hidden[rows, columns - 1]).float()                      # (n, V)
+            logits = self.logits(hidden[rows, columns - 1], temperature).float()                   # (n, V)
             values = self.value_head(hidden[row, first - 1])                                       # (B, 1)
-        if temperature is not None:
-            logits = logits.div_(temperature).masked_fill_(self.banned, -math.inf)
         flat = -F.cross_entropy(logits, batch["input_ids"][rows, columns], reduction="none")       # (n,)
         logprobs = flat.new_zeros(is_token.shape)                                                  # (B, R)
         logprobs[is_token] = flat
         return logprobs, values[:, 0].float()
+
+    def logits(self, hidden, temperature):
+        """Next-token logits (n, V) of hidden states (n, D). Temperature and ban enter before the big product: they
+        are free there, while dividing and masking the logits would pass four more times over (n, V)."""
+        head = self.backbone.lm_head
+        if temperature is None:
+            return head(hidden)
+        ban = torch.where(self.banned, -math.inf, 0.0)                                             # (V,)
+        return F.linear(hidden / temperature, head.weight, ban)
 
     @torch.no_grad()
     def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536):
@@ -376,8 +383,9 @@ def check_model(path, backbone, processor):
                          f"{processor.eos_token!r}; allowed are models whose template does")
     ids = torch.tensor([processor(first, add_special_tokens=False).input_ids])
     with torch.no_grad():
-        if not torch.allclose(backbone(ids).logits, backbone.lm_head(backbone.model(ids).last_hidden_state), atol=1e-4):
-            raise ValueError(f"model {path!r}: its logits are more than a linear map of the hidden states "
+        expected, product = backbone(ids).logits, backbone.lm_head(backbone.model(ids).last_hidden_state)
+        if backbone.lm_head.bias is not None or not torch.allclose(expected, product, atol=1e-4):
+            raise ValueError(f"model {path!r}: its logits are not plain products of hidden states and lm_head "
                              f"({backbone.config.model_type}), which is not supported")
 
 
