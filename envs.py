@@ -15,7 +15,13 @@ An environment is one conversation with the verifier (sequential revision, Secti
     messages, info = env.reset(seed=0)                                  # user: the prompt
     messages, reward, terminated, truncated, info = env.step(reply)     # + assistant: reply, user: the verdict
 
-`messages` is the Hugging Face chat format. A correct equation terminates the episode; after `verify_iter` judged
+`messages` is the Hugging Face chat format. In turn two the model sees all of turn one and the verdict:
+
+    user         Make 24 from four cards. ... J counts as 10, Q counts as 10 and K counts as 10. Cards: ["Q", "10", ...
+    assistant    {"cards": ["Q", "10", "A", "3"], "number": [10, 10, 1, 3], "formula": "(10-1)*3-10=24"}
+    user         Your formula uses the right numbers, but it makes 17, not 24. Try another formula in the same format.
+
+A correct equation terminates the episode; after `verify_iter` judged
 replies it is truncated, and that turn is charged STEP_LIMIT on top. `env.expert_reply()` is what SFT learns from.
 
     python envs.py gp-l                            # play an episode yourself
