@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's experiment in miniature, on a laptop: from one weak model, SFT and PPO on one rule, tests on both.
 #
-#   bash recipes/tiny.sh                    one seed, about ten minutes on two cores
+#   bash recipes/tiny.sh                    one seed, about twelve minutes on two cores
 #   SEEDS="0 1 2" bash recipes/tiny.sh      repeats it; the table then has standard errors over seeds
 #   SMOKE=1 bash recipes/tiny.sh            everything once in about a minute; the numbers mean nothing
 #
