@@ -26,8 +26,8 @@ import envs
 from model import (checkpoint_step, checkpoints, decode_reply, encode, fail, knob, load_policy, log_jsonl,
                    parse_config, pick_device, read_jsonl, sampling_uniforms, write_whole)
 
-# Paper Fig. 6 and Section 5.1: success on the other rule (%) at the start, after SFT and after RL, at equal compute.
 EVALUATION = 2   # the first number of a random stream's key; rl.py has 0 and 1
+# Paper Fig. 6 and Section 5.1: success on the other rule (%) at the start, after SFT and after RL, at equal compute.
 PAPER = {"gp-l": {"rule_ood": (11.5, 3.4, 15.0)}}
 
 

@@ -1,8 +1,6 @@
 """The policy: encoding, log-probs, sampling, checkpoints, configs."""
 import json
-import subprocess
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest

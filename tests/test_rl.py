@@ -158,7 +158,7 @@ def test_thought_coef_weighs_the_tokens_before_the_answer(tiny):
 # ---- update
 
 def test_before_the_first_step_every_ratio_is_one(tiny, tmp_path):
-    policy, processor = copy.deepcopy(tiny[0]), tiny[1]
+    policy = copy.deepcopy(tiny[0])
     _, turns = rollout(tiny, CONFIG, tmp_path)
     logprobs, values = rl.score_turns(policy, turns, CONFIG)
     stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, logprobs, values, torch.randn(12), torch.randn(12), 0,

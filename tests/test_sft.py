@@ -1,7 +1,6 @@
 """Supervised fine-tuning: what the loss sees, data, resume."""
 import copy
 import json
-import random
 from types import SimpleNamespace
 
 import pytest
