@@ -224,6 +224,30 @@ class LlamaDecoder(CacheDecoder):
 
 # ---- The policy --------------------------------------------------------------------------------------------
 
+class TokenLogprobs(torch.autograd.Function):
+    """log_softmax(hidden @ weight.T + ban) at the targets: (n, D), (V, D), (V,), (n,) -> (n,), float32.
+
+    What autograd makes of the same formula holds four (n, V) tensors. Here one is overwritten: logits become
+    probabilities in the forward pass, and these become the gradient of the logits in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ban, targets):
+        logits = F.linear(hidden, weight, ban).float()                                             # (n, V)
+        picked, peak = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)            # (n, 1)
+        total = logits.sub_(peak).exp_().sum(1, keepdim=True)                                      # (n, 1)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.probs = logits.div_(total)
+        return (picked - peak - total.log())[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        probs, ctx.probs = ctx.probs, None                         # a second backward pass has nothing to go on
+        grad_logits = probs.mul_(-grad[:, None]).scatter_add_(1, targets[:, None], grad[:, None]).to(hidden.dtype)
+        return grad_logits @ weight, grad_logits.T @ hidden, None, None
+
+
 class Policy(nn.Module):
     """A causal LM that also says how much reward it expects: one value per reply, read at the last prompt token.
 
@@ -276,21 +300,19 @@ class Policy(nn.Module):
         with self.autocast():
             hidden = self.backbone.model(input_ids=batch["input_ids"],
                                          use_cache=False).last_hidden_state                        # (rows, T, D)
-            logits = self.logits(hidden[rows, columns - 1], temperature).float()                   # (n, V)
             values = self.value_head(hidden[row, first - 1])                                       # (B, 1)
-        flat = -F.cross_entropy(logits, batch["input_ids"][rows, columns], reduction="none")       # (n,)
+        flat = self.token_logprobs(hidden[rows, columns - 1], batch["input_ids"][rows, columns], temperature)   # (n,)
         logprobs = flat.new_zeros(is_token.shape)                                                  # (B, R)
         logprobs[is_token] = flat
         return logprobs, values[:, 0].float()
 
-    def logits(self, hidden, temperature):
-        """Next-token logits (n, V) of hidden states (n, D). Temperature and ban enter before the big product: they
-        are free there, while dividing and masking the logits would pass four more times over (n, V)."""
-        head = self.backbone.lm_head
-        if temperature is None:
-            return head(hidden)
-        ban = torch.where(self.banned, -math.inf, 0.0)                                             # (V,)
-        return F.linear(hidden / temperature, head.weight, ban)
+    def token_logprobs(self, hidden, targets, temperature):
+        """Log-probs (n,) of target ids (n,) that follow hidden states (n, D). Temperature and ban enter the product,
+        where they are free: dividing and masking the logits would pass four more times over (n, V)."""
+        weight, ban = self.backbone.lm_head.weight, None
+        if temperature is not None:
+            hidden, ban = hidden / temperature, torch.where(self.banned, -math.inf, 0.0).to(self.dtype)      # (V,)
+        return TokenLogprobs.apply(hidden.to(self.dtype), weight.to(self.dtype), ban, targets)
 
     @torch.no_grad()
     def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536):

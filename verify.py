@@ -303,7 +303,7 @@ def is_plain_list(stated):
 
 def same_multiset(stated, truth):
     """Whether a list from a reply holds the same words or numbers as `truth`, in any order."""
-    return is_plain_list(stated) and sorted(map(str, stated)) == sorted(map(str, truth))
+    return repr(stated) == repr(truth) or is_plain_list(stated) and sorted(map(str, stated)) == sorted(map(str, truth))
 
 
 def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative", phrases=FEEDBACK):

@@ -7,7 +7,7 @@ first, and a difference ends the program. The baselines are written here, in our
     section    baseline
     rollout    Hugging Face `generate`, one prompt at a time, every hidden state and score kept, then one more forward
                with a log-softmax over all positions; and `generate` on a left-padded batch, for sampling alone
-    logprob    the vocabulary at every position, log-softmax, gather, mask, sum, backward
+    logprob    the vocabulary at every position: temperature, log-softmax, bfloat16, gather, mask, sum, backward
     sft        Hugging Face's own loss over `labels`, the whole batch padded to its longest
     verifier   fields by regular expressions, checks on the characters, `eval`, a search in the list of solutions
     envs       random cards until some permutation, operators and brackets `eval` to 24
@@ -150,12 +150,13 @@ def baseline_generate(policy, prompts, new_tokens, **kwargs):
                                     max_new_tokens=new_tokens, pad_token_id=0, **kwargs)
 
 
-def baseline_logprobs(policy, samples):
-    """Summed log-prob (B,) of the response of every (prompt_ids, response_ids)."""
+def baseline_logprobs(policy, samples, temperature=1.0):
+    """Summed log-prob (B,) of the response of every (prompt_ids, response_ids), step by step as the official code
+    (rl/trainer/model_tz_llama.py): every hidden state kept, every position scaled, normalised and rounded."""
     input_ids, mask, is_response = baseline_batch(samples, policy.device)
-    logits = policy.backbone(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    logprobs = torch.log_softmax(logits.float(), dim=-1)                                  # (B, T, V)
-    return (logprobs[:, :-1].gather(-1, input_ids[:, 1:, None])[..., 0] * is_response[:, 1:]).sum(1)
+    logits = policy.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False).logits
+    logprobs = torch.log_softmax((logits * (1 / temperature)).float(), dim=-1).bfloat16()             # (B, T, V)
+    return (logprobs[:, :-1].gather(-1, input_ids[:, 1:, None])[..., 0] * is_response[:, 1:]).float().sum(1)
 
 
 @torch.no_grad()
