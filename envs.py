@@ -1,7 +1,7 @@
-"""The tasks as conversations: GeneralPoints in words (paper Section 4.1, appendix A).
+"""The tasks as conversations: GeneralPoints and V-IRL (paper Section 4, appendices A and B).
 
-Four cards, a target (24), one equation that uses each card once. The knobs are the paper's: what J, Q and K are
-worth, which hands are dealt, which suits. The paper trains on one setting and tests on another:
+GeneralPoints: four cards, a target (24), one equation that uses each card once. The paper trains on one setting of
+what J, Q and K are worth and tests on another:
 
     split         J, Q, K        hands                      used for
     id            10, 10, 10     any solvable               training and in-distribution tests
@@ -10,7 +10,16 @@ worth, which hands are dealt, which suits. The paper trains on one setting and t
     rule_family   1..13 each,    any solvable               not in the paper: the stand-in for pre-training; the
                   drawn anew                                two rules above are never drawn
 
-An environment is one conversation with the verifier (sequential revision, Section 3, Fig. 2-3):
+V-IRL: follow written instructions through a city to a destination. Every turn is named in both vocabularies there; the
+rule says which of them an action takes. The data are folders in the released format; data/synthetic_city.py makes some:
+
+    split         turn_direction(x)   routes                used for
+    id            compass words       train/                training and in-distribution tests
+    rule_ood      left, right, ...    train/                the rule never trained on
+    unseen        compass words       unseen/               routes of the training city never trained on
+    visual_ood    compass words       mini/, in file order  cities that look different; with pictures only
+
+An environment is a conversation with the verifier (sequential revision, Section 3, Fig. 2-3):
 
     messages, info = env.reset(seed=0)                                  # user: the prompt
     messages, reward, terminated, truncated, info = env.step(reply)     # + assistant: reply, user: the verdict
@@ -21,24 +30,38 @@ An environment is one conversation with the verifier (sequential revision, Secti
     assistant    {"cards": ["Q", "10", "A", "3"], "number": [10, 10, 1, 3], "formula": "(10-1)*3-10=24"}
     user         Your formula uses the right numbers, but it makes 17, not 24. Try another formula in the same format.
 
-A correct equation terminates the episode; after `verify_iter` judged
-replies it is truncated, and that turn is charged STEP_LIMIT on top. `env.expert_reply()` is what SFT learns from.
+A correct equation terminates a GeneralPoints episode. V-IRL goes on rails: a correct action moves the agent on, and a
+new dialogue begins whose prompt tells what was seen and done before, failed tries left out; a wrong one moves nobody;
+the right stop() at the destination terminates. After `verify_iter` judged replies, to a hand or at one position, an
+episode is truncated, and that turn is charged STEP_LIMIT on top. `env.expert_reply()` is what SFT learns from.
 
-    python envs.py gp-l                            # play an episode yourself
-    python envs.py gp-l --split rule_ood --show    # print a prompt, an expert reply and a verdict
+    python envs.py gp-l                                # play an episode yourself
+    python envs.py gp-l --split rule_ood --show        # print a prompt, an expert reply and a verdict
+    python envs.py virl-l --root city0 --show DIR      # write what is seen along a route: views and prompts
 
-Neither torch nor transformers is imported here. Cards are dealt without replacement from 52, as the paper says.
+Neither torch nor transformers is imported here. Cards are dealt without replacement from 52, as the paper says. Left
+out of V-IRL: relocation with the official code's other thresholds, and its free (off the rails) mode.
 """
 import argparse
+import inspect
+import itertools
 import json
+import math
+import pickle
 import random
 import re
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from zlib import crc32
 
-from verify import FEEDBACK, STEP_LIMIT, fill, judge_general_points, solutions
+import numpy as np
+from PIL import Image
 
-# Our words for the paper's prompt structure (paper A.2): task, input, output. A prompt file may replace each by name.
+from verify import FEEDBACK, STEP_LIMIT, fill, judge_general_points, judge_navigation, solutions
+
+# Our words for the paper's prompt structure (A.2: task, input, output; B.2: task, instruction, what an observation is,
+# actions, history, output). A prompt file may replace each by name.
 PROMPTS = {
     "gp_task": "Make {target} from four cards. Combine their values with addition, subtraction, multiplication, "
                "division and parentheses, and use every card exactly once. An ace counts as 1, J counts as {J}, "
@@ -48,8 +71,31 @@ PROMPTS = {
                  "{\"cards\": [the ranks you see], \"number\": [their values], "
                  "\"formula\": \"an equation ending in ={target}\"}",
     "gp_retry": "{verdict} Try another formula in the same format.",
+    "nav_task": "Walk to a destination: follow the instructions, one action at a time.",
+    "nav_instruction": "\nInstructions:{instruction}",
+    "nav_sentence": "\n{sentence}",
+    "nav_first_turn": "First turn {rel} to face {dir}.",
+    "nav_turn": "Turn {rel} to face {dir}.",
+    "nav_move": "Go on to the next intersection.",
+    "nav_move_landmark": "Go on to the next intersection, where {landmarks}.",
+    "nav_last_move": "Go on until you are there: {landmarks}.",
+    "nav_see_words": "\nAn observation names the landmark in sight, and the intersection if you are at one.",
+    "nav_see_views": "\nThe picture shows what you see now: front and right above, back and left below.",
+    "nav_actions": "\nActions: forward(), stop() at the destination, or turn_direction(x) where x is one of {words}.",
+    "nav_history": "\nSo far:{obs_act_seq}",
+    "nav_past": "\n{observation} -> {action}",
+    "nav_between": "{landmark}",
+    "nav_at_intersection": "{landmark}; intersection",
+    "nav_no_landmark": "No landmark",
+    "nav_views": "The picture",
+    "nav_output": "\nReply with a JSON object:\n{\"current observation\": what you see now, "
+                  "\"current instruction\": the sentence you follow now, \"action\": your action}",
+    "nav_retry": "{verdict} Try another action in the same format.",
     **{f"feedback_{name}": text for name, text in FEEDBACK.items()},
 }
+MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"}}   # that our words do without, for prompt files that number
+
+# ---- GeneralPoints -----------------------------------------------------------------------------------------
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 SUITS = "SHDC"
@@ -72,7 +118,7 @@ def load_prompts(path):
             raise ValueError(f"prompt file {path}: unknown template {name!r}; allowed: {', '.join(PROMPTS)}")
         if not isinstance(text, str):
             raise ValueError(f"prompt file {path}: template {name!r} must be text, got {type(text).__name__}")
-        allowed = set(re.findall(r"\{(\w+)\}", PROMPTS[name]))
+        allowed = set(re.findall(r"\{(\w+)\}", PROMPTS[name])) | MORE_VALUES.get(name, set())
         foreign = set(re.findall(r"\{(\w+)\}", text)) - allowed
         if foreign:
             raise ValueError(f"prompt file {path}: template {name!r} uses {{{min(foreign)}}}; "
@@ -151,8 +197,11 @@ class GeneralPoints:
         raise ValueError(f"no hand makes {self.target} with J,Q,K = {self.jqk}, fold {self.fold}, suits and "
                          f"face_card as given (100,000 deals tried): try another target")
 
-    def reset(self, seed):
-        """Deal a hand; the seed (an int or a string) fixes the whole episode. Returns (messages, info)."""
+    def reset(self, seed, episode=0):
+        """Deal a hand; the seed (an int or a string) fixes the whole episode. Returns (messages, info).
+
+        `episode`, the number of a test episode, means nothing here: only a route list is played in order.
+        """
         self.rng = random.Random(str(seed))   # as text: numbers would lose their sign
         self.jqk = self.values or self.draw_rule()
         self.cards, self.numbers = self.deal()
@@ -161,6 +210,10 @@ class GeneralPoints:
         self.turn, self.done = 0, False
         self.messages = [{"role": "user", "content": self.prompt()}]
         return self.messages, {"status": "", "success": False, "turn": 0, "new_dialogue": True}
+
+    def skip_ahead(self, rng, balance):
+        """Go where the expert will be at some time: a hand has one position only. Returns the messages there."""
+        return self.messages
 
     def prompt(self):
         task = fill(self.prompts["gp_task"], target=self.target, **dict(zip("JQK", self.jqk)))
@@ -181,8 +234,9 @@ class GeneralPoints:
         self.done = terminated or truncated
         told = verdict.message if self.done else fill(self.prompts["gp_retry"], verdict=verdict.message)
         self.messages = self.messages + [{"role": "assistant", "content": reply}, {"role": "user", "content": told}]
-        info = {"status": verdict.status, "success": terminated, "turn": self.turn, "new_dialogue": False,
-                "numbers_right": verdict.numbers_right, "cards_read": verdict.cards_read}
+        info = {"status": verdict.status, "success": terminated, "turn": self.turn, "kind": "formula",
+                "try": self.turn, "new_dialogue": False, "numbers_right": verdict.numbers_right,
+                "cards_read": verdict.cards_read}
         return self.messages, verdict.reward + STEP_LIMIT * truncated, terminated, truncated, info
 
     def format_reply(self, formula):
@@ -219,6 +273,431 @@ class GeneralPoints:
         return list(dict.fromkeys([*RANKS, *map(str, values), *"+-*/()="]))
 
 
+# ---- V-IRL: the data set -----------------------------------------------------------------------------------
+
+COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
+RELATIVE = ("left", "right", "slightly left", "slightly right")
+ACTION_SPACES = {"absolute": COMPASS, "relative": RELATIVE}
+FOLDERS = {"train": ("train", "nyc_1k_routes"), "unseen": ("unseen",), "mini": ("mini", "VLN_mini")}
+VIEW_HEADINGS = {"prompt": (0, 90, 180, 270), "official": (-135, -45, 45, 135)}
+NO_LANDMARK = "No landmark nearby"           # as the files spell it
+REACH, SPACING, SHORT_LEG = 20.0, 8.0, 5.0   # metres: a panorama stands in for a point; apart on the rail; no step fits
+STEPS, DROP_RATE = 5, 0.5                    # a leg is cut in so many steps, and so many of them are left out
+
+
+class MappingUnpickler(pickle.Unpickler):
+    """Reads numbers, strings, tuples, dicts and numpy scalars; the name of anything else ends the reading."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
+            return np.float64().__reduce__()[0]                     # wherever this numpy keeps it
+        if (module, name) == ("_codecs", "encode"):                 # how protocol 2 spells bytes
+            return lambda text, _: text.encode("latin-1")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+
+
+def geodesic(a, b):
+    """Metres between two (latitude, longitude) points in degrees, on the WGS-84 ellipsoid; for up to a kilometre."""
+    latitude = math.radians((a[0] + b[0]) / 2)
+    w = 1 - 0.00669437999014 * math.sin(latitude) ** 2
+    north = 6378137.0 * (1 - 0.00669437999014) / w ** 1.5 * math.radians(b[0] - a[0])
+    return math.hypot(north, 6378137.0 / math.sqrt(w) * math.cos(latitude) * math.radians(b[1] - a[1]))
+
+
+class Panoramas:
+    """The mapping (latitude, longitude) -> panorama, with the nearest one within REACH of any point.
+
+    Every place is entered in its cell of at least REACH by REACH and the eight around it, so that a search looks at
+    one cell. Distances are on a sphere, as in the official code; the first of equals wins.
+    """
+
+    def __init__(self, path):
+        try:
+            with open(path, "rb") as file:
+                mapping = MappingUnpickler(file).load()
+            self.ids = {(float(lat), float(lon)): str(pano) for (lat, lon), pano in mapping.items()}
+        except Exception as error:   # a broken pickle can raise anything
+            raise ValueError(f"{path}: not a dict of (latitude, longitude) -> panorama: {error}") from None
+        self.lat_cell = math.degrees(REACH / 6.3e6)
+        self.lon_cell = self.lat_cell / min((math.cos(math.radians(lat)) for lat, _ in self.ids), default=1)
+        self.cells = {}
+        for lat, lon in self.ids:
+            row, column = self.cell(lat, lon)
+            for cell in itertools.product((row - 1, row, row + 1), (column - 1, column, column + 1)):
+                self.cells.setdefault(cell, []).append((lat, lon))
+
+    def cell(self, lat, lon):
+        return int(lat // self.lat_cell), int(lon // self.lon_cell)
+
+    def nearest(self, point):
+        """The place nearest to `point` that has a panorama, or None if none is within reach."""
+        if point in self.ids:
+            return point
+        lat, lon = map(math.radians, point)
+        best, found = math.sin(REACH / 6371e3 / 2) ** 2, None
+        for place in self.cells.get(self.cell(*point), ()):
+            lat2, lon2 = math.radians(place[0]), math.radians(place[1])
+            haversine = (math.sin((lat2 - lat) / 2) ** 2
+                         + math.cos(lat) * math.cos(lat2) * math.sin((lon2 - lon) / 2) ** 2)
+            if haversine < best:
+                best, found = haversine, place
+        return found
+
+
+@dataclass(frozen=True)
+class Route:
+    """One route: k milestones, k + 1 points (start, turning points, destination), and what may lie between them."""
+    init_heading: int    # degrees; 0 means random
+    headings: tuple      # (k,) degrees, of the legs
+    directions: tuple    # (k,) the same as compass words
+    landmarks: tuple     # (k,) what is said on arrival at points 1..k; "" where there is no landmark
+    panos: tuple         # (k + 1,) panorama of each point
+    between: tuple       # (k,) of each leg: () if it is too short, else STEPS panoramas, None where no place fits
+
+
+def parse_milestones(text):
+    """The blocks of `milestone_info` as a list of dicts: `{`, lines of "key": "value", and `}` (virl data format)."""
+    blocks = []
+    for block in text.split("}"):
+        pairs = (line.strip().strip(",").partition(":") for line in block.strip().lstrip("{").splitlines())
+        fields = {key.strip().strip("\"'"): value.strip().strip("\"'") for key, colon, value in pairs if colon}
+        if block.strip():
+            blocks.append(fields)
+    return blocks
+
+
+def read_key(record, path, where):
+    """record["a"]["b"] for the path "a.b"; ValueError names the key that is missing."""
+    for key in path.split("."):
+        if not isinstance(record, dict) or key not in record:
+            raise ValueError(f"{where}: key {path!r} is missing")
+        record = record[key]
+    return record
+
+
+def read_point(value, where):
+    if not (isinstance(value, list) and len(value) == 2 and all(isinstance(x, (int, float)) for x in value)):
+        raise ValueError(f"{where}: expected [latitude, longitude], got {str(value)[:40]}")
+    return float(value[0]), float(value[1])
+
+
+def read_route(record, panoramas, where):
+    """A Route from one record of route_infos.json; ValueError names file, route and key."""
+    start = read_point(read_key(record, "start_place.relocated_geocode", where), f"{where}, relocated_geocode")
+    geocodes = read_key(record, "route_results.geocode_list", where)
+    if not isinstance(geocodes, list) or not geocodes:
+        raise ValueError(f"{where}, key 'geocode_list': expected a list of points")
+    points = [start] + [read_point(value, f"{where}, geocode_list {i}") for i, value in enumerate(geocodes)]
+    text, init_heading = read_key(record, "milestone_info", where), record.get("init_heading", 0)
+    blocks = parse_milestones(text) if isinstance(text, str) else []
+    if len(blocks) != len(geocodes):
+        raise ValueError(f"{where}: {len(blocks)} blocks in 'milestone_info', {len(geocodes)} points in 'geocode_list'")
+    if type(init_heading) is not int:
+        raise ValueError(f"{where}, key 'init_heading': expected whole degrees, got {init_heading!r}")
+    legs = []
+    for i, block in enumerate(blocks):
+        heading = re.fullmatch(r"(-?\d+) \((\w+)\)", block.get("to_next_intersection_heading", ""))
+        if heading is None or heading[2] not in COMPASS:
+            raise ValueError(f"{where}, 'milestone_info' block {i}: key 'to_next_intersection_heading' must read like "
+                             f"'212 (southwest)', got {block.get('to_next_intersection_heading')!r}")
+        legs.append((int(heading[1]), heading[2], block.get("landmarks", NO_LANDMARK).replace(NO_LANDMARK, "")))
+    panos, between, previous = [], [], start
+    for i, point in enumerate(points):
+        length = geodesic(previous, point)                          # before the point is moved to its panorama
+        place = panoramas.nearest(point) if panoramas else point
+        if place is None:
+            raise ValueError(f"{where}, {f'geocode_list {i - 1}' if i else 'relocated_geocode'}: no panorama within "
+                             f"{REACH:g} m of {point}")
+        fitting = []
+        for step in range(1, STEPS + 1) if length > SHORT_LEG else ():
+            share = step / STEPS
+            wanted = tuple(p * (1 - share) + q * share for p, q in zip(previous, place))
+            found = panoramas.nearest(wanted) if panoramas else wanted
+            apart = found and geodesic(previous, found) > SPACING and geodesic(place, found) > SPACING
+            fitting.append((panoramas.ids[found] if panoramas else "") if apart else None)
+        panos.append(panoramas.ids[place] if panoramas else "")
+        between.append(tuple(fitting))
+        previous = place
+    return Route(init_heading, *map(tuple, zip(*legs)), tuple(panos), tuple(between[1:]))
+
+
+@lru_cache(maxsize=8)
+def load_routes(folder, vision):
+    """The routes of a data folder; ValueError names file, route and key of what is wrong with it.
+
+    Without a mapping file the rail uses the points as they are, which is enough for words. With `vision` every
+    panorama that a rail may visit must be there, twice as wide as high.
+    """
+    path, panoramas = folder / "route_infos.json", None
+    try:
+        routes, _ = json.loads(path.read_text(encoding="utf-8"))
+        records = list(routes)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected [routes, cursor]: {error}") from None
+    if (folder / "gps_pano_mapping.pkl").is_file() or vision:
+        panoramas = Panoramas(folder / "gps_pano_mapping.pkl")
+    routes = [read_route(record, panoramas, f"{path}, route {i}") for i, record in enumerate(records)]
+    if not routes:
+        raise ValueError(f"{path}: holds no route")
+    checked = set()
+    for i, route in enumerate(routes if vision else ()):
+        for pano in {*route.panos, *itertools.chain(*route.between)} - checked - {None}:
+            checked.add(pano)
+            for file in (picture := folder / "street_views" / f"{pano}.jpg", picture.with_suffix(".metadata.json")):
+                if not file.is_file():
+                    raise ValueError(f"{path}, route {i}: {file} is missing")
+            open_panorama(picture)
+    return routes
+
+
+# ---- V-IRL: views ------------------------------------------------------------------------------------------
+
+def open_panorama(path):
+    """An equirectangular picture, not yet decoded; ValueError if it is none."""
+    try:
+        picture = Image.open(path)
+    except OSError as error:
+        raise ValueError(f"{path}: not a picture: {error}") from None
+    if picture.width != 2 * picture.height:
+        raise ValueError(f"{path}: a panorama must be twice as wide as high, not {picture.width}x{picture.height}")
+    return picture
+
+
+@lru_cache(maxsize=64)
+def read_panorama(path):
+    """(the panorama (H, W, 3) as bytes, its rotation in degrees)."""
+    rotation = json.loads(path.with_suffix(".metadata.json").read_text()).get("rotation")
+    if not isinstance(rotation, (int, float)):
+        raise ValueError(f"{path.with_suffix('.metadata.json')}: key 'rotation' must be a number, got {rotation!r}")
+    return np.asarray(open_panorama(path).convert("RGB")), rotation
+
+
+@lru_cache(maxsize=4)
+def view_table(size, width):
+    """Where in a panorama of `width` a view of size x size pixels looks that is 90 degrees wide and level.
+
+    x (size, size) in columns, to which a heading only adds; upper row (size, size); weight of the row below it.
+    """
+    offset = (np.arange(size) - (size - 1) / 2) / (size / 2)
+    u, v = np.meshgrid(offset, offset)                                              # (size, size), in focal lengths
+    x = (np.arctan2(u, 1) / (2 * np.pi) + 0.5) * (width - 1)
+    y = (np.arctan2(v, np.hypot(u, 1)) / np.pi + 0.5) * (width // 2 - 1)
+    upper = np.minimum(y.astype(np.int32), width // 2 - 2)
+    return x.astype(np.float32), upper, ((y - upper) * 256).astype(np.uint16)
+
+
+def crop_view(panorama, rotation, heading, size):
+    """The level view (size, size, 3) of 90 degrees towards a compass heading, bilinear in 1/256ths."""
+    width = panorama.shape[1]
+    x, upper, below = view_table(size, width)
+    turn = (heading - 180) % 360 + rotation                                         # 0: the centre column
+    x = (x + turn / 360 * (width - 1)) % (width - 1)
+    left = x.astype(np.int32)
+    right = ((x - left) * 256).astype(np.uint16)[..., None]
+    flat, at = panorama.reshape(-1, 3), upper * width + left
+    top = flat[at] * (256 - right) + flat[at + 1] * right                           # uint16: at most 255 * 256
+    bottom = flat[at + width] * (256 - right) + flat[at + width + 1] * right
+    below = below[..., None].astype(np.uint32)
+    return ((top * (256 - below) + bottom * below) >> 16).astype(np.uint8)
+
+
+@lru_cache(maxsize=64)
+def view_grid(path, heading, view_headings, size):
+    """Four views as one picture, 2 x 2 with a black line of 5 pixels: the first two above the other two."""
+    panorama, rotation = read_panorama(path)
+    grid = Image.new("RGB", (2 * size + 5, 2 * size + 5))
+    for i, turn in enumerate(view_headings):
+        grid.paste(Image.fromarray(crop_view(panorama, rotation, heading + turn, size)),
+                   (i % 2 * (size + 5), i // 2 * (size + 5)))
+    return grid
+
+
+# ---- V-IRL: the environment --------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Position:
+    """One place on the rail: what the expert sees there, does there, and which instruction is current."""
+    kind: str            # "turn", "forward" or "stop"
+    action: str
+    pano: str
+    heading: int
+    landmark: str        # "Aldo Cafe is on your left", or ""
+    intersection: bool
+    sentence: str
+
+
+def relative_turn(turn):
+    """The word for a turn by so many degrees, taken modulo 360; straight on counts as slightly left."""
+    turn = (turn + 180) % 360 - 180
+    return "left" if turn < -45 else "right" if turn > 45 else "slightly left" if turn <= 0 else "slightly right"
+
+
+class Navigation:
+    """One V-IRL route at a time, on rails: only the expert's action moves the agent (paper Section 4.2, appendix B).
+
+    root          a folder with the data sets; allowed names: FOLDERS
+    data          which of them: "train", "unseen" or "mini"
+    in_order      play route `episode` of the file, not one drawn by the seed
+    action_space  what turn_direction(x) takes: "absolute" compass words or "relative" ones
+    vision        show four views of the place instead of the landmark's name
+    view_headings of the four views, relative to the agent's: "prompt" (front, right, back, left, as the prompt says)
+                  or "official" (what the official code crops)
+    resolution    pixels of a view; the grid of four is 2 * resolution + 5 wide
+    verify_iter   judged replies per position (2 in the paper)
+    feedback, prompt_file   as in GeneralPoints
+    """
+    answer_key = '"action"'
+
+    def __init__(self, root, data="train", in_order=False, action_space="absolute", vision=False,
+                 view_headings="prompt", resolution=448, verify_iter=2, feedback="informative", prompt_file=""):
+        for name, value, allowed in [("data", data, FOLDERS), ("action_space", action_space, ACTION_SPACES),
+                                     ("view_headings", view_headings, VIEW_HEADINGS),
+                                     ("feedback", feedback, ("informative", "plain"))]:
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r}: allowed are {', '.join(allowed)}")
+        for name, value in [("resolution", resolution), ("verify_iter", verify_iter)]:
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} {value!r}: must be a whole number, 1 or more")
+        folders = [Path(root) / name for name in FOLDERS[data]]
+        self.folder = next((folder for folder in folders if folder.is_dir()), None)
+        if not root or self.folder is None:
+            raise ValueError(f"root {str(root)!r}: V-IRL needs a folder that holds {' or '.join(FOLDERS[data])}; "
+                             "data/synthetic_city.py makes one")
+        self.routes = load_routes(self.folder, vision)
+        self.in_order, self.action_space, self.vision = in_order, action_space, vision
+        self.turns, self.resolution = VIEW_HEADINGS[view_headings], resolution
+        self.verify_iter, self.feedback = verify_iter, feedback
+        self.prompts = load_prompts(prompt_file)
+        self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
+        self.actions = ["forward()", *(f"turn_direction({word})" for word in ACTION_SPACES[action_space]), "stop()"]
+        self.done = True
+
+    def reset(self, seed, episode=0):
+        """Draw a route and its rail; the seed (an int or a string) fixes the whole episode. Returns (messages, info).
+
+        The draws come in the order of the official code: route, heading, one for each step of each leg.
+        """
+        self.rng = random.Random(str(seed))
+        route = self.routes[episode % len(self.routes)] if self.in_order else self.rng.choice(self.routes)
+        heading = route.init_heading or self.rng.randint(0, 359)
+        turns = [relative_turn(new - old) for old, new in zip((heading, *route.headings), route.headings)]
+        self.sentences = self.instruct(route, turns)
+        self.rail = list(self.lay_rail(route, heading, turns))
+        self.turn, self.done = 0, False
+        return self.arrive(0), {"status": "", "success": False, "turn": 0, "new_dialogue": True}
+
+    def instruct(self, route, turns):
+        """Two sentences for every milestone: turn, then go on; the turn is named in both vocabularies."""
+        sentences, last = [], len(turns) - 1
+        for i, (turn, direction, landmark) in enumerate(zip(turns, route.directions, route.landmarks)):
+            turning = "nav_first_turn" if i == 0 < last else "nav_turn"
+            sentences.append(fill(self.prompts[turning], rel=turn, dir=direction))
+            move = "nav_last_move" if i == last else "nav_move_landmark" if landmark else "nav_move"
+            sentences.append(fill(self.prompts[move], landmarks=landmark))
+        return sentences
+
+    def lay_rail(self, route, heading, turns):
+        """The positions from start to destination: at each point a turn or the stop, between them a few forwards."""
+        for i, pano in enumerate(route.panos):
+            heading = route.headings[i - 1] if i else heading       # of arrival: a turn is taken on leaving
+            landmark = route.landmarks[i - 1] if i else ""
+            for between in route.between[i - 1] if i else ():
+                if self.rng.random() >= DROP_RATE and between is not None:
+                    yield Position("forward", "forward()", between, heading, "", False, self.sentences[2 * i - 1])
+            if i == len(turns):
+                yield Position("stop", "stop()", pano, heading, landmark, False, self.sentences[-1])
+            else:
+                word = turns[i] if self.action_space == "relative" else route.directions[i]
+                yield Position("turn", f"turn_direction({word})", pano, heading, landmark, i > 0, self.sentences[2 * i])
+
+    def arrive(self, at):
+        """Stand at position `at` of the rail, where a new dialogue begins; its messages."""
+        self.at, self.position, self.tries = at, self.rail[at], 0
+        content = self.prompt()
+        if self.vision:
+            content = [{"type": "image", "image": self.views()}, {"type": "text", "text": content}]
+        self.messages = [{"role": "user", "content": content}]
+        return self.messages
+
+    def skip_ahead(self, rng, balance):
+        """Go where the expert will be at some time, drawn by `rng`: any position, or with `balance` any kind first."""
+        kind = rng.choice(sorted({position.kind for position in self.rail})) if balance else ""
+        return self.arrive(rng.choice([at for at, position in enumerate(self.rail) if kind in ("", position.kind)]))
+
+    def views(self):
+        """The four views from here as one picture."""
+        path = self.folder / "street_views" / f"{self.position.pano}.jpg"
+        return view_grid(path, self.position.heading, self.turns, self.resolution)
+
+    def observe(self, landmark, intersection):
+        return fill(self.prompts["nav_at_intersection" if intersection else "nav_between"], landmark=landmark)
+
+    def observation(self, position):
+        return self.observe(position.landmark or self.prompts["nav_no_landmark"], position.intersection)
+
+    def prompt(self):
+        prompts, here = self.prompts, self.position
+        numbered = "".join(fill(prompts["nav_sentence"], n=n, sentence=sentence)
+                           for n, sentence in enumerate(self.sentences, 1))
+        past = [(self.observation(position), position.action) for position in self.rail[:self.at]]
+        seen = self.observe(prompts["nav_views"], here.intersection) if self.vision else self.observation(here)
+        history = "".join(fill(prompts["nav_past"], n=n, observation=observation, action=action)
+                          for n, (observation, action) in enumerate([*past, (seen, "")], 1))
+        return (prompts["nav_task"] + fill(prompts["nav_instruction"], instruction=numbered)
+                + prompts["nav_see_views" if self.vision else "nav_see_words"]
+                + fill(prompts["nav_actions"], words=", ".join(ACTION_SPACES[self.action_space]))
+                + fill(prompts["nav_history"], obs_act_seq=history) + prompts["nav_output"])
+
+    def judge(self, reply):
+        name = self.position.landmark.removeprefix("The destination ").split(" is on your ")[0]
+        return judge_navigation(reply, self.position.action, name, self.position.intersection, self.feedback,
+                                self.phrases)
+
+    def step(self, reply):
+        """Judge one reply: (messages, reward, terminated, truncated, info).
+
+        After a correct action the agent moves on and a new dialogue begins; after a wrong one it stays, and the
+        dialogue goes on with the verdict.
+        """
+        if self.done:
+            raise RuntimeError("the episode is over: call reset() first")
+        position, verdict = self.position, self.judge(reply)
+        self.turn, self.tries = self.turn + 1, self.tries + 1
+        correct = verdict.status == "correct"
+        terminated = correct and self.at == len(self.rail) - 1
+        truncated = not correct and self.tries == self.verify_iter
+        self.done = terminated or truncated
+        info = {"status": verdict.status, "success": terminated, "turn": self.turn, "kind": position.kind,
+                "try": self.tries, "new_dialogue": correct and not terminated}
+        if info["new_dialogue"]:
+            messages = self.arrive(self.at + 1)
+        else:
+            told = verdict.message if self.done else fill(self.prompts["nav_retry"], verdict=verdict.message)
+            messages = self.messages + [{"role": "assistant", "content": reply}, {"role": "user", "content": told}]
+            self.messages = messages
+        return messages, verdict.reward + STEP_LIMIT * truncated, terminated, truncated, info
+
+    def format_reply(self, action, position=None):
+        return json.dumps({"current observation": self.observation(position or self.position),
+                           "current instruction": self.position.sentence, "action": action})
+
+    def expert_reply(self):
+        """A correct reply at the present position, as valid JSON."""
+        return self.format_reply(self.position.action)
+
+    def flawed_reply(self):
+        """A reply in the right format with a wrong action; one in three is about another place."""
+        action = self.rng.choice([action for action in self.actions if action != self.position.action])
+        return self.format_reply(action, self.rng.choice(self.rail) if self.rng.random() < 1 / 3 else None)
+
+    def atoms(self):
+        """The strings that a small tokenizer should keep whole: directions, actions, and what may border on a name."""
+        return [*COMPASS, *RELATIVE, "front", "behind", "turn_direction(", "forward()", "stop()", "\n", ", where ",
+                "The destination ", " is on your ", "; ", '{"current observation": "', '", "current instruction": "']
+
+
 # ---- Making one --------------------------------------------------------------------------------------------
 
 GP_SPLITS = {
@@ -227,53 +706,81 @@ GP_SPLITS = {
     "unseen": dict(rule="face_cards_as_10", fold="test"),
     "rule_family": dict(rule="random"),
 }
-TASKS = {"gp-l": (GeneralPoints, GP_SPLITS)}
+NAVIGATION_SPLITS = {
+    "id": dict(data="train"),
+    "rule_ood": dict(data="train", action_space="relative"),
+    "unseen": dict(data="unseen"),
+}
+TASKS = {
+    "gp-l": (GeneralPoints, GP_SPLITS),
+    "virl-l": (Navigation, NAVIGATION_SPLITS),
+    "virl-vl": (partial(Navigation, vision=True),
+                {**NAVIGATION_SPLITS, "visual_ood": dict(data="mini", in_order=True)}),
+}
 
 
 def make_env(task, split, **overrides):
-    """The environment of a task ("gp-l") and split (table at the top); `overrides` are its keyword arguments.
+    """The environment of a task (TASKS) and split (tables at the top); `overrides` are its keyword arguments.
 
-    fold="" leaves the fold to the split. ValueError names what is not allowed.
+    An override of "" or None leaves that argument as it is. ValueError names what is not allowed.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: allowed are {', '.join(TASKS)}")
     build, splits = TASKS[task]
     if split not in splits:
         raise ValueError(f"split {split!r}: {task} has {', '.join(splits)}")
-    if overrides.get("fold") == "":
-        overrides = {name: value for name, value in overrides.items() if name != "fold"}
-    if "fold" in splits[split] and "fold" in overrides:
-        raise ValueError(f"fold {overrides['fold']!r}: split {split} has a fold of its own ({splits[split]['fold']})")
-    return build(**{**splits[split], **overrides})
+    known = inspect.signature(build).parameters
+    arguments = {name: value for name, value in overrides.items() if value not in ("", None)}
+    for name, value in arguments.items():
+        if name not in known:
+            raise ValueError(f"{name} {value!r}: {task} has no such setting; it has {', '.join(known)}")
+        if name in ("fold", "data") and name in splits[split]:
+            raise ValueError(f"{name} {value!r}: split {split} has a {name} of its own ({splits[split][name]})")
+    return build(**{"root": "", **splits[split], **arguments} if "root" in known else {**splits[split], **arguments})
 
 
-def sample_texts(task, num=200):
-    """Prompts, replies and verdicts of every split, for training a small tokenizer."""
-    for split in TASKS[task][1]:
-        env = make_env(task, split)
+def sample_texts(task, num=200, **overrides):
+    """Prompts, replies and verdicts of the splits of a task in words, for training a small tokenizer."""
+    for split, settings in TASKS[task][1].items():
+        if settings.get("data", "train") != "train":   # the other data sets may not be there
+            continue
+        env = make_env(task, split, **overrides)
         yield " ".join(env.atoms() * 2)
         for i in range(num):
-            messages, _ = env.reset(seed=f"texts/{i}")
+            env.reset(seed=f"texts/{i}")
+            messages = env.skip_ahead(env.rng, balance=False)
             yield messages[-1]["content"]
             for reply in (env.flawed_reply(), env.expert_reply()):
                 messages, *_ = env.step(reply)
-                yield from (message["content"] for message in messages[-2:])
+                yield reply
+                yield messages[-1]["content"]
+
+
+def read_text(message):
+    """The text of a message, its picture left out."""
+    content = message["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Play an episode against the verifier, or --show one.")
+    parser = argparse.ArgumentParser(description="Play an episode against the verifier, or --show what it is.")
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--split", default="id")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", default="", help="V-IRL: the folder with the data sets")
     parser.add_argument("--prompt-file", default="")
-    parser.add_argument("--show", action="store_true", help="print one prompt, expert reply and verdict")
+    parser.add_argument("--show", nargs="?", const="-", metavar="DIR",
+                        help="print one prompt, expert reply and verdict; with DIR write there every prompt and expert "
+                             "reply of the episode, V-IRL: and the four views")
     args = parser.parse_args()
     try:
-        env = make_env(args.task, args.split, prompt_file=args.prompt_file)
-    except ValueError as error:
+        env = make_env(args.task, args.split, root=args.root, prompt_file=args.prompt_file)
+        messages, _ = env.reset(seed=args.seed)
+        if args.show not in (None, "-"):
+            Path(args.show).mkdir(parents=True)
+    except (ValueError, FileExistsError) as error:
         parser.error(str(error))
-    messages, _ = env.reset(seed=args.seed)
-    print(messages[-1]["content"])
+    print(read_text(messages[-1]))
     while not env.done:
         if args.show:
             reply = env.expert_reply()
@@ -283,10 +790,17 @@ def main():
                 reply = input("\n> ")
             except EOFError:
                 return
-            if re.fullmatch(r"[-+*/()0-9= ]+", reply):   # a bare formula will do for people
-                reply = env.format_reply(reply.split("=")[0])
+            if reply and "{" not in reply:   # a bare formula or action will do for people
+                reply = env.format_reply(reply.split("=")[0].strip())
+        if args.show not in (None, "-"):
+            file = Path(args.show) / f"{env.turn:02d}.txt"
+            file.write_text(f"{read_text(messages[-1])}\n\n> {reply}\n")
+            if hasattr(env, "views"):
+                env.views().save(file.with_suffix(".png"))
         messages, reward, _, truncated, info = env.step(reply)
-        print(f"{messages[-1]['content']}   [{info['status']}, reward {reward:+g}{', last try' * truncated}]")
+        print(f"{read_text(messages[-1])}   [{info['status']}, reward {reward:+g}{', last try' * truncated}]")
+        if args.show == "-":
+            return
 
 
 if __name__ == "__main__":

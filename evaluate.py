@@ -1,7 +1,10 @@
 """Success inside and outside the training distribution (paper Section 4 and 5, appendix C.3), and the paper's figure.
 
-An episode succeeds when it is solved within its verification turns. Every episode is played until it is solved or out
-of tries, so one evaluation gives the success within every smaller number of tries as well.
+A GeneralPoints episode succeeds when it is solved within its verification turns; a V-IRL episode when every position
+of the route is, up to the stop. The paper reports V-IRL by steps: the share of all replies that are correct, retries
+counted as samples of their own. That holds the moves that are the same under both rules, so the turns are reported
+apart, and so are first tries. Every episode is played until it is solved or out of tries, so one evaluation gives the success
+within every smaller number of tries as well.
 
     python evaluate.py --model runs/sft/step_000400                  # one checkpoint, printed only
     python evaluate.py --run runs/rl                                 # all checkpoints of a run and its start
@@ -10,7 +13,7 @@ of tries, so one evaluation gives the success within every smaller number of tri
 Rows of a run go to its eval.jsonl, one per checkpoint, split and seed; rows that are there already are not played
 again, so a stopped evaluation goes on. Several runs of one arm (other seeds) are averaged: mean and standard error
 over runs, which should be evaluated on hands of their own (--seeds) so that the error holds the draw of hands as
-well; a single run has the binomial standard error sqrt(p (1 - p) / n).
+well; a single run has the standard error over its episodes (of a success: the binomial one).
 
 Left out: smoothing (the paper's curves are Savitzky-Golay filtered), API models.
 """
@@ -27,8 +30,11 @@ from model import (checkpoint_step, checkpoints, decode_reply, encode, fail, kno
                    parse_config, pick_device, read_jsonl, sampling_uniforms, write_whole)
 
 EVALUATION = 2   # the first number of a random stream's key; rl.py has 0 and 1
-# Paper Fig. 6 and Section 5.1: success on the other rule (%) at the start, after SFT and after RL, at equal compute.
-PAPER = {"gp-l": {"rule_ood": (11.5, 3.4, 15.0)}}
+# What the tables show, the paper's own measure first. Each is explained in `summarise`.
+METRICS = {"gp-l": ("success",), "virl-l": ("step_accuracy", "step_accuracy_turn", "success")}
+# Paper Fig. 6 and Section 5.1: (%) at the start, after SFT and after RL, at equal compute.
+PAPER = {("gp-l", "rule_ood", "success"): (11.5, 3.4, 15.0), ("virl-l", "rule_ood", "step_accuracy"): (80.8, 1.3, 91.8)}
+PAPER_EPISODES = {"gp": 234, "virl": 48}   # and the 18 routes of visual_ood
 
 
 @dataclass
@@ -39,14 +45,15 @@ class Config:
     start: bool = knob(True, "with --run: evaluate the model it started from as well")
     compare: str = knob("", "print the table and draw the figure of these evaluated run folders, comma-separated")
     figure: str = knob("", "with --compare: write the figure here (needs matplotlib)")
-    task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
+    task: str = knob("gp-l", "which environment", choices=("gp-l", "virl-l"))
+    root: str = knob("", "V-IRL: the folder with its data sets")
     splits: str = knob("id,rule_ood", "what to evaluate on, comma-separated (envs.py lists them)")
     fold: str = knob("", "hands to test on: all, train or test; empty: as the split says", choices=("", *envs.FOLDS))
-    verify_iter: int = knob(5, "judged replies per episode", low=1)
+    verify_iter: int = knob(0, "judged replies per hand or position; 0: the paper's 5 (GP) or 2 (V-IRL)", low=0)
     feedback: str = knob("informative", "what the verifier tells the model", choices=("informative", "plain"))
     prompt_file: str = knob("", "JSON object of templates that replace ours")
     episodes: int = knob(1000, "per split and seed", low=1)
-    paper: bool = knob(False, "the paper's sample size instead: 234 hands")
+    paper: bool = knob(False, "the paper's sample size instead: 234 hands, 48 routes, 18 of visual_ood")
     seeds: str = knob("0", "evaluation seeds, comma-separated; never those of training, though a hand may come again")
     temperature: float = knob(0.0, "0 is greedy", low=0)
     max_new_tokens: int = knob(256, "a reply is cut here", low=1)
@@ -57,11 +64,22 @@ class Config:
 
 # ---- Playing -----------------------------------------------------------------------------------------------
 
+def make_env(config, split):
+    return envs.make_env(config.task, split, root=config.root, fold=config.fold, feedback=config.feedback,
+                         verify_iter=config.verify_iter or None, prompt_file=config.prompt_file)
+
+
+def num_episodes(config, split):
+    if config.paper:
+        return 18 if split == "visual_ood" else PAPER_EPISODES[config.task.split("-")[0]]
+    return config.episodes
+
+
 def play_episodes(policy, processor, environments, seed, config):
     """Play one episode in each environment, all side by side; the list of infos, one per turn, of each episode."""
     dialogues, infos = [], [[] for _ in environments]   # a dialogue: its prompt ids
     for i, env in enumerate(environments):
-        messages, _ = env.reset(seed=f"{seed}/evaluate/{i}")
+        messages, _ = env.reset(seed=f"{seed}/evaluate/{i}", episode=i)
         dialogues.append(encode(processor, messages))
     playing, turn = list(range(len(environments))), 0
     progress = tqdm(total=len(environments), desc="episodes", leave=False)
@@ -83,28 +101,51 @@ def play_episodes(policy, processor, environments, seed, config):
     return infos
 
 
+def share(hits, counts):
+    """What share of the counts are hits, given both per episode, and its standard error over episodes."""
+    total = max(1, sum(counts))
+    mean = sum(hits) / total
+    return mean, math.sqrt(sum((hit - mean * count) ** 2 for hit, count in zip(hits, counts))) / total
+
+
 def summarise(infos, verify_iter):
-    """What eval.jsonl says about a list of played episodes, each a list of infos."""
-    n, turns = len(infos), [info for episode in infos for info in episode]
-    solved_at = [len(episode) if episode[-1]["success"] else 0 for episode in infos]   # 0: never
-    tries = range(1, verify_iter + 1)
-    within = [sum(0 < at <= turn for at in solved_at) / n for turn in tries]
-    played = [sum(len(episode) >= turn for episode in infos) for turn in tries]
-    success = within[-1]
-    return {"episodes": n, "success": success, "stderr": math.sqrt(success * (1 - success) / n),
-            "success_within": within, "first_try": within[0],
-            "turn_accuracy": [solved_at.count(turn) / max(1, num) for turn, num in zip(tries, played)],
-            "numbers_right": sum(bool(info["numbers_right"]) for info in turns) / len(turns),
-            "reward": sum(info["reward"] for info in turns) / n,
-            "statuses": dict(sorted(Counter(info["status"] for info in turns).items()))}
+    """What eval.jsonl says about a list of played episodes, each a list of infos.
+
+    success             episodes solved
+    step_accuracy       replies that are correct, retries included (paper C.3)
+    first_try           first replies to a hand or at a position that are correct
+    ..._turn and so on  the same for one kind of position
+    ..._stderr          standard error of each, over episodes
+    """
+    def accuracy(wanted):
+        picked = [[info["status"] == "correct" for info in episode if wanted(info)] for episode in infos]
+        return share(list(map(sum, picked)), list(map(len, picked)))
+
+    turns = [info for episode in infos for info in episode]
+    shares = {"success": share([episode[-1]["success"] for episode in infos], [1] * len(infos)),
+              "step_accuracy": accuracy(lambda info: True),
+              "first_try": accuracy(lambda info: info["try"] == 1)}
+    kinds = sorted({info["kind"] for info in turns})
+    for kind in kinds if len(kinds) > 1 else ():
+        shares[f"step_accuracy_{kind}"] = accuracy(lambda info: info["kind"] == kind)
+        shares[f"first_try_{kind}"] = accuracy(lambda info: info["kind"] == kind and info["try"] == 1)
+    row = {"episodes": len(infos), "replies": len(turns)}
+    for name, (mean, error) in shares.items():
+        row |= {name: mean, f"{name}_stderr": error}
+    solved_at = [max(info["try"] for info in episode) for episode in infos if episode[-1]["success"]]
+    row["success_within"] = [sum(at <= tries for at in solved_at) / len(infos) for tries in range(1, verify_iter + 1)]
+    row["reward"] = sum(info["reward"] for info in turns) / len(infos)
+    if "numbers_right" in turns[0]:
+        row["numbers_right"] = sum(info["numbers_right"] for info in turns) / len(turns)
+    return row | {"statuses": dict(sorted(Counter(info["status"] for info in turns).items()))}
 
 
 def evaluate_checkpoint(path, known, config, write):
     """Evaluate one checkpoint on every split and seed that `known` rows do not cover; `write` gets each new row."""
     wanted = [(split, int(seed)) for split in config.splits.split(",") for seed in config.seeds.split(",")]
-    names = ("task", "fold", "verify_iter", "feedback", "prompt_file", "temperature", "max_new_tokens", "dtype")
+    names = ("task", "root", "fold", "verify_iter", "feedback", "prompt_file", "episodes", "paper", "temperature",
+             "max_new_tokens", "dtype")
     settings = {name: getattr(config, name) for name in names}
-    settings["episodes"] = 234 if config.paper else config.episodes
     done = [(row["split"], row["seed"]) for row in known
             if row["checkpoint"] == str(path) and row["settings"] == settings]
     missing = [pair for pair in wanted if pair not in done]
@@ -113,15 +154,13 @@ def evaluate_checkpoint(path, known, config, write):
         return
     policy, processor = load_policy(str(path), config.dtype, pick_device(config.device))
     for split, seed in missing:
-        environments = [envs.make_env(config.task, split, fold=config.fold, verify_iter=config.verify_iter,
-                                      feedback=config.feedback, prompt_file=config.prompt_file)
-                        for _ in range(settings["episodes"])]
+        environments = [make_env(config, split) for _ in range(num_episodes(config, split))]
         infos = play_episodes(policy, processor, environments, seed, config)
-        row = {"checkpoint": str(path), "split": split, "seed": seed, **summarise(infos, config.verify_iter),
+        row = {"checkpoint": str(path), "split": split, "seed": seed, **summarise(infos, environments[0].verify_iter),
                "settings": settings}
-        success, error, first, numbers = (100 * row[k] for k in ("success", "stderr", "first_try", "numbers_right"))
-        tqdm.write(f"{path.name:12s} {split:9s} seed {seed}: success {success:.1f} +- {error:.1f} %, "
-                   f"first try {first:.1f} %, numbers right {numbers:.1f} %")
+        told = ", ".join(f"{name.replace('_', ' ')} {100 * row[name]:.1f} +- {100 * row[f'{name}_stderr']:.1f} %"
+                         for name in ("first_try", *METRICS[config.task]))
+        tqdm.write(f"{path.name:12s} {split:9s} seed {seed}: {told}")
         write(row)
 
 
@@ -145,15 +184,15 @@ def evaluate_run(run, config):
 
 # ---- Comparing ---------------------------------------------------------------------------------------------
 
-def mean_and_error(rows):
-    """Mean success (%) and its standard error: over runs if there are several, binomial for one."""
+def mean_and_error(rows, metric):
+    """Mean of a metric (%) and its standard error: over runs if there are several, over episodes for one."""
     runs = defaultdict(list)
     for row in rows:
         runs[row["run"]].append(row)
-    means = [100 * sum(row["success"] for row in own) / len(own) for own in runs.values()]
+    means = [100 * sum(row[metric] for row in own) / len(own) for own in runs.values()]
     mean = sum(means) / len(means)
     if len(means) == 1:
-        return mean, 100 * math.sqrt(sum(row["stderr"] ** 2 for row in rows)) / len(rows)
+        return mean, 100 * math.sqrt(sum(row[f"{metric}_stderr"] ** 2 for row in rows)) / len(rows)
     return mean, math.sqrt(sum((m - mean) ** 2 for m in means) / (len(means) - 1) / len(means))
 
 
@@ -186,45 +225,46 @@ def load_arms(folders):
     return arms
 
 
-def curve(rows, split):
-    """[(mean GFLOPs, mean success, error)] over the checkpoints that all runs have, oldest first."""
+def curve(rows, split, metric):
+    """[(mean GFLOPs, mean of the metric, error)] over the checkpoints that all runs have, oldest first."""
     steps = defaultdict(list)
     for row in rows:
         if row["split"] == split:
             steps[row["step"]].append(row)
     num_runs = len({row["run"] for row in rows})
-    points = [(sum(row["gflops"] for row in own) / len(own), *mean_and_error(own)) for _, own in sorted(steps.items())
-              if len({row["run"] for row in own}) == num_runs]
+    points = [(sum(row["gflops"] for row in own) / len(own), *mean_and_error(own, metric))
+              for _, own in sorted(steps.items()) if len({row["run"] for row in own}) == num_runs]
     if not points:
         raise ValueError(f"--compare: no checkpoint of every run was evaluated on {split}")
     return points
 
 
 def compare(folders, figure):
-    """Print success at the start, after SFT and after RL at equal compute, beside the paper's; draw the curves."""
+    """Print each metric at the start, after SFT and after RL at equal compute, beside the paper's; draw the curves."""
     arms = load_arms(folders)
     task = arms["start"][0]["settings"]["task"]
     splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
     budget = min(max(row["gflops"] for row in arms[arm]) for arm in ("SFT", "RL"))
     num_runs = {arm: len({row["run"] for row in arms[arm]}) for arm in ("SFT", "RL")}
-    print(f"\n{task}: success %, at the checkpoints nearest to {budget:,.0f} GFLOPs of post-training "
+    print(f"\n{task}: %, at the checkpoints nearest to {budget:,.0f} GFLOPs of post-training "
           f"({num_runs['SFT']} SFT and {num_runs['RL']} RL runs)\n")
-    print("| split | start | SFT | RL | paper: start | SFT | RL |\n|---|---|---|---|---|---|---|")
-    for split in splits:
-        start = mean_and_error([row for row in arms["start"] if row["split"] == split])
-        cells = ["{:.1f} ± {:.1f}".format(*start)]
-        for arm in ("SFT", "RL"):
-            gflops, mean, error = min(curve(arms[arm], split), key=lambda point: abs(point[0] - budget))
-            cells.append(f"{mean:.1f} ± {error:.1f} ({mean - start[0]:+.1f})")
-        paper = PAPER.get(task, {}).get(split)
-        cells += [f"{paper[0]}"] + [f"{p} ({p - paper[0]:+.1f})" for p in paper[1:]] if paper else ["not printed"] * 3
-        print(f"| {split} | {' | '.join(cells)} |")
+    print("| metric | split | start | SFT | RL | paper: start | SFT | RL |\n|---|---|---|---|---|---|---|---|")
+    for metric in METRICS[task]:
+        for split in splits:
+            start = mean_and_error([row for row in arms["start"] if row["split"] == split], metric)
+            cells = ["{:.1f} ± {:.1f}".format(*start)]
+            for arm in ("SFT", "RL"):
+                _, mean, error = min(curve(arms[arm], split, metric), key=lambda point: abs(point[0] - budget))
+                cells.append(f"{mean:.1f} ± {error:.1f} ({mean - start[0]:+.1f})")
+            paper = PAPER.get((task, split, metric), ())
+            cells += [f"{p} ({p - paper[0]:+.1f})" if i else f"{p}" for i, p in enumerate(paper)] or ["not printed"] * 3
+            print(f"| {metric.replace('_', ' ')} | {split} | {' | '.join(cells)} |")
     if figure:
         draw(arms, task, splits, figure)
 
 
 def draw(arms, task, splits, figure):
-    """Success against GFLOPs: one panel per split, one curve per arm, error bars, the start marked."""
+    """Two metrics at most against GFLOPs: a panel per metric and split, a curve per arm, error bars, the start."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -232,15 +272,19 @@ def draw(arms, task, splits, figure):
     except ImportError:
         print("\nno figure: matplotlib is not installed (pip install matplotlib)")
         return
-    fig, axes = plt.subplots(1, len(splits), figsize=(4.5 * len(splits), 3.6), squeeze=False)
-    for axis, split in zip(axes[0], splits):
-        mean, error = mean_and_error([row for row in arms["start"] if row["split"] == split])
-        for arm, colour in (("SFT", "tab:orange"), ("RL", "tab:blue")):
-            x, y, e = zip((0.0, mean, error), *curve(arms[arm], split))
-            axis.errorbar(x, y, e, label=arm, color=colour, marker="o", markersize=3, capsize=2)
-        axis.plot([0], [mean], "k*", markersize=11, label="start")
-        axis.set(title=f"{task}, {split}", xlabel="GFLOPs of post-training", ylabel="success %", ylim=(0, None))
-        axis.legend()
+    metrics = METRICS[task][:2]
+    shape = len(metrics), len(splits)
+    fig, axes = plt.subplots(*shape, figsize=(4.5 * len(splits), 3.6 * len(metrics)), squeeze=False)
+    for row, metric in zip(axes, metrics):
+        for axis, split in zip(row, splits):
+            mean, error = mean_and_error([row for row in arms["start"] if row["split"] == split], metric)
+            for arm, colour in (("SFT", "tab:orange"), ("RL", "tab:blue")):
+                x, y, e = zip((0.0, mean, error), *curve(arms[arm], split, metric))
+                axis.errorbar(x, y, e, label=arm, color=colour, marker="o", markersize=3, capsize=2)
+            axis.plot([0], [mean], "k*", markersize=11, label="start")
+            axis.set(title=f"{task}, {split}", xlabel="GFLOPs of post-training", ylabel=f"{metric.replace('_', ' ')} %",
+                     ylim=(0, None))
+            axis.legend()
     fig.tight_layout()
     fig.savefig(figure, dpi=150)
     print(f"\nfigure: {figure}")
@@ -249,7 +293,7 @@ def draw(arms, task, splits, figure):
 def main(config):
     try:
         for split in config.splits.split(","):
-            envs.make_env(config.task, split, fold=config.fold, prompt_file=config.prompt_file)
+            make_env(config, split)
         if not all(seed.strip().isdecimal() for seed in config.seeds.split(",")):
             raise ValueError(f"--seeds {config.seeds!r}: expected whole numbers such as 0,1,2")
         if sum(map(bool, (config.model, config.run, config.compare))) != 1:

@@ -41,11 +41,12 @@ class Config:
     """Defaults are the official code's (scripts/gp_training, rl/configs), but for max_grad_norm and the value clip."""
     out: str = knob("", "run folder, new or stopped half-way")
     model: str = knob("", "a model folder, usually one that sft.py wrote")
-    task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
+    task: str = knob("gp-l", "which environment", choices=("gp-l", "virl-l"))
     # environment
+    root: str = knob("", "V-IRL: the folder with its data sets")
     split: str = knob("id", "the rule to train on")
     fold: str = knob("", "hands to train on: all, train or test; empty: as the split says", choices=("", *envs.FOLDS))
-    verify_iter: int = knob(5, "judged replies per episode", low=1)
+    verify_iter: int = knob(0, "judged replies per hand or position; 0: the paper's 5 (GP) or 2 (V-IRL)", low=0)
     feedback: str = knob("informative", "what the verifier tells the model", choices=("informative", "plain"))
     prompt_file: str = knob("", "JSON object of templates that replace ours")
     # rollout
@@ -289,10 +290,13 @@ def rollout_stats(turns, eos_id):
     """
     ended = [turn for turn in turns if turn.done]
     statuses = Counter(turn.info["status"] for turn in turns)
+    kinds = Counter(turn.info["kind"] for turn in turns)
+    correct = Counter(turn.info["kind"] for turn in turns if turn.info["status"] == "correct")
     return {"turns": len(turns), "episodes": len(ended),
             "success": sum(turn.info["success"] for turn in ended) / max(1, len(ended)),
             "turn_accuracy": statuses["correct"] / len(turns),
             "reward": sum(turn.reward for turn in turns) / len(turns),
+            **{f"accuracy_{kind}": correct[kind] / kinds[kind] for kind in sorted(kinds)},
             **{f"status_{status}": statuses[status] for status in sorted(statuses)},
             "replies_cut": sum(turn.response_ids[-1] != eos_id for turn in turns),
             "response_length": sum(len(turn.response_ids) for turn in turns) / len(turns)}
@@ -314,30 +318,30 @@ def compute_spent(state, num_params, task):
             "gflops_paper": 2 * num_params * (3 + lam) * trained / 1e9}
 
 
-def check_config(config):
-    """Refuse settings that do not fit each other; ValueError names them."""
+def make_envs(config):
+    """The environments of a run; ValueError names settings that do not fit each other."""
     if not config.out or not config.model:
         raise ValueError("--out and --model are required; --model is a folder, such as a checkpoint of sft.py")
     num_turns = config.num_envs * config.turns_per_env
     if num_turns % config.minibatch_turns:
         raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must divide the {num_turns} turns of an update "
                          f"({config.num_envs} environments x {config.turns_per_env})")
-    if config.minibatch_turns < config.verify_iter:
-        raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must be at least --verify-iter "
-                         f"{config.verify_iter}, since a dialogue is never cut")
+    environments = [envs.make_env(config.task, config.split, root=config.root, fold=config.fold,
+                                  verify_iter=config.verify_iter or None, feedback=config.feedback,
+                                  prompt_file=config.prompt_file) for _ in range(config.num_envs)]
+    if config.minibatch_turns < (tries := environments[0].verify_iter):
+        raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must be at least --verify-iter {tries}, since a "
+                         "dialogue is never cut")
+    return environments
 
 
 def main(config):
     try:
-        check_config(config)
-        device = pick_device(config.device)
-        environments = [envs.make_env(config.task, config.split, fold=config.fold, verify_iter=config.verify_iter,
-                                      feedback=config.feedback, prompt_file=config.prompt_file)
-                        for _ in range(config.num_envs)]
+        device, environments = pick_device(config.device), make_envs(config)
         newest = check_run(config)
         torch.manual_seed(config.seed)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device,
-                                        envs.sample_texts(config.task), environments[0].atoms())
+                                        envs.sample_texts(config.task, root=config.root), environments[0].atoms())
         open_run(config, newest)
     except ValueError as error:
         fail(error)

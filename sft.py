@@ -6,10 +6,12 @@ reply and its end-of-turn, never the prompt.
     python sft.py --model PATH --out runs/sft                      # the paper's settings, pairs made on the fly
     python sft.py --model PATH --out runs/sft --data data.json     # from a file in the released shape
     python sft.py --model tiny --out runs/base --mix rule_family:1 --failed-tries 4       # see recipes/base.sh
+    python sft.py --task virl-vl --root city0 --dump data.json --num 1000     # write such a file, train nothing
 
 The same command continues a run that was stopped, from its newest checkpoint. Sample i of a run is made from the seed
-"SEED/sft/i", so nothing but the number of the next sample has to be remembered. `--mix` weighs the splits of envs.py;
-`--failed-tries` puts up to that many wrong replies, each with its verdict, before the expert's (paper Fig. 15).
+"SEED/sft/i", so nothing but the number of the next sample has to be remembered. A V-IRL sample is one position of a
+route, any of them or, with `--balance`, any kind first. `--mix` weighs the splits of envs.py; `--failed-tries` puts up
+to that many wrong replies, each with its verdict, before the expert's (paper Fig. 15).
 
 Left out: packing (samples of like length share a micro-batch instead), LoRA, more than one device.
 """
@@ -26,7 +28,8 @@ from tqdm import trange
 
 import envs
 from model import (StopSignal, check_run, collate, encode, encode_reply, fail, knob, learning_rate, load_policy,
-                   load_resume, log_jsonl, micro_batches, open_run, parse_config, pick_device, save_checkpoint)
+                   load_resume, log_jsonl, micro_batches, open_run, parse_config, pick_device, save_checkpoint,
+                   write_whole)
 
 
 @dataclass
@@ -35,13 +38,18 @@ class Config:
     out: str = knob("", "run folder, new or stopped half-way")
     model: str = knob("", "a model folder, or tiny, or tiny:WIDTHxLAYERS")
     task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
+    root: str = knob("", "V-IRL: the folder with its data sets")
     # data
     mix: str = knob("id:1", "splits and their weights, such as id:0.7,rule_ood:0.3")
     fold: str = knob("", "hands to train on: all, train or test; empty: as the split says", choices=("", *envs.FOLDS))
-    solution: str = knob("fixed", "the expert's formula: the shortest, or any", choices=("fixed", "random"))
+    solution: str = knob("", "the expert's formula: fixed (the shortest; the default) or random",
+                         choices=("", "fixed", "random"))
+    balance: bool = knob(False, "V-IRL: turns, forwards and stops equally often")
     failed_tries: int = knob(0, "up to this many failed tries before the expert reply (Fig. 15)", low=0, high=9)
     prompt_file: str = knob("", "JSON object of templates that replace ours")
-    data: str = knob("", "train on this file of conversations instead (the four knobs above then mean nothing)")
+    data: str = knob("", "train on this file of conversations instead (the knobs above then mean nothing)")
+    dump: str = knob("", "write samples to this file in the shape that --data reads, and train nothing")
+    num: int = knob(1000, "with --dump: so many samples", low=1)
     # optimisation
     steps: int = knob(400, "optimizer steps (the paper's RL starts from step 400)", low=1)
     batch_size: int = knob(128, "samples per optimizer step: 16 x 8 GPUs in the paper", low=1)
@@ -110,7 +118,7 @@ class Samples:
 
     def __init__(self, config):
         splits, self.weights = parse_mix(config.mix)
-        self.envs = [envs.make_env(config.task, split, fold=config.fold, solution=config.solution,
+        self.envs = [envs.make_env(config.task, split, root=config.root, fold=config.fold, solution=config.solution,
                                    prompt_file=config.prompt_file,
                                    verify_iter=config.failed_tries + 1)   # so that no failed try ends the episode
                      for split in splits]
@@ -126,10 +134,32 @@ class Samples:
                 self.epoch, self.order = epoch, order
             return self.pairs[self.order[at]]
         env = rng.choices(self.envs, self.weights)[0]
-        messages, _ = env.reset(seed=f"{seed}/sft/{i}")
+        env.reset(seed=f"{seed}/sft/{i}")
+        messages = env.skip_ahead(rng, self.config.balance)
         for _ in range(rng.randint(0, self.config.failed_tries)):
             messages, *_ = env.step(env.flawed_reply())
         return messages, env.expert_reply()
+
+
+def dump(samples, config):
+    """Write the first `num` samples in the released shape, pictures in a folder beside the file."""
+    path, folder = Path(config.dump), Path(config.dump).with_suffix("")
+    if path.exists() or folder.exists() or path == folder:
+        raise ValueError(f"--dump {config.dump}: must be a new file with a suffix, such as data.json, and no folder "
+                         f"{folder} may be there yet")
+    records = []
+    for i in trange(config.num, desc="dump"):
+        messages, reply = samples[i]
+        record, turns = {}, []
+        for message in [*messages, {"role": "assistant", "content": reply}]:
+            text, slots = envs.read_text(message), ""
+            if not isinstance(message["content"], str):
+                record["image"], slots = f"{folder.name}/{i:06d}.png", "<image>\n"
+                folder.mkdir(exist_ok=True)
+                message["content"][0]["image"].save(folder / f"{i:06d}.png")
+            turns.append({"from": "gpt" if message["role"] == "assistant" else "human", "value": slots + text})
+        records.append({**record, "conversations": turns})
+    write_whole(path, json.dumps(records, indent=1) + "\n")
 
 
 def train_step(policy, optimizer, samples, config):
@@ -155,13 +185,18 @@ def train_step(policy, optimizer, samples, config):
 
 def main(config):
     try:
+        if config.dump:
+            return dump(Samples(config), config)
         if not config.out or not config.model:
             raise ValueError("--out and --model are required; --model is a folder, tiny, or tiny:WIDTHxLAYERS")
+        if config.task.endswith("-vl"):
+            raise ValueError(f"--task {config.task}: there are no vision models here yet; allowed are gp-l, virl-l, "
+                             "and with --dump any task")
         device, samples = pick_device(config.device), Samples(config)
         newest = check_run(config)
         torch.manual_seed(config.seed)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device,
-                                        envs.sample_texts(config.task), samples.envs[0].atoms())
+                                        envs.sample_texts(config.task, root=config.root), samples.envs[0].atoms())
         open_run(config, newest)
     except ValueError as error:
         fail(error)

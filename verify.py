@@ -1,7 +1,7 @@
 """Judge a reply: exact arithmetic, one status and one reward per turn, a sentence for the model.
 
 The paper calls this VER: it maps the model's reply to a reward and to text that the model reads before it tries
-again (Section 3). GeneralPoints pays the column of appendix A.3. The first line that applies decides the turn:
+again (Section 3). The first line that applies decides the turn. GeneralPoints pays the column of appendix A.3:
 
     status            reward   when
     illegal_formula     -3     no reply object, no formula, or not a legal one (only integers, + - * / and brackets;
@@ -12,6 +12,14 @@ again (Section 3). GeneralPoints pays the column of appendix A.3. The first line
     cards misread     -1.5     added to any of the above when the cards come as a picture; a correct equation over
                                misread cards earns 3.5 and still ends the episode
     last try failed     -1     added by the environment (envs.py), which counts the tries
+
+V-IRL pays the column of appendix B.3:
+
+    correct             +1     the action is the expert's
+    wrong_observation  -1.5    it is not, and the observation says nothing of the landmark in sight, or of the
+                               intersection, or speaks of an intersection where there is none
+    wrong_action        -1     it is not, though the observation is right
+    last try failed     -1     as above, with the tries counted anew at every position
 
 Nothing here accumulates, and a half-right formula earns nothing. No `eval`: formulas are read by a tokenizer and a
 recursive descent over exact fractions, so 8/(3-8/3) is 24 and 9**9**9 is not a formula. This file knows neither
@@ -26,6 +34,7 @@ from functools import lru_cache
 
 REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal_formula": -3.0}
 MISREAD_CARDS = -1.5
+NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action": -1.0}
 STEP_LIMIT = -1.0
 MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the depth of the recursion.
 MAX_SCALARS = 500   # words and numbers in an object that is not JSON
@@ -40,6 +49,11 @@ FEEDBACK = {
     "wrong_value": "Your formula uses the right numbers, but it makes {value}, not {target}.",
     "misread_cards": "You read the cards as {read}; that is not what they show.",
     "no_cards": "Your reply lists no \"cards\".",
+    "no_action": "No JSON object with an \"action\" was found in your reply.",
+    "wrong_action": "The action {action} is wrong here.",
+    "missed_landmark": "You did not name the landmark in sight.",
+    "missed_intersection": "You did not see the intersection.",
+    "invented_intersection": "There is no intersection here.",
     "plain": "That is not correct.",
 }
 
@@ -340,3 +354,33 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     if feedback == "plain":
         message = phrases["correct" if status == "correct" else "plain"]
     return Verdict(status, reward, message, cards_read, numbers_right)
+
+
+INTERSECTION = re.compile(r"(?<!\bno )intersection")
+
+
+def judge_navigation(reply, action, landmark, intersection, feedback="informative", phrases=FEEDBACK):
+    """Judge one V-IRL reply (paper B.3; the second table at the top). Any string in, never an exception.
+
+    `action` is the expert's, `landmark` the name of the place in sight ("" if there is none), `intersection` whether
+    this is one. Names and the word intersection are found in any spelling of capitals. `feedback` and `phrases` as
+    above: "informative" says what was wrong, and never what would be right.
+    """
+    found = read_reply(reply, "action") or {}
+    stated, observed = found.get("action"), found.get("current observation")
+    observed = " ".join(observed.split()).casefold() if isinstance(observed, str) else ""
+    name = " ".join(landmark.split()).casefold()
+    sees_intersection = bool(INTERSECTION.search(observed.replace(name, "") if name else observed))
+    message = fill(phrases["wrong_action"], action=str(stated)[:MAX_FORMULA]) if found else phrases["no_action"]
+    if stated == action:
+        status, message = "correct", phrases["correct"]
+    elif name not in observed:
+        status, message = "wrong_observation", f"{message} {phrases['missed_landmark']}"
+    elif sees_intersection != intersection:
+        fault = "missed_intersection" if intersection else "invented_intersection"
+        status, message = "wrong_observation", f"{message} {phrases[fault]}"
+    else:
+        status = "wrong_action"
+    if feedback == "plain":
+        message = phrases["correct" if status == "correct" else "plain"]
+    return Verdict(status, NAVIGATION_REWARDS[status], message)
