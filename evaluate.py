@@ -126,7 +126,7 @@ def summarise(infos, verify_iter):
               "step_accuracy": accuracy(lambda info: True),
               "first_try": accuracy(lambda info: info["try"] == 1)}
     kinds = sorted({info["kind"] for info in turns})
-    for kind in kinds if len(kinds) > 1 else ():
+    for kind in kinds if kinds != ["formula"] else ():
         shares[f"step_accuracy_{kind}"] = accuracy(lambda info: info["kind"] == kind)
         shares[f"first_try_{kind}"] = accuracy(lambda info: info["kind"] == kind and info["try"] == 1)
     row = {"episodes": len(infos), "replies": len(turns)}

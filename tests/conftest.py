@@ -37,3 +37,12 @@ def run_script(tmp_path, device):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
     return run
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory):
+    """A synthetic city of 60 routes in words, with its other sets."""
+    out = tmp_path_factory.mktemp("data") / "city"
+    subprocess.run([sys.executable, str(ROOT / "data" / "synthetic_city.py"), "--out", str(out), "--routes", "60",
+                    "--no-pictures"], check=True, capture_output=True, timeout=120)
+    return out

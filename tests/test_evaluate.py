@@ -23,8 +23,8 @@ class Puppet:
         return [(model.encode_reply(self.processor, self.choose(env)), []) for env in playing]
 
 
-def played(tiny, split, choose, verify_iter=3, episodes=20):
-    environments = [envs.make_env("gp-l", split, verify_iter=verify_iter) for _ in range(episodes)]
+def played(tiny, split, choose, verify_iter=3, episodes=20, task="gp-l", **knobs):
+    environments = [envs.make_env(task, split, verify_iter=verify_iter, **knobs) for _ in range(episodes)]
     config = SimpleNamespace(max_new_tokens=8, temperature=0.0, generate_tokens=1)
     infos = evaluate.play_episodes(Puppet(tiny[1], environments, choose), tiny[1], environments, 0, config)
     return evaluate.summarise(infos, verify_iter)
@@ -33,23 +33,46 @@ def played(tiny, split, choose, verify_iter=3, episodes=20):
 @pytest.mark.parametrize("split", envs.GP_SPLITS)
 def test_the_expert_succeeds_at_once_and_a_mute_player_never(tiny, split):
     expert = played(tiny, split, lambda env: env.expert_reply())
-    assert expert["success"] == expert["first_try"] == expert["numbers_right"] == 1.0 and expert["stderr"] == 0
-    assert expert["statuses"] == {"correct": 20} and expert["turn_accuracy"] == [1.0, 0.0, 0.0]
+    assert expert["success"] == expert["first_try"] == expert["numbers_right"] == 1.0
+    assert expert["success_stderr"] == 0 and expert["statuses"] == {"correct": 20} and expert["replies"] == 20
     mute = played(tiny, split, lambda env: "")
     assert mute["success"] == 0 and mute["statuses"] == {"illegal_formula": 60} and mute["reward"] == -10.0
 
 
 def test_success_within_fewer_tries_is_read_from_the_same_episodes(tiny):
     late = played(tiny, "id", lambda env: env.expert_reply() if env.turn == 1 else env.flawed_reply())
-    assert late["success_within"] == [0.0, 1.0, 1.0] and late["turn_accuracy"] == [0.0, 1.0, 0.0]
-    assert late["first_try"] == 0 and late["success"] == 1
+    assert late["success_within"] == [0.0, 1.0, 1.0] and late["first_try"] == 0 and late["success"] == 1
+    assert late["step_accuracy"] == 0.5 and late["step_accuracy_stderr"] == 0       # one of two, in every episode
+
+
+def test_v_irl_counts_replies_turns_apart_and_routes(tiny, city):
+    """Played by someone who misses every turn once, and by one who never turns."""
+    late = played(tiny, "id", lambda env: env.flawed_reply() if env.position.kind == "turn" and not env.tries
+                  else env.expert_reply(), verify_iter=2, task="virl-l", root=city)
+    assert late["success"] == 1 and late["success_within"] == [0, 1]
+    assert late["step_accuracy_turn"] == 0.5 and late["first_try_turn"] == 0
+    assert late["step_accuracy_forward"] == late["step_accuracy_stop"] == 1 and 0.5 < late["step_accuracy"] < 1
+    assert late["first_try"] < late["step_accuracy"] and late["step_accuracy_stderr"] > 0
+    straight = played(tiny, "rule_ood", lambda env: env.format_reply("forward()"), verify_iter=2, task="virl-l", root=city)
+    assert straight["success"] == straight["step_accuracy"] == 0 and straight["replies"] == 40   # it begins with a turn
+
+
+def test_the_error_of_a_success_is_binomial_and_that_of_steps_is_over_episodes():
+    assert evaluate.share([1, 0, 0, 1], [1, 1, 1, 1]) == pytest.approx((0.5, math.sqrt(0.5 * 0.5 / 4)))
+    mean, error = evaluate.share([10, 0], [10, 10])        # one route right, one wrong: two samples, not twenty
+    assert mean == 0.5 and error == pytest.approx(math.sqrt(0.5 * 0.5 / 2))
+
+
+def test_the_paper_plays_234_hands_48_routes_and_18_of_the_visual_test():
+    for task, split, expected in (("gp-l", "id", 234), ("virl-l", "rule_ood", 48), ("virl-vl", "visual_ood", 18)):
+        assert evaluate.num_episodes(SimpleNamespace(paper=True, task=task), split) == expected
 
 
 def test_error_bars_are_binomial_for_one_run_and_over_runs_for_several():
-    row = {"success": 0.2, "stderr": math.sqrt(0.2 * 0.8 / 100), "run": "a"}
-    assert evaluate.mean_and_error([row]) == pytest.approx((20.0, 4.0))
+    row = {"success": 0.2, "success_stderr": math.sqrt(0.2 * 0.8 / 100), "run": "a"}
+    assert evaluate.mean_and_error([row], "success") == pytest.approx((20.0, 4.0))
     rows = [row, {**row, "success": 0.4, "run": "b"}, {**row, "success": 0.6, "run": "c"}]
-    assert evaluate.mean_and_error(rows) == pytest.approx((40.0, 20 / math.sqrt(3)))
+    assert evaluate.mean_and_error(rows, "success") == pytest.approx((40.0, 20 / math.sqrt(3)))
 
 
 def write_run(folder, arm, points, start="start", episodes=100):
@@ -58,7 +81,7 @@ def write_run(folder, arm, points, start="start", episodes=100):
     for step, gflops, success in points:
         for split in ("id", "rule_ood"):
             model.log_jsonl(folder / "eval.jsonl", step=step, gflops=gflops, split=split, seed=0, success=success,
-                            stderr=0.01, settings={"task": "gp-l", "episodes": episodes})
+                            success_stderr=0.01, settings={"task": "gp-l", "episodes": episodes})
 
 
 def test_the_table_compares_at_equal_compute_beside_the_paper(tmp_path, capsys, monkeypatch):
@@ -67,7 +90,7 @@ def test_the_table_compares_at_equal_compute_beside_the_paper(tmp_path, capsys, 
     monkeypatch.setitem(sys.modules, "matplotlib", None)      # as if it were not installed
     evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "rl")], str(tmp_path / "fig.png"))
     out = capsys.readouterr().out
-    assert "| rule_ood | 10.0 ± 1.0 | 5.0 ± 1.0 (-5.0) | 15.0 ± 1.0 (+5.0) | 11.5 | 3.4 (-8.1) | 15.0 (+3.5) |" in out
+    assert "| success | rule_ood | 10.0 ± 1.0 | 5.0 ± 1.0 (-5.0) | 15.0 ± 1.0 (+5.0) | 11.5 | 3.4 (-8.1) | 15.0 (+3.5) |" in out
     assert "matplotlib is not installed" in out and not (tmp_path / "fig.png").exists()
 
 
@@ -90,9 +113,9 @@ def test_runs_of_other_starts_or_settings_are_not_mixed(tmp_path):
 
 
 def test_a_checkpoint_that_one_run_lacks_is_left_out_of_the_curve(tmp_path):
-    rows = [{"split": "id", "step": step, "run": run, "gflops": 1.0 * step, "success": 0.5, "stderr": 0.1}
+    rows = [{"split": "id", "step": step, "run": run, "gflops": 1.0 * step, "success": 0.5, "success_stderr": 0.1}
             for run, steps in (("a", (5, 7, 10)), ("b", (5, 10))) for step in steps]
-    assert [gflops for gflops, _, _ in evaluate.curve(rows, "id")] == [5.0, 10.0]
+    assert [gflops for gflops, _, _ in evaluate.curve(rows, "id", "success")] == [5.0, 10.0]
 
 
 def test_comparing_what_was_not_evaluated_says_what_to_run(tmp_path):

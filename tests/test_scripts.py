@@ -50,6 +50,22 @@ def test_sft_then_rl_then_evaluate_on_the_command_line(start, tmp_path, device, 
     assert model.read_jsonl(tmp_path / "rl" / "eval.jsonl") == rows      # what is there is not played again
 
 
+def test_the_same_chain_in_a_city(city, tmp_path, device, run_script):
+    more = dict(task="virl-l", root=city, device=device)
+    done = run_script("sft.py", *flags(out="sft", **SFT, **more), "--balance")
+    assert done.returncode == 0, done.stderr
+    rl_knobs = {**RL, "verify_iter": 2, "max_new_tokens": 16}
+    done = run_script("rl.py", *flags(model="sft/step_000004", out="rl", **{**rl_knobs, "updates": 2}, **more))
+    assert done.returncode == 0, done.stderr
+    assert "accuracy_turn" in metrics(tmp_path / "rl")[0]
+    done = run_script("evaluate.py", *flags(run="rl", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more))
+    assert done.returncode == 0 and "step accuracy turn" in done.stdout, done.stderr
+    done = run_script("evaluate.py", *flags(run="sft", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more),
+                      "--no-start")
+    done = run_script("evaluate.py", *flags(compare="sft,rl"))
+    assert done.returncode == 2 and "these started from" in done.stderr
+
+
 def test_the_log_has_what_a_reader_of_a_run_needs(start, tmp_path, device):
     rl.main(rl.Config(model=str(start / "step_000004"), out=str(tmp_path / "rl"), device=device, **{**RL, "updates": 3}))
     row = metrics(tmp_path / "rl")[-1]
@@ -105,6 +121,11 @@ BAD = [
     ("rl.py", dict(model="nowhere", out="new", split="blue"), "split 'blue': gp-l has id, rule_ood"),
     ("evaluate.py", dict(model="nowhere"), "model 'nowhere': no such model folder"),
     ("evaluate.py", dict(run="nowhere"), "run 'nowhere': no run folder"),
+    ("sft.py", dict(model="tiny:32x2", out="new", task="virl-l"), "root '': V-IRL needs a folder"),
+    ("sft.py", dict(model="tiny:32x2", out="new", task="virl-vl", root="city"), "there are no vision models here yet"),
+    ("sft.py", dict(model="tiny:32x2", out="new", root="city"), "root 'city': gp-l has no such setting"),
+    ("rl.py", dict(model="nowhere", out="new", task="virl-l", root="nowhere"), "root 'nowhere': V-IRL needs a folder"),
+    ("rl.py", dict(model="nowhere", out="new", task="virl-vl"), "--task 'virl-vl': allowed are gp-l, virl-l"),
     ("evaluate.py", dict(episodes=3), "exactly one of --model, --run and --compare"),
 ]
 

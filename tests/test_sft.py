@@ -124,6 +124,22 @@ def test_a_broken_data_file_is_refused_by_file_record_and_key(tmp_path, content,
     assert told in str(error.value)
 
 
+def test_a_dump_is_read_back_as_the_same_samples(tmp_path, city):
+    for knobs in (dict(), dict(failed_tries=2), dict(task="virl-l", root=str(city), balance=True)):
+        config = sft.Config(dump=str(tmp_path / f"{len(knobs)}.json"), num=20, **knobs)
+        sft.main(config)
+        samples, pairs = sft.Samples(config), sft.read_conversations(config.dump)
+        last = [pair for pair, after in zip(pairs, [*pairs[1:], ([0], "")]) if len(after[0]) == 1 or pair is pairs[-1]]
+        assert last == [samples[i] for i in range(20)]
+
+
+def test_a_dump_overwrites_nothing(tmp_path, capsys):
+    (tmp_path / "data.json").write_text("mine")
+    with pytest.raises(SystemExit):
+        sft.main(sft.Config(dump=str(tmp_path / "data.json")))
+    assert "must be a new file" in capsys.readouterr().err and (tmp_path / "data.json").read_text() == "mine"
+
+
 @pytest.mark.parametrize("mix", ["id:x", "id:0", "id:-1", "id:nan", "elsewhere:1"])
 def test_a_bad_mix_is_refused(mix):
     with pytest.raises(ValueError, match="mix|elsewhere"):
