@@ -467,40 +467,43 @@ def open_panorama(path):
 
 @lru_cache(maxsize=64)
 def read_panorama(path):
-    """(the panorama (H, W, 3) as bytes, its rotation in degrees)."""
+    """(the panorama (H, W), the four bytes of a pixel as one number; its rotation in degrees)."""
     rotation = json.loads(path.with_suffix(".metadata.json").read_text()).get("rotation")
     if not isinstance(rotation, (int, float)):
         raise ValueError(f"{path.with_suffix('.metadata.json')}: key 'rotation' must be a number, got {rotation!r}")
-    return np.asarray(open_panorama(path).convert("RGB")), rotation
+    return np.asarray(open_panorama(path).convert("RGB").convert("RGBX")).view(np.uint32)[..., 0], rotation
 
 
 @lru_cache(maxsize=4)
 def view_table(size, width):
     """Where in a panorama of `width` a view of size x size pixels looks that is 90 degrees wide and level.
 
-    x (size, size) in columns, to which a heading only adds; upper row (size, size); weight of the row below it.
+    Columns in 1/256ths, to which a heading only adds; index of the first pixel of the upper row; weight of the lower
+    row in 1/256ths. (size, size) each.
     """
     offset = (np.arange(size) - (size - 1) / 2) / (size / 2)
-    u, v = np.meshgrid(offset, offset)                                              # (size, size), in focal lengths
+    u, v = np.meshgrid(offset, offset)                                              # in focal lengths
     x = (np.arctan2(u, 1) / (2 * np.pi) + 0.5) * (width - 1)
     y = (np.arctan2(v, np.hypot(u, 1)) / np.pi + 0.5) * (width // 2 - 1)
     upper = np.minimum(y.astype(np.int32), width // 2 - 2)
-    return x.astype(np.float32), upper, ((y - upper) * 256).astype(np.uint16)
+    return (x * 256).astype(np.int32), upper * width, ((y - upper) * 256).astype(np.uint16)[..., None]
 
 
 def crop_view(panorama, rotation, heading, size):
-    """The level view (size, size, 3) of 90 degrees towards a compass heading, bilinear in 1/256ths."""
+    """The level view (size, size, 3) of 90 degrees towards a compass heading, bilinear."""
     width = panorama.shape[1]
-    x, upper, below = view_table(size, width)
-    turn = (heading - 180) % 360 + rotation                                         # 0: the centre column
-    x = (x + turn / 360 * (width - 1)) % (width - 1)
-    left = x.astype(np.int32)
-    right = ((x - left) * 256).astype(np.uint16)[..., None]
-    flat, at = panorama.reshape(-1, 3), upper * width + left
-    top = flat[at] * (256 - right) + flat[at + 1] * right                           # uint16: at most 255 * 256
-    bottom = flat[at + width] * (256 - right) + flat[at + width + 1] * right
-    below = below[..., None].astype(np.uint32)
-    return ((top * (256 - below) + bottom * below) >> 16).astype(np.uint8)
+    x, row, below = view_table(size, width)
+    turn, around = ((heading - 180) % 360 + rotation) % 360, (width - 1) * 256      # 0: towards the centre column
+    x = x + int(turn / 360 * around)
+    x -= np.where(x >= around, around, 0)
+    right, at, flat = (x & 255).astype(np.uint16)[..., None], row + (x >> 8), panorama.reshape(-1)
+
+    def mix(at):
+        """Of the pixels at and right of an index, weighted: (size, size, 4), at most 255 * 256."""
+        here, beside = (flat.take(index)[..., None].view(np.uint8) for index in (at, at + 1))
+        return here * (256 - right) + beside * right
+
+    return (((mix(at) >> 8) * (256 - below) + (mix(at + width) >> 8) * below) >> 8).astype(np.uint8)[..., :3]
 
 
 @lru_cache(maxsize=64)

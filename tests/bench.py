@@ -11,6 +11,7 @@ first, and a difference ends the program. The baselines are written here, in our
     sft        Hugging Face's own loss over `labels`, the whole batch padded to its longest
     verifier   fields by regular expressions, checks on the characters, `eval`, a search in the list of solutions
     envs       random cards until some permutation, operators and brackets `eval` to 24
+    virl       every point of a rail is looked up among all panoramas at every reset; every view works out its rays
 
     OMP_NUM_THREADS=1 python tests/bench.py                            # a Markdown table; the machine must be idle
     python tests/bench.py --only rollout,logprob --device cuda
@@ -22,6 +23,7 @@ The FLOPs are the same for both sides, so what a side does in excess lowers its 
 import argparse
 import copy
 import itertools
+import json
 import math
 import os
 import random
@@ -29,13 +31,16 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -380,9 +385,114 @@ def environment(args, rates):
     yield f"steps, {env.verify_iter} failed tries to an episode, resets included", f"{rate:,.0f} step/s", "", None
 
 
+# ---- V-IRL --------------------------------------------------------------------------------------------------------
+
+def baseline_nearest(point, keys):
+    """The key (a row of degrees) nearest to a point, by haversine to all of them; None beyond 20 m."""
+    lat, lon = np.radians(point)
+    lats, lons = np.radians(keys).T
+    half = np.sin((lats - lat) / 2) ** 2 + np.cos(lat) * np.cos(lats) * np.sin((lons - lon) / 2) ** 2
+    metres = 2 * 6371e3 * np.arcsin(np.sqrt(half))
+    best = int(np.argmin(metres))
+    return tuple(keys[best]) if metres[best] < envs.REACH else None
+
+
+def baseline_rail(record, mapping, keys, rng):
+    """The panoramas along a route, each leg cut in five and half of the steps left out, as at an official reset."""
+    previous, panos = tuple(record["start_place"]["relocated_geocode"]), []
+    for i, point in enumerate([previous, *map(tuple, record["route_results"]["geocode_list"])]):
+        length = envs.geodesic(previous, point)
+        point = point if point in mapping else baseline_nearest(point, keys)
+        for step in range(1, 6) if length > 5 else ():
+            if rng.random() < 0.5:
+                continue
+            wanted = tuple(p + (q - p) * step / 5 for p, q in zip(previous, point))
+            found = wanted if wanted in mapping else baseline_nearest(wanted, keys)
+            if found and min(envs.geodesic(previous, found), envs.geodesic(point, found)) > 8:
+                panos.append(mapping[found])
+        panos.append(mapping[point])
+        previous = point
+    return panos
+
+
+def baseline_view(panorama, rotation, heading, size):
+    """A view by turning the ray of every pixel, its longitude and latitude, and four neighbours."""
+    height, width, _ = panorama.shape
+    offset = (np.arange(size) - (size - 1) / 2) / (size / 2)
+    rays = np.stack([*np.meshgrid(offset, offset), np.ones((size, size))], -1)
+    turn = math.radians((heading - 180) % 360 + rotation)
+    rays = rays @ np.array([[math.cos(turn), 0, -math.sin(turn)], [0, 1, 0], [math.sin(turn), 0, math.cos(turn)]])
+    x = (np.arctan2(rays[..., 0], rays[..., 2]) / (2 * np.pi) + 0.5) * (width - 1)
+    y = (np.arcsin(rays[..., 1] / np.linalg.norm(rays, axis=-1)) / np.pi + 0.5) * (height - 1)
+    left, top = np.floor(x).astype(int) % (width - 1), np.floor(y).astype(int)
+    right, below = (x - np.floor(x))[..., None], (y - top)[..., None]
+    upper = panorama[top, left] * (1 - right) + panorama[top, left + 1] * right
+    lower = panorama[top + 1, left] * (1 - right) + panorama[top + 1, left + 1] * right
+    return (upper * (1 - below) + lower * below).astype(np.uint8)
+
+
+def virl(args, rates):
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "city"
+        generator = Path(__file__).resolve().parent.parent / "data" / "synthetic_city.py"
+        command = [sys.executable, generator, "--out", root, "--routes", "1000", "--no-pictures"]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        yield "make a city of 1,000 routes, words only", f"{time.perf_counter() - started:.2f} s", "", None
+
+        def load():
+            envs.load_routes.cache_clear()
+            envs.make_env("virl-l", "id", root=root)
+
+        yield "load 1,000 routes", f"{medians(args, load)[0]:.2f} s", "", None
+        env = envs.make_env("virl-l", "id", root=root)
+        records = json.loads((root / "train" / "route_infos.json").read_text())[0]
+        mapping = envs.Panoramas(root / "train" / "gps_pano_mapping.pkl").ids
+    keys, many, few = np.array(list(mapping)), 1000, 20
+    env.reset(seed=0)
+    at = env.routes.index(next(route for route in env.routes if route.panos[0] == env.rail[0].pano))
+    rng = random.Random("0")
+    rng.choice(env.routes), rng.randint(0, 359)
+    if baseline_rail(records[at], mapping, keys, rng) != [position.pano for position in env.rail]:
+        fail("virl: the rails differ")
+
+    def resets():
+        for seed in range(many):
+            env.reset(seed=seed)
+
+    def episodes():
+        steps = 0
+        for seed in range(many // 10):
+            env.reset(seed=seed)
+            while not env.done:
+                env.step(env.expert_reply())
+                steps += 1
+        return steps
+
+    def rails():
+        for record in records[:few]:
+            baseline_rail(record, mapping, keys, rng)
+
+    yield row(f"{many} resets in words, prompt included; baseline {few}, the rail alone", medians(args, resets, rails),
+              "reset", (many, few))
+    yield "steps in words, resets included", f"{episodes() / medians(args, episodes)[0]:,.0f} step/s", "", None
+    panorama = np.random.default_rng(args.seed).integers(0, 256, (768, 1536, 3), dtype=np.uint8)
+    smooth = np.repeat(np.repeat(panorama[::16, ::16], 16, 0), 16, 1)
+    packed = np.asarray(Image.fromarray(smooth).convert("RGBX")).view(np.uint32)[..., 0]
+    for size in (224, 448):
+        ours, baseline = (lambda crop=crop, p=p: [crop(p, 180, 30 + turn, size) for turn in (0, 90, 180, 270)]
+                          for crop, p in ((envs.crop_view, packed), (baseline_view, smooth)))
+        difference = max(np.abs(a.astype(int) - b).mean() for a, b in zip(ours(), baseline()))
+        if difference > 1:
+            fail(f"virl: views differ by {difference}")
+        seconds = medians(args, ours, baseline)
+        yield row(f"four views of {size} x {size} pixels from a panorama 1536 wide", seconds, "grid", (1, 1))
+
+
 # ---- Running ------------------------------------------------------------------------------------------------------
 
-SECTIONS = {"rollout": rollout, "logprob": logprob, "sft": sft, "verifier": verifier, "envs": environment}
+SECTIONS = {"rollout": rollout, "logprob": logprob, "sft": sft, "verifier": verifier, "envs": environment,
+            "virl": virl}
 
 
 def parse_args():

@@ -448,13 +448,18 @@ def pictures(two_routes):
     return two_routes
 
 
+def pack(panorama):
+    """(H, W, 3) bytes as the numbers that read_panorama gives."""
+    return np.asarray(Image.fromarray(panorama).convert("RGBX")).view(np.uint32)[..., 0]
+
+
 def test_a_view_looks_where_its_formula_says():
     """Against the ray of each pixel, worked out one by one (the official street_view.py, bilinear for bicubic)."""
     rng = np.random.default_rng(0)
     panorama = np.asarray(Image.fromarray(rng.integers(0, 255, (8, 16, 3), dtype=np.uint8)).resize((128, 64)))
     size, height, width = 21, 64, 128
     for heading, rotation in ((0, 0), (37, 120), (300, 255.5)):
-        view = crop_view(panorama, rotation, heading, size)
+        view = crop_view(pack(panorama), rotation, heading, size)
         theta = math.radians((heading - 180) % 360 + rotation)
         for v, u in itertools.product(range(0, size, 4), repeat=2):
             x, y, z = (u - (size - 1) / 2) / (size / 2), (v - (size - 1) / 2) / (size / 2), 1.0
