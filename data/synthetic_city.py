@@ -1,6 +1,6 @@
 """A city that does not exist, written in the file format of the V-IRL navigation data (paper Section 4.2, B.1).
 
-    python data/synthetic_city.py --out city0                  # 1,000 routes with street views
+    python data/synthetic_city.py --out city0                  # 1,000 routes, 180 MB: a minute or two
     python data/synthetic_city.py --out city0 --no-pictures    # the words only: a second
 
     city0/train/     --routes routes of city 0                 training, in-distribution and rule tests
@@ -16,25 +16,34 @@ Each folder holds the three things of the released data, and only the panoramas 
 
 A city is a warped grid of streets with a few diagonal avenues. At a crossing without diagonals there may be a place
 (a landmark), in the middle of every street there is one (a destination). Every place has a board with its name, at
-most 4 m wide and 12 to 15 m from the point that announces it, at a bearing where no edge between two of the four
+most 4 m wide and 12 to 16 m from the point that announces it, at a bearing where no edge between two of the four
 views (heading +0, 90, 180, 270, each 90 degrees wide) cuts it. No house stands in between.
 
-Same arguments, same bytes (pictures: with the same Pillow). Left out: crossings without a milestone on a leg.
+Same arguments, same bytes, in any number of processes (pictures: with the same Pillow). Left out: legs that pass a
+crossing without a milestone.
 """
 import argparse
-import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import shutil
+import signal
 import sys
 import time
+from collections import namedtuple
 from dataclasses import dataclass, field
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from zlib import crc32
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont, features
+from tqdm import tqdm
 
 CITY_VERSION = 1                # in every random stream: raise it when a change moves a street or a name
 GRID, MINI_GRID = 13, 7         # nodes per side of city 0 and of the cities of the mini set
@@ -43,6 +52,7 @@ BOARD_WIDTH, BOARD_HEIGHT, BOARD_TOP = 4.0, 2.2, 6.2            # metres
 EARTH, EQUATOR, ECCENTRICITY2 = 6371e3, 6378137.0, 0.00669438    # haversine radius; WGS84
 INTERPOLATION = 5               # the environment tries points at 1/5 .. 4/5 of every leg ...
 RELOCATION = 20.0               # ... and moves them to the nearest panorama within so many metres
+QUALITY = 75                    # of the JPEG pictures
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left", "left front")
 
@@ -54,11 +64,12 @@ ANCHORS = ((40.74, -73.99), (40.84, -73.88), (45.47, 9.19), (28.62, 77.21), (-34
 PLACES = {
     "bank": ("{} Bank", "#1f4e8c"), "restaurant": ("{} Kitchen", "#a33b20"), "supermarket": ("{} Market", "#2f7d32"),
     "bakery": ("{} Bakery", "#9a5b13"), "cafe": ("{} Cafe", "#6b4226"), "pharmacy": ("{} Pharmacy", "#00796b"),
-    "hospital": ("{} Hospital", "#b71c1c"), "spa": ("{} Spa", "#7b3f9d"), "convenience_store": ("{} Mini Mart", "#c2410c"),
-    "school": ("Old {} School", "#4a5a1f"), "library": ("{} Library", "#3f3f7f"), "park": ("{} Park", "#1b5e20"),
-    "lodging": ("The {} Hotel", "#7a1f4b"), "laundry": ("{} Laundry", "#0b6fa4"), "movie_theater": ("{} Cinema", "#8e1538"),
-    "book_store": ("{} & Co Books", "#37474f"), "clothing_store": ("{} Tailors", "#5d3a66"),
-    "jewelry_store": ("{} Jewels", "#856404"), "gym": ("{} Gym", "#d32f2f"), "bar": ("The {} Tavern", "#263238"),
+    "hospital": ("{} Hospital", "#b71c1c"), "spa": ("{} Spa", "#7b3f9d"), "school": ("Old {} School", "#4a5a1f"),
+    "convenience_store": ("{} Mini Mart", "#c2410c"), "library": ("{} Library", "#3f3f7f"),
+    "park": ("{} Park", "#1b5e20"), "lodging": ("The {} Hotel", "#7a1f4b"), "laundry": ("{} Laundry", "#0b6fa4"),
+    "movie_theater": ("{} Cinema", "#8e1538"), "book_store": ("{} & Co Books", "#37474f"),
+    "clothing_store": ("{} Tailors", "#5d3a66"), "jewelry_store": ("{} Jewels", "#856404"),
+    "gym": ("{} Gym", "#d32f2f"), "bar": ("The {} Tavern", "#263238"),
 }
 ONSETS = "B Br C Cr D Dr F Fl G Gr H K Kl L M N P Pl R S St T Tr V".split()
 NUCLEI = "a e i o u ai ea ie oa ou".split()
@@ -201,10 +212,13 @@ class City:
         self.landmarks = [None] * self.num_nodes
         for node, around in enumerate(self.around):
             if not any(street.diagonal for street, _ in around) and rng.random() < 0.6:
-                # 30 degrees beside a street: the board hangs over its pavement, wholly inside the view along it.
-                street_heading = direction(self.panos[node], self.panos[pick(rng, around)[1]])
-                off_axis = between(rng, 27, 33) * (1 if rng.random() < 0.5 else -1)
-                self.landmarks[node] = self.new_place(rng, names, node, street_heading + off_axis, 13.5, 15.5)
+                ways = [direction(self.panos[node], self.panos[other]) for _, other in around]
+                ends = [way + 180 for way in ways if all(abs(turn_between(way + 180, other)) > 45 for other in ways)]
+                if ends and rng.random() < 0.5:   # where a street ends: straight ahead
+                    heading = pick(rng, ends) + between(rng, -15, 15)
+                else:                             # 30 degrees beside a street: inside the view along it
+                    heading = pick(rng, ways) + between(rng, 27, 33) * (1 if rng.random() < 0.5 else -1)
+                self.landmarks[node] = self.new_place(rng, names, node, heading, 13.5, 15.5)
         for street in self.streets:
             middle = street.panos[len(street.panos) // 2]
             side = direction(*(self.panos[node] for node in street.ends)) + (90 if rng.random() < 0.5 else -90)
@@ -362,12 +376,339 @@ def is_cut(city, place, pano, heading):
     return abs((direction(here, place.at) - heading) % 90 - 45) < half
 
 
+# ---- What stands in the streets ----------------------------------------------------------------------------
+
+EYE, NEAR = 2.6, 0.4                       # metres: the camera above the ground; nearer parts of a piece are clipped
+FAR, MARKS_FAR, WINDOWS_FAR, BOARDS_FAR = 130.0, 50.0, 45.0, 40.0      # how far each of them is painted
+
+# A tree one metre high that faces the camera, (sideways, up): a trunk, a crown of three pieces.
+TREE = np.array([[(-.05, 0), (.05, 0), (.05, .5), (-.05, .5)], [(-.18, .35), (.18, .35), (.36, .52), (-.36, .52)],
+                 [(-.36, .52), (.36, .52), (.36, .78), (-.36, .78)], [(-.36, .78), (.36, .78), (.18, 1), (-.18, 1)]])
+TRUNK = "#5a4632"
+
+Palette = namedtuple("Palette", "sky horizon ground road walk mark walls window leaves heights trees bars panes board")
+PALETTES = (   # of cities 0 and 1, then one for each of the cities 2 to 9. heights: of houses; trees: their share;
+               # bars: spacing of the zebra; panes: spacing and width of windows; board: name on colour, or the reverse
+    Palette("#5b9bd5", "#dbe9f4", "#8fa36b", "#4f5256", "#b5b1a8", "#e8e8e8", "#a65f46 #c8a27a #8d7b6c #b98b6a #d9c7a8",
+            "#3b4a5a", "#4c7a3a", (9, 18), 0.5, 1.1, (3.0, 1.3), "plain"),
+    Palette("#e8b26a", "#f8e7c6", "#c9b184", "#6b5d52", "#d8c3a0", "#fff3c4", "#e3b778 #d89a5b #f0d3a0 #c98550 #e9c79b",
+            "#6b3f24", "#7d8a3c", (6, 11), 0.2, 1.5, (3.8, 1.0), "reverse"),
+    Palette("#8f9aa6", "#c3c8cc", "#6f7568", "#33363a", "#8d9092", "#f4f4f4", "#7d8287 #999c9e #6a6e75 #aeb0ae #878b84",
+            "#d7c98a", "#3d5240", (14, 28), 0.15, 0.9, (2.2, 1.2), "framed"),
+    Palette("#38b6c9", "#d5f5ee", "#6dbb5a", "#5d5a66", "#e6dccb", "#ffffff", "#f28b82 #fbc15e #7fc8a9 #f3e08b #8ea9e8",
+            "#fdfdfd", "#2e8b57", (6, 10), 0.7, 1.3, (3.4, 1.5), "plain"),
+    Palette("#2b2f55", "#d9765f", "#4a4552", "#2a2833", "#5c5666", "#e0c060", "#4d4668 #5b4a5f #3f4a6b #6a5468 #50506a",
+            "#ffd166", "#2f4036", (10, 22), 0.3, 1.1, (2.6, 1.4), "framed"),
+    Palette("#d4dde6", "#f4f6f8", "#eef1f3", "#8a8f96", "#d6dade", "#f2c230", "#8c4a3c #b0624d #71413a #c9b8a6 #9a5a48",
+            "#2c3440", "#6f8578", (8, 14), 0.4, 1.0, (3.0, 1.1), "reverse"),
+    Palette("#79c2f2", "#eaf7ff", "#b8a070", "#7a4f3d", "#c98f6c", "#f5e6c8", "#f5f5f0 #e9edf2 #fdfaf0 #dfe7ec #f1e9de",
+            "#2a62a8", "#5c8a3e", (5, 9), 0.35, 1.4, (4.2, 1.2), "plain"),
+    Palette("#9fc59b", "#e6f0d8", "#4e7d46", "#3e4a44", "#9fae94", "#ffe14d", "#5f8a6d #88a878 #3f6f63 #b7c29a #6e9486",
+            "#16302b", "#1f6b3a", (10, 16), 0.9, 0.9, (2.8, 1.6), "framed"),
+    Palette("#b79ad9", "#f3e3f2", "#8d8aa0", "#565068", "#c9bfd6", "#ffffff", "#b56fa0 #8f6fb5 #d59bc0 #6f7fc2 #c7a8dc",
+            "#fff2a8", "#8a4f7d", (7, 20), 0.5, 1.2, (3.2, 1.7), "reverse"),
+)
+
+
+def rgb(*colours):
+    return np.array([ImageColor.getrgb(colour) for colour in colours], float)
+
+
+def rectangle(point, heading, near, far, left, right):
+    """Corners of a rectangle on the ground, from `near` to `far` metres ahead of a point, counterclockwise."""
+    return [ahead(ahead(point, heading, along), heading + 90, across)
+            for along, across in ((near, left), (near, right), (far, right), (far, left))]
+
+
+def overlap(p, q):
+    """Whether two convex polygons share more than an edge: if not, the line along some side parts them."""
+    for corners in (p, q):
+        for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
+            of_p, of_q = ([(x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) for x, y in shape] for shape in (p, q))
+            if max(of_p) <= min(of_q) or max(of_q) <= min(of_p):
+                return False
+    return True
+
+
+def board_ends(point, place, half=BOARD_WIDTH / 2):
+    """Left and right end of a board; it faces whoever looks at it."""
+    across = direction(point, place.at) + 90
+    return [ahead(place.at, across, -half), ahead(place.at, across, half)]
+
+
+class Scene:
+    """All there is to see in a city, as flat pieces of four corners."""
+
+    def __init__(self, city):
+        self.city, self.palette = city, PALETTES[max(city.number - 1, 0)]
+        self.places = [place for place in [*city.landmarks, *(street.place for street in city.streets)] if place]
+        self.windows, self.boards = {}, {}         # both filled as they are seen
+        self.lay_streets()
+        self.build_houses(stream("houses", city.seed, city.number))
+        self.plant_trees(stream("trees", city.seed, city.number))
+
+    def lay_streets(self):
+        """Pavements, then roads, then markings: in the order in which they are painted."""
+        walks, roads, marks, palette = [], [], [], self.palette
+        for street in self.city.streets:
+            for node, other in (street.ends, street.ends[::-1]):       # half a street from each of its ends
+                point, half = self.city.panos[node], street.half
+                out, length = direction(point, self.city.panos[other]), math.dist(point, self.city.panos[other])
+                corner = 0 if street.diagonal else 12 - half           # to the far kerb of the street it meets
+                walks.append(rectangle(point, out, -corner - PAVEMENT, length / 2, -half - PAVEMENT, half + PAVEMENT))
+                roads.append(rectangle(point, out, -corner, length / 2, -half, half))
+                dashes = range(20, int(length / 2) - 3, 8)
+                marks += [rectangle(point, out, along, along + 3, -.15, .15) for along in dashes]
+                # Zebra bars on every way out of a crossing. Diagonals need more room before the kerbs part.
+                near = 14 if any(way.diagonal for way, _ in self.city.around[node]) else 12.8 - half
+                num, gap = int((2 * half - 0.4) / palette.bars), palette.bars
+                marks += [rectangle(point, out, near, near + 3, gap * (i - num / 2 + .22), gap * (i - num / 2 + .78))
+                          for i in range(num)]
+        layers = np.repeat([0, 1, 2], [len(walks), len(roads), len(marks)])
+        self.ground = np.array(walks + roads + marks)                                  # (G, 4, 2)
+        self.ground_middle = self.ground.mean(1)
+        self.ground_far = np.array([FAR, FAR, MARKS_FAR])[layers]
+        self.ground_colours = rgb(palette.walk, palette.road, palette.mark)[layers]
+
+    def build_houses(self, rng):
+        """Houses along every street, but none in a street or between a board and the point that announces it."""
+        taken = {}                                # 20 m square -> polygons
+
+        def squares(shape):
+            (left, right), (low, high) = ((int(min(side) // 20), int(max(side) // 20)) for side in zip(*shape))
+            return [(x, y) for x in range(left, right + 1) for y in range(low, high + 1)]
+
+        def take(shape):
+            for square in squares(shape):
+                taken.setdefault(square, []).append(shape)
+
+        for street in self.city.streets:
+            a, b = (self.city.panos[node] for node in street.ends)
+            reach = street.half + PAVEMENT
+            take(rectangle(a, direction(a, b), -reach, math.dist(a, b) + reach, -reach, reach))
+        for place in self.places:
+            point = self.city.panos[place.pano]
+            take([point, *board_ends(point, place, BOARD_WIDTH / 2 + 0.5)[::-1]])
+        houses = []                               # (corners, height, wall colour)
+        for street in self.city.streets:
+            a, b = (self.city.panos[node] for node in street.ends)
+            for side in (-1, 1):
+                along = 8.0
+                while along < math.dist(a, b) - 17:
+                    width, front = between(rng, 9, 15), street.half + PAVEMENT + 0.1
+                    depth = sorted((side * front, side * (front + between(rng, 10, 14))))
+                    lot = rectangle(a, direction(a, b), along, along + width, *depth)
+                    if any(overlap(lot, other) for square in squares(lot) for other in taken.get(square, ())):
+                        along += 2
+                        continue
+                    take(lot)
+                    colour = rgb(pick(rng, self.palette.walls.split()))[0]
+                    houses.append((lot, between(rng, *self.palette.heights), colour))
+                    along += width + (between(rng, 1, 4) if rng.random() < 0.3 else 0)
+        self.lots = [lot for lot, _, _ in houses]
+        self.lot_middle = np.array(self.lots).mean(1)
+        flat, tops = np.array(self.lots), np.array([height for _, height, _ in houses])
+        low = np.concatenate([flat, np.zeros((*flat.shape[:2], 1))], 2)
+        high = np.concatenate([flat, np.broadcast_to(tops[:, None, None], (*flat.shape[:2], 1))], 2)
+        walls = np.stack([low, np.roll(low, -1, 1), np.roll(high, -1, 1), high], 2)
+        self.walls = walls.reshape(-1, 1, 4, 3)                        # four per house, each a single piece
+        self.wall_middle = self.walls[:, 0, :2, :2].mean(1)
+        along = self.walls[:, 0, 1, :2] - self.walls[:, 0, 0, :2]
+        self.wall_out = np.stack([along[:, 1], -along[:, 0]], 1) / np.linalg.norm(along, axis=1, keepdims=True)
+        light = 0.84 + 0.16 * self.wall_out @ (0.6, -0.8)              # the sun is in the southeast
+        self.wall_colours = np.repeat([colour for _, _, colour in houses], 4, 0) * light[:, None]
+
+    def plant_trees(self, rng):
+        """Trees along the kerbs."""
+        trees = []                                                     # (east, north, height)
+        for street in self.city.streets:
+            a, b = (self.city.panos[node] for node in street.ends)
+            for side in (-1, 1):
+                for along in range(20, int(math.dist(a, b)) - 17, 9):
+                    if rng.random() < self.palette.trees:
+                        kerb = ahead(a, direction(a, b), along + between(rng, -2, 2))
+                        at = ahead(kerb, direction(a, b) + 90, side * (street.half + 1))
+                        trees.append((*at, between(rng, 4.5, 7.5)))
+        self.trees = np.array(trees).reshape(-1, 3)
+
+    def panes(self, wall):
+        """The windows of a wall, (n, 4, 3)."""
+        if wall not in self.windows:
+            (a, b, top, _), (spacing, width) = self.walls[wall, 0], self.palette.panes
+            length, height = np.linalg.norm(b - a), top[2]
+            columns, rows = int(length / spacing), int((height - 0.6) / 3.2)
+            windows = np.zeros((rows, columns, 4, 3))
+            left = length * (np.arange(columns)[:, None] + 0.5) / columns + np.array([-1, 1, 1, -1]) * width / 2
+            windows[:] = a + left[..., None] * (b - a) / length
+            windows[..., 2] = 3.2 * np.arange(rows)[:, None, None] + np.array([1.1, 1.1, 2.7, 2.7])
+            self.windows[wall] = windows.reshape(-1, 4, 3)
+        return self.windows[wall]
+
+    def pieces(self, point):
+        """What one sees from a point, (n, 4, 3) east, north, up and colours (n, 3), in the order of painting."""
+        near = np.linalg.norm(self.ground_middle - point, axis=1) < self.ground_far
+        flat = np.concatenate([self.ground[near], np.zeros((near.sum(), 4, 1))], 2)
+        shapes, colours = [flat], [self.ground_colours[near]]
+        toward = self.wall_middle - point
+        wall_metres, tree_metres = np.linalg.norm(toward, axis=1), np.linalg.norm(self.trees[:, :2] - point, axis=1)
+        faces_us = np.einsum("hi,hi->h", self.wall_out, toward) < 0
+        seen = [(metres, 0, i) for i, metres in enumerate(wall_metres.tolist()) if metres < FAR and faces_us[i]]
+        seen += [(metres, 1, i) for i, metres in enumerate(tree_metres.tolist()) if metres < FAR / 2]
+        horizon, window, trunk, leaves = rgb(self.palette.horizon, self.palette.window, TRUNK, self.palette.leaves)
+        for metres, is_tree, i in sorted(seen, reverse=True):
+            if is_tree:
+                *at, height = self.trees[i]
+                across = np.array([at[1] - point[1], point[0] - at[0]]) / metres
+                shape = np.concatenate([at + height * TREE[:, :, :1] * across, height * TREE[:, :, 1:]], 2)
+                paint = np.stack([trunk, leaves * 0.8, leaves, leaves * 1.08])
+            else:
+                shape, paint = self.walls[i], self.wall_colours[i:i + 1]
+                if metres < WINDOWS_FAR:
+                    shape = np.concatenate([shape, self.panes(i)])
+                    paint = np.concatenate([paint, np.tile(window, (len(shape) - 1, 1))])
+            shapes.append(shape)
+            colours.append(paint + (horizon - paint) * 0.5 * metres / FAR)
+        return np.concatenate(shapes), np.concatenate(colours).clip(0, 255).astype(int)
+
+    def in_sight(self, point, place):
+        """Whether no house stands between a point and any part of a board."""
+        sight, reach = [point, *board_ends(point, place)[::-1]], math.dist(point, place.at) + 12
+        near = np.flatnonzero(np.linalg.norm(self.lot_middle - point, axis=1) < reach)
+        return not any(overlap(sight, self.lots[i]) for i in near)
+
+    def board(self, place):
+        """A place's board as a picture: its name in one or two lines."""
+        if place.name not in self.boards:
+            colour, text, style = PLACES[place.kind][1], "#ffffff", self.palette.board
+            if style == "reverse":
+                colour, text = text, colour
+            picture = Image.new("RGB", (240, 132), colour)
+            draw = ImageDraw.Draw(picture)
+            if style != "plain":
+                draw.rectangle((3, 3, 236, 128), outline=text, width=6)
+            words = place.name.split()
+            lines = min(([" ".join(words[:i]), " ".join(words[i:])] for i in range(1, len(words))),
+                        key=lambda pair: max(map(len, pair)))
+            size = 54
+            while max(draw.textlength(line, ImageFont.load_default(size)) for line in lines) > 216:
+                size -= 2
+            for line, middle in zip(lines, (38, 90)):
+                draw.text((120, middle), line, fill=text, font=ImageFont.load_default(size), anchor="mm")
+            self.boards[place.name] = picture
+        return self.boards[place.name]
+
+
+# ---- Panoramas ---------------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=1)
+def lookup(width):
+    """Which pixel of the four faces, side by side, each pixel of the middle half of a panorama shows.
+
+    A face is a picture of 90 degrees, F wide and sqrt(2) F high, so that it holds all latitudes up to 45 degrees; a
+    square view of 90 degrees needs no more. Also each face pixel's latitude, (sqrt(2) F, F) degrees, down positive.
+    """
+    face = width * 2 // 5                          # a little finer than the panorama: straighter edges
+    high, height = math.ceil(math.sqrt(2) * face), width // 2
+    across = (np.arange(face) - face / 2) / (face / 2)
+    latitude = np.degrees(np.arctan2((np.arange(high) - high / 2)[:, None] / (face / 2), np.hypot(1, across)))
+    lon = (np.arange(width) / (width - 1) - 0.5) * 360
+    lat = np.radians((np.arange(height // 4, height // 4 + height // 2) / (height - 1) - 0.5) * 180)[:, None]
+    number = np.floor((lon + 45) / 90)
+    off = np.radians(lon - 90 * number)
+    columns = np.clip(np.rint(face / 2 * np.tan(off) + face / 2), 0, face - 1) + face * (number % 4)
+    rows = np.clip(np.rint(face / 2 * np.tan(lat) / np.cos(off) + high / 2), 0, high - 1)
+    return (rows * 4 * face + columns).astype(np.int64), latitude
+
+
+@lru_cache(maxsize=None)
+def backdrop(palette, width):
+    """Sky and ground of one face: paler towards the horizon."""
+    latitude = lookup(width)[1]
+    sky, horizon, ground = rgb(palette.sky, palette.horizon, palette.ground)
+    share = np.clip(np.abs(latitude) / np.where(latitude < 0, 40, 12), 0, 1)[..., None]
+    colours = horizon + (np.where(latitude[..., None] < 0, sky, ground) - horizon) * share
+    filler = np.full_like(share, 255)
+    return Image.fromarray(np.concatenate([colours, filler], 2).astype(np.uint8), "RGBA")
+
+
+def clip(corners):
+    """The part of a polygon that is at least NEAR metres ahead; corners are (right, ahead, up)."""
+    kept = []
+    for p, q in zip(corners, corners[1:] + corners[:1]):
+        if p[1] >= NEAR:
+            kept.append(p)
+        if (p[1] >= NEAR) != (q[1] >= NEAR):
+            share = (NEAR - p[1]) / (q[1] - p[1])
+            kept.append([a + (b - a) * share for a, b in zip(p, q)])
+    return kept
+
+
+def paint_face(picture, heading, shapes, colours):
+    """Paint pieces, (n, 4, 3) seen from the camera, on a picture of 90 degrees around a heading."""
+    face, high = picture.size
+    sin, cos = round(math.sin(math.radians(heading))), round(math.cos(math.radians(heading)))
+    right, front = shapes[..., 0] * cos - shapes[..., 1] * sin, shapes[..., 0] * sin + shapes[..., 1] * cos
+    inside = (front > NEAR).any(1) & (right < front).any(1) & (-right < front).any(1)
+    right, front, up, colours = right[inside], front[inside], shapes[inside, :, 2], colours[inside]
+    whole = (front >= NEAR).all(1).tolist()
+    depth = np.maximum(front, NEAR)
+    flat = np.rint(np.stack([face / 2 + face / 2 * right / depth, high / 2 - face / 2 * up / depth], 2)).reshape(-1, 8)
+    draw = ImageDraw.Draw(picture)
+    for i, (points, colour) in enumerate(zip(flat.tolist(), map(tuple, colours.tolist()))):
+        if not whole[i]:
+            points = [(round(face / 2 + face / 2 * x / z), round(high / 2 - face / 2 * y / z))
+                      for x, z, y in clip(np.stack([right[i], front[i], up[i]], 1).tolist())]
+        draw.polygon(points, fill=colour)
+
+
+def panorama(scene, pano, width):
+    """The picture that belongs to a panorama number, `width` x `width` / 2 with north in the middle."""
+    point, height = scene.city.panos[pano], width // 2
+    shapes, colours = scene.pieces(point)
+    shapes = shapes - np.array([*point, EYE])
+    empty, faces = backdrop(scene.palette, width), []
+    for heading in (0, 90, 180, 270):
+        face = empty.copy()
+        paint_face(face, heading, shapes, colours)
+        faces.append(np.asarray(face).view(np.uint32)[..., 0])
+    middle = np.concatenate(faces, 1).reshape(-1)[lookup(width)[0]]
+    picture = Image.new("RGB", (width, height), scene.palette.ground)
+    picture.paste(scene.palette.sky, (0, 0, width, height // 4))
+    middle = Image.fromarray(middle.view(np.uint8).reshape(*middle.shape, 4), "RGBA").convert("RGB")
+    picture.paste(middle, (0, height // 4))
+    hang_boards(picture, scene, point)
+    return picture
+
+
+def hang_boards(picture, scene, point):
+    """Boards go on the finished panorama, far ones first: on the faces a seam could cut a name."""
+    width, height = picture.size
+
+    def row(up, metres):
+        return round((0.5 - math.degrees(math.atan2(up - EYE, metres)) / 180) * (height - 1))
+
+    near = sorted(((math.dist(point, place.at), i) for i, place in enumerate(scene.places)
+                   if math.dist(point, place.at) < BOARDS_FAR), reverse=True)
+    for metres, i in near:
+        place = scene.places[i]
+        if not scene.in_sight(point, place):
+            continue
+        centre = (turn_between(0, direction(point, place.at)) / 360 + 0.5) * (width - 1)
+        half = math.degrees(math.atan(BOARD_WIDTH / 2 / metres)) / 360 * (width - 1)
+        top, bottom, foot = (row(up, metres) for up in (BOARD_TOP, BOARD_TOP - BOARD_HEIGHT, 0))
+        board = scene.board(place).resize((round(2 * half), bottom - top), Image.Resampling.LANCZOS)
+        for shift in (-(width - 1), 0, width - 1):                     # it may hang across the seam in the south
+            post = round(centre + shift)
+            picture.paste("#3c3c3c", (post - 1, bottom, post + 1, foot))
+            picture.paste(board, (round(centre - half) + shift, top))
+
+
 # ---- Files -------------------------------------------------------------------------------------------------
 
-def make_sets(seed, num_routes):
+def make_sets(seed, num_routes, num_unseen, most_legs):
     """{folder: [(city, its routes), ...]}"""
     city = City(seed, 0)
-    routes = draw_routes(city, num_routes + 48, range(1, 8))
+    routes = draw_routes(city, num_routes + num_unseen, range(1, most_legs))
     mini = [City(seed, number) for number in range(1, 10)]
     return {"train": [(city, routes[:num_routes])], "unseen": [(city, routes[num_routes:])],
             "mini": [(city, draw_routes(city, 2, (1, 2), longest=150)) for city in mini]}
@@ -384,46 +725,102 @@ def write_words(folder, parts):
     return needed
 
 
+@lru_cache(maxsize=None)
+def scene_of(seed, number):
+    """A city's scene, built once in every process."""
+    return Scene(City(seed, number))
+
+
+def write_picture(job):
+    """One panorama into every folder that needs it; returns the bytes written."""
+    seed, number, pano, width, folders = job
+    scene, data = scene_of(seed, number), BytesIO()
+    panorama(scene, pano, width).save(data, "JPEG", quality=QUALITY)
+    for folder in folders:
+        (folder / f"{scene.city.ids[pano]}.jpg").write_bytes(data.getvalue())
+        # The centre column looks at heading 180 - rotation: north.
+        (folder / f"{scene.city.ids[pano]}.metadata.json").write_text('{"rotation": 180}', encoding="utf-8")
+    return len(data.getvalue()) * len(folders)
+
+
+def write_pictures(needed, seed, width, workers):
+    """street_views/ of all sets, {folder: [(city, panorama number), ...]}; returns how many pictures and bytes."""
+    folders = {}                                  # a panorama of two sets is painted once
+    for folder, panos in needed.items():
+        (folder / "street_views").mkdir()
+        for city, pano in panos:
+            folders.setdefault((city.number, pano), []).append(folder / "street_views")
+    jobs = [(seed, number, pano, width, places) for (number, pano), places in folders.items()]
+    for number in dict.fromkeys(number for number, _ in folders):
+        scene_of(seed, number)                    # workers that are forks of this process need not build it again
+    # Ctrl-C reaches every process: the workers leave it to this one.
+    pool = multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) if workers > 1 else None
+    done = pool.imap_unordered(write_picture, jobs, chunksize=16) if pool else map(write_picture, jobs)
+    try:
+        num_bytes = sum(tqdm(done, total=len(jobs), desc="street views", unit="picture"))
+    finally:
+        if pool:
+            pool.terminate()
+    return sum(map(len, folders.values())), num_bytes
+
+
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--out", required=True, help="folder to write, new or empty")
     parser.add_argument("--routes", type=int, default=1000, help="routes of the training set [1000]")
+    parser.add_argument("--unseen", type=int, default=48, help="further routes, never trained on [48]")
+    parser.add_argument("--most-legs", type=int, default=8, help="a route of train or unseen has 2 to so many legs [8]")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another city [0]")
     parser.add_argument("--no-pictures", action="store_true", help="leave out street_views/")
+    parser.add_argument("--size", type=int, default=1408, help="width of a panorama, about pi views wide [1408]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that paint [all cores]")
     args = parser.parse_args(argv)
-    if args.routes < 1:
-        parser.error(f"--routes {args.routes}: must be at least 1")
+    for name in ("routes", "unseen", "workers"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if not 2 <= args.most_legs <= 8:
+        parser.error(f"--most-legs {args.most_legs}: must be from 2 to 8")
+    if args.size % 8 or not 256 <= args.size <= 4096:
+        parser.error(f"--size {args.size}: must be a multiple of 8 from 256 to 4096")
+    if not args.no_pictures and not features.check("freetype2"):
+        parser.error("this Pillow was built without FreeType and cannot write names on boards: install another build "
+                     "of it, or use --no-pictures")
     out = Path(args.out)
-    if out.is_dir() and any(out.iterdir()):
-        parser.error(f"--out {out}: the folder is not empty; name a new one")
-    if out.exists() and not out.is_dir():
-        parser.error(f"--out {out}: is a file; name a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"--out {out}: exists and is not an empty folder; name a new one")
     return args
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     began = time.time()
-    sets = make_sets(args.seed, args.routes)
+    sets = make_sets(args.seed, args.routes, args.unseen, args.most_legs)
     out = Path(args.out).absolute()
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")     # a stopped run leaves nothing that looks whole
+    pictures = (0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))          # so that `finally` runs
     try:
         partial.mkdir(parents=True)
-        needed = {name: write_words(partial / name, parts) for name, parts in sets.items()}
+        needed = {partial / name: write_words(partial / name, parts) for name, parts in sets.items()}
+        if not args.no_pictures:
+            pictures = write_pictures(needed, args.seed, args.size, args.workers)
         if out.exists():
-            out.rmdir()
+            out.rmdir()                                              # it was empty
         partial.rename(out)
     except OSError as error:
         sys.exit(f"--out {args.out}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: nothing was written")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    boards = [is_cut(city, *board) for parts in sets.values() for city, routes in parts for route in routes
-              for board in announced(city, route)]
-    print(", ".join(f"{name}: {sum(len(routes) for _, routes in parts)} routes, {len(needed[name])} panoramas"
-                    for name, parts in sets.items()))
-    print(f"{len(boards)} boards announced, {100 * sum(boards) / len(boards):.1f} % cut by the edge of a view")
-    print(f"{time.time() - began:.1f} seconds")
+    for name, parts in sets.items():
+        num_routes = sum(len(routes) for _, routes in parts)
+        print(f"{out / name}: {num_routes} routes, {len(needed[partial / name])} panoramas")
+    cuts = [is_cut(city, *board) for parts in sets.values() for city, routes in parts for route in routes
+            for board in announced(city, route)]
+    print(f"{len(cuts)} boards announced, {100 * sum(cuts) / len(cuts):.1f} % of them cut by the edge of a view")
+    print(f"{pictures[0]} pictures, {pictures[1] / 1e6:.0f} MB, {time.time() - began:.1f} seconds")
 
 
 if __name__ == "__main__":

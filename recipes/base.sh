@@ -1,19 +1,38 @@
 #!/usr/bin/env bash
-# Step 0 of the tiny run: a stand-in for a foundation model's pre-training, committed as data/base/gp-l (bfloat16).
+# Step 0 of the tiny run: a stand-in for a foundation model's pre-training, committed as data/base/ (bfloat16).
 #
-# A random-init Llama of 1.4 M parameters learns from expert replies to play GeneralPoints under a family of rules: J, Q
-# and K are each worth any number from 1 to 13, drawn anew for every hand and told in the prompt. The two rules of the
-# paper (10/10/10 and 11/12/13) are never drawn, and a tenth of the hands is held out. First single tries, then
-# dialogues with up to four failed tries before the expert's reply, so that the model can read a verdict. Training
-# stops while the model is still weak. About twenty minutes on two cores.
+#   bash recipes/base.sh                 data/base/gp-l, about twenty minutes on two cores
+#   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about VIRL_MINUTES
+#
+# gp-l: a random-init Llama of 1.4 M parameters learns from expert replies to play GeneralPoints under a family of rules:
+# J, Q and K are each worth any number from 1 to 13, drawn anew for every hand and told in the prompt. The two rules of
+# the paper (10/10/10 and 11/12/13) are never drawn, and a tenth of the hands is held out. First single tries, then
+# dialogues with up to four failed tries before the expert's reply, so that the model can read a verdict.
+#
+# virl-l: one of 1 M parameters learns to walk short routes of a synthetic city, with compass words in four samples of
+# five and relative words in the fifth: the rule that is tested later is in it, as both are in a foundation model's.
+#
+# Training stops while the model is still weak.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/base}
-common="--task gp-l --mix rule_family:1 --fold train --dtype bfloat16 --micro-batch-tokens 8192 --save-every 50"
-python sft.py --model tiny:160x4 --out "$OUT/first" --steps 400 --lr 2e-3 --seed 0 $common
-python sft.py --model "$OUT/first/step_000400" --out "$OUT/second" --steps 200 --lr 1e-3 --failed-tries 4 --seed 1 $common
-python sft.py --model "$OUT/second/step_000200" --out "$OUT/third" --steps 160 --lr 1e-3 --failed-tries 4 --seed 2 $common
-python - "$OUT/third/step_000160" data/base/gp-l <<'PY'
+TASK=${TASK:-gp-l}
+OUT=${OUT:-runs/base-$TASK}
+common="--task $TASK --dtype bfloat16 --micro-batch-tokens 8192 --save-every 50"
+case $TASK in
+gp-l)
+    common="$common --mix rule_family:1 --fold train"
+    python sft.py --model tiny:160x4 --out "$OUT/first" --steps 400 --lr 2e-3 --seed 0 $common
+    python sft.py --model "$OUT/first/step_000400" --out "$OUT/second" --steps 200 --lr 1e-3 --failed-tries 4 --seed 1 $common
+    python sft.py --model "$OUT/second/step_000200" --out "$OUT/third" --steps 160 --lr 1e-3 --failed-tries 4 --seed 2 $common
+    start=$OUT/third/step_000160 ;;
+virl-l)
+    [ -d "$OUT/city" ] || python data/synthetic_city.py --out "$OUT/city" --routes 1000 --most-legs 3 --no-pictures
+    common="$common --root $OUT/city --mix id:0.8,rule_ood:0.2 --balance"
+    python sft.py --model tiny:128x4 --out "$OUT/first" --steps 400 --lr 2e-3 --seed 0 $common
+    start=$OUT/first/step_000400 ;;
+*) echo "TASK=$TASK: allowed are gp-l and virl-l" >&2; exit 2 ;;
+esac
+python - "$start" "data/base/$TASK" <<'PY'
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])
