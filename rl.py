@@ -60,6 +60,7 @@ class Config:
     minibatch_turns: int = knob(1024, "turns per optimizer step; 128 x 8 GPUs", low=1)
     lr: float = knob(1e-6, "Adam learning rate", low=1e-12)
     value_lr: float = knob(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
+    lr_warmup: int = knob(0, "updates over which --lr rises to its full height; the value head's does not wait", low=0)
     lr_final: float = knob(1e-9, "the cosine ends here", low=0)
     lr_horizon: int = knob(100, "updates until it does (longer than the run, as in the official code)", low=1)
     gamma: float = knob(0.9, "discount per turn", low=0, high=1)
@@ -345,8 +346,7 @@ def main(config):
         open_run(config, newest)
     except ValueError as error:
         fail(error)
-    optimizer = torch.optim.Adam([{"params": policy.backbone.parameters(), "peak": config.lr},
-                                  {"params": policy.value_head.parameters(), "peak": config.value_lr or config.lr}],
+    optimizer = torch.optim.Adam([{"params": policy.backbone.parameters()}, {"params": policy.value_head.parameters()}],
                                  lr=config.lr, eps=1e-7)
     state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
              "players": [[0, []]] * config.num_envs}
@@ -356,9 +356,10 @@ def main(config):
 
     progress = trange(state["step"], config.updates, initial=state["step"], total=config.updates, desc="rl")
     for update in progress:
-        lr = learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["peak"] / config.lr
+        schedule = learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final) / config.lr
+        lr = schedule * config.lr * min(1, (update + 1) / (config.lr_warmup + 1))
+        for group, group_lr in zip(optimizer.param_groups, (lr, schedule * (config.value_lr or config.lr))):
+            group["lr"] = group_lr
         clock = [time.time()]
         turns = collect_turns(policy, processor, players, update, config, stop)
         if turns is None:                                           # the rollout is dropped, `state` is from before it

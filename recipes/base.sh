@@ -9,8 +9,10 @@
 # the paper (10/10/10 and 11/12/13) are never drawn, and a tenth of the hands is held out. First single tries, then
 # dialogues with up to four failed tries before the expert's reply, so that the model can read a verdict.
 #
-# virl-l: one of 1 M parameters learns to walk short routes of a synthetic city, with compass words in four samples of
-# five and relative words in the fifth: the rule that is tested later is in it, as both are in a foundation model's.
+# virl-l: one of 1 M parameters learns to walk routes of two or three legs through a synthetic city, with compass words
+# in four samples of five and relative words in the fifth: the rule that is tested later is in it. Then a while with
+# failed tries. tiny.sh goes on with routes of up to five legs: what is weak is to find the current instruction, which
+# both rules need.
 #
 # Training stops while the model is still weak.
 set -euo pipefail
@@ -29,7 +31,8 @@ virl-l)
     [ -d "$OUT/city" ] || python data/synthetic_city.py --out "$OUT/city" --routes 1000 --most-legs 3 --no-pictures
     common="$common --root $OUT/city --mix id:0.8,rule_ood:0.2 --balance"
     python sft.py --model tiny:128x4 --out "$OUT/first" --steps 400 --lr 2e-3 --seed 0 $common
-    start=$OUT/first/step_000400 ;;
+    python sft.py --model "$OUT/first/step_000400" --out "$OUT/second" --steps 60 --lr 5e-4 --failed-tries 1 --seed 1 $common
+    start=$OUT/second/step_000060 ;;
 *) echo "TASK=$TASK: allowed are gp-l and virl-l" >&2; exit 2 ;;
 esac
 python - "$start" "data/base/$TASK" <<'PY'
