@@ -553,7 +553,7 @@ class Navigation:
     """
     answer_key = '"action"'
 
-    def __init__(self, root, data="train", in_order=False, action_space="absolute", vision=False,
+    def __init__(self, root="", data="train", in_order=False, action_space="absolute", vision=False,
                  view_headings="prompt", resolution=448, verify_iter=2, feedback="informative", prompt_file=""):
         for name, value, allowed in [("data", data, FOLDERS), ("action_space", action_space, ACTION_SPACES),
                                      ("view_headings", view_headings, VIEW_HEADINGS),
@@ -739,7 +739,7 @@ def make_env(task, split, **overrides):
             raise ValueError(f"{name} {value!r}: {task} has no such setting; it has {', '.join(known)}")
         if name in ("fold", "data") and name in splits[split]:
             raise ValueError(f"{name} {value!r}: split {split} has a {name} of its own ({splits[split][name]})")
-    return build(**{"root": "", **splits[split], **arguments} if "root" in known else {**splits[split], **arguments})
+    return build(**{**splits[split], **arguments})
 
 
 def sample_texts(task, num=200, **overrides):

@@ -3,8 +3,8 @@
 A GeneralPoints episode succeeds when it is solved within its verification turns; a V-IRL episode when every position
 of the route is, up to the stop. The paper reports V-IRL by steps: the share of all replies that are correct, retries
 counted as samples of their own. That holds the moves that are the same under both rules, so the turns are reported
-apart, and so are first tries. Every episode is played until it is solved or out of tries, so one evaluation gives the success
-within every smaller number of tries as well.
+apart, and so are first tries. Every episode is played until it is solved or out of tries, so one evaluation gives the
+success within every smaller number of tries as well.
 
     python evaluate.py --model runs/sft/step_000400                  # one checkpoint, printed only
     python evaluate.py --run runs/rl                                 # all checkpoints of a run and its start

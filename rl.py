@@ -287,7 +287,7 @@ def rollout_stats(turns, eos_id):
     """Counts and means over one rollout.
 
     `success` is over the episodes that ended in it. Short ones end first, so it starts too high, at 1 when a rollout
-    is shorter than an episode: `turn_accuracy`, over all replies, has no such bias.
+    is shorter than an episode: `step_accuracy`, over all replies, has no such bias.
     """
     ended = [turn for turn in turns if turn.done]
     statuses = Counter(turn.info["status"] for turn in turns)
@@ -295,9 +295,9 @@ def rollout_stats(turns, eos_id):
     correct = Counter(turn.info["kind"] for turn in turns if turn.info["status"] == "correct")
     return {"turns": len(turns), "episodes": len(ended),
             "success": sum(turn.info["success"] for turn in ended) / max(1, len(ended)),
-            "turn_accuracy": statuses["correct"] / len(turns),
+            "step_accuracy": statuses["correct"] / len(turns),
             "reward": sum(turn.reward for turn in turns) / len(turns),
-            **{f"accuracy_{kind}": correct[kind] / kinds[kind] for kind in sorted(kinds)},
+            **{f"step_accuracy_{kind}": correct[kind] / kinds[kind] for kind in sorted(kinds)},
             **{f"status_{status}": statuses[status] for status in sorted(statuses)},
             "replies_cut": sum(turn.response_ids[-1] != eos_id for turn in turns),
             "response_length": sum(len(turn.response_ids) for turn in turns) / len(turns)}
@@ -382,7 +382,7 @@ def main(config):
                   tokens_trained=state["tokens_trained"], tokens_rollout=state["tokens_rollout"],
                   **compute_spent(state, policy.num_params, config.task), seconds=state["seconds"],
                   seconds_rollout=clock[1] - clock[0], seconds_update=clock[2] - clock[1])
-        progress.set_postfix(correct=f"{rollout['turn_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}")
+        progress.set_postfix(correct=f"{rollout['step_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}")
         if (update + 1) % config.save_every == 0 or update + 1 == config.updates or stop.requested:
             save_checkpoint(out, update + 1, policy, processor, optimizer, state, config.keep_resume)
         if stop.requested:

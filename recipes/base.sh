@@ -31,8 +31,8 @@ virl-l)
     [ -d "$OUT/city" ] || python data/synthetic_city.py --out "$OUT/city" --routes 1000 --most-legs 3 --no-pictures
     common="$common --root $OUT/city --mix id:0.8,rule_ood:0.2 --balance"
     python sft.py --model tiny:128x4 --out "$OUT/first" --steps 400 --lr 2e-3 --seed 0 $common
-    python sft.py --model "$OUT/first/step_000400" --out "$OUT/second" --steps 60 --lr 5e-4 --failed-tries 1 --seed 1 $common
-    start=$OUT/second/step_000060 ;;
+    python sft.py --model "$OUT/first/step_000400" --out "$OUT/second" --steps 120 --lr 1e-3 --failed-tries 1 --seed 1 $common
+    start=$OUT/second/step_000120 ;;
 *) echo "TASK=$TASK: allowed are gp-l and virl-l" >&2; exit 2 ;;
 esac
 python - "$start" "data/base/$TASK" <<'PY'

@@ -189,7 +189,7 @@ def test_no_house_hides_an_announced_board_and_no_view_edge_cuts_it():
 
 def test_a_house_in_between_does_hide_a_board(scene):
     place = scene.places[-1]
-    (x, y), across = place.at, scene.lot_middle[0] - place.at
+    across = scene.lot_middle[0] - place.at
     assert not scene.in_sight(tuple(scene.lot_middle[0] + 8 * across / np.linalg.norm(across)), place)
 
 

@@ -57,7 +57,7 @@ def test_the_same_chain_in_a_city(city, tmp_path, device, run_script):
     rl_knobs = {**RL, "verify_iter": 2, "max_new_tokens": 16}
     done = run_script("rl.py", *flags(model="sft/step_000004", out="rl", **{**rl_knobs, "updates": 2}, **more))
     assert done.returncode == 0, done.stderr
-    assert "accuracy_turn" in metrics(tmp_path / "rl")[0]
+    assert "step_accuracy_turn" in metrics(tmp_path / "rl")[0]
     done = run_script("evaluate.py", *flags(run="rl", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more))
     assert done.returncode == 0 and "step accuracy turn" in done.stdout, done.stderr
     done = run_script("evaluate.py", *flags(run="sft", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more),
