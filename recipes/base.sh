@@ -2,7 +2,7 @@
 # Step 0 of the tiny run: a stand-in for a foundation model's pre-training, committed as data/base/ (bfloat16).
 #
 #   bash recipes/base.sh                 data/base/gp-l, about twenty minutes on two cores
-#   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about VIRL_MINUTES
+#   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about fifteen minutes on two cores (nineteen on one)
 #
 # gp-l: a random-init Llama of 1.4 M parameters learns from expert replies to play GeneralPoints under a family of rules:
 # J, Q and K are each worth any number from 1 to 13, drawn anew for every hand and told in the prompt. The two rules of

@@ -208,4 +208,4 @@ def test_a_loss_that_is_not_finite_names_the_update_and_the_turns(tiny, tmp_path
 
 def test_an_update_that_minibatches_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="--minibatch-turns 5: must divide the 12 turns"):
-        rl.check_config(config(out="a", model="b", minibatch_turns=5))
+        rl.make_envs(config(out="a", model="b", minibatch_turns=5))

@@ -67,7 +67,9 @@ def test_the_same_chain_in_a_city(city, tmp_path, device, run_script):
 
 
 def test_the_log_has_what_a_reader_of_a_run_needs(start, tmp_path, device):
-    rl.main(rl.Config(model=str(start / "step_000004"), out=str(tmp_path / "rl"), device=device, **{**RL, "updates": 3}))
+    rl.main(rl.Config(model=str(start / "step_000004"), out=str(tmp_path / "rl"), device=device, lr_warmup=1,
+                      **{**RL, "updates": 3}))
+    assert [row["lr"] for row in metrics(tmp_path / "rl")] == pytest.approx([0.5e-4, 1e-4, 1e-4], rel=0.01)
     row = metrics(tmp_path / "rl")[-1]
     assert row["turns"] == 12 and row["optimizer_steps"] == 4 and row["gflops_paper"] > 0
     assert sum(value for name, value in row.items() if name.startswith("status_")) == 12
