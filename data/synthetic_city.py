@@ -193,11 +193,14 @@ class City:
             self.around[b].append((street, a))
 
     def build_panos(self):
-        """A panorama about every 10 m of every street, and the table that finds the nearest one."""
+        """A panorama at every node and about every 10 m of every street, and the table that finds the nearest one.
+
+        None within 15 m of a node: pictures from there look like the crossing, which it is not for the environment.
+        """
         for street in self.streets:
             a, b = (self.panos[node] for node in street.ends)
             steps = round(math.dist(a, b) / 10)
-            for i in range(1, steps):
+            for i in range(2, steps - 1):
                 street.panos.append(len(self.panos))
                 self.panos.append(tuple(p + (q - p) * i / steps for p, q in zip(a, b)))
         self.geocodes = [self.geocode(point) for point in self.panos]

@@ -30,7 +30,7 @@ virl-l)
     task="--task virl-l --root $DATA"; train=""; max_new_tokens=48
     rl="--updates 8 --save-every 4 --num-envs 256 --turns-per-env 4 --minibatch-turns 1024 --epochs 4"
     rl="$rl --lr 1e-4 --lr-final 5e-5 --lr-horizon 8 --lr-warmup 2 --temperature 1.0"
-    sft="--steps 240 --save-every 60 --lr 1e-4"
+    sft="--steps 240 --save-every 80 --lr 1e-4"
     test="--episodes 300" ;;
 *) echo "TASK=$TASK: allowed are gp-l and virl-l" >&2; exit 2 ;;
 esac

@@ -547,15 +547,15 @@ def test_show_writes_the_views_and_the_prompt_of_every_position(pictures, tmp_pa
 
 def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path):
     import sft
-    sft.main(sft.Config(task="virl-vl", root=str(pictures), dump=str(tmp_path / "data.json"), num=3))
-    records = json.loads((tmp_path / "data.json").read_text())
+    sft.main(sft.Config(task="virl-vl", root=str(pictures), dump=str(tmp_path / "sft.json"), num=3))
+    records = json.loads((tmp_path / "sft.json").read_text())
     for i, record in enumerate(records):
-        assert record["image"] == f"data/{i:06d}.png" and Image.open(tmp_path / record["image"]).size == (901, 901)
+        assert record["image"] == f"sft/{i:06d}.png" and Image.open(tmp_path / record["image"]).size == (901, 901)
         human, gpt = record["conversations"]
         assert human["from"] == "human" and human["value"].startswith("<image>\nWalk to") and gpt["from"] == "gpt"
         assert json.loads(gpt["value"])["action"]
     with pytest.raises(ValueError, match="record 0: key 'image': pictures are not supported"):
-        sft.read_conversations(tmp_path / "data.json")
+        sft.read_conversations(tmp_path / "sft.json")
 
 
 # ---- Judging -------------------------------------------------------------------------------------------------------
