@@ -251,3 +251,10 @@ def test_a_stopped_run_leaves_nothing_that_looks_whole(how, left, tmp_path):
     process.send_signal(how)
     assert process.wait(timeout=30) != 0
     assert not (tmp_path / "city").exists() and len(list(tmp_path.iterdir())) == left
+
+
+def test_no_panorama_stands_so_close_to_a_crossing_that_it_looks_like_one():
+    city = synthetic_city.City(0, 0)
+    for street in city.streets:
+        for pano in street.panos:
+            assert min(math.dist(city.panos[pano], city.panos[node]) for node in street.ends) > 15
