@@ -95,13 +95,6 @@ PROMPTS = {
 }
 MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"}}   # that our words do without, for prompt files that number
 
-# ---- GeneralPoints -----------------------------------------------------------------------------------------
-
-RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
-SUITS = "SHDC"
-RULES = {"face_cards_as_10": (10, 10, 10), "face_cards_as_11_12_13": (11, 12, 13)}
-FOLDS = ("all", "train", "test")
-
 
 def load_prompts(path):
     """PROMPTS with the templates of a JSON file put over them; ValueError names what the file may not hold."""
@@ -124,6 +117,14 @@ def load_prompts(path):
             raise ValueError(f"prompt file {path}: template {name!r} uses {{{min(foreign)}}}; "
                              f"allowed: {', '.join(sorted(allowed)) or 'none'}")
     return {**PROMPTS, **given}
+
+
+# ---- GeneralPoints -----------------------------------------------------------------------------------------
+
+RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
+SUITS = "SHDC"
+RULES = {"face_cards_as_10": (10, 10, 10), "face_cards_as_11_12_13": (11, 12, 13)}
+FOLDS = ("all", "train", "test")
 
 
 def parse_rule(rule):
