@@ -286,14 +286,29 @@ REACH, SPACING, SHORT_LEG = 20.0, 8.0, 5.0   # metres: a panorama stands in for 
 STEPS, DROP_RATE = 5, 0.5                    # a leg is cut in so many steps, and so many of them are left out
 
 
+class ScalarType:
+    """Stands in for numpy.dtype, whose state a file could set so that bytes are taken for addresses."""
+
+    def __init__(self, name, *_):
+        if not re.fullmatch("[iuf][248]|U[0-9]{1,3}", name):
+            raise pickle.UnpicklingError(f"numpy type {name} is not allowed in it")
+        self.name = "<" + name
+
+    def __setstate__(self, state):
+        self.name = self.name.replace("<", ">") if state[1] == ">" else self.name
+
+
 class MappingUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, tuples, dicts and numpy scalars; the name of anything else ends the reading."""
+    """Reads numbers, strings, tuples, dicts and numpy scalars; the name of anything else ends the reading.
+
+    Nothing that it reads can run. How much memory a file asks for is not bounded.
+    """
 
     def find_class(self, module, name):
         if (module, name) == ("numpy", "dtype"):
-            return np.dtype
+            return ScalarType
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "scalar":
-            return np.float64().__reduce__()[0]                     # wherever this numpy keeps it
+            return lambda kind, data: np.frombuffer(data, kind.name).item()
         if (module, name) == ("_codecs", "encode"):                 # how protocol 2 spells bytes
             return lambda text, _: text.encode("latin-1")
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
@@ -307,6 +322,14 @@ def geodesic(a, b):
     return math.hypot(north, 6378137.0 / math.sqrt(w) * math.cos(latitude) * math.radians(b[1] - a[1]))
 
 
+def read_point(value, where="a key"):
+    """(latitude, longitude) from a list of two numbers in degrees; ValueError says where there is none."""
+    if not (isinstance(value, list) and len(value) == 2
+            and all(type(x) in (int, float) and abs(x) <= 180 for x in value)):
+        raise ValueError(f"{where}: expected latitude and longitude, got {str(value)[:40]}")
+    return float(value[0]), float(value[1])
+
+
 class Panoramas:
     """The mapping (latitude, longitude) -> panorama, with the nearest one within REACH of any point.
 
@@ -318,11 +341,14 @@ class Panoramas:
         try:
             with open(path, "rb") as file:
                 mapping = MappingUnpickler(file).load()
-            self.ids = {(float(lat), float(lon)): str(pano) for (lat, lon), pano in mapping.items()}
+            self.ids = {read_point(list(key)): str(pano) for key, pano in mapping.items()
+                        if isinstance(key, tuple) and isinstance(pano, (str, int))}
+            if not self.ids or len(self.ids) < len(mapping):
+                raise ValueError("it is empty or holds something else")
         except Exception as error:   # a broken pickle can raise anything
             raise ValueError(f"{path}: not a dict of (latitude, longitude) -> panorama: {error}") from None
         self.lat_cell = math.degrees(REACH / 6.3e6)
-        self.lon_cell = self.lat_cell / min((math.cos(math.radians(lat)) for lat, _ in self.ids), default=1)
+        self.lon_cell = self.lat_cell / max(0.01, min(math.cos(math.radians(lat)) for lat, _ in self.ids))
         self.cells = {}
         for lat, lon in self.ids:
             row, column = self.cell(lat, lon)
@@ -378,12 +404,6 @@ def read_key(record, path, where):
     return record
 
 
-def read_point(value, where):
-    if not (isinstance(value, list) and len(value) == 2 and all(isinstance(x, (int, float)) for x in value)):
-        raise ValueError(f"{where}: expected [latitude, longitude], got {str(value)[:40]}")
-    return float(value[0]), float(value[1])
-
-
 def read_route(record, panoramas, where):
     """A Route from one record of route_infos.json; ValueError names file, route and key."""
     start = read_point(read_key(record, "start_place.relocated_geocode", where), f"{where}, relocated_geocode")
@@ -395,11 +415,11 @@ def read_route(record, panoramas, where):
     blocks = parse_milestones(text) if isinstance(text, str) else []
     if len(blocks) != len(geocodes):
         raise ValueError(f"{where}: {len(blocks)} blocks in 'milestone_info', {len(geocodes)} points in 'geocode_list'")
-    if type(init_heading) is not int:
+    if type(init_heading) is not int or abs(init_heading) > 360:
         raise ValueError(f"{where}, key 'init_heading': expected whole degrees, got {init_heading!r}")
     legs = []
     for i, block in enumerate(blocks):
-        heading = re.fullmatch(r"(-?\d+) \((\w+)\)", block.get("to_next_intersection_heading", ""))
+        heading = re.fullmatch(r"(-?\d{1,3}) \((\w+)\)", block.get("to_next_intersection_heading", ""))
         if heading is None or heading[2] not in COMPASS:
             raise ValueError(f"{where}, 'milestone_info' block {i}: key 'to_next_intersection_heading' must read like "
                              f"'212 (southwest)', got {block.get('to_next_intersection_heading')!r}")
@@ -435,7 +455,7 @@ def load_routes(folder, vision):
     try:
         routes, _ = json.loads(path.read_text(encoding="utf-8"))
         records = list(routes)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: expected [routes, cursor]: {error}") from None
     if (folder / "gps_pano_mapping.pkl").is_file() or vision:
         panoramas = Panoramas(folder / "gps_pano_mapping.pkl")
@@ -449,7 +469,7 @@ def load_routes(folder, vision):
             for file in (picture := folder / "street_views" / f"{pano}.jpg", picture.with_suffix(".metadata.json")):
                 if not file.is_file():
                     raise ValueError(f"{path}, route {i}: {file} is missing")
-            open_panorama(picture)
+            open_panorama(picture), read_rotation(picture)
     return routes
 
 
@@ -459,20 +479,33 @@ def open_panorama(path):
     """An equirectangular picture, not yet decoded; ValueError if it is none."""
     try:
         picture = Image.open(path)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a picture: {error}") from None
     if picture.width != 2 * picture.height:
         raise ValueError(f"{path}: a panorama must be twice as wide as high, not {picture.width}x{picture.height}")
     return picture
 
 
+def read_rotation(path):
+    """The rotation of a panorama in degrees, from the metadata beside it."""
+    path = path.with_suffix(".metadata.json")
+    try:
+        rotation = float(json.loads(path.read_text())["rotation"])
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        rotation = math.nan
+    if not math.isfinite(rotation):
+        raise ValueError(f"{path}: expected a JSON object with a number 'rotation', in degrees")
+    return rotation
+
+
 @lru_cache(maxsize=64)
 def read_panorama(path):
     """(the panorama (H, W), the four bytes of a pixel as one number; its rotation in degrees)."""
-    rotation = json.loads(path.with_suffix(".metadata.json").read_text()).get("rotation")
-    if not isinstance(rotation, (int, float)):
-        raise ValueError(f"{path.with_suffix('.metadata.json')}: key 'rotation' must be a number, got {rotation!r}")
-    return np.asarray(open_panorama(path).convert("RGB").convert("RGBX")).view(np.uint32)[..., 0], rotation
+    try:
+        pixels = np.asarray(open_panorama(path).convert("RGB").convert("RGBX"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return pixels.view(np.uint32)[..., 0], read_rotation(path)
 
 
 @lru_cache(maxsize=4)
@@ -581,7 +614,8 @@ class Navigation:
     def reset(self, seed, episode=0):
         """Draw a route and its rail; the seed (an int or a string) fixes the whole episode. Returns (messages, info).
 
-        The draws come in the order of the official code: route, heading, one for each step of each leg.
+        The draws come in the order of the official code, though not from its seeds: route, heading, then one for each
+        step of each leg.
         """
         self.rng = random.Random(str(seed))
         route = self.routes[episode % len(self.routes)] if self.in_order else self.rng.choice(self.routes)
@@ -631,7 +665,7 @@ class Navigation:
         return self.arrive(rng.choice([at for at, position in enumerate(self.rail) if kind in ("", position.kind)]))
 
     def views(self):
-        """The four views from here as one picture."""
+        """The four views from here as one picture; ValueError if it has none."""
         path = self.folder / "street_views" / f"{self.position.pano}.jpg"
         return view_grid(path, self.position.heading, self.turns, self.resolution)
 
@@ -775,7 +809,7 @@ def main():
     parser.add_argument("--prompt-file", default="")
     parser.add_argument("--show", nargs="?", const="-", metavar="DIR",
                         help="print one prompt, expert reply and verdict; with DIR write there every prompt and expert "
-                             "reply of the episode, V-IRL: and the four views")
+                             "reply of the episode, V-IRL: and the four views, if there are pictures")
     args = parser.parse_args()
     try:
         env = make_env(args.task, args.split, root=args.root, prompt_file=args.prompt_file)
@@ -799,7 +833,7 @@ def main():
         if args.show not in (None, "-"):
             file = Path(args.show) / f"{env.turn:02d}.txt"
             file.write_text(f"{read_text(messages[-1])}\n\n> {reply}\n")
-            if hasattr(env, "views"):
+            if hasattr(env, "views") and (env.folder / "street_views").is_dir():
                 env.views().save(file.with_suffix(".png"))
         messages, reward, _, truncated, info = env.step(reply)
         print(f"{read_text(messages[-1])}   [{info['status']}, reward {reward:+g}{', last try' * truncated}]")

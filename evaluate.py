@@ -142,7 +142,7 @@ def summarise(infos, verify_iter):
 
 def evaluate_checkpoint(path, known, config, write):
     """Evaluate one checkpoint on every split and seed that `known` rows do not cover; `write` gets each new row."""
-    wanted = [(split, int(seed)) for split in config.splits.split(",") for seed in config.seeds.split(",")]
+    wanted = dict.fromkeys((split, int(seed)) for split in config.splits.split(",") for seed in config.seeds.split(","))
     names = ("task", "root", "fold", "verify_iter", "feedback", "prompt_file", "episodes", "paper", "temperature",
              "max_new_tokens", "dtype")
     settings = {name: getattr(config, name) for name in names}
@@ -214,8 +214,8 @@ def load_arms(folders):
             settings[json.dumps(row["settings"], sort_keys=True)] = row["settings"]
             if row["step"]:
                 arms[arm].append(row | {"run": str(run)})
-            else:
-                arms["start"].append(row | {"run": row["seed"]})
+            elif not any((own["split"], own["seed"]) == (row["split"], row["seed"]) for own in arms["start"]):
+                arms["start"].append(row | {"run": row["seed"]})   # once, though several runs may hold it
     if len(starts) > 1:
         raise ValueError(f"--compare needs runs of one start; these started from {', '.join(starts)}")
     if len(settings) > 1:

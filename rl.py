@@ -341,8 +341,8 @@ def main(config):
         device, environments = pick_device(config.device), make_envs(config)
         newest = check_run(config)
         torch.manual_seed(config.seed)
-        policy, processor = load_policy(str(newest or config.model), config.dtype, device,
-                                        envs.sample_texts(config.task, root=config.root), environments[0].atoms())
+        texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
+        policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts, environments[0].atoms())
         open_run(config, newest)
     except ValueError as error:
         fail(error)

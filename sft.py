@@ -47,7 +47,7 @@ class Config:
     balance: bool = knob(False, "V-IRL: turns, forwards and stops equally often")
     failed_tries: int = knob(0, "up to this many failed tries before the expert reply (Fig. 15)", low=0, high=9)
     prompt_file: str = knob("", "JSON object of templates that replace ours")
-    data: str = knob("", "train on this file of conversations instead (the knobs above then mean nothing)")
+    data: str = knob("", "train on this file of conversations instead (of the knobs above only --root still counts)")
     dump: str = knob("", "write samples to this file in the shape that --data reads, and train nothing")
     num: int = knob(1000, "with --dump: so many samples", low=1)
     # optimisation
@@ -89,7 +89,7 @@ def read_conversations(path):
     """
     try:
         records = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"data file {path}: {error}") from None
     if not isinstance(records, list) or not records:
         raise ValueError(f"data file {path}: expected a non-empty list of records, got {type(records).__name__}")
@@ -118,6 +118,8 @@ class Samples:
 
     def __init__(self, config):
         splits, self.weights = parse_mix(config.mix)
+        if config.balance and not config.task.startswith("virl"):
+            raise ValueError(f"--balance: {config.task} has one kind of position only")
         self.envs = [envs.make_env(config.task, split, root=config.root, fold=config.fold, solution=config.solution,
                                    prompt_file=config.prompt_file,
                                    verify_iter=config.failed_tries + 1)   # so that no failed try ends the episode
@@ -147,6 +149,8 @@ def dump(samples, config):
     if path.exists() or folder.exists() or path == folder:
         raise ValueError(f"--dump {config.dump}: must be a new file with a suffix, such as data.json, and no folder "
                          f"{folder} may be there yet")
+    if not path.parent.is_dir():
+        raise ValueError(f"--dump {config.dump}: there is no folder {path.parent}")
     records = []
     for i in trange(config.num, desc="dump"):
         messages, reply = samples[i]
@@ -195,8 +199,8 @@ def main(config):
         device, samples = pick_device(config.device), Samples(config)
         newest = check_run(config)
         torch.manual_seed(config.seed)
-        policy, processor = load_policy(str(newest or config.model), config.dtype, device,
-                                        envs.sample_texts(config.task, root=config.root), samples.envs[0].atoms())
+        texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
+        policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts, samples.envs[0].atoms())
         open_run(config, newest)
     except ValueError as error:
         fail(error)

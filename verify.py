@@ -356,6 +356,11 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     return Verdict(status, reward, message, cards_read, numbers_right)
 
 
+def printable(stated):
+    """What a reply states, in short and in characters that any tokenizer takes: JSON may spell halves of some."""
+    return str(stated)[:MAX_FORMULA].encode("utf-8", "replace").decode()
+
+
 INTERSECTION = re.compile(r"(?<!\bno )intersection")
 
 
@@ -371,7 +376,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     observed = " ".join(observed.split()).casefold() if isinstance(observed, str) else ""
     name = " ".join(landmark.split()).casefold()
     sees_intersection = bool(INTERSECTION.search(observed.replace(name, "") if name else observed))
-    message = fill(phrases["wrong_action"], action=str(stated)[:MAX_FORMULA]) if found else phrases["no_action"]
+    message = fill(phrases["wrong_action"], action=printable(stated)) if found else phrases["no_action"]
     if stated == action:
         status, message = "correct", phrases["correct"]
     elif name not in observed:

@@ -112,6 +112,13 @@ def test_runs_of_other_starts_or_settings_are_not_mixed(tmp_path):
         evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "few")], "")
 
 
+def test_a_start_that_two_runs_hold_counts_once(tmp_path):
+    write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
+    write_run(tmp_path / "rl", "RL", [(0, 0.0, 0.1), (1, 60.0, 0.12)])
+    start = evaluate.load_arms([tmp_path / "sft", tmp_path / "rl"])["start"]
+    assert sorted(row["split"] for row in start) == ["id", "rule_ood"]
+
+
 def test_a_checkpoint_that_one_run_lacks_is_left_out_of_the_curve(tmp_path):
     rows = [{"split": "id", "step": step, "run": run, "gflops": 1.0 * step, "success": 0.5, "success_stderr": 0.1}
             for run, steps in (("a", (5, 7, 10)), ("b", (5, 10))) for step in steps]

@@ -138,6 +138,9 @@ def test_a_dump_overwrites_nothing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         sft.main(sft.Config(dump=str(tmp_path / "data.json")))
     assert "must be a new file" in capsys.readouterr().err and (tmp_path / "data.json").read_text() == "mine"
+    with pytest.raises(SystemExit):
+        sft.main(sft.Config(dump=str(tmp_path / "nowhere" / "data.json")))
+    assert "there is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mix", ["id:x", "id:0", "id:-1", "id:nan", "elsewhere:1"])

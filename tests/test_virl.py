@@ -129,6 +129,29 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, func
     assert not touched.exists()
 
 
+# {7: a numpy scalar of a dtype "O8" whose state says that its 8 bytes hold no reference}: numpy would follow them.
+ADDRESS = (b"\x80\x02}K\x07cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\nX\x02\x00\x00\x00O8\x89\x88\x87R"
+           b"(K\x03X\x01\x00\x00\x00|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbC\x08AAAAAAAA\x86Rs.")
+
+
+@pytest.mark.parametrize("data, told", [
+    (ADDRESS, "numpy type O8 is not allowed"),
+    (pickle.dumps({(1.0, 2.0): np.zeros(1, "V8")[0]}), "numpy type V8 is not allowed"),
+    (pickle.dumps({(1.0, 2.0): np.zeros(3)}), "is not allowed"), (pickle.dumps({(1.0, 2.0): ("b",)}), "something else")])
+def test_numpy_gives_numbers_and_text_and_nothing_else(tmp_path, data, told):
+    (tmp_path / "m.pkl").write_bytes(data)
+    with pytest.raises(ValueError, match=told):
+        Panoramas(tmp_path / "m.pkl")
+
+
+@pytest.mark.parametrize("mapping", [{}, {(math.nan, 1.0): "a"}, {(math.inf, 1.0): "a"}, {(1e308, 1.0): "a"}, {"12": "a"},
+                                     {(1.0, 2.0): "a", (1.0, 3.0): ("b",)}])
+def test_a_mapping_of_other_things_is_named(tmp_path, mapping):
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps(mapping))
+    with pytest.raises(ValueError, match="m.pkl: not a dict"):
+        Panoramas(tmp_path / "m.pkl")
+
+
 def test_the_nearest_place_is_the_one_that_trying_all_finds(tmp_path):
     rng = random.Random(0)
     for lat, lon in ((40.7, -74.0), (-37.8, 144.9), (0.0, 0.0), (69.6, 18.9)):
@@ -188,6 +211,11 @@ def put(value, *path):
     (put("north", "init_heading"), "route 1, key 'init_heading'.*'north'"),
     (lambda records: ["nothing"], "route 0: key 'start_place"),
     (lambda records: {"a": 1}, "route 0"),
+    (put([1e308, -74.0], "start_place", "relocated_geocode"), "route 1, relocated_geocode: expected"),
+    (put([math.nan, -74.0], "start_place", "relocated_geocode"), "route 1, relocated_geocode: expected"),
+    (put([[40.7, 10 ** 400]] * 2, "route_results", "geocode_list"), "route 1, geocode_list 0: expected"),
+    (put(block("", "0 (north)") + block("", "9" * 5000 + " (north)"), "milestone_info"), "route 1.*block 1"),
+    (put(10 ** 500, "init_heading"), "route 1, key 'init_heading'"),
 ])
 def test_a_broken_route_is_an_error_that_names_file_route_and_key(tmp_path, change, named):
     write_data(tmp_path, change)
@@ -195,7 +223,7 @@ def test_a_broken_route_is_an_error_that_names_file_route_and_key(tmp_path, chan
         make_env("virl-l", "id", root=tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "[1, 2]", "[[], 0]", "[[1], 2, 3]"])
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[1, 2]", "[[], 0]", "[[1], 2, 3]", "[" * 100_000])
 def test_a_file_that_holds_no_routes_is_named(tmp_path, text):
     write_data(tmp_path)
     (tmp_path / "train" / "route_infos.json").write_text(text)
@@ -529,10 +557,17 @@ def test_a_spoilt_picture_is_named_at_load_time(pictures, spoil, named):
     make_env("virl-l", "id", root=pictures)                       # words do not mind
 
 
-def test_a_rotation_that_is_none_is_named(pictures):
-    for path in (pictures / "train" / "street_views").glob("*.json"):
-        path.write_text("{}")
-    with pytest.raises(ValueError, match=r"pano\d+.metadata.json: key 'rotation' must be a number, got None"):
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "7", '{"rotation": null}', '{"rotation": NaN}', '{"rotation": [1]}'])
+def test_a_rotation_that_is_none_is_named_at_load_time(pictures, text):
+    (pictures / "train" / "street_views" / "pano16.metadata.json").write_text(text)
+    with pytest.raises(ValueError, match=r"pano16.metadata.json: expected a JSON object with a number 'rotation'"):
+        make_env("virl-vl", "id", root=pictures)
+
+
+def test_half_a_picture_is_named_when_it_is_read(pictures):
+    for path in (pictures / "train" / "street_views").glob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match=r"pano\d+.jpg: "):
         make_env("virl-vl", "id", root=pictures).reset(seed=0)
 
 
@@ -607,6 +642,15 @@ def test_replies_as_models_write_them_are_read():
                  "I go on. {\"action\": \"stop()\"} no: {current observation: x, action: forward()}",
                  '{"current observation": "Marn Cafe is on your left", "current instruction": "Go.", "action": "forward()",}'):
         assert judge_navigation(text, "forward()", "Marn Cafe", True).status == "correct", text
+
+
+def test_every_verdict_can_be_encoded(city):
+    """Half a character, as JSON can spell it, must not reach the tokenizer."""
+    env = make_env("virl-l", "id", root=city)
+    env.reset(seed=0)
+    messages, *_ = env.step('{"action": "\\ud83d"}')
+    assert "The action ? is wrong here." in messages[-1]["content"]
+    messages[-1]["content"].encode("utf-8")
 
 
 def test_any_string_is_judged(city):
