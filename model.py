@@ -225,26 +225,26 @@ class LlamaDecoder(CacheDecoder):
 # ---- The policy --------------------------------------------------------------------------------------------
 
 class TokenLogprobs(torch.autograd.Function):
-    """log_softmax(hidden @ weight.T + ban) at the targets: (n, D), (V, D), (V,), (n,) -> (n,), float32.
+    """log_softmax of hidden @ weight.T, without the ids in `ban`, at the targets: (n, D), (V, D), ids, (n,) -> (n,).
 
-    What autograd makes of the same formula holds four (n, V) tensors. Here one is overwritten: logits become
-    probabilities in the forward pass, and these become the gradient of the logits in the backward pass.
+    What autograd makes of the same formula holds four (n, V) tensors. Here one is overwritten: the forward pass makes
+    exponentials of the logits, the backward pass makes their gradient of these.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, ban, targets):
-        logits = F.linear(hidden, weight, ban).float()                                             # (n, V)
+        logits = F.linear(hidden, weight).float().index_fill_(1, ban, -math.inf)                   # (n, V)
         picked, peak = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)            # (n, 1)
         total = logits.sub_(peak).exp_().sum(1, keepdim=True)                                      # (n, 1)
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.probs = logits.div_(total)
+        ctx.save_for_backward(hidden, weight, targets, total)
+        ctx.exponentials = logits
         return (picked - peak - total.log())[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets = ctx.saved_tensors
-        probs, ctx.probs = ctx.probs, None                         # a second backward pass has nothing to go on
-        grad_logits = probs.mul_(-grad[:, None]).scatter_add_(1, targets[:, None], grad[:, None]).to(hidden.dtype)
+        hidden, weight, targets, total = ctx.saved_tensors
+        grad, grad_logits, ctx.exponentials = grad[:, None], ctx.exponentials, None   # used up: no second backward
+        grad_logits = grad_logits.mul_(-grad / total).scatter_add_(1, targets[:, None], grad).to(hidden.dtype)
         return grad_logits @ weight, grad_logits.T @ hidden, None, None
 
 
@@ -307,12 +307,12 @@ class Policy(nn.Module):
         return logprobs, values[:, 0].float()
 
     def token_logprobs(self, hidden, targets, temperature):
-        """Log-probs (n,) of target ids (n,) that follow hidden states (n, D). Temperature and ban enter the product,
-        where they are free: dividing and masking the logits would pass four more times over (n, V)."""
-        weight, ban = self.backbone.lm_head.weight, None
+        """Log-probs (n,) of target ids (n,) that follow hidden states (n, D). The temperature enters before the
+        product, where it is free: dividing the logits would pass twice more over (n, V)."""
+        ban = self.banned.new_zeros(0, dtype=torch.long)
         if temperature is not None:
-            hidden, ban = hidden / temperature, torch.where(self.banned, -math.inf, 0.0).to(self.dtype)      # (V,)
-        return TokenLogprobs.apply(hidden.to(self.dtype), weight.to(self.dtype), ban, targets)
+            hidden, ban = hidden / temperature, self.banned.nonzero()[:, 0]
+        return TokenLogprobs.apply(hidden.to(self.dtype), self.backbone.lm_head.weight.to(self.dtype), ban, targets)
 
     @torch.no_grad()
     def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536):
