@@ -123,6 +123,25 @@ def test_a_player_rebuilt_from_its_state_goes_on_alike(tiny, tmp_path):
     assert a == b
 
 
+def test_a_route_half_walked_goes_on_and_its_turns_fall_into_dialogues_of_positions(tiny, city):
+    """Wrong at first at every other position: a correct action begins a new dialogue, the wrong one shares its own."""
+    processor = tiny[1]
+    first = rl.Player(0, envs.make_env("virl-l", "id", root=city), processor, CONFIG)
+    dialogues, positions = [], []
+    for i in range(12):
+        env = first.env
+        wrong = env.at % 2 and not env.tries
+        dialogues.append((first.episode, first.dialogue))
+        positions.append((first.episode, env.at))
+        reply = env.flawed_reply() if wrong else env.expert_reply()
+        first.play(model.encode_reply(processor, reply))
+    assert [a == b for a, b in zip(dialogues, dialogues[1:])] == [a == b for a, b in zip(positions, positions[1:])]
+    assert len(set(dialogues)) < 12 and first.replies
+    again = rl.Player(0, envs.make_env("virl-l", "id", root=city), processor, CONFIG, first.episode, first.replies)
+    assert again.prompt_ids == first.prompt_ids and again.env.at == first.env.at and again.env.rail == first.env.rail
+    assert again.dialogue == first.dialogue
+
+
 def test_a_stop_drops_the_rollout(tiny, tmp_path):
     policy, processor = tiny
     assert rl.collect_turns(policy, processor, [], 0, config(), SimpleNamespace(requested=True)) is None
