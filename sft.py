@@ -200,7 +200,8 @@ def main(config):
         newest = check_run(config)
         torch.manual_seed(config.seed)
         texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
-        policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts, samples.envs[0].atoms())
+        policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts,
+                                        samples.envs[0].atoms())
         open_run(config, newest)
     except ValueError as error:
         fail(error)
