@@ -2,7 +2,8 @@
 # The paper's experiment in miniature, on a laptop: from one weak model, SFT and PPO on one rule, tests on both.
 #
 #   bash recipes/tiny.sh                    GeneralPoints in words, one seed, about twelve minutes on two cores
-#   TASK=virl-l bash recipes/tiny.sh        V-IRL in words, in a synthetic city made on the spot, or in DATA=folder
+#   TASK=virl-l bash recipes/tiny.sh        V-IRL in words, in a synthetic city made on the spot, or in DATA=folder;
+#                                           twenty minutes on one core
 #   SEEDS="0 1 2" bash recipes/tiny.sh      repeats it; the table then has standard errors over seeds
 #   SMOKE=1 bash recipes/tiny.sh            everything once in about a minute; the numbers mean nothing
 #
