@@ -834,7 +834,10 @@ def main():
             file = Path(args.show) / f"{env.turn:02d}.txt"
             file.write_text(f"{read_text(messages[-1])}\n\n> {reply}\n")
             if hasattr(env, "views") and (env.folder / "street_views").is_dir():
-                env.views().save(file.with_suffix(".png"))
+                try:
+                    env.views().save(file.with_suffix(".png"))
+                except ValueError as error:
+                    parser.error(str(error))
         messages, reward, _, truncated, info = env.step(reply)
         print(f"{read_text(messages[-1])}   [{info['status']}, reward {reward:+g}{', last try' * truncated}]")
         if args.show == "-":

@@ -578,6 +578,11 @@ def test_show_writes_the_views_and_the_prompt_of_every_position(pictures, tmp_pa
     texts, views = (sorted((tmp_path / "shown").glob(f"*.{kind}")) for kind in ("txt", "png"))
     assert len(texts) == len(views) >= 3 and texts[0].read_text().startswith("Walk to a destination")
     assert Image.open(views[0]).size == (901, 901)
+    for path in (pictures / "train" / "street_views").glob("*.jpg"):
+        path.unlink()
+    done = subprocess.run([sys.executable, "envs.py", "virl-l", "--root", str(pictures), "--show", str(tmp_path / "again")],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "not a picture" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path):
