@@ -7,6 +7,8 @@ what J, Q and K are worth and tests on another:
     id            10, 10, 10     any solvable               training and in-distribution tests
     rule_ood      11, 12, 13     at least one face card     the rule never trained on
     unseen        10, 10, 10     the held-out tenth         hands never trained on, if all training had fold="train"
+    visual_ood    10, 10, 10     red suits                  cards that look different; in pictures only, where all
+                                                            other splits have black suits
     rule_family   1..13 each,    any solvable               not in the paper: the stand-in for pre-training; the
                   drawn anew                                two rules above are never drawn
 
@@ -38,6 +40,7 @@ episode is truncated, and that turn is charged STEP_LIMIT on top. `env.expert_re
     python envs.py gp-l                                # play an episode yourself
     python envs.py gp-l --split rule_ood --show        # print a prompt, an expert reply and a verdict
     python envs.py virl-l --root city0 --show DIR      # write what is seen along a route: views and prompts
+    python envs.py gp-vl --show DIR                    # the same for GeneralPoints: the cards as a picture
 
 Neither torch nor transformers is imported here. Cards are dealt without replacement from 52, as the paper says. Left
 out of V-IRL: relocation with the official code's other thresholds, and its free (off the rails) mode.
@@ -56,7 +59,7 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw
 
 from verify import FEEDBACK, STEP_LIMIT, fill, judge_general_points, judge_navigation, solutions
 
@@ -67,6 +70,7 @@ PROMPTS = {
                "division and parentheses, and use every card exactly once. An ace counts as 1, J counts as {J}, "
                "Q counts as {Q} and K counts as {K}.",
     "gp_input_text": "\nCards: {cards}",
+    "gp_input_picture": "\nThe picture shows the four cards.",
     "gp_output": "\nReply with a JSON object:\n"
                  "{\"cards\": [the ranks you see], \"number\": [their values], "
                  "\"formula\": \"an equation ending in ={target}\"}",
@@ -119,10 +123,144 @@ def load_prompts(path):
     return {**PROMPTS, **given}
 
 
-# ---- GeneralPoints -----------------------------------------------------------------------------------------
+def user_message(text, picture=None):
+    """A user's message in the Hugging Face chat format, the picture before the text if there is one."""
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}] if picture else text
+    return {"role": "user", "content": content}
+
+
+def read_text(message):
+    """The text of a message, its picture left out."""
+    content = message["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
+
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 SUITS = "SHDC"
+
+
+# ---- GeneralPoints: the cards as a picture, drawn by us ----------------------------------------------------
+
+CANVAS, CARD, CARDS_X, CARDS_Y = 1200, (270, 378), (5, 302, 599, 896), 411      # the official geometry, in pixels
+FELT, NAVY, CREAM, GOLD = (53, 101, 77), (32, 48, 104), (252, 246, 226), (226, 170, 44)
+INKS = {"S": (10, 10, 8), "H": (192, 36, 42), "D": (192, 36, 42), "C": (10, 10, 8)}
+FINE = 3                # cards are drawn this many times larger and reduced, which smooths the edges
+
+
+def arc(x, y, across, down, start=0, end=360):
+    """Points on an ellipse around (x, y); angles in degrees, 0 is right and 90 is below."""
+    angles = [(start + (end - start) * step / 60) * math.pi / 180 for step in range(61)]
+    return [(x + across * math.cos(angle), y + down * math.sin(angle)) for angle in angles]
+
+
+# Ranks as pen strokes, 1 high. What looks alike at 50 x 70 pixels is kept apart: the 3 has a flat top (8, J), the J a
+# bar (3), the Q a long tail (0).
+SIX = [*arc(.53, .69, .52, .69, 268, 180), *arc(.3, .69, .29, .31, 180, 540)]
+STROKES = {
+    "A": [[(0, 1), (.32, 0), (.64, 1)], [(.11, .68), (.53, .68)]],
+    "2": [[*arc(.3, .29, .28, .29, 195, 395), (.02, 1), (.6, 1)]],
+    "3": [[(.04, 0), (.55, 0), (.27, .4), *arc(.26, .7, .31, .3, -80, 145)]],
+    "4": [[(.45, 1), (.45, 0), (0, .69), (.64, .69)]],
+    "5": [[(.54, 0), (.09, 0), (.05, .45), *arc(.27, .69, .31, .31, -120, 140)]],
+    "6": [SIX], "9": [[(.6 - x, 1 - y) for x, y in SIX]],
+    "7": [[(0, 0), (.58, 0), (.2, 1)]],
+    "8": [arc(.3, .24, .24, .24), arc(.3, .74, .3, .26)],
+    "10": [[(0, .2), (.13, 0), (.13, 1)], arc(.58, .5, .21, .5)],
+    "J": [[(.16, 0), (.66, 0)], [(.44, 0), *arc(.2, .72, .24, .28, 0, 165)]],
+    "Q": [arc(.33, .47, .33, .47), [(.36, .66), (.68, 1.03)]],
+    "K": [[(0, 0), (0, 1)], [(.58, 0), (0, .62)], [(.2, .42), (.62, 1)]],
+}
+# Suits as polygons, about 1 high, around (0, 0).
+HEART = [(math.sin(t) ** 3 * 16 / 33,
+          -(2.5 + 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 31)
+         for t in (step * math.pi / 30 for step in range(60))]
+STEM = [(-.06, -.2), (.06, -.2), (.09, .35), (.22, .5), (-.22, .5), (-.09, .35)]
+SIGNS = {
+    "S": [[(x, -.92 * y - .06) for x, y in HEART], STEM],
+    "H": [HEART],
+    "D": [[(.42 * x * abs(x) ** 1.3, .54 * y * abs(y) ** 1.3) for x, y in arc(0, 0, 1, 1)]],
+    "C": [arc(0, -.26, .24, .24), arc(-.25, .1, .24, .24), arc(.25, .1, .24, .24), STEM],
+}
+# Where a card has its suit: upright and, in the other half, upside down; only upright.
+FOUR, SIDES, CENTRE = [(100, 58), (170, 58)], [(100, 189), (170, 189)], (135, 189)
+EIGHT = [*FOUR, (100, 145), (170, 145)]
+PIPS = {
+    "A": ([], [CENTRE]), "2": ([(135, 58)], []), "3": ([(135, 58)], [CENTRE]), "4": (FOUR, []), "5": (FOUR, [CENTRE]),
+    "6": (FOUR, SIDES), "7": (FOUR, [*SIDES, (135, 123)]), "8": ([*FOUR, (135, 123)], SIDES), "9": (EIGHT, [CENTRE]),
+    "10": ([*EIGHT, (135, 101)], []), **dict.fromkeys("JQK", ([(94, 61)], [])),
+}
+
+
+def placed(points, x, y, size):
+    """Points of a shape 1 high, in fine pixels, with its (0, 0) at (x, y) of the card."""
+    return [(FINE * (x + u * size), FINE * (y + v * size)) for u, v in points]
+
+
+def draw_suit(pen, suit, x, y, size=40):
+    """Fill a suit's sign around (x, y)."""
+    for polygon in SIGNS[suit]:
+        pen.polygon(placed(polygon, x, y, size), INKS[suit])
+
+
+def draw_rank(pen, rank, ink, x, y, height, thickness):
+    """Write a rank around (x, y) with a round pen."""
+    middle = max(u for stroke in STROKES[rank] for u, _ in stroke) / 2
+    for stroke in STROKES[rank]:
+        points = placed(stroke, x - middle * height, y - height / 2, height)
+        pen.line(points, ink, FINE * thickness)
+        for point in points:                                # rounds ends and joints; joint="curve" leaves notches
+            pen.circle(point, FINE * thickness / 2, ink)
+
+
+def draw_card(rank, suit):
+    """One card, an RGB picture of CARD pixels; the felt around its round corners makes a paste mask needless."""
+    fine = (FINE * CARD[0], FINE * CARD[1])
+    card, (twice, once) = Image.new("RGB", fine, FELT), PIPS[rank]
+    pen = ImageDraw.Draw(card)
+    pen.rounded_rectangle((0, 0, fine[0] - 1, fine[1] - 1), FINE * 16, "white")
+    if rank in "JQK":
+        pen.rectangle((FINE * 67, FINE * 32, fine[0] - 1 - FINE * 67, fine[1] - 1 - FINE * 32), CREAM, NAVY, FINE * 4)
+    draw_rank(pen, rank, INKS[suit], 34, 46, 60, 10)        # the corner index, then the suit under it and the pips
+    for x, y in [(34, 108), *twice]:
+        draw_suit(pen, suit, x, y)
+    # All of it once more, turned by 180 degrees: the darker of two pixels is the drawn one.
+    card = ImageChops.darker(card, card.transpose(Image.Transpose.ROTATE_180))
+    pen = ImageDraw.Draw(card)
+    for x, y in once:
+        draw_suit(pen, suit, x, y, 120 if rank == "A" else 40)
+    if rank in "JQK":
+        draw_rank(pen, rank, INKS[suit], 135, 202, 125, 20)
+        steps = {"J": 2, "Q": 4, "K": 8}[rank]              # a crown: 2, 3 or 5 tips with a valley between two
+        crown = [(step / steps - .5, step % 2 * .22) for step in range(steps + 1)]
+        pen.polygon(placed([*crown, (.4, .44), (-.4, .44)], 135, 90, 62), GOLD, NAVY, FINE * 2)
+        for tip in placed(crown[::2], 135, 90, 62):
+            pen.circle(tip, FINE * 5, GOLD, NAVY, FINE * 2)
+    return card.resize(CARD, Image.Resampling.LANCZOS)
+
+
+@lru_cache(maxsize=520)
+def card_picture(rank, suit, width, height, card_dir=""):
+    """A card scaled to width x height: ours, or the file of a directory with the official names (HT.png: H 10)."""
+    path = Path(card_dir, f"{suit}{'T' if rank == '10' else rank}.png")
+    try:
+        picture = Image.open(path).convert("RGB") if card_dir else draw_card(rank, suit)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:     # what broken PNGs raise
+        raise ValueError(f"card picture {path}: {error}") from None
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def draw_hand(hand, resolution, card_dir=""):
+    """Four (rank, suit) cards in a row on felt, RGB, resolution x resolution; ValueError names a card's bad file."""
+    scale = resolution / CANVAS
+    width, height = round(CARD[0] * scale), round(CARD[1] * scale)
+    canvas = Image.new("RGB", (resolution, resolution), FELT)
+    for (rank, suit), x in zip(hand, CARDS_X):
+        canvas.paste(card_picture(rank, suit, width, height, card_dir), (round(x * scale), round(CARDS_Y * scale)))
+    return canvas
+
+
+# ---- GeneralPoints -----------------------------------------------------------------------------------------
+
 RULES = {"face_cards_as_10": (10, 10, 10), "face_cards_as_11_12_13": (11, 12, 13)}
 FOLDS = ("all", "train", "test")
 
@@ -156,12 +294,16 @@ class GeneralPoints:
     feedback      "informative" names the fault, "plain" only says the try failed
     fold          "all", or value multisets in ("test") or out of ("train") the held-out tenth
     solution      the expert's formula: "fixed" (the shortest) or "random" (seeded, any of them)
+    vision        show the cards in a picture instead of telling them; misread cards cost extra
+    resolution    pixels of the picture's side (1200 in the paper)
+    card_dir      a folder with the official card pictures; "" draws our own
     prompt_file   JSON object of templates that replace those of PROMPTS
     """
     answer_key = '"formula"'   # rl.py weighs the reply's tokens from here on fully
 
     def __init__(self, rule="face_cards_as_10", target=24, face_card=False, suits=SUITS, verify_iter=5,
-                 feedback="informative", fold="all", solution="fixed", prompt_file=""):
+                 feedback="informative", fold="all", solution="fixed", vision=False, resolution=1200, card_dir="",
+                 prompt_file=""):
         self.values = parse_rule(rule)
         for name, value, allowed in [("feedback", feedback, ("informative", "plain")), ("fold", fold, FOLDS),
                                      ("solution", solution, ("fixed", "random"))]:
@@ -169,11 +311,13 @@ class GeneralPoints:
                 raise ValueError(f"{name} {value!r}: allowed are {', '.join(allowed)}")
         if not isinstance(suits, str) or not suits or set(suits) - set(SUITS) or len(set(suits)) < len(suits):
             raise ValueError(f"suits {suits!r}: allowed are letters of {SUITS}, each once")
-        for name, value, least in [("target", target, 0), ("verify_iter", verify_iter, 1)]:
+        for name, value, least in [("target", target, 0), ("verify_iter", verify_iter, 1),
+                                   ("resolution", resolution, 48)]:
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} {value!r}: must be a whole number, {least} or more")
         self.target, self.face_card, self.verify_iter = target, face_card, verify_iter
         self.feedback, self.fold, self.solution = feedback, fold, solution
+        self.vision, self.resolution, self.card_dir = vision, resolution, card_dir
         self.deck = [(rank, suit) for suit in suits for rank in range(13)]
         self.prompts = load_prompts(prompt_file)
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
@@ -186,7 +330,7 @@ class GeneralPoints:
         return jqk
 
     def deal(self):
-        """Draw hands until one fits: a face card if asked for, a solution, the right fold."""
+        """Draw hands until one fits, a face card if asked for, a solution, the right fold: [(rank, suit)], numbers."""
         for _ in range(100_000):
             cards = self.rng.sample(self.deck, 4)
             ranks = [rank for rank, _ in cards]
@@ -194,7 +338,7 @@ class GeneralPoints:
             if self.face_card and max(ranks) < 10 or not solutions(numbers, self.target):
                 continue
             if self.fold == "all" or held_out(numbers) == (self.fold == "test"):
-                return [RANKS[rank] for rank in ranks], numbers
+                return [(RANKS[rank], suit) for rank, suit in cards], numbers
         raise ValueError(f"no hand makes {self.target} with J,Q,K = {self.jqk}, fold {self.fold}, suits and "
                          f"face_card as given (100,000 deals tried): try another target")
 
@@ -205,12 +349,17 @@ class GeneralPoints:
         """
         self.rng = random.Random(str(seed))   # as text: numbers would lose their sign
         self.jqk = self.values or self.draw_rule()
-        self.cards, self.numbers = self.deal()
+        self.hand, self.numbers = self.deal()
+        self.cards = [rank for rank, _ in self.hand]
         found = solutions(self.numbers, self.target)
         self.formula = found[0] if self.solution == "fixed" else self.rng.choice(found)
         self.turn, self.done = 0, False
-        self.messages = [{"role": "user", "content": self.prompt()}]
+        self.messages = [user_message(self.prompt(), self.picture() if self.vision else None)]
         return self.messages, {"status": "", "success": False, "turn": 0, "new_dialogue": True}
+
+    def picture(self):
+        """The hand as a picture; ValueError if one of the folder's cards cannot be read."""
+        return draw_hand(self.hand, self.resolution, self.card_dir)
 
     def skip_ahead(self, rng, balance):
         """Go where the expert will be at some time: a hand has one position only. Returns the messages there."""
@@ -218,11 +367,12 @@ class GeneralPoints:
 
     def prompt(self):
         task = fill(self.prompts["gp_task"], target=self.target, **dict(zip("JQK", self.jqk)))
-        shown = fill(self.prompts["gp_input_text"], cards=json.dumps(self.cards))
+        shown = fill(self.prompts["gp_input_picture" if self.vision else "gp_input_text"], cards=json.dumps(self.cards))
         return task + shown + fill(self.prompts["gp_output"], target=self.target)
 
     def judge(self, reply):
-        return judge_general_points(reply, self.cards, self.numbers, self.target, False, self.feedback, self.phrases)
+        return judge_general_points(reply, self.cards, self.numbers, self.target, self.vision, self.feedback,
+                                    self.phrases)
 
     def step(self, reply):
         """Judge one reply and append it with the verdict: (messages, reward, terminated, truncated, info)."""
@@ -237,7 +387,7 @@ class GeneralPoints:
         self.messages = self.messages + [{"role": "assistant", "content": reply}, {"role": "user", "content": told}]
         info = {"status": verdict.status, "success": terminated, "turn": self.turn, "kind": "formula",
                 "try": self.turn, "new_dialogue": False, "numbers_right": verdict.numbers_right,
-                "cards_read": verdict.cards_read}
+                "cards_read": verdict.cards_read, "ranks_right": verdict.ranks_right}
         return self.messages, verdict.reward + STEP_LIMIT * truncated, terminated, truncated, info
 
     def format_reply(self, formula):
@@ -653,10 +803,7 @@ class Navigation:
     def arrive(self, at):
         """Stand at position `at` of the rail, where a new dialogue begins; its messages."""
         self.at, self.position, self.tries = at, self.rail[at], 0
-        content = self.prompt()
-        if self.vision:
-            content = [{"type": "image", "image": self.views()}, {"type": "text", "text": content}]
-        self.messages = [{"role": "user", "content": content}]
+        self.messages = [user_message(self.prompt(), self.picture() if self.vision else None)]
         return self.messages
 
     def skip_ahead(self, rng, balance):
@@ -664,7 +811,7 @@ class Navigation:
         kind = rng.choice(sorted({position.kind for position in self.rail})) if balance else ""
         return self.arrive(rng.choice([at for at, position in enumerate(self.rail) if kind in ("", position.kind)]))
 
-    def views(self):
+    def picture(self):
         """The four views from here as one picture; ValueError if it has none."""
         path = self.folder / "street_views" / f"{self.position.pano}.jpg"
         return view_grid(path, self.position.heading, self.turns, self.resolution)
@@ -744,6 +891,7 @@ GP_SPLITS = {
     "unseen": dict(rule="face_cards_as_10", fold="test"),
     "rule_family": dict(rule="random"),
 }
+BLACK, RED = "SC", "HD"
 NAVIGATION_SPLITS = {
     "id": dict(data="train"),
     "rule_ood": dict(data="train", action_space="relative"),
@@ -751,6 +899,9 @@ NAVIGATION_SPLITS = {
 }
 TASKS = {
     "gp-l": (GeneralPoints, GP_SPLITS),
+    "gp-vl": (partial(GeneralPoints, vision=True),
+              {**{split: dict(settings, suits=BLACK) for split, settings in GP_SPLITS.items()},
+               "visual_ood": dict(rule="face_cards_as_10", suits=RED)}),
     "virl-l": (Navigation, NAVIGATION_SPLITS),
     "virl-vl": (partial(Navigation, vision=True),
                 {**NAVIGATION_SPLITS, "visual_ood": dict(data="mini", in_order=True)}),
@@ -772,6 +923,8 @@ def make_env(task, split, **overrides):
     for name, value in arguments.items():
         if name not in known:
             raise ValueError(f"{name} {value!r}: {task} has no such setting; it has {', '.join(known)}")
+        if name in ("resolution", "card_dir") and not task.endswith("-vl"):
+            raise ValueError(f"{name} {value!r}: {task} has no pictures")
         if name in ("fold", "data") and name in splits[split]:
             raise ValueError(f"{name} {value!r}: split {split} has a {name} of its own ({splits[split][name]})")
     return build(**{**splits[split], **arguments})
@@ -787,17 +940,11 @@ def sample_texts(task, num=200, **overrides):
         for i in range(num):
             env.reset(seed=f"texts/{i}")
             messages = env.skip_ahead(env.rng, balance=False)
-            yield messages[-1]["content"]
+            yield read_text(messages[-1])
             for reply in (env.flawed_reply(), env.expert_reply()):
                 messages, *_ = env.step(reply)
                 yield reply
-                yield messages[-1]["content"]
-
-
-def read_text(message):
-    """The text of a message, its picture left out."""
-    content = message["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
+                yield read_text(messages[-1])
 
 
 def main():
@@ -833,9 +980,9 @@ def main():
         if args.show not in (None, "-"):
             file = Path(args.show) / f"{env.turn:02d}.txt"
             file.write_text(f"{read_text(messages[-1])}\n\n> {reply}\n")
-            if hasattr(env, "views") and (env.folder / "street_views").is_dir():
+            if env.vision or args.task == "virl-l" and (env.folder / "street_views").is_dir():
                 try:
-                    env.views().save(file.with_suffix(".png"))
+                    env.picture().save(file.with_suffix(".png"))
                 except ValueError as error:
                     parser.error(str(error))
         messages, reward, _, truncated, info = env.step(reply)

@@ -9,31 +9,47 @@ success within every smaller number of tries as well.
     python evaluate.py --model runs/sft/step_000400                  # one checkpoint, printed only
     python evaluate.py --run runs/rl                                 # all checkpoints of a run and its start
     python evaluate.py --compare runs/sft,runs/rl --figure fig.png   # table beside the paper's numbers, and curves
+    API_KEY=... python evaluate.py --api-url https://host/v1 --api-model NAME --out runs/api   # a model behind an API
 
 Rows of a run go to its eval.jsonl, one per checkpoint, split and seed; rows that are there already are not played
 again, so a stopped evaluation goes on. Several runs of one arm (other seeds) are averaged: mean and standard error
 over runs, which should be evaluated on hands of their own (--seeds) so that the error holds the draw of hands as
 well; a single run has the standard error over its episodes (of a success: the binomial one).
 
-Left out: smoothing (the paper's curves are Savitzky-Golay filtered), API models.
+Left out: smoothing (the paper's curves are Savitzky-Golay filtered).
 """
+import base64
+import hashlib
+import io
 import json
 import math
+import os
+import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
 from tqdm import tqdm
 
 import envs
-from model import (checkpoint_step, checkpoints, decode_reply, encode, fail, knob, load_policy, log_jsonl,
-                   parse_config, pick_device, read_jsonl, sampling_uniforms, write_whole)
+from model import (Sight, checkpoint_step, checkpoints, decode_reply, encode, fail, knob, load_policy, log_jsonl,
+                   parse_config, pick_device, picture_of, read_jsonl, sampling_uniforms, write_whole)
 
 EVALUATION = 2   # the first number of a random stream's key; rl.py has 0 and 1
 # What the tables show, the paper's own measure first. Each is explained in `summarise`.
-METRICS = {"gp-l": ("success",), "virl-l": ("step_accuracy", "step_accuracy_turn", "success")}
-# Paper Fig. 6 and Section 5.1: (%) at the start, after SFT and after RL, at equal compute.
-PAPER = {("gp-l", "rule_ood", "success"): (11.5, 3.4, 15.0), ("virl-l", "rule_ood", "step_accuracy"): (80.8, 1.3, 91.8)}
+METRICS = {"gp-l": ("success",), "gp-vl": ("success", "recognition", "rank_accuracy"),
+           "virl-l": ("step_accuracy", "step_accuracy_turn", "success"),
+           "virl-vl": ("step_accuracy", "step_accuracy_turn", "success")}
+# Paper Fig. 6 and 7, Section 5.1 and 5.2: (%) at the start, after SFT and after RL, at equal compute.
+PAPER = {("gp-l", "rule_ood", "success"): (11.5, 3.4, 15.0),
+         ("virl-l", "rule_ood", "step_accuracy"): (80.8, 1.3, 91.8),
+         ("gp-vl", "rule_ood", "success"): (11.2, 5.6, 14.2), ("gp-vl", "visual_ood", "success"): (23.6, 13.7, 41.2),
+         ("virl-vl", "rule_ood", "step_accuracy"): (35.7, 2.5, 45.0),
+         ("virl-vl", "visual_ood", "success"): (16.7, 11.1, 77.8)}
 PAPER_EPISODES = {"gp": 234, "virl": 48}   # and the 18 routes of visual_ood
 
 
@@ -45,8 +61,14 @@ class Config:
     start: bool = knob(True, "with --run: evaluate the model it started from as well")
     compare: str = knob("", "print the table and draw the figure of these evaluated run folders, comma-separated")
     figure: str = knob("", "with --compare: write the figure here (needs matplotlib)")
-    task: str = knob("gp-l", "which environment", choices=("gp-l", "virl-l"))
+    api_url: str = knob("", "evaluate a model behind this OpenAI-style API; its key stands in the variable API_KEY")
+    api_model: str = knob("", "with --api-url: the model's name there")
+    api_workers: int = knob(8, "with --api-url: requests at the same time", low=1)
+    out: str = knob("", "with --api-url: folder for the replies and for eval.jsonl, new or stopped half-way")
+    task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
     root: str = knob("", "V-IRL: the folder with its data sets")
+    card_dir: str = knob("", "gp-vl: a folder with the official card pictures, instead of ours")
+    resolution: int = knob(0, "pixels of a picture's side (V-IRL: of a view); 0: 1200 and 448", low=0)
     splits: str = knob("id,rule_ood", "what to evaluate on, comma-separated (envs.py lists them)")
     fold: str = knob("", "hands to test on: all, train or test; empty: as the split says", choices=("", *envs.FOLDS))
     verify_iter: int = knob(0, "judged replies per hand or position; 0: the paper's 5 (GP) or 2 (V-IRL)", low=0)
@@ -64,9 +86,99 @@ class Config:
 
 # ---- Playing -----------------------------------------------------------------------------------------------
 
+class LocalModel:
+    """A checkpoint as a player of dialogues; ids are kept from turn to turn, and so is what was seen of a picture."""
+
+    def __init__(self, path, config):
+        self.policy, self.processor = load_policy(path, config.dtype, pick_device(config.device),
+                                                  vision=config.task.endswith("-vl"))
+        self.config, self.sight = config, Sight(self.policy, config.generate_tokens)
+        self.dialogues = {}                                        # episode -> ids of its dialogue so far
+
+    def reply(self, split, seed, turn, conversations):
+        """The texts of the next replies to {episode: (messages, whether they begin a dialogue)}, in order."""
+        config, keys = self.config, [(EVALUATION, seed, i, turn) for i in conversations]
+        prompts = [encode(self.processor, messages, None if new else self.dialogues[i])
+                   for i, (messages, new) in conversations.items()]
+        sight = self.sight([picture_of(messages) for messages, _ in conversations.values()])
+        replies = self.policy.generate(prompts, sampling_uniforms(keys, config.max_new_tokens), config.max_new_tokens,
+                                       config.temperature, config.generate_tokens, sight)
+        self.dialogues = {i: prompt + ids for i, prompt, (ids, _) in zip(conversations, prompts, replies)}
+        return [decode_reply(self.processor, ids) for ids, _ in replies]
+
+
+class ApiModel:
+    """A model behind an API as a player. Replies go to replies.jsonl as they come, each under the digest of its
+    request, and are not asked for again."""
+
+    retries, pause = 6, 1.0   # tries of one request, and seconds before the second; then twice as long each time
+
+    def __init__(self, config):
+        if not os.environ.get("API_KEY"):   # without one the client would send the user's Hugging Face token instead
+            raise ValueError("--api-url needs a key in the environment variable API_KEY; any word will do for a "
+                             "server that asks for none")
+        if not config.api_model or not config.out:
+            raise ValueError("--api-url needs --api-model and --out")
+        self.client = InferenceClient(base_url=config.api_url, api_key=os.environ["API_KEY"], timeout=120)
+        self.config, self.path = config, Path(config.out) / "replies.jsonl"
+        known = read_jsonl(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in known))   # without a torn last line
+        self.known, self.lock = {row["request"]: row["reply"] for row in known}, Lock()
+
+    def reply(self, split, seed, turn, conversations):
+        """As LocalModel.reply; ValueError if the API refuses, or does not answer in several tries."""
+        requests = {}
+        for i, (messages, _) in conversations.items():
+            messages = [message | {"content": api_content(message["content"])} for message in messages]
+            key = json.dumps([self.config.api_url, self.config.api_model, self.config.temperature,
+                              self.config.max_new_tokens, split, seed, i, turn, messages])
+            requests[hashlib.sha256(key.encode()).hexdigest()] = messages
+        missing = [digest for digest in requests if digest not in self.known]
+        with ThreadPoolExecutor(self.config.api_workers) as pool:
+            asked = pool.map(lambda digest: self.ask(digest, requests[digest]), missing)
+            try:
+                for _ in tqdm(asked, total=len(missing), desc=f"turn {turn + 1}", leave=False):
+                    pass
+            finally:
+                pool.shutdown(cancel_futures=True)                 # those on their way still come in
+        return [self.known[digest] for digest in requests]
+
+    def ask(self, digest, messages):
+        """Get one reply. Refusals (4xx) are final; busy or failing servers and lost connections are tried again."""
+        for attempt in range(self.retries):
+            time.sleep(self.pause * 2 ** (attempt - 1) if attempt else 0)
+            try:
+                answer = self.client.chat_completion(messages, model=self.config.api_model,
+                                                     temperature=self.config.temperature,
+                                                     max_tokens=self.config.max_new_tokens)
+                self.known[digest] = answer.choices[0].message.content or ""
+                with self.lock:
+                    return log_jsonl(self.path, request=digest, reply=self.known[digest])
+            except HfHubHTTPError as error:
+                fault = str(error).splitlines()[0]
+                if error.response.status_code < 500 and error.response.status_code not in (408, 429):
+                    break
+            except (InferenceTimeoutError, OSError) as error:
+                fault = str(error).splitlines()[0]
+        raise ValueError(f"--api-url {self.config.api_url}, model {self.config.api_model}: {fault}; replies so far are "
+                         f"in {self.path}")
+
+
+def api_content(content):
+    """The content of a chat message as APIs take it, its picture as a data URL."""
+    if isinstance(content, str):
+        return content
+    png = io.BytesIO()
+    content[0]["image"].save(png, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    return [{"type": "image_url", "image_url": {"url": url}}, content[1]]
+
+
 def make_env(config, split):
     return envs.make_env(config.task, split, root=config.root, fold=config.fold, feedback=config.feedback,
-                         verify_iter=config.verify_iter or None, prompt_file=config.prompt_file)
+                         verify_iter=config.verify_iter or None, prompt_file=config.prompt_file,
+                         card_dir=config.card_dir, resolution=config.resolution or None)
 
 
 def num_episodes(config, split):
@@ -75,28 +187,23 @@ def num_episodes(config, split):
     return config.episodes
 
 
-def play_episodes(policy, processor, environments, seed, config):
+def play_episodes(model, environments, split, seed):
     """Play one episode in each environment, all side by side; the list of infos, one per turn, of each episode."""
-    dialogues, infos = [], [[] for _ in environments]   # a dialogue: its prompt ids
+    conversations, infos, turn = {}, [[] for _ in environments], 0
     for i, env in enumerate(environments):
         messages, _ = env.reset(seed=f"{seed}/evaluate/{i}", episode=i)
-        dialogues.append(encode(processor, messages))
-    playing, turn = list(range(len(environments))), 0
+        conversations[i] = messages, True
     progress = tqdm(total=len(environments), desc="episodes", leave=False)
-    while playing:
-        uniforms = sampling_uniforms([(EVALUATION, seed, i, turn) for i in playing], config.max_new_tokens)
-        prompts = [dialogues[i] for i in playing]
-        replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
-                                  config.generate_tokens)
-        for i, (response_ids, _) in zip(playing, replies):
-            messages, reward, _, _, info = environments[i].step(decode_reply(processor, response_ids))
+    while conversations:
+        replies, going = model.reply(split, seed, turn, conversations), {}
+        for i, reply in zip(conversations, replies):
+            messages, reward, _, _, info = environments[i].step(reply)
             infos[i].append(info | {"reward": reward})
             if environments[i].done:
                 progress.update()
             else:
-                prior_ids = None if info["new_dialogue"] else dialogues[i] + response_ids
-                dialogues[i] = encode(processor, messages, prior_ids)
-        playing, turn = [i for i in playing if not environments[i].done], turn + 1
+                going[i] = messages, info["new_dialogue"]
+        conversations, turn = going, turn + 1
     progress.close()
     return infos
 
@@ -114,6 +221,8 @@ def summarise(infos, verify_iter):
     success             episodes solved
     step_accuracy       replies that are correct, retries included (paper C.3)
     first_try           first replies to a hand or at a position that are correct
+    recognition         hands whose four cards the first reply names, in any order (paper Fig. 8)
+    rank_accuracy       cards that the first reply names in their place; by chance, one in thirteen
     ..._turn and so on  the same for one kind of position
     ..._stderr          standard error of each, over episodes
     """
@@ -129,6 +238,9 @@ def summarise(infos, verify_iter):
     for kind in kinds if kinds != ["formula"] else ():
         shares[f"step_accuracy_{kind}"] = accuracy(lambda info: info["kind"] == kind)
         shares[f"first_try_{kind}"] = accuracy(lambda info: info["kind"] == kind and info["try"] == 1)
+    if "ranks_right" in turns[0]:
+        shares["recognition"] = share([episode[0]["cards_read"] for episode in infos], [1] * len(infos))
+        shares["rank_accuracy"] = share([episode[0]["ranks_right"] for episode in infos], [4] * len(infos))
     row = {"episodes": len(infos), "replies": len(turns)}
     for name, (mean, error) in shares.items():
         row |= {name: mean, f"{name}_stderr": error}
@@ -140,11 +252,12 @@ def summarise(infos, verify_iter):
     return row | {"statuses": dict(sorted(Counter(info["status"] for info in turns).items()))}
 
 
-def evaluate_checkpoint(path, known, config, write):
-    """Evaluate one checkpoint on every split and seed that `known` rows do not cover; `write` gets each new row."""
+def evaluate_model(path, known, config, write):
+    """Evaluate a checkpoint, or the API's model under its name, on every split and seed that `known` rows do not
+    cover; `write` gets each new row."""
     wanted = dict.fromkeys((split, int(seed)) for split in config.splits.split(",") for seed in config.seeds.split(","))
-    names = ("task", "root", "fold", "verify_iter", "feedback", "prompt_file", "episodes", "paper", "temperature",
-             "max_new_tokens", "dtype")
+    names = ("task", "root", "card_dir", "resolution", "fold", "verify_iter", "feedback", "prompt_file", "episodes",
+             "paper", "temperature", "max_new_tokens", "dtype")
     settings = {name: getattr(config, name) for name in names}
     done = [(row["split"], row["seed"]) for row in known
             if row["checkpoint"] == str(path) and row["settings"] == settings]
@@ -152,10 +265,10 @@ def evaluate_checkpoint(path, known, config, write):
     if not missing:
         print(f"{path}: already evaluated")
         return
-    policy, processor = load_policy(str(path), config.dtype, pick_device(config.device))
+    model = ApiModel(config) if config.api_url else LocalModel(str(path), config)
     for split, seed in missing:
         environments = [make_env(config, split) for _ in range(num_episodes(config, split))]
-        infos = play_episodes(policy, processor, environments, seed, config)
+        infos = play_episodes(model, environments, split, seed)
         row = {"checkpoint": str(path), "split": split, "seed": seed, **summarise(infos, environments[0].verify_iter),
                "settings": settings}
         told = ", ".join(f"{name.replace('_', ' ')} {100 * row[name]:.1f} +- {100 * row[f'{name}_stderr']:.1f} %"
@@ -178,8 +291,7 @@ def evaluate_run(run, config):
     write_whole(run / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in known))   # without a torn last line
     for step, path in tqdm(points, desc=f"checkpoints of {run}"):
         compute = {name: spent[step][name] for name in ("gflops", "gflops_paper")}
-        evaluate_checkpoint(path, known, config,
-                            lambda row: log_jsonl(run / "eval.jsonl", step=step, **compute, **row))
+        evaluate_model(path, known, config, lambda row: log_jsonl(run / "eval.jsonl", step=step, **compute, **row))
 
 
 # ---- Comparing ---------------------------------------------------------------------------------------------
@@ -296,14 +408,17 @@ def main(config):
             make_env(config, split)
         if not all(seed.strip().isdecimal() for seed in config.seeds.split(",")):
             raise ValueError(f"--seeds {config.seeds!r}: expected whole numbers such as 0,1,2")
-        if sum(map(bool, (config.model, config.run, config.compare))) != 1:
-            raise ValueError("exactly one of --model, --run and --compare is required")
+        if sum(map(bool, (config.model, config.run, config.compare, config.api_url))) != 1:
+            raise ValueError("exactly one of --model, --run, --compare and --api-url is required")
         if config.compare:
             compare(config.compare.split(","), config.figure)
         elif config.run:
             evaluate_run(Path(config.run), config)
+        elif config.api_url:
+            rows = Path(config.out) / "eval.jsonl"
+            evaluate_model(Path(config.api_model), read_jsonl(rows), config, lambda row: log_jsonl(rows, **row))
         else:
-            evaluate_checkpoint(Path(config.model), [], config, lambda row: print(json.dumps(row)))
+            evaluate_model(Path(config.model), [], config, lambda row: print(json.dumps(row)))
     except ValueError as error:
         fail(error)
 

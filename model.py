@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face causal language model with the paper's value head, and what it needs to run.
+"""The policy: a Hugging Face (vision-)language model with the paper's value head, and what it needs to run.
 
 Messages become token ids (`encode`), ids become log-probs and values (`Policy.forward`), prompts become sampled
 replies (`Policy.generate`). Nothing here knows a game. The last section, "Running", is checkpoints, the config
@@ -8,8 +8,14 @@ parser, the log and the stop signal, so that the scripts show only the method.
 
     prompt_ids (P,)     everything before the reply, the dialogue so far included
     response_ids (R,)   the reply, with its end-of-turn token unless it was cut at the limit
+    picture             a PIL image, the one of a dialogue, or None; the prompt has one <|image|> token for it
 
-Left out: other architectures than text causal LMs, and more than one device.
+Text models are causal LMs shaped like Llama. The vision model is Mllama (Llama-3.2-Vision, the paper's): a picture is
+cut into tiles, the vision tower and a projector make states of them, and some layers of the language model look at
+those by cross-attention, so that a picture adds one token to the prompt and none to the keys and values of the text.
+In transformers the tokens before <|image|> see a little of the picture, too: we leave that as it is.
+
+Left out: other architectures, several pictures in a dialogue, and more than one device.
 """
 import argparse
 import contextlib
@@ -30,13 +36,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig,
-                          LlamaForCausalLM, PreTrainedTokenizerFast)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, DynamicCache, LlamaConfig,
+                          LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor,
+                          PreTrainedTokenizerFast)
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil   # needs no torchvision
 
 # ---- Messages <-> tokens -----------------------------------------------------------------------------------
 
-CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] "
-                 "+ '<|end_of_turn|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+IMAGE_TOKEN = "<|image|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '" + IMAGE_TOKEN + "' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|end_of_turn|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
 def train_tokenizer(texts, atoms, vocab_size=4096):
@@ -62,9 +74,24 @@ def train_tokenizer(texts, atoms, vocab_size=4096):
         padding_side="left", clean_up_tokenization_spaces=False)
 
 
+def tokenizer_of(processor):
+    """A text model's processor is its tokenizer; that of a vision model holds one."""
+    return getattr(processor, "tokenizer", processor)
+
+
 def render(processor, messages, **kwargs):
     # The date is fixed because some templates (Llama 3.2) print today's, and prompts must not change overnight.
-    return processor.apply_chat_template(messages, tokenize=False, date_string="01 Jan 2025", **kwargs)
+    return tokenizer_of(processor).apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False,
+                                                       date_string="01 Jan 2025", **kwargs)
+
+
+def picture_of(messages):
+    """The picture in chat messages, or None; ValueError if there are several."""
+    pictures = [part["image"] for message in messages if not isinstance(message["content"], str)
+                for part in message["content"] if part["type"] == "image"]
+    if len(pictures) > 1:
+        raise ValueError(f"{len(pictures)} pictures in one dialogue: at most one is allowed")
+    return pictures[0] if pictures else None
 
 
 def encode(processor, messages, prior_ids=None):
@@ -72,38 +99,53 @@ def encode(processor, messages, prior_ids=None):
 
     `prior_ids` are the ids of the dialogue up to and including the last reply, as it was sampled. With them, only what
     follows that reply is tokenized: sampled ids are never decoded and encoded again. A reply that was cut at the
-    limit is closed with an end-of-turn, which belongs to the prompt and so to no loss.
+    limit is closed with an end-of-turn, which belongs to the prompt and so to no loss. A picture is one token here.
     """
+    tokenizer, prior = tokenizer_of(processor), prior_ids or []
     text = render(processor, messages, add_generation_prompt=True)
-    if prior_ids is None:
-        return processor(text, add_special_tokens=False).input_ids
-    last_reply = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    head = render(processor, messages[:last_reply + 1])
-    cut = head.rindex(processor.eos_token) + len(processor.eos_token)
-    if text[:cut] != head[:cut]:
-        raise ValueError("the chat template rewrites earlier turns, so sampled ids cannot be kept: use another model")
-    end_of_turn = [] if prior_ids[-1] == processor.eos_token_id else [processor.eos_token_id]
-    return prior_ids + end_of_turn + processor(text[cut:], add_special_tokens=False).input_ids
+    if prior:
+        last_reply = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        head = render(processor, messages[:last_reply + 1])
+        cut = head.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
+        if text[:cut] != head[:cut]:
+            raise ValueError("the chat template rewrites earlier turns, so sampled ids cannot be kept: use another "
+                             "model")
+        text = text[cut:]
+        prior = prior + ([] if prior[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id])
+    ids = prior + tokenizer(text, add_special_tokens=False).input_ids
+    if processor is not tokenizer:
+        found, expected = ids.count(processor.image_token_id), int(picture_of(messages) is not None)
+        if found != expected:
+            raise ValueError(f"{found} {processor.image_token} tokens in a dialogue with {expected} pictures: the text "
+                             f"of a message must not hold {processor.image_token}")
+    return ids
 
 
 def encode_reply(processor, reply):
     """The response ids (R,) that SFT learns: the reply and its end-of-turn."""
-    return processor(reply, add_special_tokens=False).input_ids + [processor.eos_token_id]
+    tokenizer = tokenizer_of(processor)
+    return tokenizer(reply, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 def decode_reply(processor, response_ids):
     """The text of a sampled reply, without its end-of-turn."""
-    return processor.decode([i for i in response_ids if i != processor.eos_token_id])
+    tokenizer = tokenizer_of(processor)
+    return tokenizer.decode([i for i in response_ids if i != tokenizer.eos_token_id])
 
 
-def collate(dialogues, device):
+def collate(dialogues, device, pictures=()):
     """One row of tokens for each dialogue, padded on the right, and where in it the replies stand.
 
     A dialogue is a list of (prompt_ids, response_ids) in which each prompt begins with the whole turn before it, so
     its last turn holds them all and one pass serves every reply: 5 tries cost the tokens of the longest, not the sum.
-    Returns input_ids (rows, T) and, for each of the B replies in order, row, prompt_length and response_length (B,).
+    Returns input_ids (rows, T), for each of the B replies in order, row, prompt_length and response_length (B,), and
+    the pictures, one for each row or none at all. ValueError if only some have one: the layers that look at pictures
+    would be passed over for all rows or for none.
     No attention mask: under causal attention no token sees what follows it, padding or later turns.
     """
+    pictures = [picture for picture in pictures if picture is not None]
+    if len(pictures) not in (0, len(dialogues)):
+        raise ValueError(f"{len(pictures)} pictures for {len(dialogues)} dialogues: a batch has one for each or none")
     whole = [dialogue[-1][0] + dialogue[-1][1] for dialogue in dialogues]
     input_ids = torch.zeros(len(whole), max(map(len, whole)), dtype=torch.long)
     replies = []
@@ -115,7 +157,7 @@ def collate(dialogues, device):
             replies.append((row, len(prompt), len(response)))
     row, prompt_length, response_length = torch.tensor(replies, device=device).T
     return {"input_ids": input_ids.to(device), "row": row, "prompt_length": prompt_length,
-            "response_length": response_length}
+            "response_length": response_length, "pictures": pictures}
 
 
 def micro_batches(lengths, token_budget):
@@ -132,31 +174,38 @@ def micro_batches(lengths, token_budget):
 # ---- Decoding: two ways to hold the keys and values of a batch ---------------------------------------------
 
 class CacheDecoder:
-    """Decode any causal LM over the Hugging Face cache."""
+    """Decode any causal LM over the Hugging Face cache, which also keeps the keys and values of pictures."""
 
     def __init__(self, policy):
         self.policy, self.model = policy, policy.backbone
 
-    def prefill(self, input_ids, attention_mask, max_new_tokens):
-        """Read left-padded prompts (B, P); the logits (B, V) of the first token of the reply."""
+    def prefill(self, input_ids, attention_mask, max_new_tokens, sight=None):
+        """Read left-padded prompts (B, P), and pictures as `see` made them; logits (B, V) of a reply's first token."""
         self.mask = attention_mask
-        self.cache = DynamicCache(config=self.model.config)
-        return self.forward(input_ids, (attention_mask.cumsum(-1) - 1).clamp(min=0))
+        self.cache = DynamicCache(config=self.model.config.get_text_config())
+        vision, self.tiles = {}, None
+        if sight:
+            states, self.tiles = map(torch.stack, zip(*sight))     # (B, S, D), (B, 1, tiles)
+            vision = {"cross_attention_states": states,
+                      "cross_attention_mask": self.policy.cross_attention_mask(input_ids, self.tiles)}
+        return self.forward(input_ids, (attention_mask.cumsum(-1) - 1).clamp(min=0), vision)
 
     def step(self, ids):
         """Append one token to every row, ids (B,); the logits (B, V) of the next."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
-        return self.forward(ids[:, None], self.mask.sum(-1, keepdim=True) - 1)
+        vision = {} if self.tiles is None else {"cross_attention_mask": self.tiles[:, None]}
+        return self.forward(ids[:, None], self.mask.sum(-1, keepdim=True) - 1, vision)
 
-    def forward(self, input_ids, position_ids):
+    def forward(self, input_ids, position_ids, vision):
         with self.policy.autocast():
             hidden = self.model.model(input_ids=input_ids, attention_mask=self.mask, position_ids=position_ids,
-                                      past_key_values=self.cache, use_cache=True).last_hidden_state
+                                      past_key_values=self.cache, use_cache=True, **vision).last_hidden_state
             return self.model.lm_head(hidden[:, -1])
 
     def keep(self, rows):
         """Drop all rows but these."""
         self.mask = self.mask[rows]
+        self.tiles = None if self.tiles is None else self.tiles[rows]
         self.cache.batch_select_indices(rows)
 
 
@@ -181,7 +230,7 @@ class LlamaDecoder(CacheDecoder):
         } for layer in self.model.model.layers for a, m in [(layer.self_attn, layer.mlp)]]
         self.lm_head = self.model.lm_head.weight.to(dtype)
 
-    def prefill(self, input_ids, attention_mask, max_new_tokens):
+    def prefill(self, input_ids, attention_mask, max_new_tokens, sight=None):
         logits = super().prefill(input_ids, attention_mask, max_new_tokens)
         B, P = input_ids.shape
         self.keys, self.values = [], []                            # per layer (B, kv_heads, P + N, head_dim)
@@ -257,18 +306,23 @@ class Policy(nn.Module):
 
     def __init__(self, backbone, processor, dtype="float32"):
         super().__init__()
-        self.backbone = backbone
-        hidden = backbone.config.hidden_size
+        self.backbone, tokenizer = backbone, tokenizer_of(processor)
+        hidden = backbone.config.get_text_config().hidden_size
         self.value_head = nn.Sequential(nn.Linear(hidden, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(),
                                         nn.Linear(512, 1))
-        self.eos_id = processor.eos_token_id
-        rows = backbone.lm_head.weight.shape[0]
-        special = {i for i, token in processor.added_tokens_decoder.items() if token.special and i < rows}
+        self.eos_id = tokenizer.eos_token_id
+        rows = backbone.lm_head.weight.shape[0]                    # <|image|> has no row there: never sampled either
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < rows}
         banned = torch.zeros(rows, dtype=torch.bool)               # special ids and rows without a token are never
         banned[list(special - {self.eos_id})] = True               # sampled; end-of-turn is
-        banned[len(processor):] = True
+        banned[len(tokenizer):] = True
         self.register_buffer("banned", banned, persistent=False)
-        self.dtype = getattr(torch, dtype)
+        self.dtype, self.checkpointing = getattr(torch, dtype), False
+        self.image_processor, self.picture_tokens = None, 0
+        if processor is not tokenizer:
+            self.image_processor, self.image_id = processor.image_processor, processor.image_token_id
+            vision = backbone.config.vision_config                 # tokens per picture: those of every tile, used or
+            self.picture_tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)   # not
 
     @property
     def device(self):
@@ -297,9 +351,13 @@ class Policy(nn.Module):
         offsets = torch.arange(int(lengths.max()), device=self.device)                             # (R,)
         is_token = offsets < lengths[:, None]                                                      # (B, R)
         rows, columns = row[:, None].expand_as(is_token)[is_token], (first[:, None] + offsets)[is_token]   # (n,)
+        vision = self.picture_tensors(batch["pictures"]) if batch["pictures"] else {}
+        if vision:
+            vision["cross_attention_mask"] = self.cross_attention_mask(batch["input_ids"], vision["aspect_ratio_mask"])
+        self.backbone.train(self.checkpointing and torch.is_grad_enabled())
         with self.autocast():
-            hidden = self.backbone.model(input_ids=batch["input_ids"],
-                                         use_cache=False).last_hidden_state                        # (rows, T, D)
+            hidden = self.backbone.model(input_ids=batch["input_ids"], use_cache=False,
+                                         **vision).last_hidden_state                               # (rows, T, D)
             values = self.value_head(hidden[row, first - 1])                                       # (B, 1)
         flat = self.token_logprobs(hidden[rows, columns - 1], batch["input_ids"][rows, columns], temperature)   # (n,)
         logprobs = flat.new_zeros(is_token.shape)                                                  # (B, R)
@@ -314,26 +372,53 @@ class Policy(nn.Module):
             hidden, ban = hidden / temperature, self.banned.nonzero()[:, 0]
         return TokenLogprobs.apply(hidden.to(self.dtype), self.backbone.lm_head.weight.to(self.dtype), ban, targets)
 
+    def num_tokens(self, prompt_ids, response_ids, picture):
+        """The tokens of one pass over a turn, those of its picture included."""
+        return len(prompt_ids) + len(response_ids) + (self.picture_tokens if picture is not None else 0)
+
+    def picture_tensors(self, pictures):
+        """Mllama's inputs for B pictures: pixel_values (B, 1, tiles, 3, size, size), aspect_ratio_ids (B, 1) and
+        aspect_ratio_mask (B, 1, tiles), 1 for tiles that hold a part of the picture."""
+        tensors = self.image_processor([[picture] for picture in pictures], return_tensors="pt")
+        return {name: tensors[name].to(self.device) for name in ("pixel_values", "aspect_ratio_ids",
+                                                                 "aspect_ratio_mask")}
+
+    def cross_attention_mask(self, input_ids, tiles):
+        """Which tiles a token looks at, from <|image|> on all: (B, T) and (B, 1, tiles) to (B, T, 1, tiles)."""
+        sees = (input_ids == self.image_id).cumsum(1) > 0
+        return sees[:, :, None, None] * tiles[:, None]
+
     @torch.no_grad()
-    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536):
+    def see(self, pictures):
+        """What the cross-attention layers look at, for each picture: states (S, D), S = tiles x patches, and which
+        tiles hold something (1, tiles)."""
+        tensors, model = self.picture_tensors(pictures), self.backbone.model
+        with self.autocast():
+            states = model.multi_modal_projector(model.vision_model(**tensors).last_hidden_state)
+        return list(zip(states.flatten(1, -2), tensors["aspect_ratio_mask"]))
+
+    @torch.no_grad()
+    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536, sight=None):
         """Sample one reply to each prompt: (response_ids, the log-probs (R,) seen while sampling) per prompt.
 
         `uniforms` (number of prompts, max_new_tokens) in [0, 1) decide the tokens, one row a reply, so but for
         rounding a reply does not depend on the rows beside it. Temperature 0 takes the likeliest token. Rows that
-        end leave the batch. The log-probs serve only to check those of `forward`.
+        end leave the batch. `sight` is what `see` makes of the pictures, one for each prompt, or None. The log-probs
+        serve only to check those of `forward`.
         """
-        replies = [None] * len(prompts)
+        self.backbone.eval()
+        replies, seen_tokens = [None] * len(prompts), self.picture_tokens if sight else 0
         uniforms = torch.as_tensor(uniforms, device=self.device)
         config = self.backbone.config
         plain_llama = (config.model_type == "llama" and config.hidden_act == "silu"
                        and not config.attention_bias and not config.mlp_bias)
         decoder = LlamaDecoder(self) if plain_llama else CacheDecoder(self)
-        for rows in micro_batches([len(p) + max_new_tokens for p in prompts], token_budget):
+        for rows in micro_batches([len(p) + max_new_tokens + seen_tokens for p in prompts], token_budget):
             P = max(len(prompts[row]) for row in rows)
             padding = [P - len(prompts[row]) for row in rows]                                      # on the left
             input_ids = torch.tensor([[0] * pad + prompts[row] for pad, row in zip(padding, rows)], device=self.device)
             mask = torch.tensor([[0] * pad + [1] * (P - pad) for pad in padding], device=self.device)
-            logits = decoder.prefill(input_ids, mask, max_new_tokens)
+            logits = decoder.prefill(input_ids, mask, max_new_tokens, sight and [sight[row] for row in rows])
             alive = torch.tensor(rows, device=self.device)         # which prompt each row of the batch answers
             going = torch.ones_like(alive, dtype=torch.bool)
             drawn_ids, drawn_logprobs = [], []
@@ -369,6 +454,27 @@ class Policy(nn.Module):
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
 
+class Sight:
+    """`Policy.see` for a rollout: the weights stand still, so a picture is looked at once, and its states serve every
+    turn of the dialogue. States are kept until a call does without their picture."""
+
+    def __init__(self, policy, token_budget):
+        self.policy, self.seen = policy, {}                        # id of a picture -> the picture, its states
+        self.at_once = max(1, token_budget // max(1, policy.picture_tokens))
+
+    def __call__(self, pictures):
+        """The states of each picture in order; None if there are no pictures."""
+        if None in pictures:
+            return None
+        wanted = {id(picture): picture for picture in pictures}
+        self.seen = {key: self.seen[key] for key in wanted if key in self.seen}
+        new = [key for key in wanted if key not in self.seen]
+        for start in range(0, len(new), self.at_once):
+            keys = new[start:start + self.at_once]
+            self.seen |= zip(keys, zip(map(wanted.get, keys), self.policy.see(list(map(wanted.get, keys)))))
+        return [self.seen[id(picture)][1] for picture in pictures]
+
+
 def sampling_uniforms(keys, max_new_tokens):
     """Uniforms (len(keys), max_new_tokens) for `generate`, each row from a generator seeded by its key of integers."""
     return np.stack([np.random.default_rng(key).random(max_new_tokens) for key in keys])
@@ -376,66 +482,124 @@ def sampling_uniforms(keys, max_new_tokens):
 
 # ---- Making and loading one --------------------------------------------------------------------------------
 
-TINY = re.compile(r"tiny(?::(\d+)x(\d+))?")
+TINY = re.compile(r"(tiny|tiny-vl)(?::(\d+)x(\d+))?")
+FREEZABLE = {"vision": "model.vision_model", "projector": "model.multi_modal_projector"}   # paper Fig. 16
 
 
 def make_tiny(name, texts, atoms):
-    """A random-init Llama, "tiny" (128x4) or "tiny:WIDTHxLAYERS", and a tokenizer trained on `texts`."""
-    width, layers = (int(number or default) for number, default in zip(TINY.fullmatch(name).groups(), (128, 4)))
-    if width % 32 or not width or not layers:
-        raise ValueError(f"model {name!r}: WIDTH must be a multiple of 32 and LAYERS at least 1")
+    """A random-init model and a tokenizer or processor, the tokenizer trained on `texts`.
+
+    "tiny" (128x4) or "tiny:WIDTHxLAYERS" is a Llama; "tiny-vl" likewise an Mllama that sees pictures as one tile of
+    224 pixels in 64 patches, with a vision tower of the same width and every second layer looking at the picture.
+    """
+    kind, *size = TINY.fullmatch(name).groups()
+    width, layers = (int(number or default) for number, default in zip(size, (128, 4)))
+    if width % 32 or not width or layers < (least := 1 + (kind == "tiny-vl")):
+        raise ValueError(f"model {name!r}: WIDTH must be a multiple of 32 and LAYERS at least {least}")
     tokenizer = train_tokenizer(texts, atoms)
-    config = LlamaConfig(
+    common = dict(
         vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
         num_key_value_heads=width // 32, intermediate_size=width * 8 // 3 // 32 * 32, max_position_embeddings=4096,
-        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        tie_word_embeddings=kind == "tiny", rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return LlamaForCausalLM(config), tokenizer
+    if kind == "tiny":
+        return LlamaForCausalLM(LlamaConfig(**common)), tokenizer
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)       # its id is V: beyond lm_head, so never sampled
+    processor = MllamaProcessor(MllamaImageProcessorPil(size={"height": 224, "width": 224}, max_image_tiles=1),
+                                tokenizer, chat_template=CHAT_TEMPLATE)
+    backbone = MllamaForConditionalGeneration(MllamaConfig(
+        image_token_index=processor.image_token_id,
+        text_config=dict(common, cross_attention_layers=list(range(1, layers, 2))),
+        vision_config=dict(hidden_size=width, attention_heads=width // 32, intermediate_size=2 * width, patch_size=28,
+                           image_size=224, num_hidden_layers=2, num_global_layers=1, intermediate_layers_indices=[0, 1],
+                           vision_output_dim=3 * width, max_num_tiles=1, supported_aspect_ratios=[[1, 1]])))
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("gate"):                                  # 0 in a new Mllama, which is blind therefore
+            nn.init.constant_(parameter, 0.5)
+    return backbone, processor
 
 
-def check_model(path, backbone, processor):
+def check_model(path, backbone, processor, vision):
     """ValueError unless this model and its chat template behave as `encode` and `Policy` take for granted."""
-    if processor.chat_template is None or processor.eos_token is None:
+    tokenizer = tokenizer_of(processor)
+    if processor.chat_template is None or tokenizer.eos_token is None:
         raise ValueError(f"model {path!r}: its tokenizer has no chat template or no end-of-sequence token")
-    messages = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2"), ("user", "3"))]
+    contents = [[{"type": "image", "image": None}, {"type": "text", "text": "1"}] if vision else "1", "2", "3"]
+    messages = [{"role": role, "content": content} for role, content in zip(("user", "assistant", "user"), contents)]
     first = render(processor, messages[:1], add_generation_prompt=True)
     whole = render(processor, messages, add_generation_prompt=True)
-    if not whole.startswith(f"{first}2{processor.eos_token}"):
+    if not whole.startswith(f"{first}2{tokenizer.eos_token}"):
         raise ValueError(f"model {path!r}: its chat template must keep earlier turns as they were and end a reply with "
-                         f"{processor.eos_token!r}; allowed are models whose template does")
-    ids = torch.tensor([processor(first, add_special_tokens=False).input_ids])
+                         f"{tokenizer.eos_token!r}; allowed are models whose template does")
+    ids = tokenizer(first, add_special_tokens=False).input_ids
+    for token, times, least in [(tokenizer.bos_token, 1, 0), (IMAGE_TOKEN, 1, 1)][:1 + vision]:
+        if token and not least <= ids.count(tokenizer.convert_tokens_to_ids(token)) <= times:
+            raise ValueError(f"model {path!r}: its chat template must write {token} once, not {whole.count(token)} "
+                             "times")
     with torch.no_grad():
-        expected, product = backbone(ids).logits, backbone.lm_head(backbone.model(ids).last_hidden_state)
+        text = torch.tensor([[i for i in ids if tokenizer.convert_ids_to_tokens(i) != IMAGE_TOKEN]])
+        expected, product = backbone(text).logits, backbone.lm_head(backbone.model(text).last_hidden_state)
         if backbone.lm_head.bias is not None or not torch.allclose(expected, product, atol=1e-4):
             raise ValueError(f"model {path!r}: its logits are not plain products of hidden states and lm_head "
                              f"({backbone.config.model_type}), which is not supported")
 
 
-def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=()):
-    """(policy, processor) from a folder that any Hugging Face tool opens, or "tiny" for a random-init Llama.
+def load_folder(path, vision):
+    """(backbone, processor) from a Hugging Face folder, in float32; ValueError says why it cannot be used."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "
+                         "allowed: tiny, tiny-vl, either with :WIDTHxLAYERS, or a folder")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        is_mllama = config.model_type == "mllama"
+        if vision and not is_mllama:
+            raise ValueError(f"{config.model_type} reads no pictures; the task needs a vision model, supported are "
+                             "mllama (Llama-3.2-Vision) and tiny-vl")
+        model_class = MllamaForConditionalGeneration if is_mllama else AutoModelForCausalLM
+        backbone = model_class.from_pretrained(folder, dtype=torch.float32)
+        processor = (AutoProcessor if is_mllama else AutoTokenizer).from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {path!r}: not a model that can be used with its tokenizer or processor: "
+                         f"{str(error).splitlines()[0]}") from None
+    if is_mllama and not hasattr(processor, "image_processor"):
+        raise ValueError(f"model {path!r}: a vision model without its processor (no preprocessor_config.json or "
+                         "processor_config.json in the folder)")
+    if not hasattr(backbone, "model") or not hasattr(backbone, "lm_head"):
+        raise ValueError(f"model {path!r}: architecture {config.model_type} is not supported; "
+                         "supported are mllama and causal LMs shaped like Llama (.model and .lm_head)")
+    check_model(path, backbone, processor, vision)
+    return backbone, processor
 
-    `texts` and `atoms` are what the tokenizer of "tiny" is trained on. A missing value head is
-    initialised from torch's seed. ValueError says what is wrong with a folder that is not a text causal LM.
+
+def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=False, freeze="",
+                gradient_checkpointing=False):
+    """(policy, processor) from a folder that any Hugging Face tool opens, or "tiny" or "tiny-vl" (`make_tiny`).
+
+    `texts` and `atoms` are what the tokenizer of a tiny model is trained on. A missing value head is initialised from
+    torch's seed. `vision` demands a model that reads pictures (one that does may also be used in words, as in the
+    paper). `freeze` names parts that are not trained, comma-separated. ValueError says what does not fit.
     """
     if TINY.fullmatch(path):
+        if vision and not path.startswith("tiny-vl"):
+            raise ValueError(f"model {path!r} reads no pictures; the task needs a vision model such as tiny-vl")
         backbone, processor = make_tiny(path, texts, atoms)
     else:
-        folder = Path(path)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "
-                             "allowed: tiny, tiny:WIDTHxLAYERS, or a folder")
-        try:
-            config = AutoConfig.from_pretrained(folder)
-            backbone = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            processor = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"model {path!r}: not a text causal language model with its tokenizer: "
-                             f"{str(error).splitlines()[0]}") from None
-        if not hasattr(backbone, "model") or not hasattr(backbone, "lm_head"):
-            raise ValueError(f"model {path!r}: architecture {config.model_type} is not supported; "
-                             "supported are causal LMs shaped like Llama (.model and .lm_head)")
-        check_model(path, backbone, processor)
+        backbone, processor = load_folder(path, vision)
+    for name in filter(None, freeze.split(",")):
+        if name not in FREEZABLE or backbone.config.model_type != "mllama":
+            raise ValueError(f"freeze {name!r}: allowed are {', '.join(FREEZABLE)}, and only in a vision model")
+        backbone.get_submodule(FREEZABLE[name]).requires_grad_(False)
     policy = Policy(backbone, processor, dtype).eval()   # no dropout: sampling and update must agree
+    if gradient_checkpointing:
+        enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+        enable({"use_reentrant": False})                 # older transformers know the second name only
+        policy.checkpointing = True
+        for module in backbone.modules():                # `forward` has to switch to training mode for it
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
     value_head = Path(path) / "value_head.safetensors"
     if value_head.is_file():
         policy.value_head.load_state_dict(load_file(value_head))
@@ -513,7 +677,8 @@ def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
 # ---- Running: run folders, checkpoints, log ----------------------------------------------------------------
 
 # Fields that say how a run is executed, not what it computes: they may differ when it is continued.
-RUNNING = {"out", "device", "micro_batch_tokens", "generate_tokens", "save_every", "keep_resume"}
+RUNNING = {"out", "device", "micro_batch_tokens", "generate_tokens", "save_every", "keep_resume",
+           "gradient_checkpointing"}
 
 
 def check_run(config):

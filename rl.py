@@ -28,9 +28,9 @@ import torch
 from tqdm import tqdm, trange
 
 import envs
-from model import (StopSignal, check_run, collate, decode_reply, encode, fail, knob, learning_rate, load_policy,
-                   load_resume, log_jsonl, micro_batches, open_run, parse_config, pick_device, sampling_uniforms,
-                   save_checkpoint)
+from model import (FREEZABLE, Sight, StopSignal, check_run, collate, decode_reply, encode, fail, knob, learning_rate,
+                   load_policy, load_resume, log_jsonl, micro_batches, open_run, parse_config, pick_device, picture_of,
+                   sampling_uniforms, save_checkpoint)
 
 SAMPLES, SHUFFLES = 0, 1            # the first number of a random stream's key: what it is for
 LAMBDA = {"gp": 6.0, "virl": 5.1}   # paper C.3: tokens of the rollout buffer per token trained
@@ -41,9 +41,11 @@ class Config:
     """Defaults are the official code's (scripts/gp_training, rl/configs), but for max_grad_norm and the value clip."""
     out: str = knob("", "run folder, new or stopped half-way")
     model: str = knob("", "a model folder, usually one that sft.py wrote")
-    task: str = knob("gp-l", "which environment", choices=("gp-l", "virl-l"))
+    task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
     # environment
     root: str = knob("", "V-IRL: the folder with its data sets")
+    card_dir: str = knob("", "gp-vl: a folder with the official card pictures, instead of ours")
+    resolution: int = knob(0, "pixels of a picture's side (V-IRL: of a view); 0: 1200 and 448", low=0)
     split: str = knob("id", "the rule to train on")
     fold: str = knob("", "hands to train on: all, train or test; empty: as the split says", choices=("", *envs.FOLDS))
     verify_iter: int = knob(0, "judged replies per hand or position; 0: the paper's 5 (GP) or 2 (V-IRL)", low=0)
@@ -69,10 +71,12 @@ class Config:
     value_clip: float = knob(0.0, "clip of the value's change; 0: none (official: 0.1)", low=0)
     value_coef: float = knob(0.5, "weight of the value loss", low=0)
     thought_coef: float = knob(0.5, "weight of the log-probs before the answer key", low=0)
+    freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)}")
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this (official: 0.01, without effect)", low=1e-12)
     # running
     micro_batch_tokens: int = knob(16384, "padded tokens per forward of the update", low=1)
     generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
+    gradient_checkpointing: bool = knob(False, "compute activations twice to save memory")
     dtype: str = knob("float32", "compute in this type; weights are float32", choices=("float32", "bfloat16"))
     device: str = knob("auto", "cpu, cuda, or auto")
     seed: int = knob(0, "fixes deals, samples and a new value head", low=0)
@@ -90,6 +94,7 @@ class Turn:
     done: bool            # terminated or truncated: GAE stops here
     dialogue: tuple       # turns of one dialogue share this: (environment, episode, number in it)
     info: dict
+    picture: object = None   # PIL; the one of the dialogue
 
 
 class Player:
@@ -108,7 +113,7 @@ class Player:
 
     def continue_with(self, messages, prior_ids):
         self.dialogue += prior_ids is None
-        self.prompt_ids = encode(self.processor, messages, prior_ids)
+        self.prompt_ids, self.picture = encode(self.processor, messages, prior_ids), picture_of(messages)
 
     def play(self, response_ids):
         """Step the environment with a reply and move on to the next prompt: (messages, reward, done, info)."""
@@ -138,22 +143,23 @@ def find_answer(processor, response_ids, answer_key):
 
 def collect_turns(policy, processor, players, update, config, stop):
     """S turns of every player, sampled from the policy: N turns ordered (S, E); None if a stop was asked for."""
-    turns = []
+    turns, sight = [], Sight(policy, config.generate_tokens)
     for s in tqdm(range(config.turns_per_env), desc="rollout", leave=False):
         if stop.requested:
             return None
-        prompts = [player.prompt_ids for player in players]
+        prompts, pictures = zip(*[(player.prompt_ids, player.picture) for player in players])
         keys = [(SAMPLES, config.seed, update, player.index, s) for player in players]
         uniforms = sampling_uniforms(keys, config.max_new_tokens)
         replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
-                                  config.generate_tokens)
-        for player, prompt_ids, (response_ids, _) in zip(players, prompts, replies):
+                                  config.generate_tokens, sight(pictures))
+        for player, prompt_ids, picture, (response_ids, _) in zip(players, prompts, pictures, replies):
             dialogue = player.index, player.episode, player.dialogue
             messages, reward, done, info = player.play(response_ids)
             answer_start = find_answer(processor, response_ids, player.env.answer_key)
-            turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, dialogue, info))
+            turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, dialogue, info, picture))
             if done and player.index < 2:   # a few whole conversations to read: the way to see reward hacking
-                log_jsonl(Path(config.out) / "turns.jsonl", step=update + 1, env=player.index, messages=messages,
+                told = [message | {"content": envs.read_text(message)} for message in messages]
+                log_jsonl(Path(config.out) / "turns.jsonl", step=update + 1, env=player.index, messages=told,
                           reward=reward, **info)
     return turns
 
@@ -170,9 +176,15 @@ def turn_length(turn):
     return len(turn.prompt_ids) + len(turn.response_ids)
 
 
-def turn_batches(turns, dialogues, config):
+def dialogue_length(policy, turns, dialogue):
+    """Tokens of one pass over a dialogue: its last turn holds the earlier ones."""
+    last = turns[dialogue[-1]]
+    return policy.num_tokens(last.prompt_ids, last.response_ids, last.picture)
+
+
+def turn_batches(policy, turns, dialogues, config):
     """Micro-batches of whole dialogues, as lists of lists of turn indices: the turns of a dialogue share one row."""
-    lengths = [turn_length(turns[dialogue[-1]]) for dialogue in dialogues]   # the last turn holds the earlier ones
+    lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
     for group in micro_batches(lengths, config.micro_batch_tokens):
         yield [dialogues[i] for i in group]
 
@@ -184,7 +196,7 @@ def turn_logprobs(policy, turns, dialogues, config):
     """
     flat = [turns[i] for dialogue in dialogues for i in dialogue]
     samples = [[(turns[i].prompt_ids, turns[i].response_ids) for i in dialogue] for dialogue in dialogues]
-    batch = collate(samples, policy.device)
+    batch = collate(samples, policy.device, [turns[dialogue[-1]].picture for dialogue in dialogues])
     logprobs, values = policy(batch, config.temperature)                            # (B, R), (B,)
     starts = torch.tensor([turn.answer_start for turn in flat], device=policy.device)
     is_thought = torch.arange(logprobs.shape[1], device=policy.device) < starts[:, None]
@@ -195,7 +207,7 @@ def turn_logprobs(policy, turns, dialogues, config):
 def score_turns(policy, turns, config):
     """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,)."""
     logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
-    for dialogues in turn_batches(turns, group_dialogues(turns), config):
+    for dialogues in turn_batches(policy, turns, group_dialogues(turns), config):
         rows = [i for dialogue in dialogues for i in dialogue]
         micro_logprobs, micro_values = turn_logprobs(policy, turns, dialogues, config)
         logprobs[rows], values[rows] = micro_logprobs.cpu(), micro_values.cpu()
@@ -256,7 +268,7 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
         for start in range(0, len(turns), config.minibatch_turns):
             chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
             num_turns = sum(len(all_dialogues[i]) for i in chosen)
-            for dialogues in turn_batches(turns, [all_dialogues[i] for i in chosen], config):
+            for dialogues in turn_batches(policy, turns, [all_dialogues[i] for i in chosen], config):
                 rows = [i for dialogue in dialogues for i in dialogue]
                 logprobs, values = turn_logprobs(policy, turns, dialogues, config)
                 old_logprob, old_value, advantage, target = columns[:, rows]        # (B,) each
@@ -297,16 +309,24 @@ def rollout_stats(turns, eos_id):
             "success": sum(turn.info["success"] for turn in ended) / max(1, len(ended)),
             "step_accuracy": statuses["correct"] / len(turns),
             "reward": sum(turn.reward for turn in turns) / len(turns),
+            **({"cards_read": sum(turn.info["cards_read"] for turn in turns) / len(turns)}
+               if "cards_read" in turns[0].info else {}),
             **{f"step_accuracy_{kind}": correct[kind] / kinds[kind] for kind in sorted(kinds)},
             **{f"status_{status}": statuses[status] for status in sorted(statuses)},
             "replies_cut": sum(turn.response_ids[-1] != eos_id for turn in turns),
             "response_length": sum(len(turn.response_ids) for turn in turns) / len(turns)}
 
 
-def advance(state, turns, upcoming, players, config):
-    """The state after an update: its number, the tokens spent so far, and where each environment stands."""
-    dialogue_tokens = sum(turn_length(turns[dialogue[-1]]) for dialogue in group_dialogues(turns))
-    sampled, scored = sum(map(turn_length, turns)), dialogue_tokens + sum(map(turn_length, upcoming))
+def advance(policy, state, turns, upcoming, players, config):
+    """The state after an update: its number, the tokens spent so far, and where each environment stands.
+
+    In sampling every turn reads its prompt anew, but a picture is looked at once in its dialogue.
+    """
+    dialogues = group_dialogues(turns)
+    dialogue_tokens = sum(dialogue_length(policy, turns, dialogue) for dialogue in dialogues)
+    pictures = sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues)
+    sampled = sum(map(turn_length, turns)) + policy.picture_tokens * pictures
+    scored = dialogue_tokens + sum(dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming)))
     return {"step": state["step"] + 1, "tokens_trained": state["tokens_trained"] + config.epochs * dialogue_tokens,
             "tokens_rollout": state["tokens_rollout"] + sampled + scored,
             "players": [[player.episode, player.replies] for player in players], "seconds": state["seconds"]}
@@ -329,6 +349,7 @@ def make_envs(config):
                          f"({config.num_envs} environments x {config.turns_per_env})")
     environments = [envs.make_env(config.task, config.split, root=config.root, fold=config.fold,
                                   verify_iter=config.verify_iter or None, feedback=config.feedback,
+                                  card_dir=config.card_dir, resolution=config.resolution or None,
                                   prompt_file=config.prompt_file) for _ in range(config.num_envs)]
     if config.minibatch_turns < (tries := environments[0].verify_iter):
         raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must be at least --verify-iter {tries}, since a "
@@ -343,7 +364,8 @@ def main(config):
         torch.manual_seed(config.seed)
         texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts,
-                                        environments[0].atoms())
+                                        environments[0].atoms(), config.task.endswith("-vl"), config.freeze,
+                                        config.gradient_checkpointing)
         open_run(config, newest)
     except ValueError as error:
         fail(error)
@@ -369,7 +391,8 @@ def main(config):
         clock.append(time.time())
         old_logprobs, values = score_turns(policy, turns, config)                   # (N,), (N,)
         # the prompts that come next, as turns without a reply: only their values are used
-        upcoming = [Turn(player.prompt_ids, [], 0, 0.0, False, (player.index,), {}) for player in players]
+        upcoming = [Turn(player.prompt_ids, [], 0, 0.0, False, (player.index,), {}, player.picture)
+                    for player in players]
         _, next_values = score_turns(policy, upcoming, config)                      # (E,)
         advantages, returns = estimate_advantages(turns, values, next_values, config)
         try:
@@ -377,7 +400,8 @@ def main(config):
         except FloatingPointError as error:
             fail(f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
         clock.append(time.time())
-        state = advance(state | {"seconds": state["seconds"] + clock[2] - clock[0]}, turns, upcoming, players, config)
+        state = advance(policy, state | {"seconds": state["seconds"] + clock[2] - clock[0]}, turns, upcoming, players,
+                        config)
         rollout = rollout_stats(turns, policy.eos_id)
         log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout, **stats, value=float(values.mean()),
                   tokens_trained=state["tokens_trained"], tokens_rollout=state["tokens_rollout"],

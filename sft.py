@@ -6,7 +6,7 @@ reply and its end-of-turn, never the prompt.
     python sft.py --model PATH --out runs/sft                      # the paper's settings, pairs made on the fly
     python sft.py --model PATH --out runs/sft --data data.json     # from a file in the released shape
     python sft.py --model tiny --out runs/base --mix rule_family:1 --failed-tries 4       # see recipes/base.sh
-    python sft.py --task virl-vl --root city0 --dump data.json --num 1000     # write such a file, train nothing
+    python sft.py --task gp-vl --dump data.json --num 1000     # write such a file, with its pictures; train nothing
 
 The same command continues a run that was stopped, from its newest checkpoint. Sample i of a run is made from the seed
 "SEED/sft/i", so nothing but the number of the next sample has to be remembered. A V-IRL sample is one position of a
@@ -24,21 +24,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import trange
+from PIL import Image
+from tqdm import tqdm, trange
 
 import envs
-from model import (StopSignal, check_run, collate, encode, encode_reply, fail, knob, learning_rate, load_policy,
-                   load_resume, log_jsonl, micro_batches, open_run, parse_config, pick_device, save_checkpoint,
-                   write_whole)
+from model import (FREEZABLE, IMAGE_TOKEN, StopSignal, check_run, collate, encode, encode_reply, fail, knob,
+                   learning_rate, load_policy, load_resume, log_jsonl, micro_batches, open_run, parse_config,
+                   pick_device, picture_of, save_checkpoint, write_whole)
 
 
 @dataclass
 class Config:
     """Defaults are the published settings for GP-L (official sft/sft_scripts/gp_l.sh); the batch is the global one."""
     out: str = knob("", "run folder, new or stopped half-way")
-    model: str = knob("", "a model folder, or tiny, or tiny:WIDTHxLAYERS")
+    model: str = knob("", "a model folder, or tiny or tiny-vl, either with :WIDTHxLAYERS")
     task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
     root: str = knob("", "V-IRL: the folder with its data sets")
+    card_dir: str = knob("", "gp-vl: a folder with the official card pictures, instead of ours")
+    resolution: int = knob(0, "pixels of a picture's side (V-IRL: of a view); 0: 1200 and 448", low=0)
     # data
     mix: str = knob("id:1", "splits and their weights, such as id:0.7,rule_ood:0.3")
     fold: str = knob("", "hands to train on: all, train or test; empty: as the split says", choices=("", *envs.FOLDS))
@@ -47,7 +50,7 @@ class Config:
     balance: bool = knob(False, "V-IRL: turns, forwards and stops equally often")
     failed_tries: int = knob(0, "up to this many failed tries before the expert reply (Fig. 15)", low=0, high=9)
     prompt_file: str = knob("", "JSON object of templates that replace ours")
-    data: str = knob("", "train on this file of conversations instead (of the knobs above only --root still counts)")
+    data: str = knob("", "train on this file of conversations instead (of the knobs above only the task still counts)")
     dump: str = knob("", "write samples to this file in the shape that --data reads, and train nothing")
     num: int = knob(1000, "with --dump: so many samples", low=1)
     # optimisation
@@ -55,11 +58,13 @@ class Config:
     batch_size: int = knob(128, "samples per optimizer step: 16 x 8 GPUs in the paper", low=1)
     lr: float = knob(1e-6, "peak learning rate (5e-7 for the vision tasks)", low=0)
     warmup_ratio: float = knob(0.03, "share of the steps with linear warm-up, then cosine to 0", low=0, high=1)
+    freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)} (Fig. 16)")
     weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
     beta2: float = knob(0.98, "AdamW beta 2; beta 1 is 0.9, eps 1e-7", low=0, high=0.999999)
     max_grad_norm: float = knob(1.0, "gradient norm is clipped to this", low=1e-12)
     # running
     micro_batch_tokens: int = knob(16384, "padded tokens per forward", low=1)
+    gradient_checkpointing: bool = knob(False, "compute activations twice to save memory")
     dtype: str = knob("float32", "compute in this type; weights are float32", choices=("float32", "bfloat16"))
     device: str = knob("auto", "cpu, cuda, or auto")
     seed: int = knob(0, "fixes weights of a tiny model and every sample", low=0)
@@ -81,11 +86,20 @@ def parse_mix(text):
     return tuple(zip(*pairs))
 
 
-def read_conversations(path):
+def check_picture(path, where):
+    """ValueError if this file is not a picture that can be read to its end."""
+    try:
+        Image.open(path).load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # SyntaxError: a broken PNG
+        raise ValueError(f"{where}: key 'image': {error}") from None
+
+
+def read_conversations(path, vision):
     """(messages, reply) pairs from a file in the released data.json shape, one for every reply in it.
 
-    Shape: [{"conversations": [{"from": "human" | "gpt", "value": text}, ...]}, ...]. ValueError names file, record
-    and key.
+    Shape: [{"image": file, "conversations": [{"from": "human" | "gpt", "value": text}, ...]}, ...]. With `vision`
+    every record has one picture, its path relative to the data file's folder, and one <image> in its first text;
+    without, none has. In the messages stands the path. ValueError names file, record and key.
     """
     try:
         records = json.loads(Path(path).read_text())
@@ -94,22 +108,33 @@ def read_conversations(path):
     if not isinstance(records, list) or not records:
         raise ValueError(f"data file {path}: expected a non-empty list of records, got {type(records).__name__}")
     pairs, roles = [], ("human", "gpt")
-    for index, record in enumerate(records):
+    for index, record in enumerate(tqdm(records, desc="pictures", leave=False) if vision else records):
         where = f"data file {path}, record {index}"
         turns = record.get("conversations") if isinstance(record, dict) else None
         if not isinstance(turns, list) or not turns or len(turns) % 2:
             raise ValueError(f"{where}: key 'conversations' must be a list of human and gpt turns in pairs")
-        if record.get("image"):
-            raise ValueError(f"{where}: key 'image': pictures are not supported for text models")
+        image = record.get("image")
+        if not (isinstance(image, str) and image if vision else image in (None, "")):
+            raise ValueError(f"{where}: key 'image': a task with pictures needs one file per record, another none; "
+                             f"got {image!r}")
+        if vision:
+            check_picture(image := Path(path).parent / image, where)
         messages = []
         for at, turn in enumerate(turns):
             if not isinstance(turn, dict) or turn.get("from") != roles[at % 2]:
                 raise ValueError(f"{where}: key 'from' of turn {at} must be {roles[at % 2]!r}")
             if not isinstance(turn.get("value"), str):
                 raise ValueError(f"{where}: key 'value' of turn {at} must be text")
+            text, slots = turn["value"], int(vision and at == 0)
+            if text.count("<image>") != slots or IMAGE_TOKEN in text:
+                raise ValueError(f"{where}: key 'value' of turn {at} must hold <image> {slots} times and no "
+                                 f"{IMAGE_TOKEN}; it has {text.count('<image>')} and {text.count(IMAGE_TOKEN)}")
             if at % 2:
-                pairs.append((messages, turn["value"]))
-            messages = messages + [{"role": ("user", "assistant")[at % 2], "content": turn["value"]}]
+                pairs.append((messages, text))
+                messages = messages + [{"role": "assistant", "content": text}]
+            else:
+                text = text.replace("<image>\n", "").replace("<image>", "")
+                messages = messages + [envs.user_message(text, image if slots else None)]
     return pairs
 
 
@@ -121,10 +146,11 @@ class Samples:
         if config.balance and not config.task.startswith("virl"):
             raise ValueError(f"--balance: {config.task} has one kind of position only")
         self.envs = [envs.make_env(config.task, split, root=config.root, fold=config.fold, solution=config.solution,
-                                   prompt_file=config.prompt_file,
+                                   prompt_file=config.prompt_file, card_dir=config.card_dir,
+                                   resolution=config.resolution or None,
                                    verify_iter=config.failed_tries + 1)   # so that no failed try ends the episode
                      for split in splits]
-        self.pairs = read_conversations(config.data) if config.data else None
+        self.pairs = read_conversations(config.data, config.task.endswith("-vl")) if config.data else None
         self.config, self.epoch = config, None
 
     def __getitem__(self, i):
@@ -134,7 +160,12 @@ class Samples:
             if epoch != self.epoch:
                 order = random.Random(f"{seed}/order/{epoch}").sample(range(len(self.pairs)), len(self.pairs))
                 self.epoch, self.order = epoch, order
-            return self.pairs[self.order[at]]
+            messages, reply = self.pairs[self.order[at]]
+            path = picture_of(messages)
+            if path:
+                with Image.open(path) as picture:
+                    messages = [envs.user_message(envs.read_text(messages[0]), picture.convert("RGB")), *messages[1:]]
+            return messages, reply
         env = rng.choices(self.envs, self.weights)[0]
         env.reset(seed=f"{seed}/sft/{i}")
         messages = env.skip_ahead(rng, self.config.balance)
@@ -167,15 +198,15 @@ def dump(samples, config):
 
 
 def train_step(policy, optimizer, samples, config):
-    """One optimizer step on (prompt_ids, response_ids) samples; returns (loss, grad_norm).
+    """One optimizer step on (prompt_ids, response_ids, picture) samples; returns (loss, grad_norm).
 
     The loss is the mean over all response tokens of the step: the denominator is counted before the micro-batches,
     so how they are cut changes nothing. FloatingPointError, before the step, if either is not finite.
     """
-    num_tokens, loss = sum(len(response) for _, response in samples), 0.0
-    lengths = [len(prompt) + len(response) for prompt, response in samples]
-    for rows in micro_batches(lengths, config.micro_batch_tokens):
-        logprobs, _ = policy(collate([[samples[row]] for row in rows], policy.device))
+    num_tokens, loss = sum(len(response) for _, response, _ in samples), 0.0
+    for rows in micro_batches([policy.num_tokens(*sample) for sample in samples], config.micro_batch_tokens):
+        logprobs, _ = policy(collate([[samples[row][:2]] for row in rows], policy.device,
+                                     [samples[row][2] for row in rows]))
         micro_loss = -logprobs.sum() / num_tokens
         micro_loss.backward()
         loss += float(micro_loss.detach())
@@ -192,16 +223,15 @@ def main(config):
         if config.dump:
             return dump(Samples(config), config)
         if not config.out or not config.model:
-            raise ValueError("--out and --model are required; --model is a folder, tiny, or tiny:WIDTHxLAYERS")
-        if config.task.endswith("-vl"):
-            raise ValueError(f"--task {config.task}: there are no vision models here yet; allowed are gp-l, virl-l, "
-                             "and with --dump any task")
+            raise ValueError("--out and --model are required; --model is a folder, or tiny or tiny-vl, either with "
+                             ":WIDTHxLAYERS")
         device, samples = pick_device(config.device), Samples(config)
         newest = check_run(config)
         torch.manual_seed(config.seed)
         texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts,
-                                        samples.envs[0].atoms())
+                                        samples.envs[0].atoms(), config.task.endswith("-vl"), config.freeze,
+                                        config.gradient_checkpointing)
         open_run(config, newest)
     except ValueError as error:
         fail(error)
@@ -215,17 +245,18 @@ def main(config):
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = [samples[i] for i in range(step * config.batch_size, (step + 1) * config.batch_size)]
-        batch = [(encode(processor, messages), encode_reply(processor, reply)) for messages, reply in batch]
+        batch = [(encode(processor, messages), encode_reply(processor, reply), picture_of(messages))
+                 for messages, reply in batch]
         try:
             loss, grad_norm = train_step(policy, optimizer, batch, config)
         except FloatingPointError as error:
             fail(f"step {step + 1}, samples {step * config.batch_size} to {(step + 1) * config.batch_size - 1}: "
                  f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
-        tokens = state["tokens"] + sum(len(prompt) + len(response) for prompt, response in batch)
+        tokens = state["tokens"] + sum(policy.num_tokens(*sample) for sample in batch)
         state = {"step": step + 1, "tokens": tokens, "seconds": earlier + time.time() - started}
         gflops = 6 * policy.num_params * tokens / 1e9                               # paper C.3
         log_jsonl(out / "metrics.jsonl", step=step + 1, loss=loss, grad_norm=grad_norm, lr=lr, tokens_trained=tokens,
-                  response_tokens=sum(len(response) for _, response in batch),
+                  response_tokens=sum(len(response) for _, response, _ in batch),
                   gflops=gflops, gflops_paper=gflops, seconds=state["seconds"])
         progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.requested:

@@ -62,14 +62,16 @@ FEEDBACK = {
 class Verdict:
     """What the verifier found in one reply.
 
-    `cards_read` and `numbers_right` say whether the reply's "cards" and "number" lists match the deal as multisets;
-    they are measured in every reply, and only `cards_read` is ever paid for (with pictures).
+    `cards_read` and `numbers_right` say whether the reply's "cards" and "number" lists match the deal as multisets,
+    `ranks_right` how many of the "cards" are right in their place; they are measured in every reply, and only
+    `cards_read` is ever paid for (with pictures).
     """
     status: str
     reward: float
     message: str
     cards_read: bool | None = None
     numbers_right: bool | None = None
+    ranks_right: int | None = None
 
 
 def fill(template, **values):
@@ -320,6 +322,11 @@ def same_multiset(stated, truth):
     return repr(stated) == repr(truth) or is_plain_list(stated) and sorted(map(str, stated)) == sorted(map(str, truth))
 
 
+def in_place(stated, truth):
+    """How many items of a list from a reply are those of `truth`, each in its place."""
+    return sum(str(said) == true for said, true in zip(stated, truth)) if is_plain_list(stated) else 0
+
+
 def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative", phrases=FEEDBACK):
     """Judge one GeneralPoints reply (paper A.3; the table at the top of this file). Any string in, never an exception.
 
@@ -353,7 +360,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
         message += " " + (fill(phrases["misread_cards"], **told) if told else phrases["no_cards"])
     if feedback == "plain":
         message = phrases["correct" if status == "correct" else "plain"]
-    return Verdict(status, reward, message, cards_read, numbers_right)
+    return Verdict(status, reward, message, cards_read, numbers_right, in_place(found and found.get("cards"), cards))
 
 
 def printable(stated):

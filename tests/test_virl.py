@@ -519,10 +519,10 @@ def test_the_grid_shows_front_right_back_and_left_as_the_prompt_says(pictures):
 def test_views_turn_with_the_agent_and_official_headings_can_be_asked_for(pictures):
     ours, theirs = (make_env("virl-vl", "id", root=pictures, resolution=32, view_headings=name) for name in ("prompt", "official"))
     ours.reset(seed=0), theirs.reset(seed=0)
-    assert ours.position == theirs.position and ours.views() != theirs.views()
-    first = ours.views()
+    assert ours.position == theirs.position and ours.picture() != theirs.views()
+    first = ours.picture()
     ours.step(ours.expert_reply())
-    assert ours.views() != first
+    assert ours.picture() != first
 
 
 def test_pictures_change_no_rail_and_the_expert_still_tells_what_is_there(pictures):
