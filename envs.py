@@ -319,6 +319,8 @@ class GeneralPoints:
         self.feedback, self.fold, self.solution = feedback, fold, solution
         self.vision, self.resolution, self.card_dir = vision, resolution, card_dir
         self.deck = [(rank, suit) for suit in suits for rank in range(13)]
+        for rank, suit in self.deck if card_dir else ():           # a bad file is an error now, not in mid-training
+            card_picture(RANKS[rank], suit, *CARD, card_dir)
         self.prompts = load_prompts(prompt_file)
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
         self.done = True

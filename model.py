@@ -560,8 +560,8 @@ def load_folder(path, vision):
         backbone = model_class.from_pretrained(folder, dtype=torch.float32)
         processor = (AutoProcessor if is_mllama else AutoTokenizer).from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {path!r}: not a model that can be used with its tokenizer or processor: "
-                         f"{str(error).splitlines()[0]}") from None
+        raise ValueError(f"model {path!r}: not a causal language model shaped like Llama with its tokenizer, nor a "
+                         f"Llama-3.2-Vision with its processor: {str(error).splitlines()[0]}") from None
     if is_mllama and not hasattr(processor, "image_processor"):
         raise ValueError(f"model {path!r}: a vision model without its processor (no preprocessor_config.json or "
                          "processor_config.json in the folder)")

@@ -8,6 +8,7 @@ first, and a difference ends the program. The baselines are written here, in our
     rollout    Hugging Face `generate`, one prompt at a time, every hidden state and score kept, then one more forward
                with a log-softmax over all positions; and `generate` on a left-padded batch, for sampling alone
     logprob    the vocabulary at every position: temperature, log-softmax, bfloat16, gather, mask, sum, backward
+    vision     the same two with a picture: batch 1, the vision tower in every `generate` and forward, a row per turn
     sft        Hugging Face's own loss over `labels`, the whole batch padded to its longest
     verifier   fields by regular expressions, checks on the characters, `eval`, a search in the list of solutions
     envs       random cards until some permutation, operators and brackets `eval` to 24
@@ -41,12 +42,14 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MllamaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
+import rl
 import verify
-from model import OneLineParser, Policy, collate, fail, pick_device, sampling_uniforms, train_tokenizer
+from model import (OneLineParser, Policy, Sight, collate, fail, load_policy, pick_device, sampling_uniforms,
+                   train_tokenizer)
 from sft import train_step
 
 MAX_LOAD = 0.5
@@ -155,11 +158,12 @@ def baseline_generate(policy, prompts, new_tokens, **kwargs):
                                     max_new_tokens=new_tokens, pad_token_id=0, **kwargs)
 
 
-def baseline_logprobs(policy, samples, temperature=1.0):
+def baseline_logprobs(policy, samples, temperature=1.0, **vision):
     """Summed log-prob (B,) of the response of every (prompt_ids, response_ids), step by step as the official code
     (rl/trainer/model_tz_llama.py): every hidden state kept, every position scaled, normalised and rounded."""
     input_ids, mask, is_response = baseline_batch(samples, policy.device)
-    logits = policy.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False).logits
+    logits = policy.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False,
+                             **vision).logits
     logprobs = torch.log_softmax((logits * (1 / temperature)).float(), dim=-1).bfloat16()             # (B, T, V)
     return (logprobs[:, :-1].gather(-1, input_ids[:, 1:, None])[..., 0] * is_response[:, 1:]).float().sum(1)
 
@@ -208,26 +212,33 @@ def rollout(args, rates):
 
 # ---- Log-probs with gradient --------------------------------------------------------------------------------------
 
+def backward(policy, logprobs):
+    """Compute the gradient of the sum of some scalars, one after the other, drop it, and return the sum."""
+    total = 0.0
+    for logprob in logprobs:
+        logprob.backward()
+        total += float(logprob.detach())
+    policy.zero_grad(set_to_none=True)
+    return total
+
+
 def logprob_functions(args):
     """(policy, ours, baseline): either function computes the gradient of the summed log-probs and returns the sum."""
     vocab_size = 128256
     policy = make_policy(args, vocab_size, layers=2)
     samples = random_samples(args, vocab_size, [(384, 128)] * 2)
 
-    def finish(logprob):
-        logprob.backward()
-        policy.zero_grad(set_to_none=True)
-        return float(logprob.detach())
-
     def ours():
-        return finish(policy(collate([[sample] for sample in samples], args.device), temperature=1.0)[0].sum())
+        batch = collate([[sample] for sample in samples], args.device)
+        return backward(policy, [policy(batch, temperature=1.0)[0].sum()])
 
-    return policy, ours, lambda: finish(baseline_logprobs(policy, samples).sum())
+    return policy, ours, lambda: backward(policy, [baseline_logprobs(policy, samples).sum()])
 
 
 def print_peak(args):
     """Print the MiB that one step takes above what was in use before it; for a fresh process (--peak)."""
-    function = dict(zip(("ours", "official"), logprob_functions(args)[1:]))[args.peak]
+    functions = {"logprob": logprob_functions, "vision": update_functions}[args.only[0]](args)[1:]
+    function = dict(zip(("ours", "official"), functions))[args.peak]
 
     def resident(name):    # not getrusage: the ru_maxrss of a child begins at its parent's peak
         return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -242,14 +253,126 @@ def print_peak(args):
     print((peak() - before) / MIB)
 
 
+def peak_row(args, section):
+    command = [sys.executable, __file__, "--device", str(args.device), "--seed", str(args.seed), "--only", section]
+    peaks = [float(subprocess.check_output([*command, "--peak", side], text=True).split()[-1])
+             for side in ("ours", "official")]
+    return "the same, peak memory above start", *(f"{peak:,.0f} MiB" for peak in peaks), peaks[1] / peaks[0]
+
+
 def logprob(args, rates):
     policy, ours, baseline = logprob_functions(args)
     expect_close("summed log-prob", ours(), baseline())
     yield row("log-probs and backward, 2 x (384 prompt + 128 response), vocabulary 128256",
               medians(args, ours, baseline), flops=flops_needed(policy, 6, 2 * 512, 2 * 128), rates=rates)
-    command = [sys.executable, __file__, "--device", str(args.device), "--seed", str(args.seed), "--peak"]
-    peaks = [float(subprocess.check_output([*command, side], text=True).split()[-1]) for side in ("ours", "official")]
-    yield "the same, peak memory above start", *(f"{peak:,.0f} MiB" for peak in peaks), peaks[1] / peaks[0]
+    yield peak_row(args, "logprob")
+
+
+# ---- Pictures -----------------------------------------------------------------------------------------------------
+
+def make_vision_policy(args, vocab_size):
+    """A random-init tiny-vl, 256 wide, that may sample every token but <|image|>; none of them ends a reply.
+
+    Its tower has more layers than usual, on 256 patches instead of 64: then a picture costs about as much as the
+    prompt it stands in, as it does in Llama-3.2-11B-Vision (four tiles of 1601 positions beside some 500 tokens).
+    """
+    texts = envs.sample_texts("gp-vl", num=20, resolution=224)
+    policy, processor = load_policy("tiny-vl:256x4", texts=texts, atoms=envs.make_env("gp-vl", "id").atoms())
+    config = policy.backbone.config
+    config.text_config.vocab_size = vocab_size
+    config.vision_config.patch_size, config.vision_config.num_hidden_layers = 14, 4
+    torch.manual_seed(args.seed)
+    policy = Policy(MllamaForConditionalGeneration(config), processor).to(args.device).eval()
+    for name, parameter in policy.named_parameters():
+        if name.endswith("gate"):
+            torch.nn.init.constant_(parameter, 0.5)           # a new Mllama is blind
+    policy.backbone.generation_config.eos_token_id, policy.eos_id = None, -1
+    policy.banned.fill_(False)[policy.image_id] = True
+    return policy, processor
+
+
+def baseline_vision(policy, ids, tensors):
+    """What Hugging Face's model takes beside the ids of one prompt: the picture, and which tokens look at it."""
+    mask = policy.cross_attention_mask(torch.tensor([ids], device=policy.device), tensors["aspect_ratio_mask"])
+    return {**tensors, "cross_attention_mask": mask}
+
+
+def baseline_turn_logprob(policy, prompt_ids, response_ids, tensors):
+    vision = baseline_vision(policy, prompt_ids + response_ids, tensors)
+    return baseline_logprobs(policy, [(prompt_ids, response_ids)], **vision).sum()
+
+
+def update_functions(args):
+    """`logprob_functions` for the five turns of a dialogue in pictures: ours in one row, baseline one after another."""
+    vocab_size = 128256
+    policy, _ = make_vision_policy(args, vocab_size)
+    picture = envs.draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 224)
+    rng, turns, ids = random.Random(args.seed), [], [policy.image_id]
+    for new in (320, 64, 64, 64, 64):
+        prompt, response = ([rng.randrange(policy.image_id + 1, vocab_size) for _ in range(n)] for n in (new, 64))
+        turns.append(rl.Turn(ids + prompt, response, 0, 0.0, False, (), {}, picture))
+        ids = ids + prompt + response
+    config = rl.Config(temperature=1.0)
+
+    def official():
+        return backward(policy, (baseline_turn_logprob(policy, turn.prompt_ids, turn.response_ids,
+                                                       policy.picture_tensors([picture])) for turn in turns))
+
+    return policy, lambda: backward(policy, [rl.turn_logprobs(policy, turns, [range(5)], config)[0].sum()]), official
+
+
+@torch.no_grad()
+def rollout_vision(args):
+    S, E, R, few = 5, 16, 32, 2
+    policy, processor = make_vision_policy(args, 4096)
+    with tempfile.TemporaryDirectory() as folder:          # both sides get the prompts of one rollout, played here
+        config = rl.Config(out=folder, num_envs=E, turns_per_env=S, max_new_tokens=R, temperature=1.0, thought_coef=1.0,
+                           seed=args.seed)
+        players = [rl.Player(i, envs.make_env("gp-vl", "id", resolution=224), processor, config) for i in range(E)]
+        turns = rl.collect_turns(policy, processor, players, 0, config, SimpleNamespace(requested=False))
+    assert {len(turn.response_ids) for turn in turns} == {R} and len(rl.group_dialogues(turns)) == E
+    uniforms = sampling_uniforms([(args.seed, i) for i in range(S * E)], R)
+    chosen = [i for i, turn in enumerate(turns) if turn.dialogue[0] < few]
+
+    def ours(see):
+        for s in range(0, S * E, E):
+            prompts, pictures = zip(*[(turn.prompt_ids, turn.picture) for turn in turns[s:s + E]])
+            policy.generate(prompts, uniforms[s:s + E], R, 1.0, sight=see(pictures))
+        return rl.score_turns(policy, turns, config)[0]
+
+    def official():
+        total = 0.0
+        for turn in (turns[i] for i in chosen):
+            prompt, tensors = turn.prompt_ids, policy.picture_tensors([turn.picture])
+            made = baseline_generate(policy, [prompt], R, return_dict_in_generate=True, output_scores=True,
+                                     output_hidden_states=True, **baseline_vision(policy, prompt, tensors))
+            assert made.sequences.shape[1] == len(prompt) + R
+            total += float(baseline_turn_logprob(policy, prompt, turn.response_ids, tensors))
+        return total
+
+    def reused():
+        return ours(Sight(policy, config.generate_tokens))
+
+    expect_close("log-prob of a rollout in pictures", float(reused()[chosen].sum()), official())
+    t_ours, t_official, t_anew = medians(args, reused, official, lambda: ours(policy.see))
+    model, tokens = policy.backbone.model, (S * E * R, S * E * R)
+    tower, language = (sum(p.numel() for part in parts for p in part.parameters()) for parts in (
+        (model.vision_model.transformer, model.vision_model.global_transformer), model.language_model.layers))
+    mean = sum(len(turn.prompt_ids) for turn in turns) / len(turns)
+    share = tower * policy.picture_tokens / (language * mean)
+    yield row(f"GP-VL rollout, {E} dialogues of {S} turns, sample {R} tokens and score them; a prompt is {mean:.0f} "
+              f"tokens, the tower {share:.1f} times its FLOPs; baseline: batch 1, extrapolated from {few} dialogues",
+              (t_ours, t_official * E / few), "tok", tokens)
+    yield row("the same; baseline: ours with the tower in every turn", (t_ours, t_anew), "tok", tokens)
+
+
+def vision(args, rates):
+    yield from rollout_vision(args)
+    policy, ours, baseline = update_functions(args)
+    expect_close("summed log-prob with a picture", ours(), baseline())
+    yield row("log-probs and backward, a dialogue of 5 turns, 384 to 896 tokens and a picture, vocabulary 128256; "
+              "ours: all turns in one row, baseline: one by one", medians(args, ours, baseline))
+    yield peak_row(args, "vision")
 
 
 # ---- Supervised fine-tuning ---------------------------------------------------------------------------------------
@@ -491,8 +614,8 @@ def virl(args, rates):
 
 # ---- Running ------------------------------------------------------------------------------------------------------
 
-SECTIONS = {"rollout": rollout, "logprob": logprob, "sft": sft, "verifier": verifier, "envs": environment,
-            "virl": virl}
+SECTIONS = {"rollout": rollout, "logprob": logprob, "vision": vision, "sft": sft, "verifier": verifier,
+            "envs": environment, "virl": virl}
 
 
 def parse_args():

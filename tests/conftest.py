@@ -28,6 +28,18 @@ def tiny(device):
                              atoms=envs.make_env("gp-l", "id").atoms())
 
 
+@pytest.fixture(scope="session")
+def tiny_vl(device):
+    """(policy, processor) of 0.2 M parameters that reads pictures: one tile of 224 pixels in 64 patches."""
+    import torch
+
+    import envs
+    import model
+    torch.manual_seed(0)
+    return model.load_policy("tiny-vl:32x4", device=device, texts=envs.sample_texts("gp-vl", 30, resolution=48),
+                             atoms=envs.make_env("gp-vl", "id").atoms(), vision=True)
+
+
 @pytest.fixture
 def run_script(tmp_path, device):
     """run_script("sft.py", "--flag", value, ...) in a process of its own; the finished process, output as text."""

@@ -12,48 +12,47 @@ import model
 
 
 class Puppet:
-    """Stands in for a policy: replies what `choose(environment)` says, through the same ids as a model's."""
+    """Stands in for a model: replies what `choose(environment)` says."""
 
-    def __init__(self, processor, environments, choose):
-        self.processor, self.waiting, self.choose = processor, environments, choose
+    def __init__(self, environments, choose):
+        self.environments, self.choose = environments, choose
 
-    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget):
-        playing = [env for env in self.waiting if not env.done]
-        assert len(playing) == len(prompts) == len(uniforms)
-        return [(model.encode_reply(self.processor, self.choose(env)), []) for env in playing]
+    def reply(self, split, seed, turn, conversations):
+        assert list(conversations) == [i for i, env in enumerate(self.environments) if not env.done]
+        assert all(self.environments[i].messages == messages for i, (messages, _) in conversations.items())
+        return [self.choose(self.environments[i]) for i in conversations]
 
 
-def played(tiny, split, choose, verify_iter=3, episodes=20, task="gp-l", **knobs):
+def played(split, choose, verify_iter=3, episodes=20, task="gp-l", **knobs):
     environments = [envs.make_env(task, split, verify_iter=verify_iter, **knobs) for _ in range(episodes)]
-    config = SimpleNamespace(max_new_tokens=8, temperature=0.0, generate_tokens=1)
-    infos = evaluate.play_episodes(Puppet(tiny[1], environments, choose), tiny[1], environments, 0, config)
+    infos = evaluate.play_episodes(Puppet(environments, choose), environments, split, 0)
     return evaluate.summarise(infos, verify_iter)
 
 
 @pytest.mark.parametrize("split", envs.GP_SPLITS)
-def test_the_expert_succeeds_at_once_and_a_mute_player_never(tiny, split):
-    expert = played(tiny, split, lambda env: env.expert_reply())
+def test_the_expert_succeeds_at_once_and_a_mute_player_never(split):
+    expert = played(split, lambda env: env.expert_reply())
     assert expert["success"] == expert["first_try"] == expert["numbers_right"] == 1.0
     assert expert["success_stderr"] == 0 and expert["statuses"] == {"correct": 20} and expert["replies"] == 20
-    mute = played(tiny, split, lambda env: "")
+    mute = played(split, lambda env: "")
     assert mute["success"] == 0 and mute["statuses"] == {"illegal_formula": 60} and mute["reward"] == -10.0
 
 
-def test_success_within_fewer_tries_is_read_from_the_same_episodes(tiny):
-    late = played(tiny, "id", lambda env: env.expert_reply() if env.turn == 1 else env.flawed_reply())
+def test_success_within_fewer_tries_is_read_from_the_same_episodes():
+    late = played("id", lambda env: env.expert_reply() if env.turn == 1 else env.flawed_reply())
     assert late["success_within"] == [0.0, 1.0, 1.0] and late["first_try"] == 0 and late["success"] == 1
     assert late["step_accuracy"] == 0.5 and late["step_accuracy_stderr"] == 0       # one of two, in every episode
 
 
-def test_v_irl_counts_replies_turns_apart_and_routes(tiny, city):
+def test_v_irl_counts_replies_turns_apart_and_routes(city):
     """Played by someone who misses every turn once, and by one who never turns."""
-    late = played(tiny, "id", lambda env: env.flawed_reply() if env.position.kind == "turn" and not env.tries
+    late = played("id", lambda env: env.flawed_reply() if env.position.kind == "turn" and not env.tries
                   else env.expert_reply(), verify_iter=2, task="virl-l", root=city)
     assert late["success"] == 1 and late["success_within"] == [0, 1]
     assert late["step_accuracy_turn"] == 0.5 and late["first_try_turn"] == 0
     assert late["step_accuracy_forward"] == late["step_accuracy_stop"] == 1 and 0.5 < late["step_accuracy"] < 1
     assert late["first_try"] < late["step_accuracy"] and late["step_accuracy_stderr"] > 0
-    straight = played(tiny, "rule_ood", lambda env: env.format_reply("forward()"), verify_iter=2, task="virl-l", root=city)
+    straight = played("rule_ood", lambda env: env.format_reply("forward()"), verify_iter=2, task="virl-l", root=city)
     assert straight["success"] == straight["step_accuracy"] == 0 and straight["replies"] == 40   # it begins with a turn
 
 

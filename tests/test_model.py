@@ -322,7 +322,7 @@ def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="no such model folder"):
         model.load_policy(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a text causal language model"):
+    with pytest.raises(ValueError, match="not a causal language model"):
         model.load_policy(str(tmp_path))
     with pytest.raises(ValueError, match="multiple of 32"):
         model.load_policy("tiny:33x2", texts=["a"], atoms=["1"])

@@ -124,11 +124,17 @@ BAD = [
     ("evaluate.py", dict(model="nowhere"), "model 'nowhere': no such model folder"),
     ("evaluate.py", dict(run="nowhere"), "run 'nowhere': no run folder"),
     ("sft.py", dict(model="tiny:32x2", out="new", task="virl-l"), "root '': V-IRL needs a folder"),
-    ("sft.py", dict(model="tiny:32x2", out="new", task="virl-vl", root="city"), "there are no vision models here yet"),
+    ("sft.py", dict(model="tiny:32x2", out="new", task="gp-vl"), "model 'tiny:32x2' reads no pictures"),
+    ("sft.py", dict(model="tiny:32x2", out="new", freeze="vision"), "freeze 'vision': allowed are vision, projector, and only"),
+    ("sft.py", dict(model="tiny-vl:32x2", out="new", task="gp-vl", freeze="eyes"), "freeze 'eyes': allowed are vision"),
+    ("sft.py", dict(model="tiny-vl:32x2", out="new", task="gp-vl", resolution=8), "resolution 8: must be"),
+    ("sft.py", dict(model="tiny-vl:32x2", out="new", task="gp-vl", card_dir="none"), "card picture none/SA.png"),
+    ("sft.py", dict(model="tiny:32x2", out="new", resolution=224), "resolution 224: gp-l has no pictures"),
     ("sft.py", dict(model="tiny:32x2", out="new", root="city"), "root 'city': gp-l has no such setting"),
     ("rl.py", dict(model="nowhere", out="new", task="virl-l", root="nowhere"), "root 'nowhere': V-IRL needs a folder"),
-    ("rl.py", dict(model="nowhere", out="new", task="virl-vl"), "--task 'virl-vl': allowed are gp-l, virl-l"),
-    ("evaluate.py", dict(episodes=3), "exactly one of --model, --run and --compare"),
+    ("rl.py", dict(model="nowhere", out="new", task="virl-vl"), "root '': V-IRL needs a folder"),
+    ("rl.py", dict(model="nowhere", out="new", task="gp"), "--task 'gp': allowed are gp-l, gp-vl, virl-l, virl-vl"),
+    ("evaluate.py", dict(episodes=3), "exactly one of --model, --run, --compare and --api-url"),
 ]
 
 

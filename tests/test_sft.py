@@ -17,7 +17,7 @@ def some_samples(processor, num=6):
         messages, _ = env.reset(seed)
         for _ in range(seed % 3):
             messages, *_ = env.step(env.flawed_reply())
-        samples.append((model.encode(processor, messages), model.encode_reply(processor, env.expert_reply())))
+        samples.append((model.encode(processor, messages), model.encode_reply(processor, env.expert_reply()), None))
     return samples
 
 
@@ -34,9 +34,9 @@ def gradients(policy, samples, token_budget):
 def test_the_loss_equals_that_of_hugging_face_with_masked_labels(tiny):
     policy, processor = tiny
     samples = some_samples(processor)
-    T = max(len(p) + len(r) for p, r in samples)
+    T = max(len(p) + len(r) for p, r, _ in samples)
     ids, labels = torch.zeros(len(samples), T, dtype=torch.long), torch.full((len(samples), T), -100)
-    for row, (prompt, response) in enumerate(samples):
+    for row, (prompt, response, _) in enumerate(samples):
         end = len(prompt) + len(response)
         ids[row, :end] = torch.tensor(prompt + response)
         labels[row, len(prompt):end] = torch.tensor(response)
@@ -59,8 +59,8 @@ def test_prompt_tokens_are_no_targets_but_the_end_of_turn_is(tiny):
     policy, processor = tiny
     samples = some_samples(processor)
     policy = tiny[0]
-    logprobs, _ = policy(model.collate([[sample] for sample in samples], policy.device))
-    for (_, response), row in zip(samples, logprobs):
+    logprobs, _ = policy(model.collate([[sample[:2]] for sample in samples], policy.device))
+    for (_, response, _), row in zip(samples, logprobs):
         assert (row != 0).nonzero()[:, 0].tolist() == list(range(len(response))) and response[-1] == processor.eos_token_id
 
 
@@ -100,7 +100,7 @@ def record(*turns):
 def test_the_released_data_shape_is_read_one_sample_a_reply_in_seeded_order(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([record("q1", "a1"), record("q2", "a2", "again", "a3")]))
-    pairs = sft.read_conversations(path)
+    pairs = sft.read_conversations(path, vision=False)
     assert [(len(messages), reply) for messages, reply in pairs] == [(1, "a1"), (1, "a2"), (3, "a3")]
     samples = sft.Samples(sft.Config(data=str(path), seed=1))
     replies = [samples[i][1] for i in range(300)]
@@ -114,13 +114,14 @@ def test_the_released_data_shape_is_read_one_sample_a_reply_in_seeded_order(tmp_
     (json.dumps([record("q")]), "record 0: key 'conversations'"),
     (json.dumps([{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]}]), "key 'from' of turn 0"),
     (json.dumps([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 3}]}]), "key 'value' of turn 1"),
-    (json.dumps([record("q", "a") | {"image": "x.png"}]), "record 0: key 'image'"),
+    (json.dumps([record("q", "a") | {"image": "x.png"}]), "record 0: key 'image': a task with pictures needs one"),
+    (json.dumps([record("<image>\nq", "a")]), "turn 0 must hold <image> 0 times"),
 ])
 def test_a_broken_data_file_is_refused_by_file_record_and_key(tmp_path, content, told):
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="data.json") as error:
-        sft.read_conversations(path)
+        sft.read_conversations(path, vision=False)
     assert told in str(error.value)
 
 
@@ -128,7 +129,7 @@ def test_a_dump_is_read_back_as_the_same_samples(tmp_path, city):
     for knobs in (dict(), dict(failed_tries=2), dict(task="virl-l", root=str(city), balance=True)):
         config = sft.Config(dump=str(tmp_path / f"{len(knobs)}.json"), num=20, **knobs)
         sft.main(config)
-        samples, pairs = sft.Samples(config), sft.read_conversations(config.dump)
+        samples, pairs = sft.Samples(config), sft.read_conversations(config.dump, vision=False)
         last = [pair for pair, after in zip(pairs, [*pairs[1:], ([0], "")]) if len(after[0]) == 1 or pair is pairs[-1]]
         assert last == [samples[i] for i in range(20)]
 
