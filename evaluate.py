@@ -32,7 +32,8 @@ from pathlib import Path
 from threading import Lock
 
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import httpx
 from tqdm import tqdm
 
 import envs
@@ -145,7 +146,7 @@ class ApiModel:
         return [self.known[digest] for digest in requests]
 
     def ask(self, digest, messages):
-        """Get one reply. Refusals (4xx) are final; busy or failing servers and lost connections are tried again."""
+        """Get one reply. Refusals are final; busy or failing servers and lost connections are tried again."""
         for attempt in range(self.retries):
             time.sleep(self.pause * 2 ** (attempt - 1) if attempt else 0)
             try:
@@ -155,12 +156,10 @@ class ApiModel:
                 self.known[digest] = answer.choices[0].message.content or ""
                 with self.lock:
                     return log_jsonl(self.path, request=digest, reply=self.known[digest])
-            except HfHubHTTPError as error:
+            except httpx.HTTPError as error:                       # also lost connections and no answer in time
                 fault = str(error).splitlines()[0]
-                if error.response.status_code < 500 and error.response.status_code not in (408, 429):
+                if isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403, 404, 422):
                     break
-            except (InferenceTimeoutError, OSError) as error:
-                fault = str(error).splitlines()[0]
         raise ValueError(f"--api-url {self.config.api_url}, model {self.config.api_model}: {fault}; replies so far are "
                          f"in {self.path}")
 

@@ -183,20 +183,23 @@ class CacheDecoder:
         """Read left-padded prompts (B, P), and pictures as `see` made them; logits (B, V) of a reply's first token."""
         self.mask = attention_mask
         self.cache = DynamicCache(config=self.model.config.get_text_config())
-        vision, self.tiles = {}, None
+        self.cross_mask, vision = None, {}                         # (B, T, 1, tiles), T growing with every step
         if sight:
-            states, self.tiles = map(torch.stack, zip(*sight))     # (B, S, D), (B, 1, tiles)
-            vision = {"cross_attention_states": states,
-                      "cross_attention_mask": self.policy.cross_attention_mask(input_ids, self.tiles)}
-        return self.forward(input_ids, (attention_mask.cumsum(-1) - 1).clamp(min=0), vision)
+            states, tiles = map(torch.stack, zip(*sight))          # (B, S, D), (B, 1, tiles)
+            self.cross_mask = self.policy.cross_attention_mask(input_ids, tiles)
+            vision["cross_attention_states"] = states
+        return self.forward(input_ids, (attention_mask.cumsum(-1) - 1).clamp(min=0), **vision)
 
     def step(self, ids):
         """Append one token to every row, ids (B,); the logits (B, V) of the next."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
-        vision = {} if self.tiles is None else {"cross_attention_mask": self.tiles[:, None]}
-        return self.forward(ids[:, None], self.mask.sum(-1, keepdim=True) - 1, vision)
+        if self.cross_mask is not None:
+            self.cross_mask = torch.cat([self.cross_mask, self.cross_mask[:, -1:]], dim=1)
+        return self.forward(ids[:, None], self.mask.sum(-1, keepdim=True) - 1)
 
-    def forward(self, input_ids, position_ids, vision):
+    def forward(self, input_ids, position_ids, **vision):
+        if self.cross_mask is not None:                            # text models do not know the argument
+            vision["cross_attention_mask"] = self.cross_mask
         with self.policy.autocast():
             hidden = self.model.model(input_ids=input_ids, attention_mask=self.mask, position_ids=position_ids,
                                       past_key_values=self.cache, use_cache=True, **vision).last_hidden_state
@@ -205,7 +208,7 @@ class CacheDecoder:
     def keep(self, rows):
         """Drop all rows but these."""
         self.mask = self.mask[rows]
-        self.tiles = None if self.tiles is None else self.tiles[rows]
+        self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows]
         self.cache.batch_select_indices(rows)
 
 

@@ -1,5 +1,4 @@
 """Models that read pictures: against plain transformers, padding, turns, checkpoints, and the scripts on GP-VL."""
-import copy
 import json
 import signal
 
