@@ -770,7 +770,8 @@ class Navigation:
         step of each leg.
         """
         self.rng = random.Random(str(seed))
-        route = self.routes[episode % len(self.routes)] if self.in_order else self.rng.choice(self.routes)
+        self.number = episode % len(self.routes) if self.in_order else None
+        route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
         heading = route.init_heading or self.rng.randint(0, 359)
         turns = [relative_turn(new - old) for old, new in zip((heading, *route.headings), route.headings)]
         self.sentences = self.instruct(route, turns)
@@ -857,7 +858,7 @@ class Navigation:
         truncated = not correct and self.tries == self.verify_iter
         self.done = terminated or truncated
         info = {"status": verdict.status, "success": terminated, "turn": self.turn, "kind": position.kind,
-                "try": self.tries, "new_dialogue": correct and not terminated}
+                "try": self.tries, "new_dialogue": correct and not terminated, "route": self.number}
         if info["new_dialogue"]:
             messages = self.arrive(self.at + 1)
         else:

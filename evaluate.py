@@ -224,6 +224,8 @@ def summarise(infos, verify_iter):
     rank_accuracy       cards that the first reply names in their place; by chance, one in thirteen
     ..._turn and so on  the same for one kind of position
     ..._stderr          standard error of each, over episodes
+    success_by_city     V-IRL, visual_ood: of each city, two routes in file order; the first is the training city or
+                        looks like it
     """
     def accuracy(wanted):
         picked = [[info["status"] == "correct" for info in episode if wanted(info)] for episode in infos]
@@ -248,6 +250,12 @@ def summarise(infos, verify_iter):
     row["reward"] = sum(info["reward"] for info in turns) / len(infos)
     if "numbers_right" in turns[0]:
         row["numbers_right"] = sum(info["numbers_right"] for info in turns) / len(turns)
+    cities = defaultdict(list)
+    for episode in infos:
+        if episode[-1].get("route") is not None:
+            cities[episode[-1]["route"] // 2].append(episode[-1]["success"])
+    if cities:
+        row["success_by_city"] = [sum(solved) / len(solved) for _, solved in sorted(cities.items())]
     return row | {"statuses": dict(sorted(Counter(info["status"] for info in turns).items()))}
 
 

@@ -497,7 +497,8 @@ def make_tiny(name, texts, atoms):
     """
     kind, *size = TINY.fullmatch(name).groups()
     width, layers = (int(number or default) for number, default in zip(size, (128, 4)))
-    if width % 32 or not width or layers < (least := 1 + (kind == "tiny-vl")):
+    least = 1 if kind == "tiny" else 2
+    if width % 32 or not width or layers < least:
         raise ValueError(f"model {name!r}: WIDTH must be a multiple of 32 and LAYERS at least {least}")
     tokenizer = train_tokenizer(texts, atoms)
     common = dict(

@@ -7,11 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import envs
 from envs import GP_SPLITS, PROMPTS, RANKS, RULES, GeneralPoints, held_out, load_prompts, make_env
@@ -549,3 +552,102 @@ def test_an_episode_is_the_same_in_another_process_with_another_hash_seed():
     outputs = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
                               env={**os.environ, "PYTHONHASHSEED": value}).stdout for value in ("1", "2")}
     assert len(outputs) == 1 and all(outputs)
+
+
+# ---- GeneralPoints as a picture
+
+def card_box(place, resolution):
+    """Where the card at a place of the row lies on the canvas, by the official geometry at 1200 pixels."""
+    x, scale = (5, 302, 599, 896)[place], resolution / 1200
+    return [round(number * scale) for number in (x, 411, x + 270, 411 + 378)]
+
+
+@pytest.mark.parametrize("split, suits", [("id", "SC"), ("rule_ood", "SC"), ("unseen", "SC"), ("visual_ood", "HD")])
+def test_a_hand_comes_as_one_picture_of_its_cards_and_the_words_do_not_tell_them(split, suits):
+    env = make_env("gp-vl", split, resolution=300)
+    for seed in range(10):
+        messages, _ = env.reset(seed)
+        picture, text = messages[0]["content"]
+        assert (picture["type"], text["type"]) == ("image", "text") and picture["image"].size == (300, 300)
+        assert {suit for _, suit in env.hand} <= set(suits) and [rank for rank, _ in env.hand] == env.cards
+        assert "Cards:" not in text["text"] and str(env.cards) not in text["text"]
+        for place, (rank, suit) in enumerate(env.hand):
+            x0, y0, x1, y1 = card_box(place, 300)
+            shown = picture["image"].crop((x0, y0, x0 + round(67.5), y0 + round(94.5)))
+            assert shown.tobytes() == envs.card_picture(rank, suit, *shown.size).tobytes()
+        messages, *_ = env.step(env.flawed_reply())
+        assert messages[0]["content"] is env.messages[0]["content"] and isinstance(messages[2]["content"], str)
+
+
+def test_the_canvas_is_felt_but_for_four_cards_in_the_official_places():
+    picture = envs.draw_hand([("A", "S"), ("10", "H"), ("K", "D"), ("7", "C")], 1200)
+    pixels = picture.load()
+    assert pixels[0, 0] == pixels[600, 400] == pixels[600, 800] == pixels[288, 600] == (53, 101, 77)
+    for place in range(4):
+        x0, y0, x1, y1 = card_box(place, 1200)
+        assert pixels[x0 + 135, y0 + 2] == pixels[x0 + 135, y1 - 3] == pixels[x1 - 3, y0 + 150] == (255, 255, 255)
+        assert pixels[x0, y0] == (53, 101, 77), "the corner outside the round edge is felt"
+
+
+def test_no_two_cards_look_alike_at_224_pixels_and_red_suits_are_red():
+    cards = {(rank, suit): np.asarray(envs.card_picture(rank, suit, 50, 71)).astype(int) for rank in RANKS for suit in "SHDC"}
+    for (name, one), (other_name, other) in itertools.combinations(cards.items(), 2):
+        changed = (np.abs(one - other).max(-1) > 64).sum()
+        assert changed >= (25 if name[0] != other_name[0] else 10), (name, other_name, changed)   # no task asks for suits
+    for (rank, suit), pixels in cards.items():
+        dark = pixels[:25, :11][pixels[:25, :11].max(-1) < 240]                   # the index in the corner
+        red = (dark[:, 0] - dark[:, 2] > 60).mean()
+        assert (red > 0.5) == (suit in "HD"), (rank, suit, red)
+
+
+def test_a_canvas_of_300_pixels_takes_less_than_a_millisecond_once_its_cards_were_drawn():
+    env = make_env("gp-vl", "id", suits="SHDC", resolution=300)
+    hands = [[(rank, suit) for rank in RANKS[i:i + 4]] for i in range(10) for suit in "SHDC"]
+    for hand in hands:
+        envs.draw_hand(hand, 300)
+    times = []
+    for seed in range(50):
+        env.reset(seed)
+        start = time.perf_counter()
+        env.picture()
+        times.append(time.perf_counter() - start)
+    assert sorted(times)[25] < 1e-3
+
+
+def test_a_folder_of_card_pictures_replaces_ours_and_is_checked_before_the_first_deal(tmp_path):
+    for rank in RANKS:
+        for suit in "SC":
+            Image.new("RGBA", (90, 126), (10 * RANKS.index(rank), 7, 9, 255)).save(tmp_path / f"{suit}{'T' if rank == '10' else rank}.png")
+    env = make_env("gp-vl", "id", resolution=300, card_dir=str(tmp_path))
+    env.reset(0)
+    x0, y0, x1, y1 = card_box(2, 300)
+    assert env.picture().load()[x0 + 30, y0 + 40] == (10 * RANKS.index(env.cards[2]), 7, 9)
+    with pytest.raises(ValueError, match="card picture .*HA.png"):                # red cards are not there
+        make_env("gp-vl", "visual_ood", card_dir=str(tmp_path))
+    whole = (tmp_path / "ST.png").read_bytes()
+    (tmp_path / "ST.png").write_bytes(whole[:60])
+    envs.card_picture.cache_clear()
+    with pytest.raises(ValueError, match="card picture .*ST.png"):
+        make_env("gp-vl", "id", card_dir=str(tmp_path))
+
+
+def test_the_expert_reads_the_cards_and_a_misreading_costs_its_part():
+    env = make_env("gp-vl", "id", resolution=60)
+    env.reset(3)
+    misread = json.loads(env.expert_reply()) | {"cards": ["A", *env.cards[1:3], "joker"]}
+    *_, reward, terminated, _, info = env.step(json.dumps(misread))
+    assert (reward, terminated, info["cards_read"]) == (3.5, True, False)
+    assert info["ranks_right"] == 2 + (env.cards[0] == "A")
+    env.reset(3)
+    *_, reward, terminated, _, info = env.step(env.expert_reply())
+    assert (reward, terminated, info["cards_read"], info["ranks_right"]) == (5.0, True, True, 4)
+
+
+def test_pictures_are_settings_of_the_picture_tasks_only():
+    for knobs in (dict(resolution=224), dict(card_dir="cards")):
+        with pytest.raises(ValueError, match=f"{min(knobs)} .*gp-l has no pictures"):
+            make_env("gp-l", "id", **knobs)
+    with pytest.raises(ValueError, match="resolution 10: must be a whole number, 48 or more"):
+        make_env("gp-vl", "id", resolution=10)
+    with pytest.raises(ValueError, match="gp-l has id, rule_ood, unseen, rule_family"):
+        make_env("gp-l", "visual_ood")

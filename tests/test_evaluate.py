@@ -28,6 +28,10 @@ class Puppet:
         return [self.choose(self.environments[i]) for i in conversations]
 
 
+def choose_expert(env):
+    return env.expert_reply()
+
+
 def played(split, choose, verify_iter=3, episodes=20, task="gp-l", **knobs):
     environments = [envs.make_env(task, split, verify_iter=verify_iter, **knobs) for _ in range(episodes)]
     infos = evaluate.play_episodes(Puppet(environments, choose), environments, split, 0)
@@ -59,6 +63,16 @@ def test_v_irl_counts_replies_turns_apart_and_routes(city):
     assert late["first_try"] < late["step_accuracy"] and late["step_accuracy_stderr"] > 0
     straight = played("rule_ood", lambda env: env.format_reply("forward()"), verify_iter=2, task="virl-l", root=city)
     assert straight["success"] == straight["step_accuracy"] == 0 and straight["replies"] == 40   # it begins with a turn
+
+
+def test_the_visual_test_plays_the_routes_in_order_and_tells_the_cities_apart(city):
+    """Played by someone who only knows the streets of the first two cities."""
+    def choose(env):
+        return env.expert_reply() if env.number < 4 else env.flawed_reply()
+    environments = [envs.Navigation(root=city, data="mini", in_order=True, verify_iter=1) for _ in range(36)]
+    row = evaluate.summarise(evaluate.play_episodes(Puppet(environments, choose), environments, "visual_ood", 0), 1)
+    assert row["success_by_city"] == [1, 1] + [0] * 7 and row["success"] == pytest.approx(4 / 18)
+    assert "success_by_city" not in played("id", choose_expert, episodes=2, task="virl-l", root=city)
 
 
 def test_the_error_of_a_success_is_binomial_and_that_of_steps_is_over_episodes():

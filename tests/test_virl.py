@@ -519,7 +519,7 @@ def test_the_grid_shows_front_right_back_and_left_as_the_prompt_says(pictures):
 def test_views_turn_with_the_agent_and_official_headings_can_be_asked_for(pictures):
     ours, theirs = (make_env("virl-vl", "id", root=pictures, resolution=32, view_headings=name) for name in ("prompt", "official"))
     ours.reset(seed=0), theirs.reset(seed=0)
-    assert ours.position == theirs.position and ours.picture() != theirs.views()
+    assert ours.position == theirs.position and ours.picture() != theirs.picture()
     first = ours.picture()
     ours.step(ours.expert_reply())
     assert ours.picture() != first
@@ -594,8 +594,12 @@ def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path
         human, gpt = record["conversations"]
         assert human["from"] == "human" and human["value"].startswith("<image>\nWalk to") and gpt["from"] == "gpt"
         assert json.loads(gpt["value"])["action"]
-    with pytest.raises(ValueError, match="record 0: key 'image': pictures are not supported"):
-        sft.read_conversations(tmp_path / "sft.json")
+    samples = sft.Samples(sft.Config(task="virl-vl", root=str(pictures)))
+    pairs = sft.read_conversations(tmp_path / "sft.json", vision=True)
+    assert [(envs.read_text(messages[0]), reply) for messages, reply in pairs] == [
+        (envs.read_text(messages[0]), reply) for messages, reply in (samples[i] for i in range(3))]
+    with pytest.raises(ValueError, match="record 0: key 'image': a task with pictures needs one file per record, another"):
+        sft.read_conversations(tmp_path / "sft.json", vision=False)
 
 
 # ---- Judging -------------------------------------------------------------------------------------------------------
