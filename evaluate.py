@@ -34,11 +34,11 @@ from threading import Lock
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
-from tqdm import tqdm
 
 import envs
-from model import (Sight, checkpoint_step, checkpoints, decode_reply, encode, fail, knob, load_policy, log_jsonl,
-                   parse_config, pick_device, picture_of, read_jsonl, sampling_uniforms, write_whole)
+from model import (WORLD, Sight, checkpoint_step, checkpoints, decode_reply, encode, fail, gather, knob, leave,
+                   load_policy, log_jsonl, mine, parse_config, picture_of, progress, read_jsonl, sampling_uniforms, say,
+                   start_processes, write_whole)
 
 EVALUATION = 2   # the first number of a random stream's key; rl.py has 0 and 1
 # What the tables show, the paper's own measure first. Each is explained in `summarise`.
@@ -91,7 +91,7 @@ class LocalModel:
     """A checkpoint as a player of dialogues; ids are kept from turn to turn, and so is what was seen of a picture."""
 
     def __init__(self, path, config):
-        self.policy, self.processor = load_policy(path, config.dtype, pick_device(config.device),
+        self.policy, self.processor = load_policy(path, config.dtype, start_processes(config.device),
                                                   vision=config.task.endswith("-vl"))
         self.config, self.sight = config, Sight(self.policy, config.generate_tokens)
         self.dialogues = {}                                        # episode -> ids of its dialogue so far
@@ -101,9 +101,9 @@ class LocalModel:
         config, keys = self.config, [(EVALUATION, seed, i, turn) for i in conversations]
         prompts = [encode(self.processor, messages, None if new else self.dialogues[i])
                    for i, (messages, new) in conversations.items()]
-        sight = self.sight([picture_of(messages) for messages, _ in conversations.values()])
+        pictures = [picture_of(messages) for messages, _ in conversations.values()]
         replies = self.policy.generate(prompts, sampling_uniforms(keys, config.max_new_tokens), config.max_new_tokens,
-                                       config.temperature, config.generate_tokens, sight)
+                                       config.temperature, config.generate_tokens, pictures, self.sight)
         self.dialogues = {i: prompt + ids for i, prompt, (ids, _) in zip(conversations, prompts, replies)}
         return [decode_reply(self.processor, ids) for ids, _ in replies]
 
@@ -118,6 +118,8 @@ class ApiModel:
         if not os.environ.get("API_KEY"):   # without one the client would send the user's Hugging Face token instead
             raise ValueError("--api-url needs a key in the environment variable API_KEY; any word will do for a "
                              "server that asks for none")
+        if WORLD > 1:
+            raise ValueError("--api-url runs in one process, with --api-workers requests at the same time")
         if not config.api_model or not config.out:
             raise ValueError("--api-url needs --api-model and --out")
         self.client = InferenceClient(base_url=config.api_url, api_key=os.environ["API_KEY"], timeout=120)
@@ -139,7 +141,7 @@ class ApiModel:
         with ThreadPoolExecutor(self.config.api_workers) as pool:
             asked = pool.map(lambda digest: self.ask(digest, requests[digest]), missing)
             try:
-                for _ in tqdm(asked, total=len(missing), desc=f"turn {turn + 1}", leave=False):
+                for _ in progress(asked, total=len(missing), desc=f"turn {turn + 1}", leave=False):
                     pass
             finally:
                 pool.shutdown(cancel_futures=True)                 # those on their way still come in
@@ -187,24 +189,28 @@ def num_episodes(config, split):
 
 
 def play_episodes(model, environments, split, seed):
-    """Play one episode in each environment, all side by side; the list of infos, one per turn, of each episode."""
-    conversations, infos, turn = {}, [[] for _ in environments], 0
-    for i, env in enumerate(environments):
-        messages, _ = env.reset(seed=f"{seed}/evaluate/{i}", episode=i)
+    """Play one episode in each environment, all side by side; the list of infos, one per turn, of each episode.
+
+    Every process plays its part of them, and gets the infos of all.
+    """
+    conversations, turn = {}, 0
+    for i in mine(range(len(environments))):
+        messages, _ = environments[i].reset(seed=f"{seed}/evaluate/{i}", episode=i)
         conversations[i] = messages, True
-    progress = tqdm(total=len(environments), desc="episodes", leave=False)
+    infos, bar = {i: [] for i in conversations}, progress(total=len(conversations), desc="episodes", leave=False)
     while conversations:
         replies, going = model.reply(split, seed, turn, conversations), {}
         for i, reply in zip(conversations, replies):
             messages, reward, _, _, info = environments[i].step(reply)
             infos[i].append(info | {"reward": reward})
             if environments[i].done:
-                progress.update()
+                bar.update()
             else:
                 going[i] = messages, info["new_dialogue"]
         conversations, turn = going, turn + 1
-    progress.close()
-    return infos
+    bar.close()
+    everyones = gather(list(infos.items()))
+    return [episode for _, episode in sorted((pair for part in everyones for pair in part), key=lambda pair: pair[0])]
 
 
 def share(hits, counts):
@@ -270,7 +276,7 @@ def evaluate_model(path, known, config, write):
             if row["checkpoint"] == str(path) and row["settings"] == settings]
     missing = [pair for pair in wanted if pair not in done]
     if not missing:
-        print(f"{path}: already evaluated")
+        say(f"{path}: already evaluated")
         return
     model = ApiModel(config) if config.api_url else LocalModel(str(path), config)
     for split, seed in missing:
@@ -280,7 +286,7 @@ def evaluate_model(path, known, config, write):
                "settings": settings}
         told = ", ".join(f"{name.replace('_', ' ')} {100 * row[name]:.1f} +- {100 * row[f'{name}_stderr']:.1f} %"
                          for name in ("first_try", *METRICS[config.task]))
-        tqdm.write(f"{path.name:12s} {split:9s} seed {seed}: {told}")
+        say(f"{path.name:12s} {split:9s} seed {seed}: {told}")
         write(row)
 
 
@@ -296,7 +302,7 @@ def evaluate_run(run, config):
     points += [(checkpoint_step(path), path) for path in checkpoints(run) if checkpoint_step(path)]
     known = read_jsonl(run / "eval.jsonl")
     write_whole(run / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in known))   # without a torn last line
-    for step, path in tqdm(points, desc=f"checkpoints of {run}"):
+    for step, path in progress(points, desc=f"checkpoints of {run}"):
         compute = {name: spent[step][name] for name in ("gflops", "gflops_paper")}
         evaluate_model(path, known, config, lambda row: log_jsonl(run / "eval.jsonl", step=step, **compute, **row))
 
@@ -425,10 +431,11 @@ def main(config):
             rows = Path(config.out) / "eval.jsonl"
             evaluate_model(Path(config.api_model), read_jsonl(rows), config, lambda row: log_jsonl(rows, **row))
         else:
-            evaluate_model(Path(config.model), [], config, lambda row: print(json.dumps(row)))
+            evaluate_model(Path(config.model), [], config, lambda row: say(json.dumps(row)))
     except ValueError as error:
         fail(error)
 
 
 if __name__ == "__main__":
     main(parse_config(Config))
+    leave()

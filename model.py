@@ -19,6 +19,7 @@ Left out: other architectures, several pictures in a dialogue, and more than one
 """
 import argparse
 import contextlib
+import datetime
 import difflib
 import json
 import math
@@ -32,10 +33,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, DynamicCache, LlamaConfig,
                           LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor,
                           PreTrainedTokenizerFast)
@@ -46,8 +53,8 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 IMAGE_TOKEN = "<|image|>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "{{ '" + IMAGE_TOKEN + "' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|end_of_turn|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '" + IMAGE_TOKEN + "' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|end_of_turn|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
@@ -179,13 +186,13 @@ class CacheDecoder:
     def __init__(self, policy):
         self.policy, self.model = policy, policy.backbone
 
-    def prefill(self, input_ids, attention_mask, max_new_tokens, sight=None):
+    def prefill(self, input_ids, attention_mask, max_new_tokens, seen=None):
         """Read left-padded prompts (B, P), and pictures as `see` made them; logits (B, V) of a reply's first token."""
         self.mask = attention_mask
         self.cache = DynamicCache(config=self.model.config.get_text_config())
         self.cross_mask, vision = None, {}                         # (B, T, 1, tiles), T growing with every step
-        if sight:
-            states, tiles = map(torch.stack, zip(*sight))          # (B, S, D), (B, 1, tiles)
+        if seen:
+            states, tiles = map(torch.stack, zip(*seen))          # (B, S, D), (B, 1, tiles)
             self.cross_mask = self.policy.cross_attention_mask(input_ids, tiles)
             vision["cross_attention_states"] = states
         return self.forward(input_ids, (attention_mask.cumsum(-1) - 1).clamp(min=0), **vision)
@@ -233,7 +240,7 @@ class LlamaDecoder(CacheDecoder):
         } for layer in self.model.model.layers for a, m in [(layer.self_attn, layer.mlp)]]
         self.lm_head = self.model.lm_head.weight.to(dtype)
 
-    def prefill(self, input_ids, attention_mask, max_new_tokens, sight=None):
+    def prefill(self, input_ids, attention_mask, max_new_tokens, seen=None):
         logits = super().prefill(input_ids, attention_mask, max_new_tokens)
         B, P = input_ids.shape
         self.keys, self.values = [], []                            # per layer (B, kv_heads, P + N, head_dim)
@@ -391,6 +398,21 @@ class Policy(nn.Module):
         sees = (input_ids == self.image_id).cumsum(1) > 0
         return sees[:, :, None, None] * tiles[:, None]
 
+    @contextlib.contextmanager
+    def whole_weights(self):
+        """Sharded weights are put together on every process, so that sampling waits for nobody, and taken apart after.
+
+        Replies differ in length, so a decode that gathered weights layer by layer would leave processes waiting.
+        """
+        units = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.unshard()
+            unit.set_reshard_after_forward(False, recurse=False)
+        yield
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
     @torch.no_grad()
     def see(self, pictures):
         """What the cross-attention layers look at, for each picture: states (S, D), S = tiles x patches, and which
@@ -401,16 +423,22 @@ class Policy(nn.Module):
         return list(zip(states.flatten(1, -2), tensors["aspect_ratio_mask"]))
 
     @torch.no_grad()
-    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536, sight=None):
+    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536, pictures=None, sight=None):
         """Sample one reply to each prompt: (response_ids, the log-probs (R,) seen while sampling) per prompt.
 
         `uniforms` (number of prompts, max_new_tokens) in [0, 1) decide the tokens, one row a reply, so but for
         rounding a reply does not depend on the rows beside it. Temperature 0 takes the likeliest token. Rows that
-        end leave the batch. `sight` is what `see` makes of the pictures, one for each prompt, or None. The log-probs
-        serve only to check those of `forward`.
+        end leave the batch. `pictures` has one for each prompt, or None for each; a `sight` remembers what was seen of
+        them in earlier turns. The log-probs serve only to check those of `forward`.
         """
         self.backbone.eval()
-        replies, seen_tokens = [None] * len(prompts), self.picture_tokens if sight else 0
+        with self.whole_weights():
+            seen = (sight or Sight(self, token_budget))(pictures or [None])
+            return self.decode(prompts, uniforms, max_new_tokens, temperature, token_budget, seen)
+
+    def decode(self, prompts, uniforms, max_new_tokens, temperature, token_budget, seen):
+        """`generate` on whole weights; `seen` is what `see` makes of the pictures, or None."""
+        replies, seen_tokens = [None] * len(prompts), self.picture_tokens if seen else 0
         uniforms = torch.as_tensor(uniforms, device=self.device)
         config = self.backbone.config
         plain_llama = (config.model_type == "llama" and config.hidden_act == "silu"
@@ -421,7 +449,7 @@ class Policy(nn.Module):
             padding = [P - len(prompts[row]) for row in rows]                                      # on the left
             input_ids = torch.tensor([[0] * pad + prompts[row] for pad, row in zip(padding, rows)], device=self.device)
             mask = torch.tensor([[0] * pad + [1] * (P - pad) for pad in padding], device=self.device)
-            logits = decoder.prefill(input_ids, mask, max_new_tokens, sight and [sight[row] for row in rows])
+            logits = decoder.prefill(input_ids, mask, max_new_tokens, seen and [seen[row] for row in rows])
             alive = torch.tensor(rows, device=self.device)         # which prompt each row of the batch answers
             going = torch.ones_like(alive, dtype=torch.bool)
             drawn_ids, drawn_logprobs = [], []
@@ -610,6 +638,113 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
     return policy.to(device), processor
 
 
+# ---- Running: processes ------------------------------------------------------------------------------------
+#
+# torchrun starts one process per device. The scripts are written as if there were one: what several have to agree on
+# goes through these functions, which every process calls at the same point, and which cost nothing in a single one.
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(name):
+    """The device of this process, once it has met the others; "auto" is CUDA where there is one.
+
+    A process that waits for another for ten minutes gives up.
+    """
+    device = pick_device(name)
+    if WORLD > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+    return device
+
+
+def leave(status=0):
+    """End of a script: exit with this status, all processes together."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)   # torch's threads sometimes crash a normal exit
+    sys.exit(status)
+
+
+def gather(value):
+    """The values of all processes in order of rank; a value is anything that JSON can hold."""
+    if WORLD == 1:
+        return [value]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(WORLD)]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    rows = [torch.zeros(int(max(sizes)), dtype=torch.uint8, device=device) for _ in range(WORLD)]
+    dist.all_gather(rows, F.pad(data, (0, int(max(sizes)) - len(data))))
+    return [json.loads(bytes(row[:int(size)].tolist())) for row, size in zip(rows, sizes)]
+
+
+def total(value):
+    """The sum of a number over all processes."""
+    return sum(gather(value))
+
+
+def in_step(batches, spare):
+    """(batch, weight) pairs, as many in every process: each pass gathers weights from all. A process that has fewer
+    batches repeats one, or `spare` if it has none, with weight 0."""
+    missing = max(gather(len(batches))) - len(batches)
+    return [(batch, 1.0) for batch in batches] + [((batches or [spare])[0], 0.0)] * missing
+
+
+def progress(iterable=None, **kwargs):
+    """A progress bar, shown by the first process."""
+    return tqdm(iterable, disable=RANK > 0, **kwargs)
+
+
+def mine(items):
+    """The part of a sequence that falls to this process."""
+    return items[RANK::WORLD]
+
+
+def say(text):
+    """Print a line, in the first process."""
+    if RANK == 0:
+        tqdm.write(text)
+
+
+def shard(policy):
+    """Spread weights, gradients and optimizer state over the processes (FSDP2): a unit per layer, one for the rest.
+
+    Master weights and sums over processes are float32; on GPUs, bfloat16 is gathered and computed with if the policy
+    computes in it.
+    """
+    if WORLD == 1:
+        return policy
+    kind = policy.device.type
+    compute = policy.dtype if kind == "cuda" else torch.float32          # on CPUs autocast does it
+    settings = {"mesh": init_device_mesh(kind, (WORLD,)), "reshard_after_forward": True,
+                "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)}
+    for module in policy.backbone.modules():
+        if type(module).__name__ in policy.backbone._no_split_modules:
+            fully_shard(module, **settings)
+    fully_shard(policy, **settings)
+    register_fsdp_forward_method(policy, "generate")
+    return policy
+
+
+def clip_gradients(parameters, max_norm):
+    """Scale gradients to a norm of at most `max_norm`; their norm before, as a float."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def whole(tensor):
+    """A sharded tensor put together in the memory of the first process (None elsewhere); any other as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if RANK == 0 else None
+
+
 # ---- Running: configs --------------------------------------------------------------------------------------
 
 def knob(default, help, low=None, high=None, choices=None):
@@ -633,7 +768,8 @@ class OneLineParser(argparse.ArgumentParser):
 def fail(message):
     """Say one line and exit with 2: the ending for the user's mistakes."""
     sys.stdout.flush()
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    if RANK == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -704,7 +840,7 @@ def check_run(config):
     elif out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
         raise ValueError(f"out folder {config.out} is not empty and holds no run: choose another --out")
     for torn in sorted(out.glob("step_*.tmp")):
-        print(f"{torn} was never finished: skipped")
+        say(f"{torn} was never finished: skipped")
     resumable = [p for p in checkpoints(out) if (p / "resume" / "state.json").is_file()]
     if checkpoints(out) and not resumable:
         raise ValueError(f"out folder {config.out} has checkpoints but none with its resume/ folder: "
@@ -714,6 +850,7 @@ def check_run(config):
 
 def open_run(config, newest):
     """Make the run folder with its config.json, or cut its log back to the checkpoint it goes on from."""
+    gather(None)                                         # all have looked at the folder
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
@@ -722,10 +859,13 @@ def open_run(config, newest):
         if (out / name).is_file():
             rows = [row for row in read_jsonl(out / name) if row["step"] <= last_step]
             write_whole(out / name, "".join(json.dumps(row) + "\n" for row in rows))
+    gather(None)
 
 
 def write_whole(path, text):
     """Replace a file's content in one move, so that no reader and no crash ever sees half of it."""
+    if RANK > 0:
+        return
     temporary = Path(f"{path}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -739,6 +879,8 @@ def read_jsonl(path):
 
 
 def log_jsonl(path, **row):
+    if RANK > 0:
+        return
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -756,54 +898,98 @@ def save_checkpoint(out, step, policy, processor, optimizer, state, keep_resume=
     """Write step_000400/: a Hugging Face folder, value_head.safetensors, and resume/ (optimizer and `state`).
 
     It is written as step_000400.tmp/ and renamed when it is complete. Weights stay; resume/ is kept for the newest
-    `keep_resume` checkpoints.
+    `keep_resume` checkpoints. Every process writes its part of the optimizer state; the first writes all the rest.
     """
     final = Path(out) / f"step_{step:06d}"
-    if final.exists():
-        return final
     temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "resume").mkdir(parents=True)
-    policy.backbone.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    if with_value_head:
-        save_file(policy.value_head.state_dict(), temporary / "value_head.safetensors")
+    if any(gather(final.exists())):
+        return final
+    weights = whole_weights_of(policy)
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "resume").mkdir(parents=True)
+        policy.backbone.save_pretrained(temporary, state_dict=weights["backbone"])
+        processor.save_pretrained(temporary)
+        if with_value_head:
+            save_file(weights["value_head"], temporary / "value_head.safetensors")
+        (temporary / "resume" / "state.json").write_text(json.dumps(state))
+    gather(None)                                         # the folder is there
     names = {p: name for name, p in policy.named_parameters()}
-    tensors = {f"{names[p]}.{key}": value for p, entry in optimizer.state.items() for key, value in entry.items()}
-    save_file(tensors, temporary / "resume" / "optimizer.safetensors")
-    (temporary / "resume" / "state.json").write_text(json.dumps(state))
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    os.replace(temporary, final)
-    folder = os.open(out, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-    for old in checkpoints(out)[:-keep_resume]:
-        shutil.rmtree(old / "resume", ignore_errors=True)
+    parts = {f"{names[p]}.{key}": value.to_local().contiguous() if isinstance(value, DTensor) else value
+             for p, entry in optimizer.state.items() for key, value in entry.items()}
+    save_file(parts, temporary / "resume" / f"optimizer_{RANK:05d}.safetensors")
+    gather(None)                                         # every file is there
+    if RANK == 0:
+        publish(temporary, final)
+        for old in checkpoints(out)[:-keep_resume]:
+            shutil.rmtree(old / "resume", ignore_errors=True)
+    gather(None)
     return final
 
 
+def whole_weights_of(policy):
+    """{"backbone": {name: tensor}, "value_head": ...} in the memory of the first process, put together one by one."""
+    weights, known = {"backbone": {}, "value_head": {}}, {}
+    for name, tensor in policy.state_dict(keep_vars=True).items():
+        part, _, rest = name.partition(".")
+        if id(tensor) not in known:                      # tied weights are one tensor with two names
+            known[id(tensor)] = whole(tensor.detach())
+        weights[part][rest] = known[id(tensor)]
+    return weights
+
+
+def publish(temporary, final):
+    """Give a complete folder its final name, once all of it is on the disk."""
+    for path in [*temporary.rglob("*"), temporary]:
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
+    os.replace(temporary, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
 def load_resume(folder, policy, optimizer):
-    """Put the optimizer state of a checkpoint back and return its `state`; the weights come with load_policy."""
-    tensors = load_file(folder / "resume" / "optimizer.safetensors", device=str(policy.device))
+    """Put the optimizer state of a checkpoint back and return its `state`; the weights come with load_policy.
+
+    Each tensor is put together from the parts of the processes that wrote it and cut anew for those that read it.
+    """
+    files = [safe_open(path, "pt") for path in sorted((folder / "resume").glob("optimizer_*.safetensors"))]
+    names = set(files[0].keys())
     for name, p in policy.named_parameters():
-        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
-        entry = {key: tensors[f"{name}.{key}"] for key in keys}
-        if entry:
-            optimizer.state[p] = {**entry, "step": entry["step"].cpu()}
+        if f"{name}.step" in names:
+            optimizer.state[p] = {"step": files[0].get_tensor(f"{name}.step")}
+            for key in ("exp_avg", "exp_avg_sq"):
+                parts = [file.get_tensor(f"{name}.{key}") for file in files]
+                optimizer.state[p][key] = cut_like(p, torch.cat(parts) if len(parts) > 1 else parts[0])
     return json.loads((folder / "resume" / "state.json").read_text())
 
 
+def cut_like(p, tensor):
+    """A whole tensor on the device of parameter p and, if p is sharded, sharded as p is."""
+    if not isinstance(p, DTensor):
+        return tensor.to(p.device)
+    shared, rows = torch.zeros_like(p.detach()), tensor.chunk(WORLD)
+    if RANK < len(rows):
+        shared.to_local().copy_(rows[RANK])
+    return shared
+
+
 class StopSignal:
-    """Turns SIGTERM into a flag that the loops look at; a second one exits at once."""
+    """Turns SIGTERM or SIGUSR1 into a flag that the loops look at together; a second one exits at once."""
 
     def __init__(self):
-        self.requested = False
+        self.received = False
         signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGUSR1, self.handle)
 
     def handle(self, *_):
-        if self.requested:
+        if self.received:
             os._exit(143)
-        self.requested = True
+        self.received = True
+
+    @property
+    def requested(self):
+        """Whether any process received one."""
+        return any(gather(self.received))

@@ -17,7 +17,6 @@ Left out: a KL penalty and an entropy bonus (the paper has neither), token-level
     S turns of each environment   E environments   N = S x E turns of an update   B turns of a micro-batch   R tokens
 """
 import math
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -25,12 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm, trange
 
 import envs
-from model import (FREEZABLE, Sight, StopSignal, check_run, collate, decode_reply, encode, fail, knob, learning_rate,
-                   load_policy, load_resume, log_jsonl, micro_batches, open_run, parse_config, pick_device, picture_of,
-                   sampling_uniforms, save_checkpoint)
+from model import (FREEZABLE, WORLD, Sight, StopSignal, check_run, clip_gradients, collate, decode_reply, encode, fail,
+                   gather, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl, micro_batches, mine,
+                   open_run, parse_config, picture_of, progress, sampling_uniforms, save_checkpoint, shard,
+                   start_processes, total)
 
 SAMPLES, SHUFFLES = 0, 1            # the first number of a random stream's key: what it is for
 LAMBDA = {"gp": 6.0, "virl": 5.1}   # paper C.3: tokens of the rollout buffer per token trained
@@ -95,6 +94,7 @@ class Turn:
     dialogue: tuple       # turns of one dialogue share this: (environment, episode, number in it)
     info: dict
     picture: object = None   # PIL; the one of the dialogue
+    place: int = 0           # of N, in the rollouts of all processes
 
 
 class Player:
@@ -142,22 +142,23 @@ def find_answer(processor, response_ids, answer_key):
 
 
 def collect_turns(policy, processor, players, update, config, stop):
-    """S turns of every player, sampled from the policy: N turns ordered (S, E); None if a stop was asked for."""
+    """S turns of every player, sampled from the policy: turns ordered (S, E); None if a stop was asked for."""
     turns, sight = [], Sight(policy, config.generate_tokens)
-    for s in tqdm(range(config.turns_per_env), desc="rollout", leave=False):
+    for s in progress(range(config.turns_per_env), desc="rollout", leave=False):
         if stop.requested:
             return None
         prompts, pictures = zip(*[(player.prompt_ids, player.picture) for player in players])
         keys = [(SAMPLES, config.seed, update, player.index, s) for player in players]
         uniforms = sampling_uniforms(keys, config.max_new_tokens)
         replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
-                                  config.generate_tokens, sight(pictures))
+                                  config.generate_tokens, pictures, sight)
         for player, prompt_ids, picture, (response_ids, _) in zip(players, prompts, pictures, replies):
             dialogue = player.index, player.episode, player.dialogue
             messages, reward, done, info = player.play(response_ids)
             answer_start = find_answer(processor, response_ids, player.env.answer_key)
-            turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, dialogue, info, picture))
-            if done and player.index < 2:   # a few whole conversations to read: the way to see reward hacking
+            turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, dialogue, info, picture,
+                              s * config.num_envs + player.index))
+            if done and player in players[:2]:   # a few whole conversations to read: the way to see reward hacking
                 told = [message | {"content": envs.read_text(message)} for message in messages]
                 log_jsonl(Path(config.out) / "turns.jsonl", step=update + 1, env=player.index, messages=told,
                           reward=reward, **info)
@@ -207,7 +208,7 @@ def turn_logprobs(policy, turns, dialogues, config):
 def score_turns(policy, turns, config):
     """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,)."""
     logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
-    for dialogues in turn_batches(policy, turns, group_dialogues(turns), config):
+    for dialogues, _ in in_step(list(turn_batches(policy, turns, group_dialogues(turns), config)), spare=None):
         rows = [i for dialogue in dialogues for i in dialogue]
         micro_logprobs, micro_values = turn_logprobs(policy, turns, dialogues, config)
         logprobs[rows], values[rows] = micro_logprobs.cpu(), micro_values.cpu()
@@ -231,12 +232,20 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
 
 
 def estimate_advantages(turns, values, next_values, config):
-    """`compute_gae` on a rollout's N turns: advantages and returns, both (N,)."""
-    shape = config.turns_per_env, config.num_envs
+    """`compute_gae` on a rollout's turns: advantages and returns, one for each."""
+    shape = config.turns_per_env, -1
     rewards = torch.tensor([turn.reward for turn in turns]).view(shape)             # (S, E)
     dones = torch.tensor([float(turn.done) for turn in turns]).view(shape)          # (S, E)
     advantages, returns = compute_gae(rewards, values.view(shape), dones, next_values, config.gamma, config.gae_lambda)
     return advantages.flatten(), returns.flatten()
+
+
+def moments(values):
+    """Mean and variance of the values (n,) of all processes."""
+    values = values.double()
+    num = total(len(values))
+    mean = total(float(values.sum())) / num
+    return mean, total(float(((values - mean) ** 2).sum())) / num
 
 
 def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, config):
@@ -257,42 +266,50 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
     """`epochs` passes over the N turns in shuffled minibatches, one optimizer step each; returns the stats to log.
 
     Whole dialogues are shuffled; one belongs to the minibatch in which its last turn falls, so that a minibatch has
-    about `minibatch_turns` turns, and its loss is the mean over its own.
+    about `minibatch_turns` turns, and its loss is the mean over its own. All processes draw the same minibatches from
+    the dialogues of all, and each computes the part that is its own: how many there are changes nothing.
     """
-    normalised = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
-    columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)   # (4, N)
-    all_dialogues, sums, grad_norms, first_ratios = group_dialogues(turns), Counter(), [], []
-    for epoch in trange(config.epochs, desc="update", leave=False):
-        order = np.random.default_rng((SHUFFLES, config.seed, update, epoch)).permutation(len(all_dialogues))
-        ends = np.cumsum([len(all_dialogues[i]) for i in order])                    # turns up to the end of each
-        for start in range(0, len(turns), config.minibatch_turns):
+    mean, variance = moments(advantages)
+    normalised = (advantages - mean) / (math.sqrt(variance) + 1e-8)
+    columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)   # (4, own turns)
+    own = {turns[dialogue[0]].place: dialogue for dialogue in group_dialogues(turns)}
+    everyones = gather([[place, len(dialogue)] for place, dialogue in own.items()])
+    places, lengths = np.array(sorted(pair for part in everyones for pair in part)).T
+    spare, sums, grad_norms, first_ratios = [next(iter(own.values()))], Counter(), [], []
+    for epoch in progress(range(config.epochs), desc="update", leave=False):
+        order = np.random.default_rng((SHUFFLES, config.seed, update, epoch)).permutation(len(places))
+        ends = np.cumsum(lengths[order])                                            # turns up to the end of each
+        for start in range(0, lengths.sum(), config.minibatch_turns):
             chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
-            num_turns = sum(len(all_dialogues[i]) for i in chosen)
-            for dialogues in turn_batches(policy, turns, [all_dialogues[i] for i in chosen], config):
+            num_turns, fault = int(lengths[chosen].sum()), None
+            dialogues = [own[place] for place in places[chosen] if place in own]
+            for dialogues, weight in in_step(list(turn_batches(policy, turns, dialogues, config)), spare):
                 rows = [i for dialogue in dialogues for i in dialogue]
                 logprobs, values = turn_logprobs(policy, turns, dialogues, config)
                 old_logprob, old_value, advantage, target = columns[:, rows]        # (B,) each
                 policy_loss, value_loss, watched = ppo_loss(logprobs, old_logprob, values, old_value, advantage,
                                                             target, config)
-                loss = (policy_loss + config.value_coef * value_loss).sum() / num_turns
+                loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(f"update {update + 1}, epoch {epoch}, turns {rows[:8]}...: loss {loss}")
-                loss.backward()
-                first_ratios += watched["ratio"].tolist() if epoch == start == 0 else []
-                for name, value in {"policy_loss": policy_loss, "value_loss": value_loss, **watched}.items():
-                    sums[name] += float(value.detach().sum())
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-            if not torch.isfinite(grad_norm):
-                raise FloatingPointError(f"update {update + 1}, epoch {epoch}, minibatch from turn {start}: "
-                                         f"grad_norm {grad_norm}")
+                    fault = f"turns {[turns[i].place for i in rows[:8]]}...: loss {loss}"
+                (loss * WORLD).backward()                                           # averaged over processes
+                if weight:
+                    first_ratios += watched["ratio"].tolist() if epoch == start == 0 else []
+                    for name, value in {"policy_loss": policy_loss, "value_loss": value_loss, **watched}.items():
+                        sums[name] += float(value.detach().sum())
+            grad_norms.append(clip_gradients(policy.parameters(), config.max_grad_norm))
+            if not math.isfinite(grad_norms[-1]):                                   # then it is so in every process
+                faults = [told for told in gather(fault) if told] or [f"grad_norm {grad_norms[-1]}"]
+                raise FloatingPointError(f"update {update + 1}, epoch {epoch}, minibatch from turn {start}, "
+                                         f"{faults[0]}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            grad_norms.append(float(grad_norm))
-    stats = {name: value / len(turns) / config.epochs for name, value in sums.items()}
-    residual = (returns - old_values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+    stats = {name: total(value) / int(lengths.sum()) / config.epochs for name, value in sorted(sums.items())}
+    first_ratios = [ratio for part in gather(first_ratios) for ratio in part]
+    residual = moments(returns - old_values)[1] / (moments(returns)[1] + 1e-8)
     return {**stats, "ratio_max_first": max(first_ratios), "ratio_min_first": min(first_ratios),
             "grad_norm": sum(grad_norms) / len(grad_norms), "optimizer_steps": len(grad_norms),
-            "explained_variance": 1 - float(residual)}
+            "explained_variance": 1 - residual}
 
 
 def rollout_stats(turns, eos_id):
@@ -301,20 +318,22 @@ def rollout_stats(turns, eos_id):
     `success` is over the episodes that ended in it. Short ones end first, so it starts too high, at 1 when a rollout
     is shorter than an episode: `step_accuracy`, over all replies, has no such bias.
     """
-    ended = [turn for turn in turns if turn.done]
-    statuses = Counter(turn.info["status"] for turn in turns)
-    kinds = Counter(turn.info["kind"] for turn in turns)
-    correct = Counter(turn.info["kind"] for turn in turns if turn.info["status"] == "correct")
-    return {"turns": len(turns), "episodes": len(ended),
-            "success": sum(turn.info["success"] for turn in ended) / max(1, len(ended)),
-            "step_accuracy": statuses["correct"] / len(turns),
-            "reward": sum(turn.reward for turn in turns) / len(turns),
-            **({"cards_read": sum(turn.info["cards_read"] for turn in turns) / len(turns)}
-               if "cards_read" in turns[0].info else {}),
+    own = [turn.info | {"reward": turn.reward, "done": turn.done, "length": len(turn.response_ids),
+                        "cut": turn.response_ids[-1] != eos_id} for turn in turns]
+    rows = [row for part in gather(own) for row in part]
+    ended = [row for row in rows if row["done"]]
+    statuses = Counter(row["status"] for row in rows)
+    kinds = Counter(row["kind"] for row in rows)
+    correct = Counter(row["kind"] for row in rows if row["status"] == "correct")
+    return {"turns": len(rows), "episodes": len(ended),
+            "success": sum(row["success"] for row in ended) / max(1, len(ended)),
+            "step_accuracy": statuses["correct"] / len(rows),
+            "reward": math.fsum(row["reward"] for row in rows) / len(rows),
+            **({"cards_read": sum(row["cards_read"] for row in rows) / len(rows)} if "cards_read" in rows[0] else {}),
             **{f"step_accuracy_{kind}": correct[kind] / kinds[kind] for kind in sorted(kinds)},
             **{f"status_{status}": statuses[status] for status in sorted(statuses)},
-            "replies_cut": sum(turn.response_ids[-1] != eos_id for turn in turns),
-            "response_length": sum(len(turn.response_ids) for turn in turns) / len(turns)}
+            "replies_cut": sum(row["cut"] for row in rows),
+            "response_length": sum(row["length"] for row in rows) / len(rows)}
 
 
 def advance(policy, state, turns, upcoming, players, config):
@@ -327,9 +346,12 @@ def advance(policy, state, turns, upcoming, players, config):
     pictures = sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues)
     sampled = sum(map(turn_length, turns)) + policy.picture_tokens * pictures
     scored = dialogue_tokens + sum(dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming)))
-    return {"step": state["step"] + 1, "tokens_trained": state["tokens_trained"] + config.epochs * dialogue_tokens,
-            "tokens_rollout": state["tokens_rollout"] + sampled + scored,
-            "players": [[player.episode, player.replies] for player in players], "seconds": state["seconds"]}
+    places = gather([[player.index, player.episode, player.replies] for player in players])
+    return {"step": state["step"] + 1,
+            "tokens_trained": state["tokens_trained"] + config.epochs * total(dialogue_tokens),
+            "tokens_rollout": state["tokens_rollout"] + total(sampled + scored),
+            "players": [place[1:] for place in sorted(place for part in places for place in part)],
+            "seconds": state["seconds"]}
 
 
 def compute_spent(state, num_params, task):
@@ -347,10 +369,12 @@ def make_envs(config):
     if num_turns % config.minibatch_turns:
         raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must divide the {num_turns} turns of an update "
                          f"({config.num_envs} environments x {config.turns_per_env})")
+    if config.num_envs % WORLD:
+        raise ValueError(f"--num-envs {config.num_envs}: must be a multiple of the number of processes, {WORLD}")
     environments = [envs.make_env(config.task, config.split, root=config.root, fold=config.fold,
                                   verify_iter=config.verify_iter or None, feedback=config.feedback,
                                   card_dir=config.card_dir, resolution=config.resolution or None,
-                                  prompt_file=config.prompt_file) for _ in range(config.num_envs)]
+                                  prompt_file=config.prompt_file) for _ in mine(range(config.num_envs))]
     if config.minibatch_turns < (tries := environments[0].verify_iter):
         raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must be at least --verify-iter {tries}, since a "
                          "dialogue is never cut")
@@ -359,13 +383,14 @@ def make_envs(config):
 
 def main(config):
     try:
-        device, environments = pick_device(config.device), make_envs(config)
+        device, environments = start_processes(config.device), make_envs(config)
         newest = check_run(config)
         torch.manual_seed(config.seed)
         texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts,
                                         environments[0].atoms(), config.task.endswith("-vl"), config.freeze,
                                         config.gradient_checkpointing)
+        policy = shard(policy)
         open_run(config, newest)
     except ValueError as error:
         fail(error)
@@ -374,11 +399,12 @@ def main(config):
     state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
              "players": [[0, []]] * config.num_envs}
     state = load_resume(newest, policy, optimizer) if newest else state
-    players = [Player(i, env, processor, config, *state["players"][i]) for i, env in enumerate(environments)]
+    players = [Player(i, env, processor, config, *state["players"][i])
+               for i, env in zip(mine(range(config.num_envs)), environments)]
     stop, out = StopSignal(), Path(config.out)
 
-    progress = trange(state["step"], config.updates, initial=state["step"], total=config.updates, desc="rl")
-    for update in progress:
+    bar = progress(range(state["step"], config.updates), initial=state["step"], total=config.updates, desc="rl")
+    for update in bar:
         schedule = learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final) / config.lr
         lr = schedule * config.lr * min(1, (update + 1) / (config.lr_warmup + 1))
         for group, group_lr in zip(optimizer.param_groups, (lr, schedule * (config.value_lr or config.lr))):
@@ -387,13 +413,13 @@ def main(config):
         turns = collect_turns(policy, processor, players, update, config, stop)
         if turns is None:                                           # the rollout is dropped, `state` is from before it
             save_checkpoint(out, update, policy, processor, optimizer, state, config.keep_resume)
-            sys.exit(143)
+            leave(143)
         clock.append(time.time())
-        old_logprobs, values = score_turns(policy, turns, config)                   # (N,), (N,)
+        old_logprobs, values = score_turns(policy, turns, config)                   # one for each turn
         # the prompts that come next, as turns without a reply: only their values are used
         upcoming = [Turn(player.prompt_ids, [], 0, 0.0, False, (player.index,), {}, player.picture)
                     for player in players]
-        _, next_values = score_turns(policy, upcoming, config)                      # (E,)
+        _, next_values = score_turns(policy, upcoming, config)                      # one for each environment
         advantages, returns = estimate_advantages(turns, values, next_values, config)
         try:
             stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages, returns, update, config)
@@ -403,16 +429,18 @@ def main(config):
         state = advance(policy, state | {"seconds": state["seconds"] + clock[2] - clock[0]}, turns, upcoming, players,
                         config)
         rollout = rollout_stats(turns, policy.eos_id)
-        log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout, **stats, value=float(values.mean()),
+        log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout, **stats, value=moments(values)[0],
                   tokens_trained=state["tokens_trained"], tokens_rollout=state["tokens_rollout"],
                   **compute_spent(state, policy.num_params, config.task), seconds=state["seconds"],
                   seconds_rollout=clock[1] - clock[0], seconds_update=clock[2] - clock[1])
-        progress.set_postfix(correct=f"{rollout['step_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}")
-        if (update + 1) % config.save_every == 0 or update + 1 == config.updates or stop.requested:
+        bar.set_postfix(correct=f"{rollout['step_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}")
+        stopping = stop.requested
+        if (update + 1) % config.save_every == 0 or update + 1 == config.updates or stopping:
             save_checkpoint(out, update + 1, policy, processor, optimizer, state, config.keep_resume)
-        if stop.requested:
-            sys.exit(143)
+        if stopping:
+            leave(143)
 
 
 if __name__ == "__main__":
     main(parse_config(Config))
+    leave()

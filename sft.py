@@ -18,19 +18,18 @@ Left out: packing (samples of like length share a micro-batch instead), LoRA, mo
 import json
 import math
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm, trange
 
 import envs
-from model import (FREEZABLE, IMAGE_TOKEN, StopSignal, check_run, collate, encode, encode_reply, fail, knob,
-                   learning_rate, load_policy, load_resume, log_jsonl, micro_batches, open_run, parse_config,
-                   pick_device, picture_of, save_checkpoint, write_whole)
+from model import (FREEZABLE, IMAGE_TOKEN, WORLD, StopSignal, check_run, clip_gradients, collate, encode, encode_reply,
+                   fail, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl, micro_batches,
+                   mine, open_run, parse_config, picture_of, progress, save_checkpoint, shard, start_processes, total,
+                   write_whole)
 
 
 @dataclass
@@ -108,7 +107,7 @@ def read_conversations(path, vision):
     if not isinstance(records, list) or not records:
         raise ValueError(f"data file {path}: expected a non-empty list of records, got {type(records).__name__}")
     pairs, roles = [], ("human", "gpt")
-    for index, record in enumerate(tqdm(records, desc="pictures", leave=False) if vision else records):
+    for index, record in enumerate(progress(records, desc="pictures", leave=False) if vision else records):
         where = f"data file {path}, record {index}"
         turns = record.get("conversations") if isinstance(record, dict) else None
         if not isinstance(turns, list) or not turns or len(turns) % 2:
@@ -183,7 +182,7 @@ def dump(samples, config):
     if not path.parent.is_dir():
         raise ValueError(f"--dump {config.dump}: there is no folder {path.parent}")
     records = []
-    for i in trange(config.num, desc="dump"):
+    for i in progress(range(config.num), desc="dump"):
         messages, reply = samples[i]
         record, turns = {}, []
         for message in [*messages, {"role": "assistant", "content": reply}]:
@@ -200,17 +199,19 @@ def dump(samples, config):
 def train_step(policy, optimizer, samples, config):
     """One optimizer step on (prompt_ids, response_ids, picture) samples; returns (loss, grad_norm).
 
-    The loss is the mean over all response tokens of the step: the denominator is counted before the micro-batches,
-    so how they are cut changes nothing. FloatingPointError, before the step, if either is not finite.
+    The loss is the mean over all response tokens of the step, those of other processes included: the denominator is
+    counted before the micro-batches, so how they are cut changes nothing. FloatingPointError, before the step, if
+    either is not finite.
     """
-    num_tokens, loss = sum(len(response) for _, response, _ in samples), 0.0
-    for rows in micro_batches([policy.num_tokens(*sample) for sample in samples], config.micro_batch_tokens):
+    num_tokens, loss = total(sum(len(response) for _, response, _ in samples)), 0.0
+    batches = micro_batches([policy.num_tokens(*sample) for sample in samples], config.micro_batch_tokens)
+    for rows, weight in in_step(batches, spare=[0]):
         logprobs, _ = policy(collate([[samples[row][:2]] for row in rows], policy.device,
                                      [samples[row][2] for row in rows]))
-        micro_loss = -logprobs.sum() / num_tokens
-        micro_loss.backward()
+        micro_loss = -weight * logprobs.sum() / num_tokens
+        (micro_loss * WORLD).backward()                            # gradients are averaged over processes
         loss += float(micro_loss.detach())
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(policy.backbone.parameters(), config.max_grad_norm))
+    loss, grad_norm = total(loss), clip_gradients(policy.backbone.parameters(), config.max_grad_norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise FloatingPointError(f"loss {loss}, grad_norm {grad_norm}")
     optimizer.step()
@@ -225,13 +226,16 @@ def main(config):
         if not config.out or not config.model:
             raise ValueError("--out and --model are required; --model is a folder, or tiny or tiny-vl, either with "
                              ":WIDTHxLAYERS")
-        device, samples = pick_device(config.device), Samples(config)
+        if config.batch_size < WORLD:
+            raise ValueError(f"--batch-size {config.batch_size}: must be at least the number of processes, {WORLD}")
+        device, samples = start_processes(config.device), Samples(config)
         newest = check_run(config)
         torch.manual_seed(config.seed)
         texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts,
                                         samples.envs[0].atoms(), config.task.endswith("-vl"), config.freeze,
                                         config.gradient_checkpointing)
+        policy = shard(policy)
         open_run(config, newest)
     except ValueError as error:
         fail(error)
@@ -239,12 +243,12 @@ def main(config):
                                   weight_decay=config.weight_decay)
     state = load_resume(newest, policy, optimizer) if newest else {"step": 0, "tokens": 0, "seconds": 0.0}
     stop, out, started, earlier = StopSignal(), Path(config.out), time.time(), state["seconds"]
-    progress = trange(state["step"], config.steps, initial=state["step"], total=config.steps, desc="sft")
-    for step in progress:
+    bar = progress(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="sft")
+    for step in bar:
         lr = learning_rate(step, config.steps, config.lr, config.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = [samples[i] for i in range(step * config.batch_size, (step + 1) * config.batch_size)]
+        batch = [samples[i] for i in mine(range(step * config.batch_size, (step + 1) * config.batch_size))]
         batch = [(encode(processor, messages), encode_reply(processor, reply), picture_of(messages))
                  for messages, reply in batch]
         try:
@@ -252,19 +256,21 @@ def main(config):
         except FloatingPointError as error:
             fail(f"step {step + 1}, samples {step * config.batch_size} to {(step + 1) * config.batch_size - 1}: "
                  f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
-        tokens = state["tokens"] + sum(policy.num_tokens(*sample) for sample in batch)
+        tokens = state["tokens"] + total(sum(policy.num_tokens(*sample) for sample in batch))
         state = {"step": step + 1, "tokens": tokens, "seconds": earlier + time.time() - started}
         gflops = 6 * policy.num_params * tokens / 1e9                               # paper C.3
         log_jsonl(out / "metrics.jsonl", step=step + 1, loss=loss, grad_norm=grad_norm, lr=lr, tokens_trained=tokens,
-                  response_tokens=sum(len(response) for _, response, _ in batch),
+                  response_tokens=total(sum(len(response) for _, response, _ in batch)),
                   gflops=gflops, gflops_paper=gflops, seconds=state["seconds"])
-        progress.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.requested:
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        stopping = stop.requested
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
             save_checkpoint(out, step + 1, policy, processor, optimizer, state, config.keep_resume,
                             with_value_head=False)
-        if stop.requested:
-            sys.exit(143)
+        if stopping:
+            leave(143)
 
 
 if __name__ == "__main__":
     main(parse_config(Config))
+    leave()

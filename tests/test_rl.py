@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_names_the_update_and_the_turns(tiny, tmp_path
     _, turns = rollout(tiny, CONFIG, tmp_path)
     advantages = torch.zeros(12)
     advantages[5] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"update 8, epoch 0, turns \["):
+    with pytest.raises(FloatingPointError, match=r"update 8, epoch 0, minibatch from turn 0, turns \["):
         rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, torch.zeros(12), torch.zeros(12), advantages, advantages, 7, CONFIG)
 
 

@@ -38,7 +38,7 @@ def dialogues(tiny_vl, temperature=0.7, num=4):
             prompts.append(model.encode(processor, messages, turns[0][0] + turns[0][1] if turn else None))
             pictures.append(picture)
         uniforms = model.sampling_uniforms([(turn, i) for i in range(num)], 12)
-        replies = policy.generate(prompts, uniforms, 12, temperature, ONE_BATCH, sight(pictures))
+        replies = policy.generate(prompts, uniforms, 12, temperature, ONE_BATCH, pictures, sight)
         for (turns, _, _), prompt, (response, logprobs) in zip(found, prompts, replies):
             turns.append((prompt, response, logprobs))
     return [(turns, picture) for turns, picture, _ in found]
@@ -67,7 +67,7 @@ def test_a_batch_equals_its_rows_alone(tiny_vl):
         torch.testing.assert_close(alone, logprobs[2 * i:2 * i + 2, :alone.shape[1]], atol=1e-5, rtol=0)
         torch.testing.assert_close(alone_values, values[2 * i:2 * i + 2], atol=1e-5, rtol=0)
         prompt, response, _ = one[0][0]
-        again = policy.generate([prompt], model.sampling_uniforms([(0, i)], 12), 12, 0.7, 1, policy.see([one[1]]))
+        again = policy.generate([prompt], model.sampling_uniforms([(0, i)], 12), 12, 0.7, 1, [one[1]])
         assert again[0][0] == response
 
 
