@@ -7,7 +7,7 @@ apart, and so are first tries. Every episode is played until it is solved or out
 success within every smaller number of tries as well.
 
     python evaluate.py --model runs/sft/step_000400                  # one checkpoint, printed only
-    python evaluate.py --run runs/rl                                 # all checkpoints of a run and its start
+    python evaluate.py --run-folder runs/rl                                 # all checkpoints of a run and its start
     python evaluate.py --compare runs/sft,runs/rl --figure fig.png   # table beside the paper's numbers, and curves
     API_KEY=... python evaluate.py --api-url https://host/v1 --api-model NAME --out runs/api   # a model behind an API
 
@@ -58,8 +58,8 @@ PAPER_EPISODES = {"gp": 234, "virl": 48}   # and the 18 routes of visual_ood
 class Config:
     """Defaults are ours: the paper does not say how it decodes in its tests."""
     model: str = knob("", "evaluate this one checkpoint")
-    run: str = knob("", "evaluate all checkpoints of this run folder, and the model it started from")
-    start: bool = knob(True, "with --run: evaluate the model it started from as well")
+    run_folder: str = knob("", "evaluate all checkpoints of this run folder, and the model it started from")
+    start: bool = knob(True, "with --run-folder: evaluate the model it started from as well")
     compare: str = knob("", "print the table and draw the figure of these evaluated run folders, comma-separated")
     figure: str = knob("", "with --compare: write the figure here (needs matplotlib)")
     api_url: str = knob("", "evaluate a model behind this OpenAI-style API; its key stands in the variable API_KEY")
@@ -331,7 +331,7 @@ def load_arms(folders):
     for run in map(Path, folders):
         rows = read_jsonl(run / "eval.jsonl")
         if not rows:
-            raise ValueError(f"run {str(run)!r}: no eval.jsonl; run evaluate.py --run {run} first")
+            raise ValueError(f"run {str(run)!r}: no eval.jsonl; run evaluate.py --run-folder {run} first")
         config = json.loads((run / "config.json").read_text())
         arm = "RL" if "updates" in config else "SFT"               # rl.py counts updates, sft.py steps
         starts[config["model"]] = run
@@ -421,12 +421,12 @@ def main(config):
             make_env(config, split)
         if not all(seed.strip().isdecimal() for seed in config.seeds.split(",")):
             raise ValueError(f"--seeds {config.seeds!r}: expected whole numbers such as 0,1,2")
-        if sum(map(bool, (config.model, config.run, config.compare, config.api_url))) != 1:
-            raise ValueError("exactly one of --model, --run, --compare and --api-url is required")
+        if sum(map(bool, (config.model, config.run_folder, config.compare, config.api_url))) != 1:
+            raise ValueError("exactly one of --model, --run-folder, --compare and --api-url is required")
         if config.compare:
             compare(config.compare.split(","), config.figure)
-        elif config.run:
-            evaluate_run(Path(config.run), config)
+        elif config.run_folder:
+            evaluate_run(Path(config.run_folder), config)
         elif config.api_url:
             rows = Path(config.out) / "eval.jsonl"
             evaluate_model(Path(config.api_model), read_jsonl(rows), config, lambda row: log_jsonl(rows, **row))

@@ -49,6 +49,6 @@ $run sft.py --model "$start" --out "$OUT/sft" --seed "$((SEED + 1))" $data $sft 
     --steps "$sft_steps" --save-every "$sft_save" --lr "$sft_lr"
 $run rl.py --model "$start" --out "$OUT/rl" --seed "$SEED" $data $rl $small $sample \
     --updates "$updates" --lr "$rl_lr" --lr-horizon "$lr_horizon" --verify-iter "$verify_iter"
-$run evaluate.py --run "$OUT/rl" --splits $splits $data $test $sample
-$run evaluate.py --run "$OUT/sft" --no-start --splits $splits $data $test $sample
+$run evaluate.py --run-folder "$OUT/rl" --splits $splits $data $test $sample
+$run evaluate.py --run-folder "$OUT/sft" --no-start --splits $splits $data $test $sample
 python evaluate.py --compare "$OUT/sft,$OUT/rl" --figure "$OUT/figure.png"

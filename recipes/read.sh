@@ -13,6 +13,6 @@ for seed in ${SEEDS:-0}; do
     data="--task gp-vl --resolution 224 --dtype bfloat16"
     python sft.py --model tiny-vl:96x4 --out "$OUT/sft_$seed" --seed "$seed" $data --fold train \
         --steps 700 --save-every 100 --batch-size 64 --lr 1e-3 --micro-batch-tokens 8192
-    python evaluate.py --run "$OUT/sft_$seed" --no-start --seeds "$seed" $data --splits id,unseen,visual_ood \
+    python evaluate.py --run-folder "$OUT/sft_$seed" --no-start --seeds "$seed" $data --splits id,unseen,visual_ood \
         --verify-iter 1 --episodes 234 --max-new-tokens 48
 done

@@ -47,8 +47,8 @@ for seed in $SEEDS; do
     python rl.py --out "$OUT/rl_$seed" --seed "$seed" $common $rl $ppo $sample
     # SFT, with as many steps as cost about the compute of PPO above
     python sft.py --out "$OUT/sft_$seed" --seed "$seed" $common $sft
-    python evaluate.py --run "$OUT/rl_$seed" --seeds "$seed" $task $test $sample
-    python evaluate.py --run "$OUT/sft_$seed" --no-start --seeds "$seed" $task $test $sample
+    python evaluate.py --run-folder "$OUT/rl_$seed" --seeds "$seed" $task $test $sample
+    python evaluate.py --run-folder "$OUT/sft_$seed" --no-start --seeds "$seed" $task $test $sample
     runs="$runs,$OUT/sft_$seed,$OUT/rl_$seed"
 done
 python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"

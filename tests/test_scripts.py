@@ -41,12 +41,12 @@ def test_sft_then_rl_then_evaluate_on_the_command_line(start, tmp_path, device, 
     done = run_script("rl.py", *flags(model=start / "step_000004", out="rl", device=device, **{**RL, "updates": 2}))
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in metrics(tmp_path / "rl")] == [1, 2]
-    done = run_script("evaluate.py", *flags(run="rl", episodes=6, verify_iter=2, max_new_tokens=12, device=device))
+    done = run_script("evaluate.py", *flags(run_folder="rl", episodes=6, verify_iter=2, max_new_tokens=12, device=device))
     assert done.returncode == 0 and "rule_ood" in done.stdout, done.stderr
     rows = model.read_jsonl(tmp_path / "rl" / "eval.jsonl")
     assert [(row["step"], row["split"]) for row in rows] == [(s, split) for s in (0, 1, 2) for split in ("id", "rule_ood")]
     assert rows[0]["gflops"] == 0 < rows[2]["gflops"] < rows[4]["gflops"]
-    assert run_script("evaluate.py", *flags(run="rl", episodes=6, verify_iter=2, max_new_tokens=12, device=device)).returncode == 0
+    assert run_script("evaluate.py", *flags(run_folder="rl", episodes=6, verify_iter=2, max_new_tokens=12, device=device)).returncode == 0
     assert model.read_jsonl(tmp_path / "rl" / "eval.jsonl") == rows      # what is there is not played again
 
 
@@ -58,9 +58,9 @@ def test_the_same_chain_in_a_city(city, tmp_path, device, run_script):
     done = run_script("rl.py", *flags(model="sft/step_000004", out="rl", **{**rl_knobs, "updates": 2}, **more))
     assert done.returncode == 0, done.stderr
     assert "step_accuracy_turn" in metrics(tmp_path / "rl")[0]
-    done = run_script("evaluate.py", *flags(run="rl", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more))
+    done = run_script("evaluate.py", *flags(run_folder="rl", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more))
     assert done.returncode == 0 and "step accuracy turn" in done.stdout, done.stderr
-    done = run_script("evaluate.py", *flags(run="sft", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more),
+    done = run_script("evaluate.py", *flags(run_folder="sft", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more),
                       "--no-start")
     done = run_script("evaluate.py", *flags(compare="sft,rl"))
     assert done.returncode == 2 and "these started from" in done.stderr
@@ -122,7 +122,7 @@ BAD = [
     ("rl.py", dict(model="nowhere", out="new", clip=-1), "--clip -1.0: must be at least 0"),
     ("rl.py", dict(model="nowhere", out="new", split="blue"), "split 'blue': gp-l has id, rule_ood"),
     ("evaluate.py", dict(model="nowhere"), "model 'nowhere': no such model folder"),
-    ("evaluate.py", dict(run="nowhere"), "run 'nowhere': no run folder"),
+    ("evaluate.py", dict(run_folder="nowhere"), "run 'nowhere': no run folder"),
     ("sft.py", dict(model="tiny:32x2", out="new", task="virl-l"), "root '': V-IRL needs a folder"),
     ("sft.py", dict(model="tiny:32x2", out="new", task="gp-vl"), "model 'tiny:32x2' reads no pictures"),
     ("sft.py", dict(model="tiny:32x2", out="new", freeze="vision"), "freeze 'vision': allowed are vision, projector, and only"),
@@ -134,7 +134,7 @@ BAD = [
     ("rl.py", dict(model="nowhere", out="new", task="virl-l", root="nowhere"), "root 'nowhere': V-IRL needs a folder"),
     ("rl.py", dict(model="nowhere", out="new", task="virl-vl"), "root '': V-IRL needs a folder"),
     ("rl.py", dict(model="nowhere", out="new", task="gp"), "--task 'gp': allowed are gp-l, gp-vl, virl-l, virl-vl"),
-    ("evaluate.py", dict(episodes=3), "exactly one of --model, --run, --compare and --api-url"),
+    ("evaluate.py", dict(episodes=3), "exactly one of --model, --run-folder, --compare and --api-url"),
 ]
 
 

@@ -294,7 +294,7 @@ def test_on_pictures_the_chain_runs_and_a_killed_run_goes_on_to_the_same_numbers
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
     ours, theirs = ((tmp_path / run / "step_000006" / "model.safetensors").read_bytes() for run in ("stopped", "straight"))
     assert ours == theirs
-    done = run_script("evaluate.py", *flags(run="straight", task="gp-vl", resolution=112, splits="id,visual_ood", episodes=4,
+    done = run_script("evaluate.py", *flags(run_folder="straight", task="gp-vl", resolution=112, splits="id,visual_ood", episodes=4,
                                             verify_iter=2, max_new_tokens=8, device=device))
     assert done.returncode == 0 and "recognition" in done.stdout and "visual_ood" in done.stdout, done.stderr
 
