@@ -605,7 +605,7 @@ def load_folder(path, vision):
 
 
 def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=False, freeze="",
-                gradient_checkpointing=False):
+                gradient_checkpointing=False, param_dtype="float32"):
     """(policy, processor) from a folder that any Hugging Face tool opens, or "tiny" or "tiny-vl" (`make_tiny`).
 
     `texts` and `atoms` are what the tokenizer of a tiny model is trained on. A missing value head is initialised from
@@ -622,7 +622,7 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
         if name not in FREEZABLE or backbone.config.model_type != "mllama":
             raise ValueError(f"freeze {name!r}: allowed are {', '.join(FREEZABLE)}, and only in a vision model")
         backbone.get_submodule(FREEZABLE[name]).requires_grad_(False)
-    policy = Policy(backbone, processor, dtype).eval()   # no dropout: sampling and update must agree
+    policy = Policy(backbone.to(getattr(torch, param_dtype)), processor, dtype).eval()   # no dropout: sampling and update must agree
     if gradient_checkpointing:
         enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
         enable({"use_reentrant": False})                 # older transformers know the second name only
@@ -765,10 +765,10 @@ class OneLineParser(argparse.ArgumentParser):
         fail(message)
 
 
-def fail(message):
-    """Say one line and exit with 2: the ending for the user's mistakes."""
+def fail(message, alone=False):
+    """Say one line and exit with 2: the ending for the user's mistakes. `alone`: other processes do not say it, too."""
     sys.stdout.flush()
-    if RANK == 0:
+    if RANK == 0 or alone:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -792,6 +792,34 @@ def parse_config(cls, argv=None):
         if low is not None and value < low or high is not None and value > high:
             parser.error(f"{flag} {value}: must be {f'at least {low}' if high is None else f'from {low} to {high}'}")
     return config
+
+
+@contextlib.contextmanager
+def memory_advice(knobs):
+    """Where memory may run out: end with one line that says which knobs to turn."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).splitlines()[0]} Lower {knobs}; the last checkpoint is whole and the same command goes on",
+             alone=True)
+
+
+def memory_estimate(policy, config):
+    """A line on the memory that the update needs on each device: what stays, and what one micro-batch adds.
+
+    Weights, gradients and Adam's two moments are shared out. What a layer keeps of a token for the backward pass is
+    fitted to Llama's (40 bytes per hidden unit, four numbers per unit of the MLP); with checkpointing it is the layer's
+    input, and all of that for one layer at a time. A quarter of the tokens is taken for replies, which have logits.
+    """
+    text, tokens = policy.backbone.config.get_text_config(), config.micro_batch_tokens
+    weights = [p.numel() * p.element_size() for p in policy.backbone.parameters()]
+    trained = sum(p.numel() * (p.element_size() + 8) for p in policy.backbone.parameters() if p.requires_grad)
+    size = 4 if policy.dtype == torch.float32 else 2
+    layers, kept = text.num_hidden_layers, 40 * text.hidden_size + 4 * size * text.intermediate_size
+    activations = tokens * (kept + 4 * text.hidden_size * layers if config.gradient_checkpointing else kept * layers)
+    logits = tokens / 4 * policy.backbone.lm_head.weight.shape[0] * (4 + size)
+    return (f"memory on each device: about {(sum(weights) + trained) / WORLD / 1e9:.1f} GB for weights, gradients and "
+            f"Adam, {(activations + logits) / 1e9:.1f} GB for a micro-batch of {tokens} tokens")
 
 
 def pick_device(name):

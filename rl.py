@@ -27,9 +27,9 @@ import torch
 
 import envs
 from model import (FREEZABLE, WORLD, Sight, StopSignal, check_run, clip_gradients, collate, decode_reply, encode, fail,
-                   gather, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl, micro_batches, mine,
-                   open_run, parse_config, picture_of, progress, sampling_uniforms, save_checkpoint, shard,
-                   start_processes, total)
+                   gather, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl, memory_advice,
+                   memory_estimate, micro_batches, mine, open_run, parse_config, picture_of, progress,
+                   sampling_uniforms, save_checkpoint, say, shard, start_processes, total)
 
 SAMPLES, SHUFFLES = 0, 1            # the first number of a random stream's key: what it is for
 LAMBDA = {"gp": 6.0, "virl": 5.1}   # paper C.3: tokens of the rollout buffer per token trained
@@ -76,7 +76,9 @@ class Config:
     micro_batch_tokens: int = knob(16384, "padded tokens per forward of the update", low=1)
     generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
     gradient_checkpointing: bool = knob(False, "compute activations twice to save memory")
-    dtype: str = knob("float32", "compute in this type; weights are float32", choices=("float32", "bfloat16"))
+    dtype: str = knob("float32", "compute in this type", choices=("float32", "bfloat16"))
+    param_dtype: str = knob("float32", "master weights; bfloat16 takes half the memory and loses small updates",
+                            choices=("float32", "bfloat16"))
     device: str = knob("auto", "cpu, cuda, or auto")
     seed: int = knob(0, "fixes deals, samples and a new value head", low=0)
     save_every: int = knob(1, "updates between checkpoints", low=1)
@@ -389,7 +391,7 @@ def main(config):
         texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts,
                                         environments[0].atoms(), config.task.endswith("-vl"), config.freeze,
-                                        config.gradient_checkpointing)
+                                        config.gradient_checkpointing, config.param_dtype)
         policy = shard(policy)
         open_run(config, newest)
     except ValueError as error:
@@ -401,6 +403,7 @@ def main(config):
     state = load_resume(newest, policy, optimizer) if newest else state
     players = [Player(i, env, processor, config, *state["players"][i])
                for i, env in zip(mine(range(config.num_envs)), environments)]
+    say(memory_estimate(policy, config))
     stop, out = StopSignal(), Path(config.out)
 
     bar = progress(range(state["step"], config.updates), initial=state["step"], total=config.updates, desc="rl")
@@ -410,7 +413,8 @@ def main(config):
         for group, group_lr in zip(optimizer.param_groups, (lr, schedule * (config.value_lr or config.lr))):
             group["lr"] = group_lr
         clock = [time.time()]
-        turns = collect_turns(policy, processor, players, update, config, stop)
+        with memory_advice("--generate-tokens"):
+            turns = collect_turns(policy, processor, players, update, config, stop)
         if turns is None:                                           # the rollout is dropped, `state` is from before it
             save_checkpoint(out, update, policy, processor, optimizer, state, config.keep_resume)
             leave(143)
@@ -422,7 +426,8 @@ def main(config):
         _, next_values = score_turns(policy, upcoming, config)                      # one for each environment
         advantages, returns = estimate_advantages(turns, values, next_values, config)
         try:
-            stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages, returns, update, config)
+            with memory_advice("--micro-batch-tokens or set --gradient-checkpointing"):
+                stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages, returns, update, config)
         except FloatingPointError as error:
             fail(f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
         clock.append(time.time())

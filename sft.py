@@ -27,9 +27,9 @@ from PIL import Image
 
 import envs
 from model import (FREEZABLE, IMAGE_TOKEN, WORLD, StopSignal, check_run, clip_gradients, collate, encode, encode_reply,
-                   fail, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl, micro_batches,
-                   mine, open_run, parse_config, picture_of, progress, save_checkpoint, shard, start_processes, total,
-                   write_whole)
+                   fail, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl, memory_advice,
+                   memory_estimate, micro_batches, mine, open_run, parse_config, picture_of, progress, save_checkpoint,
+                   say, shard, start_processes, total, write_whole)
 
 
 @dataclass
@@ -64,7 +64,9 @@ class Config:
     # running
     micro_batch_tokens: int = knob(16384, "padded tokens per forward", low=1)
     gradient_checkpointing: bool = knob(False, "compute activations twice to save memory")
-    dtype: str = knob("float32", "compute in this type; weights are float32", choices=("float32", "bfloat16"))
+    dtype: str = knob("float32", "compute in this type", choices=("float32", "bfloat16"))
+    param_dtype: str = knob("float32", "master weights; bfloat16 takes half the memory and loses small updates",
+                            choices=("float32", "bfloat16"))
     device: str = knob("auto", "cpu, cuda, or auto")
     seed: int = knob(0, "fixes weights of a tiny model and every sample", low=0)
     save_every: int = knob(100, "optimizer steps between checkpoints", low=1)
@@ -234,7 +236,7 @@ def main(config):
         texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
         policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts,
                                         samples.envs[0].atoms(), config.task.endswith("-vl"), config.freeze,
-                                        config.gradient_checkpointing)
+                                        config.gradient_checkpointing, config.param_dtype)
         policy = shard(policy)
         open_run(config, newest)
     except ValueError as error:
@@ -242,6 +244,7 @@ def main(config):
     optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=1e-7,
                                   weight_decay=config.weight_decay)
     state = load_resume(newest, policy, optimizer) if newest else {"step": 0, "tokens": 0, "seconds": 0.0}
+    say(memory_estimate(policy, config))
     stop, out, started, earlier = StopSignal(), Path(config.out), time.time(), state["seconds"]
     bar = progress(range(state["step"], config.steps), initial=state["step"], total=config.steps, desc="sft")
     for step in bar:
@@ -252,7 +255,8 @@ def main(config):
         batch = [(encode(processor, messages), encode_reply(processor, reply), picture_of(messages))
                  for messages, reply in batch]
         try:
-            loss, grad_norm = train_step(policy, optimizer, batch, config)
+            with memory_advice("--micro-batch-tokens or set --gradient-checkpointing"):
+                loss, grad_norm = train_step(policy, optimizer, batch, config)
         except FloatingPointError as error:
             fail(f"step {step + 1}, samples {step * config.batch_size} to {(step + 1) * config.batch_size - 1}: "
                  f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")

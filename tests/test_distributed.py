@@ -1,0 +1,197 @@
+"""Two processes: the same numbers as one, whatever is killed and however many go on. `pytest -m slow` kills ten times."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import model
+import rl
+import sft
+from conftest import ROOT
+from test_scripts import flags, metrics
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+SFT = dict(model="tiny:32x2", batch_size=8, lr=1e-3, save_every=1, micro_batch_tokens=300, device="cpu")
+RL = dict(num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2, lr=1e-3, max_new_tokens=10, temperature=1.0,
+          verify_iter=4, micro_batch_tokens=200, device="cpu")
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def command(script, processes, **knobs):
+    launcher = [sys.executable] if processes == 1 else TORCHRUN
+    return [*launcher, str(ROOT / script), *flags(**knobs)]
+
+
+SCRIPTS = {"sft": sft, "rl": rl, "evaluate": evaluate}
+
+
+def run_all(processes, *jobs):
+    """Run (script, knobs) one after the other: here, or all in one start of torchrun, which is most of the time."""
+    if processes == 1:
+        for script, knobs in jobs:
+            SCRIPTS[script].main(SCRIPTS[script].Config(**{name: str(value) if isinstance(value, Path) else value
+                                                           for name, value in knobs.items()}))
+        return
+    code = ("import json, sys, sft, rl, evaluate, model\n"
+            "for script, arguments in json.loads(sys.argv[1]):\n"
+            "    script = {'sft': sft, 'rl': rl, 'evaluate': evaluate}[script]\n"
+            "    script.main(model.parse_config(script.Config, arguments))\n"
+            "model.leave()")
+    worker = Path(jobs[0][1].get("out") or jobs[0][1]["run_folder"]).parent / "worker.py"
+    worker.write_text(code)
+    done = subprocess.run([*TORCHRUN, str(worker), json.dumps([(script, flags(**knobs)) for script, knobs in jobs])],
+                          env={**ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_rl(processes, **knobs):
+    run_all(processes, ("rl", knobs))
+    return metrics(knobs["out"])
+
+
+def assert_same(one, two, tolerance=1e-5):
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for ours, theirs in zip(one, two):
+        for name in ours:
+            assert theirs[name] == pytest.approx(ours[name], rel=10 * tolerance, abs=tolerance), name
+
+
+def assert_same_weights(one, two, tolerance=1e-5):
+    ours, theirs = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], atol=tolerance, rtol=0, msg=name)
+
+
+def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_words_and_on_pictures(tmp_path):
+    tasks = {"tiny": dict(task="gp-l"), "tiny-vl": dict(task="gp-vl", resolution=60)}
+    for processes in (1, 2):
+        (tmp_path / str(processes)).mkdir()
+        jobs = []
+        for name, task in tasks.items():
+            out, start = tmp_path / str(processes), tmp_path / "1" / f"sft_{name}" / "step_000003"
+            test = dict(run_folder=out / f"rl_{name}", episodes=5, verify_iter=2, max_new_tokens=10, device="cpu")
+            jobs += [("sft", dict(SFT, out=out / f"sft_{name}", steps=3, model=f"{name}:32x2", **task)),
+                     ("rl", dict(RL, out=out / f"rl_{name}", updates=3, model=start, **task)),
+                     ("evaluate", {**test, **task})]
+        run_all(processes, *jobs)
+    for run in (f"{script}_{name}" for script in ("sft", "rl") for name in tasks):
+        one, two = tmp_path / "1" / run, tmp_path / "2" / run
+        assert_same(metrics(one), metrics(two))
+        assert_same_weights(one / "step_000003", two / "step_000003")
+        rows = [[{**row, "checkpoint": ""} for row in model.read_jsonl(folder / "eval.jsonl")] for folder in (one, two)]
+        assert rows[0] == rows[1] and len(rows[0]) == (8 if run.startswith("rl") else 0)
+
+
+def stopped(script, processes, out, when, how, everyone, **knobs):
+    """Start a script and send a signal to all processes, or to one, as soon as when(out) holds; its exit status."""
+    process = subprocess.Popen(command(script, processes, out=out, **knobs), env=ENV, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 150
+    while not when(out):
+        assert process.poll() is None and time.time() < deadline, "it ended before it was stopped"
+        time.sleep(0.002)
+    workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    if how == signal.SIGKILL and everyone:
+        os.killpg(process.pid, how)
+    else:
+        os.kill(random.Random(0).choice(workers) if workers and not everyone else process.pid, how)
+    return process.wait(timeout=100)
+
+
+def lines(number):
+    return lambda out: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").read_text().count("\n") >= number
+
+
+def saving(out):
+    return any(out.glob("step_000003.tmp"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A start, and a run of six updates from it that nothing stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    run_all(1, ("sft", dict(SFT, out=folder / "sft", steps=2)))
+    knobs = dict(RL, model=folder / "sft" / "step_000002", updates=6)
+    return knobs, run_rl(2, out=folder / "rl", **knobs), folder / "rl" / "step_000006"
+
+
+@pytest.mark.parametrize("when, everyone", [(lines(2), False), (saving, True)], ids=["training", "saving"])
+def test_a_killed_run_of_two_goes_on_to_the_same_numbers(tmp_path, straight, when, everyone):
+    knobs, expected, weights = straight
+    assert stopped("rl.py", 2, tmp_path / "run", when, signal.SIGKILL, everyone, **knobs) != 0
+    assert len(metrics(tmp_path / "run")) < 6
+    assert run_rl(2, out=tmp_path / "run", **knobs) == expected
+    assert (tmp_path / "run" / "step_000006" / "model.safetensors").read_bytes() == (weights / "model.safetensors").read_bytes()
+
+
+def test_a_run_of_two_goes_on_alone_and_the_reverse(tmp_path, straight):
+    knobs, expected, weights = straight
+    for first, then in ((2, 1), (1, 2)):
+        out = tmp_path / f"{first}_{then}"
+        stopped("rl.py", first, out, lines(2), signal.SIGTERM, True, **knobs)
+        assert 2 <= len(metrics(out)) < 6
+        assert_same(run_rl(then, out=out, **knobs), expected)
+        assert_same_weights(out / "step_000006", weights)
+
+
+def test_a_signal_to_one_process_stops_both_together_and_saves(tmp_path, straight):
+    knobs, expected, _ = straight
+    out = tmp_path / "run"
+    assert stopped("rl.py", 2, out, lines(1), signal.SIGUSR1, False, **{**knobs, "save_every": 6}) != 0
+    saved = [p.name for p in out.glob("step_*")]
+    assert len(saved) == 1 and saved[0] == f"step_{len(metrics(out)):06d}"
+    assert run_rl(2, out=out, **{**knobs, "save_every": 6}) == expected
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_one_line(tmp_path, straight):
+    knobs, _, _ = straight
+    code = ("import sys, rl, model; real = rl.ppo_loss\n"
+            "def broken(logprobs, *rest):\n"
+            "    policy, value, watched = real(logprobs, *rest)\n"
+            "    return (policy * float('nan') if model.RANK else policy), value, watched\n"
+            "rl.ppo_loss = broken; rl.main(model.parse_config(rl.Config))")
+    script = tmp_path / "broken.py"
+    script.write_text(code)
+    done = subprocess.run(command(script, 2, out=tmp_path / "run", **knobs), capture_output=True, text=True, timeout=150,
+                          env={**ENV, "PYTHONPATH": str(ROOT)})
+    assert done.returncode != 0 and done.stderr.count("error: update 1, epoch 0, minibatch from turn 0, turns [") == 1
+    assert not metrics(tmp_path / "run") if (tmp_path / "run" / "metrics.jsonl").is_file() else True
+
+
+def test_what_processes_cannot_share_evenly_is_refused(tmp_path, monkeypatch, capsys):
+    for script, knobs, told in ((sft, dict(SFT, batch_size=1), "--batch-size 1: must be at least the number of processes, 2"),
+                                (rl, dict(RL, model="tiny:32x2", num_envs=3, minibatch_turns=9), "--num-envs 3: must be a multiple"),
+                                (evaluate, dict(api_url="http://127.0.0.1:9", api_model="x", out="y"), "--api-url runs in one process")):
+        monkeypatch.setattr(script, "WORLD", 2)
+        monkeypatch.setenv("API_KEY", "x")
+        with pytest.raises(SystemExit):
+            script.main(script.Config(**{"out": str(tmp_path / "run"), **knobs}))
+        assert told in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(10))
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_numbers(tmp_path, straight, moment):
+    knobs, expected, _ = straight
+    rng = random.Random(moment)
+    number, pause = rng.randint(1, 4), rng.uniform(0, 0.5)
+
+    def when(out):
+        if moment % 2:
+            return any(out.glob(f"step_{number:06d}.tmp"))
+        return lines(number)(out) and not time.sleep(pause)
+
+    stopped("rl.py", 2, tmp_path / "run", when, signal.SIGKILL, bool(rng.randint(0, 1)), **knobs)
+    assert run_rl(2, out=tmp_path / "run", **knobs) == expected
