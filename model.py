@@ -1,8 +1,8 @@
 """The policy: a Hugging Face (vision-)language model with the paper's value head, and what it needs to run.
 
 Messages become token ids (`encode`), ids become log-probs and values (`Policy.forward`), prompts become sampled
-replies (`Policy.generate`). Nothing here knows a game. The last section, "Running", is checkpoints, the config
-parser, the log and the stop signal, so that the scripts show only the method.
+replies (`Policy.generate`). Nothing here knows a game. The last sections, "Running", are processes, configs,
+checkpoints, the log and the stop signal, so that the scripts show only the method.
 
     B rows of a batch   P prompt tokens   R response tokens   T = P + R   V vocabulary   D hidden size   L layers
 
@@ -15,7 +15,9 @@ cut into tiles, the vision tower and a projector make states of them, and some l
 those by cross-attention, so that a picture adds one token to the prompt and none to the keys and values of the text.
 In transformers the tokens before <|image|> see a little of the picture, too: we leave that as it is.
 
-Left out: other architectures, several pictures in a dialogue, and more than one device.
+With torchrun, weights, gradients and optimizer state are spread over the processes (FSDP2).
+
+Left out: other architectures, and several pictures in a dialogue.
 """
 import argparse
 import contextlib
@@ -54,8 +56,9 @@ IMAGE_TOKEN = "<|image|>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '" + IMAGE_TOKEN + "' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|end_of_turn|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+    "{% if part['type'] == 'image' %}{{ '" + IMAGE_TOKEN + "' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|end_of_turn|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
 def train_tokenizer(texts, atoms, vocab_size=4096):
@@ -622,7 +625,8 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
         if name not in FREEZABLE or backbone.config.model_type != "mllama":
             raise ValueError(f"freeze {name!r}: allowed are {', '.join(FREEZABLE)}, and only in a vision model")
         backbone.get_submodule(FREEZABLE[name]).requires_grad_(False)
-    policy = Policy(backbone.to(getattr(torch, param_dtype)), processor, dtype).eval()   # no dropout: sampling and update must agree
+    # Evaluation mode means no dropout: sampling and update must agree.
+    policy = Policy(backbone.to(getattr(torch, param_dtype)), processor, dtype).eval()
     if gradient_checkpointing:
         enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
         enable({"use_reentrant": False})                 # older transformers know the second name only

@@ -12,9 +12,12 @@ The same command continues a run that was stopped, half-played episodes included
 update, saves, and exits with 143. What differs from the official code,
 and why, is listed in the README; the hyper-parameters are theirs, since the paper prints none.
 
-Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages, more than one device.
+Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages.
 
     S turns of each environment   E environments   N = S x E turns of an update   B turns of a micro-batch   R tokens
+
+Under torchrun every process plays its part of the environments and trains on its own turns; whatever their number, the
+deals, the samples, the minibatches and, but for rounding, the weights are the same.
 """
 import math
 import time

@@ -6,6 +6,7 @@ reply and its end-of-turn, never the prompt.
     python sft.py --model PATH --out runs/sft                      # the paper's settings, pairs made on the fly
     python sft.py --model PATH --out runs/sft --data data.json     # from a file in the released shape
     python sft.py --model tiny --out runs/base --mix rule_family:1 --failed-tries 4       # see recipes/base.sh
+    torchrun --nproc-per-node 8 sft.py --model PATH --out runs/sft            # the same steps on eight GPUs
     python sft.py --task gp-vl --dump data.json --num 1000     # write such a file, with its pictures; train nothing
 
 The same command continues a run that was stopped, from its newest checkpoint. Sample i of a run is made from the seed
@@ -13,7 +14,7 @@ The same command continues a run that was stopped, from its newest checkpoint. S
 route, any of them or, with `--balance`, any kind first. `--mix` weighs the splits of envs.py; `--failed-tries` puts up
 to that many wrong replies, each with its verdict, before the expert's (paper Fig. 15).
 
-Left out: packing (samples of like length share a micro-batch instead), LoRA, more than one device.
+Left out: packing (samples of like length share a micro-batch instead), LoRA.
 """
 import json
 import math
