@@ -817,7 +817,7 @@ def memory_estimate(policy, config):
     """
     text, tokens = policy.backbone.config.get_text_config(), config.micro_batch_tokens
     weights = [p.numel() * p.element_size() for p in policy.backbone.parameters()]
-    trained = sum(p.numel() * (p.element_size() + 8) for p in policy.backbone.parameters() if p.requires_grad)
+    trained = sum(3 * p.numel() * p.element_size() for p in policy.backbone.parameters() if p.requires_grad)
     size = 4 if policy.dtype == torch.float32 else 2
     layers, kept = text.num_hidden_layers, 40 * text.hidden_size + 4 * size * text.intermediate_size
     activations = tokens * (kept + 4 * text.hidden_size * layers if config.gradient_checkpointing else kept * layers)
