@@ -12,6 +12,7 @@ first, and a difference ends the program. The baselines are written here, in our
     sft        Hugging Face's own loss over `labels`, the whole batch padded to its longest
     verifier   fields by regular expressions, checks on the characters, `eval`, a search in the list of solutions
     envs       random cards until some permutation, operators and brackets `eval` to 24
+    ranks      one process instead of two, a thread each
     virl       every point of a rail is looked up among all panoramas at every reset; every view works out its rays
 
     OMP_NUM_THREADS=1 python tests/bench.py                            # a Markdown table; the machine must be idle
@@ -334,10 +335,10 @@ def rollout_vision(args):
     uniforms = sampling_uniforms([(args.seed, i) for i in range(S * E)], R)
     chosen = [i for i, turn in enumerate(turns) if turn.dialogue[0] < few]
 
-    def ours(see):
+    def ours(sight):
         for s in range(0, S * E, E):
             prompts, pictures = zip(*[(turn.prompt_ids, turn.picture) for turn in turns[s:s + E]])
-            policy.generate(prompts, uniforms[s:s + E], R, 1.0, sight=see(pictures))
+            policy.generate(prompts, uniforms[s:s + E], R, 1.0, config.generate_tokens, pictures, sight)
         return rl.score_turns(policy, turns, config)[0]
 
     def official():
@@ -354,7 +355,7 @@ def rollout_vision(args):
         return ours(Sight(policy, config.generate_tokens))
 
     expect_close("log-prob of a rollout in pictures", float(reused()[chosen].sum()), official())
-    t_ours, t_official, t_anew = medians(args, reused, official, lambda: ours(policy.see))
+    t_ours, t_official, t_anew = medians(args, reused, official, lambda: ours(None))
     model, tokens = policy.backbone.model, (S * E * R, S * E * R)
     tower, language = (sum(p.numel() for part in parts for p in part.parameters()) for parts in (
         (model.vision_model.transformer, model.vision_model.global_transformer), model.language_model.layers))
@@ -612,10 +613,34 @@ def virl(args, rates):
         yield row(f"four views of {size} x {size} pixels from a panorama 1536 wide", seconds, "grid", (1, 1))
 
 
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+def ranks(args, rates):
+    """Seconds of an SFT step times processes, from the log of sft.py itself."""
+    if args.device.type != "cpu":
+        return
+    seconds = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, processes in itertools.product(range(args.rounds), seconds):
+            out = Path(folder) / f"{name}_{processes}"
+            launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split() if processes == 2 else []
+            command = (f"sft.py --model tiny:512x6 --out {out} --steps 4 --save-every 4 --batch-size 32 --lr 1e-4 "
+                       f"--micro-batch-tokens 2048 --failed-tries 3 --device cpu --seed {args.seed}")
+            subprocess.run([sys.executable, *launcher, *command.split()], check=True, capture_output=True,
+                           cwd=Path(__file__).resolve().parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            clock = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            seconds[processes].append((clock[-1]["seconds"] - clock[0]["seconds"]) / 3 * processes)
+            tokens = (clock[-1]["tokens_trained"] - clock[0]["tokens_trained"]) / 3
+    one, two = map(statistics.median, seconds.values())
+    size = clock[-1]["gflops"] * 1e9 / 6 / clock[-1]["tokens_trained"]
+    yield row(f"SFT step of {tokens:.0f} tokens, {size / 1e6:.0f} M parameters: tokens per second and core, two "
+              "processes; baseline: one", (two, one), "tok", (tokens, tokens))
+
+
 # ---- Running ------------------------------------------------------------------------------------------------------
 
 SECTIONS = {"rollout": rollout, "logprob": logprob, "vision": vision, "sft": sft, "verifier": verifier,
-            "envs": environment, "virl": virl}
+            "envs": environment, "virl": virl, "ranks": ranks}
 
 
 def parse_args():
