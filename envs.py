@@ -42,7 +42,8 @@ episode is truncated, and that turn is charged STEP_LIMIT on top. `env.expert_re
     python envs.py virl-l --root city0 --show DIR      # write what is seen along a route: views and prompts
     python envs.py gp-vl --show DIR                    # the same for GeneralPoints: the cards as a picture
 
-Neither torch nor transformers is imported here. Cards are dealt without replacement from 52, as the paper says. Left
+Neither torch nor transformers is imported here. Cards are dealt without replacement from 52 (26 where one colour is
+shown), as the paper says. Left
 out of V-IRL: relocation with the official code's other thresholds, and its free (off the rails) mode.
 """
 import argparse
@@ -123,6 +124,15 @@ def load_prompts(path):
     return {**PROMPTS, **given}
 
 
+def open_picture(path):
+    """A picture file as RGB, read to its end; ValueError names one that is missing or broken."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, NotImplementedError, RuntimeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a picture that can be read: {error}") from None   # PIL's decoders raise them all
+
+
 def user_message(text, picture=None):
     """A user's message in the Hugging Face chat format, the picture before the text if there is one."""
     content = [{"type": "image", "image": picture}, {"type": "text", "text": text}] if picture else text
@@ -141,6 +151,7 @@ SUITS = "SHDC"
 
 # ---- GeneralPoints: the cards as a picture, drawn by us ----------------------------------------------------
 
+MIN_SIZE, MAX_SIZE = 48, 4096       # of a picture, in pixels
 CANVAS, CARD, CARDS_X, CARDS_Y = 1200, (270, 378), (5, 302, 599, 896), 411      # the official geometry, in pixels
 FELT, NAVY, CREAM, GOLD = (53, 101, 77), (32, 48, 104), (252, 246, 226), (226, 170, 44)
 INKS = {"S": (10, 10, 8), "H": (192, 36, 42), "D": (192, 36, 42), "C": (10, 10, 8)}
@@ -241,11 +252,8 @@ def draw_card(rank, suit):
 @lru_cache(maxsize=520)
 def card_picture(rank, suit, width, height, card_dir=""):
     """A card scaled to width x height: ours, or the file of a directory with the official names (HT.png: H 10)."""
-    path = Path(card_dir, f"{suit}{'T' if rank == '10' else rank}.png")
-    try:
-        picture = Image.open(path).convert("RGB") if card_dir else draw_card(rank, suit)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:     # what broken PNGs raise
-        raise ValueError(f"card picture {path}: {error}") from None
+    name = f"{suit}{'T' if rank == '10' else rank}.png"
+    picture = open_picture(Path(card_dir, name)) if card_dir else draw_card(rank, suit)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -312,9 +320,11 @@ class GeneralPoints:
         if not isinstance(suits, str) or not suits or set(suits) - set(SUITS) or len(set(suits)) < len(suits):
             raise ValueError(f"suits {suits!r}: allowed are letters of {SUITS}, each once")
         for name, value, least in [("target", target, 0), ("verify_iter", verify_iter, 1),
-                                   ("resolution", resolution, 48)]:
+                                   ("resolution", resolution, MIN_SIZE)]:
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} {value!r}: must be a whole number, {least} or more")
+        if resolution > MAX_SIZE:
+            raise ValueError(f"resolution {resolution}: must be at most {MAX_SIZE}")
         self.target, self.face_card, self.verify_iter = target, face_card, verify_iter
         self.feedback, self.fold, self.solution = feedback, fold, solution
         self.vision, self.resolution, self.card_dir = vision, resolution, card_dir
@@ -749,6 +759,8 @@ class Navigation:
         for name, value in [("resolution", resolution), ("verify_iter", verify_iter)]:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} {value!r}: must be a whole number, 1 or more")
+        if resolution > MAX_SIZE:
+            raise ValueError(f"resolution {resolution}: must be at most {MAX_SIZE}")
         folders = [Path(root) / name for name in FOLDERS[data]]
         self.folder = next((folder for folder in folders if folder.is_dir()), None)
         if not root or self.folder is None:
@@ -939,6 +951,7 @@ def sample_texts(task, num=200, **overrides):
         if settings.get("data", "train") != "train":   # the other data sets may not be there
             continue
         env = make_env(task, split, **overrides)
+        env.picture = lambda: None                                 # only words are needed, and drawing takes time
         yield " ".join(env.atoms() * 2)
         for i in range(num):
             env.reset(seed=f"texts/{i}")

@@ -24,6 +24,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import InferenceClient, constants   # comes with transformers
 from huggingface_hub.utils import httpx
 
 import envs
@@ -115,17 +115,26 @@ class ApiModel:
     retries, pause = 6, 1.0   # tries of one request, and seconds before the second; then twice as long each time
 
     def __init__(self, config):
-        if not os.environ.get("API_KEY"):   # without one the client would send the user's Hugging Face token instead
-            raise ValueError("--api-url needs a key in the environment variable API_KEY; any word will do for a "
-                             "server that asks for none")
+        key = os.environ.get("API_KEY", "").strip()   # without one the client would send the user's Hugging Face token
+        if not key or not key.isascii() or not key.isprintable():
+            raise ValueError("--api-url needs a key of plain characters in the environment variable API_KEY; any word "
+                             "will do for a server that asks for none")
         if WORLD > 1:
             raise ValueError("--api-url runs in one process, with --api-workers requests at the same time")
+        if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/\S*)?", config.api_url):
+            raise ValueError(f"--api-url {config.api_url!r}: expected an address such as https://host/v1")
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError("--api-url: HF_HUB_OFFLINE is set, which closes the network for huggingface_hub")
         if not config.api_model or not config.out:
             raise ValueError("--api-url needs --api-model and --out")
-        self.client = InferenceClient(base_url=config.api_url, api_key=os.environ["API_KEY"], timeout=120)
-        self.config, self.path = config, Path(config.out) / "replies.jsonl"
+        out = Path(config.out)
+        if out.exists() and not out.is_dir() or (out / "config.json").exists():
+            raise ValueError(f"--out {config.out}: must be a new folder or one of an earlier evaluation, not "
+                             f"{'a run folder' if out.is_dir() else 'a file'}")
+        self.client = InferenceClient(base_url=config.api_url, api_key=key, timeout=120)
+        self.config, self.path = config, out / "replies.jsonl"
         known = read_jsonl(self.path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in known))   # without a torn last line
         self.known, self.lock = {row["request"]: row["reply"] for row in known}, Lock()
 
@@ -148,20 +157,27 @@ class ApiModel:
         return [self.known[digest] for digest in requests]
 
     def ask(self, digest, messages):
-        """Get one reply. Refusals are final; busy or failing servers and lost connections are tried again."""
+        """Get one reply; no content is an empty reply. Refusals are final; busy or failing servers, lost connections
+        and answers that are none are tried again."""
         for attempt in range(self.retries):
             time.sleep(self.pause * 2 ** (attempt - 1) if attempt else 0)
             try:
                 answer = self.client.chat_completion(messages, model=self.config.api_model,
                                                      temperature=self.config.temperature,
                                                      max_tokens=self.config.max_new_tokens)
-                self.known[digest] = answer.choices[0].message.content or ""
+                content = answer.choices[0].message.content or ""
+                if not isinstance(content, str):
+                    raise TypeError(f"content is no text but {content!r}")
+                self.known[digest] = content.encode("utf-8", "replace").decode()
                 with self.lock:
                     return log_jsonl(self.path, request=digest, reply=self.known[digest])
             except httpx.HTTPError as error:                       # also lost connections and no answer in time
-                fault = str(error).splitlines()[0]
-                if isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403, 404, 422):
+                fault, status = error, getattr(getattr(error, "response", None), "status_code", 0)
+                if 400 <= status < 500 and status not in (408, 409, 425, 429):
                     break
+            except (ValueError, TypeError, LookupError, AttributeError) as error:   # not a chat completion
+                fault = f"the answer is not a chat completion: {error}"
+        fault = " ".join(str(fault).split())[:300]
         raise ValueError(f"--api-url {self.config.api_url}, model {self.config.api_model}: {fault}; replies so far are "
                          f"in {self.path}")
 
@@ -226,7 +242,8 @@ def summarise(infos, verify_iter):
     success             episodes solved
     step_accuracy       replies that are correct, retries included (paper C.3)
     first_try           first replies to a hand or at a position that are correct
-    recognition         hands whose four cards the first reply names, in any order (paper Fig. 8)
+    recognition         hands whose four cards the first reply names, in any order (paper Fig. 8); it must be a reply
+                        that can be judged, with a formula
     rank_accuracy       cards that the first reply names in their place; by chance, one in thirteen
     ..._turn and so on  the same for one kind of position
     ..._stderr          standard error of each, over episodes
@@ -269,8 +286,8 @@ def evaluate_model(path, known, config, write):
     """Evaluate a checkpoint, or the API's model under its name, on every split and seed that `known` rows do not
     cover; `write` gets each new row."""
     wanted = dict.fromkeys((split, int(seed)) for split in config.splits.split(",") for seed in config.seeds.split(","))
-    names = ("task", "root", "card_dir", "resolution", "fold", "verify_iter", "feedback", "prompt_file", "episodes",
-             "paper", "temperature", "max_new_tokens", "dtype")
+    names = ("api_url", "task", "root", "card_dir", "resolution", "fold", "verify_iter", "feedback", "prompt_file",
+             "episodes", "paper", "temperature", "max_new_tokens", "dtype")
     settings = {name: getattr(config, name) for name in names}
     done = [(row["split"], row["seed"]) for row in known
             if row["checkpoint"] == str(path) and row["settings"] == settings]
@@ -295,7 +312,11 @@ def evaluate_run(run, config):
     if not (run / "config.json").is_file():
         raise ValueError(f"run {str(run)!r}: no run folder (it would have a config.json)")
     spent = {0: {"gflops": 0.0, "gflops_paper": 0.0}} | {row["step"]: row for row in read_jsonl(run / "metrics.jsonl")}
-    start = json.loads((run / "config.json").read_text())["model"]
+    trained = json.loads((run / "config.json").read_text())
+    start = trained["model"]
+    for name in ("task", "resolution"):
+        if trained.get(name, getattr(config, name)) != getattr(config, name):
+            raise ValueError(f"run {str(run)!r} was trained with --{name} {trained[name]}, not {getattr(config, name)}")
     if config.start and not Path(start).is_dir():
         raise ValueError(f"run {str(run)!r} started from {start!r}, which is no folder: use --no-start")
     points = [(0, Path(start))] if config.start else []
@@ -429,7 +450,11 @@ def main(config):
             evaluate_run(Path(config.run_folder), config)
         elif config.api_url:
             rows = Path(config.out) / "eval.jsonl"
-            evaluate_model(Path(config.api_model), read_jsonl(rows), config, lambda row: log_jsonl(rows, **row))
+
+            def append(row):                                       # anew, without a torn last line
+                write_whole(rows, "".join(json.dumps(known) + "\n" for known in [*read_jsonl(rows), row]))
+
+            evaluate_model(Path(config.api_model), read_jsonl(rows), config, append)
         else:
             evaluate_model(Path(config.model), [], config, lambda row: say(json.dumps(row)))
     except ValueError as error:

@@ -396,16 +396,16 @@ def main(config):
                                         environments[0].atoms(), config.task.endswith("-vl"), config.freeze,
                                         config.gradient_checkpointing, config.param_dtype)
         policy = shard(policy)
+        optimizer = torch.optim.Adam([{"params": policy.backbone.parameters()},
+                                      {"params": policy.value_head.parameters()}], lr=config.lr, eps=1e-7)
+        state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
+                 "players": [[0, []]] * config.num_envs}
+        state = load_resume(newest, policy, optimizer) if newest else state
+        players = [Player(i, env, processor, config, *state["players"][i])
+                   for i, env in zip(mine(range(config.num_envs)), environments)]
         open_run(config, newest)
     except ValueError as error:
         fail(error)
-    optimizer = torch.optim.Adam([{"params": policy.backbone.parameters()}, {"params": policy.value_head.parameters()}],
-                                 lr=config.lr, eps=1e-7)
-    state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
-             "players": [[0, []]] * config.num_envs}
-    state = load_resume(newest, policy, optimizer) if newest else state
-    players = [Player(i, env, processor, config, *state["players"][i])
-               for i, env in zip(mine(range(config.num_envs)), environments)]
     say(memory_estimate(policy, config))
     stop, out = StopSignal(), Path(config.out)
 
@@ -416,8 +416,11 @@ def main(config):
         for group, group_lr in zip(optimizer.param_groups, (lr, schedule * (config.value_lr or config.lr))):
             group["lr"] = group_lr
         clock = [time.time()]
-        with memory_advice("--generate-tokens"):
-            turns = collect_turns(policy, processor, players, update, config, stop)
+        try:
+            with memory_advice("--generate-tokens"):
+                turns = collect_turns(policy, processor, players, update, config, stop)
+        except ValueError as error:                                 # such as a picture that cannot be read
+            fail(f"update {update + 1}: {error}; the last checkpoint is whole", alone=True)
         if turns is None:                                           # the rollout is dropped, `state` is from before it
             save_checkpoint(out, update, policy, processor, optimizer, state, config.keep_resume)
             leave(143)

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import envs
 from model import (FREEZABLE, IMAGE_TOKEN, WORLD, StopSignal, check_run, clip_gradients, collate, encode, encode_reply,
@@ -50,7 +49,7 @@ class Config:
     balance: bool = knob(False, "V-IRL: turns, forwards and stops equally often")
     failed_tries: int = knob(0, "up to this many failed tries before the expert reply (Fig. 15)", low=0, high=9)
     prompt_file: str = knob("", "JSON object of templates that replace ours")
-    data: str = knob("", "train on this file of conversations instead (of the knobs above only the task still counts)")
+    data: str = knob("", "train on this file of conversations instead (of the knobs above, task and root still count)")
     dump: str = knob("", "write samples to this file in the shape that --data reads, and train nothing")
     num: int = knob(1000, "with --dump: so many samples", low=1)
     # optimisation
@@ -88,14 +87,6 @@ def parse_mix(text):
     return tuple(zip(*pairs))
 
 
-def check_picture(path, where):
-    """ValueError if this file is not a picture that can be read to its end."""
-    try:
-        Image.open(path).load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # SyntaxError: a broken PNG
-        raise ValueError(f"{where}: key 'image': {error}") from None
-
-
 def read_conversations(path, vision):
     """(messages, reply) pairs from a file in the released data.json shape, one for every reply in it.
 
@@ -120,7 +111,11 @@ def read_conversations(path, vision):
             raise ValueError(f"{where}: key 'image': a task with pictures needs one file per record, another none; "
                              f"got {image!r}")
         if vision:
-            check_picture(image := Path(path).parent / image, where)
+            image = Path(path).parent / image
+            try:
+                envs.open_picture(image)
+            except ValueError as error:
+                raise ValueError(f"{where}: key 'image': {error}") from None
         messages = []
         for at, turn in enumerate(turns):
             if not isinstance(turn, dict) or turn.get("from") != roles[at % 2]:
@@ -165,8 +160,7 @@ class Samples:
             messages, reply = self.pairs[self.order[at]]
             path = picture_of(messages)
             if path:
-                with Image.open(path) as picture:
-                    messages = [envs.user_message(envs.read_text(messages[0]), picture.convert("RGB")), *messages[1:]]
+                messages = [envs.user_message(envs.read_text(messages[0]), envs.open_picture(path)), *messages[1:]]
             return messages, reply
         env = rng.choices(self.envs, self.weights)[0]
         env.reset(seed=f"{seed}/sft/{i}")
@@ -179,6 +173,9 @@ class Samples:
 def dump(samples, config):
     """Write the first `num` samples in the released shape, pictures in a folder beside the file."""
     path, folder = Path(config.dump), Path(config.dump).with_suffix("")
+    if config.failed_tries:
+        raise ValueError(f"--dump with --failed-tries {config.failed_tries}: in the released shape every reply is a "
+                         "target, failed ones would be learnt; make such dialogues on the fly")
     if path.exists() or folder.exists() or path == folder:
         raise ValueError(f"--dump {config.dump}: must be a new file with a suffix, such as data.json, and no folder "
                          f"{folder} may be there yet")
@@ -190,6 +187,8 @@ def dump(samples, config):
         record, turns = {}, []
         for message in [*messages, {"role": "assistant", "content": reply}]:
             text, slots = envs.read_text(message), ""
+            if "<image>" in text:
+                raise ValueError("--dump: a text holds <image>, which marks the picture in the released shape")
             if not isinstance(message["content"], str):
                 record["image"], slots = f"{folder.name}/{i:06d}.png", "<image>\n"
                 folder.mkdir(exist_ok=True)
@@ -238,6 +237,7 @@ def main(config):
         policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts,
                                         samples.envs[0].atoms(), config.task.endswith("-vl"), config.freeze,
                                         config.gradient_checkpointing, config.param_dtype)
+        encode(processor, samples[0][0])                           # a text that does not fit the model fails here
         policy = shard(policy)
         open_run(config, newest)
     except ValueError as error:
@@ -252,12 +252,14 @@ def main(config):
         lr = learning_rate(step, config.steps, config.lr, config.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = [samples[i] for i in mine(range(step * config.batch_size, (step + 1) * config.batch_size))]
-        batch = [(encode(processor, messages), encode_reply(processor, reply), picture_of(messages))
-                 for messages, reply in batch]
+        numbers = mine(range(step * config.batch_size, (step + 1) * config.batch_size))
         try:
+            batch = [(encode(processor, messages), encode_reply(processor, reply), picture_of(messages))
+                     for messages, reply in map(samples.__getitem__, numbers)]
             with memory_advice("--micro-batch-tokens or set --gradient-checkpointing"):
                 loss, grad_norm = train_step(policy, optimizer, batch, config)
+        except ValueError as error:                                # such as a picture that broke meanwhile
+            fail(f"step {step + 1}: {error}; the last checkpoint is whole", alone=True)
         except FloatingPointError as error:
             fail(f"step {step + 1}, samples {step * config.batch_size} to {(step + 1) * config.batch_size - 1}: "
                  f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")

@@ -8,8 +8,9 @@
 # All other variables, and the steps: recipes/paper.sh.
 set -euo pipefail
 task=gp-vl
-start_steps=1250    # ours: the axis of Fig. 5 begins at 2e10 GFLOPs, so many steps of 128 x about 1,950 tokens
-sft_steps=2500      # ours: its right end, 6e10
+start_steps=1250    # ours: Fig. 5 begins at 2e10 GFLOPs, so many steps of 128 x about 1,950 tokens: the official count
+                    # has 1,600 for a picture. Ours has 4 x 1,601, and so an axis about three times as long
+sft_steps=2500      # ours: its right end, 6e10, counted likewise
 sft_save=250
 sft_lr=5e-7         # official sft_scripts; all parts are tuned (paper C.2; Fig. 16 freezes some: --freeze)
 updates=20          # of 2,048 turns (official scripts/gp_training)

@@ -23,7 +23,7 @@ MODEL=${MODEL:-data/base/$TASK}
 ppo="--clip 0.2 --value-coef 0.1 --value-lr 1e-3"
 case $TASK in
 gp-l)
-    task="--task gp-l"; train="--fold train"; max_new_tokens=40
+    task=(--task gp-l); train="--fold train"; max_new_tokens=40
     rl="--updates 14 --save-every 7 --num-envs 256 --turns-per-env 4 --minibatch-turns 256 --epochs 1"
     rl="$rl --lr 3e-5 --lr-final 1e-5 --lr-horizon 14 --temperature 0.7"
     sft="--steps 260 --save-every 65 --lr 1e-4"
@@ -31,13 +31,13 @@ gp-l)
 virl-l)
     DATA=${DATA:-$OUT/city}
     [ -d "$DATA" ] || python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
-    task="--task virl-l --root $DATA"; train=""; max_new_tokens=48
+    task=(--task virl-l --root "$DATA"); train=""; max_new_tokens=48
     rl="--updates 8 --save-every 4 --num-envs 256 --turns-per-env 4 --minibatch-turns 1024 --epochs 4"
     rl="$rl --lr 1e-4 --lr-final 5e-5 --lr-horizon 8 --lr-warmup 2 --temperature 1.0"
     sft="--steps 240 --save-every 80 --lr 1e-4"
     test="--episodes 300" ;;
 gp-vl)
-    task="--task gp-vl --resolution 224"; train="--fold train"; max_new_tokens=40
+    task=(--task gp-vl --resolution 224); train="--fold train"; max_new_tokens=40
     rl="--updates 14 --save-every 7 --num-envs 256 --turns-per-env 4 --minibatch-turns 256 --epochs 1"
     rl="$rl --lr 3e-5 --lr-final 1e-5 --lr-horizon 14 --temperature 0.7"
     sft="--steps 184 --save-every 92 --lr 1e-4"
@@ -49,15 +49,15 @@ if [ -n "${SMOKE:-}" ]; then
     sft="--steps 4 --save-every 2 --batch-size 16 --lr 1e-4"
     test=$(echo "$test" | sed 's/--episodes [0-9]*/--episodes 32/')
 fi
-common="--model $MODEL $task $train --dtype bfloat16 --micro-batch-tokens 8192"
+common=(--model "$MODEL" "${task[@]}" $train --dtype bfloat16 --micro-batch-tokens 8192)
 sample="--max-new-tokens $max_new_tokens --generate-tokens 8192"
 runs=""
 for seed in $SEEDS; do
-    python rl.py --out "$OUT/rl_$seed" --seed "$seed" $common $rl $ppo $sample
+    python rl.py --out "$OUT/rl_$seed" --seed "$seed" "${common[@]}" $rl $ppo $sample
     # SFT, with as many steps as cost about the compute of PPO above
-    python sft.py --out "$OUT/sft_$seed" --seed "$seed" $common $sft
-    python evaluate.py --run-folder "$OUT/rl_$seed" --seeds "$seed" $task $test $sample
-    python evaluate.py --run-folder "$OUT/sft_$seed" --no-start --seeds "$seed" $task $test $sample
+    python sft.py --out "$OUT/sft_$seed" --seed "$seed" "${common[@]}" $sft
+    python evaluate.py --run-folder "$OUT/rl_$seed" --seeds "$seed" "${task[@]}" $test $sample
+    python evaluate.py --run-folder "$OUT/sft_$seed" --no-start --seeds "$seed" "${task[@]}" $test $sample
     runs="$runs,$OUT/sft_$seed,$OUT/rl_$seed"
 done
 python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"

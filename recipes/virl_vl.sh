@@ -8,8 +8,9 @@
 # All other variables, and the steps: recipes/paper.sh. data/synthetic_city.py makes data in the released format.
 set -euo pipefail
 task=virl-vl
-start_steps=970     # ours: the axis of Fig. 5 begins at 2e10 GFLOPs, so many steps of 128 x about 2,500 tokens
-sft_steps=970       # ours: its right end, 4e10
+start_steps=970     # ours: Fig. 5 begins at 2e10 GFLOPs, so many steps of 128 x about 2,500 tokens: the official count
+                    # has 1,600 for a picture. Ours has 4 x 1,601, and so an axis about three times as long
+sft_steps=970       # ours: its right end, 4e10, counted likewise
 sft_save=97
 sft_lr=5e-7         # official sft_scripts
 updates=15          # of 2,048 turns (official scripts/virl_training)

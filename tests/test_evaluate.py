@@ -150,7 +150,8 @@ def test_comparing_what_was_not_evaluated_says_what_to_run(tmp_path):
 
 
 class Server:
-    """A chat-completions server on this machine that follows a script: a status for each request, 200 at the end."""
+    """A chat-completions server on this machine that follows a script: for each request a status, or a status and
+    an answer; at the end 200."""
 
     def __init__(self, statuses=()):
         self.statuses, self.requests, self.keys = list(statuses), [], []
@@ -163,11 +164,13 @@ class Server:
                     outer.requests.append((self.path, request))
                     outer.keys.append(self.headers["Authorization"])
                     status = outer.statuses.pop(0) if outer.statuses else 200
+                    status, answer = status if isinstance(status, tuple) else (status, None)
                 text = json.dumps({"cards": ["A"], "formula": request["messages"][-1]["role"]})
                 body = {"id": "0", "object": "chat.completion", "created": 0, "model": request["model"], "system_fingerprint": "",
                         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
                         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
                 content = json.dumps(body if status == 200 else {"error": f"status {status}"}).encode()
+                content = content if answer is None else answer.encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
@@ -236,6 +239,69 @@ def test_a_busy_or_failing_server_is_asked_again_and_a_dead_one_named(api, capsy
     with pytest.raises(SystemExit):
         api(api_url="http://127.0.0.1:9/v1", seeds="6")
     assert "--api-url http://127.0.0.1:9/v1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", ["<html>", "", "[1]", "{}", '{"choices": []}', '{"choices": [{"message": {"content": 3}}]}'])
+def test_an_answer_that_is_none_is_asked_for_again_and_then_named(api, capsys, answer, tmp_path):
+    server, rows = api([200, (200, answer), 200])
+    assert len(server.requests) == 7 and rows[0]["replies"] == 6
+    with pytest.raises(SystemExit):
+        api([(200, answer)] * 99, seeds="5", api_workers=1)
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1 and "org/some-model: " in err and "Traceback" not in err
+    with pytest.raises(SystemExit):
+        api([(402, '{"error": "no money left"}')] * 99, server, seeds="6", api_workers=1)
+    assert len(server.requests) <= 9 and "402" in capsys.readouterr().err     # a refusal is final; one was on its way
+
+
+def test_half_a_character_and_no_content_are_replies(api, tmp_path):
+    for answer in ('{"choices": [{"message": {"role": "assistant", "content": "\\ud800"}}]}',
+                   '{"choices": [{"message": {"role": "assistant", "content": null}}]}'):
+        server, rows = api([(200, answer)] * 6, out=str(tmp_path / str(len(answer))))
+        assert len(server.requests) == 6
+        api((), server, out=str(tmp_path / str(len(answer))), seeds="0,1")
+        assert len(server.requests) == 12
+
+
+def test_settings_of_an_api_that_do_not_fit_are_refused_and_no_key_is_shown(api, capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for knobs, told in ((dict(api_url="127.0.0.1:9/v1"), "'127.0.0.1:9/v1': expected an address such as https://host/v1"),
+                        (dict(api_url="http://[bad"), "expected an address"), (dict(out=str(tmp_path / "file")), "not a file"),
+                        (dict(out=str(tmp_path / "run")), "not a run folder")):
+        with pytest.raises(SystemExit):
+            api(**knobs)
+        assert told in capsys.readouterr().err
+    for key in ("sekret\x01key", "sekrét"):
+        monkeypatch.setenv("API_KEY", key)
+        with pytest.raises(SystemExit):
+            api()
+        assert "plain characters" in (err := capsys.readouterr().err) and key not in err
+    monkeypatch.setenv("API_KEY", "secret\n")
+    assert set(api()[0].keys) == {"Bearer secret"}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit):
+        api(seeds="3")
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
+
+
+def test_another_address_is_another_model_and_a_torn_row_is_played_again(api, tmp_path):
+    first, rows = api()
+    second, rows = api()
+    assert len(second.requests) == 6 and len(rows) == 2
+    path = tmp_path / "api" / "eval.jsonl"
+    path.write_text(path.read_text()[:-9])
+    server, rows = api(server=second)
+    assert len(second.requests) == 6 and len(rows) == 2             # the row again, its replies are known
+
+
+def test_a_run_is_evaluated_on_the_task_and_pictures_it_was_trained_on(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model": "x", "task": "gp-vl", "resolution": 112}))
+    with pytest.raises(ValueError, match="was trained with --resolution 112, not 0"):
+        evaluate.evaluate_run(tmp_path, evaluate.Config(task="gp-vl"))
+    with pytest.raises(ValueError, match="was trained with --task gp-vl, not gp-l"):
+        evaluate.evaluate_run(tmp_path, evaluate.Config())
 
 
 def test_no_request_leaves_without_a_key_of_its_own(api, capsys, monkeypatch):
