@@ -41,7 +41,7 @@ gp-vl)
     rl="--updates 14 --save-every 7 --num-envs 256 --turns-per-env 4 --minibatch-turns 256 --epochs 1"
     rl="$rl --lr 3e-5 --lr-final 1e-5 --lr-horizon 14 --temperature 0.7"
     sft="--steps 184 --save-every 92 --lr 1e-4"
-    test="--episodes 300 --splits id,rule_ood,visual_ood --dtype bfloat16" ;;
+    test="--episodes 200 --splits id,rule_ood,visual_ood --dtype bfloat16" ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
 if [ -n "${SMOKE:-}" ]; then
