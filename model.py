@@ -351,7 +351,7 @@ class Policy(nn.Module):
 
     @property
     def num_params(self):
-        """N of the paper's compute formula: weights that multiply; without the input embedding and the value head."""
+        """N of the paper's compute formula: all weights but the input embedding and the value head."""
         embedding = self.backbone.get_input_embeddings().weight
         tied = embedding is self.backbone.lm_head.weight           # then it is the output projection, and counts
         return sum(p.numel() for p in self.backbone.parameters()) - (0 if tied else embedding.numel())
@@ -936,39 +936,6 @@ def checkpoints(out):
     return sorted((p for p in Path(out).glob("step_*") if not p.suffix), key=checkpoint_step)
 
 
-def save_checkpoint(out, step, policy, processor, optimizer, state, keep_resume=2, with_value_head=True):
-    """Write step_000400/: a Hugging Face folder, value_head.safetensors, and resume/ (optimizer and `state`).
-
-    It is written as step_000400.tmp/ and renamed when it is complete. Weights stay; resume/ is kept for the newest
-    `keep_resume` checkpoints. Every process writes its part of the optimizer state; the first writes all the rest.
-    """
-    final = Path(out) / f"step_{step:06d}"
-    temporary = final.with_suffix(".tmp")
-    if any(gather(final.exists())):
-        return final
-    weights = whole_weights_of(policy)
-    if RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "resume").mkdir(parents=True)
-        policy.backbone.save_pretrained(temporary, state_dict=weights["backbone"])
-        processor.save_pretrained(temporary)
-        if with_value_head:
-            save_file(weights["value_head"], temporary / "value_head.safetensors")
-        (temporary / "resume" / "state.json").write_text(json.dumps(state))
-    gather(None)                                         # the folder is there
-    names = {p: name for name, p in policy.named_parameters()}
-    parts = {f"{names[p]}.{key}": value.to_local().contiguous() if isinstance(value, DTensor) else value
-             for p, entry in optimizer.state.items() for key, value in entry.items()}
-    save_file(parts, temporary / "resume" / f"optimizer_{RANK:05d}.safetensors")
-    gather(None)                                         # every file is there
-    if RANK == 0:
-        publish(temporary, final)
-        for old in checkpoints(out)[:-keep_resume]:
-            shutil.rmtree(old / "resume", ignore_errors=True)
-    gather(None)
-    return final
-
-
 def whole_weights_of(policy):
     """{"backbone": {name: tensor}, "value_head": ...} in the memory of the first process, put together one by one."""
     weights, known = {"backbone": {}, "value_head": {}}, {}
@@ -990,6 +957,47 @@ def publish(temporary, final):
     folder = os.open(final.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def write_checkpoint(folder, policy, processor, optimizer, state, with_value_head):
+    """All files of a checkpoint; every process has written its own when this returns."""
+    weights = whole_weights_of(policy)
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "resume").mkdir(parents=True)
+        policy.backbone.save_pretrained(folder, state_dict=weights["backbone"])
+        processor.save_pretrained(folder)
+        if with_value_head:
+            save_file(weights["value_head"], folder / "value_head.safetensors")
+        (folder / "resume" / "state.json").write_text(json.dumps(state))
+    gather(None)                                         # the folder is there
+    names = {p: name for name, p in policy.named_parameters()}
+    parts = {f"{names[p]}.{key}": value.to_local().contiguous() if isinstance(value, DTensor) else value
+             for p, entry in optimizer.state.items() for key, value in entry.items()}
+    save_file(parts, folder / "resume" / f"optimizer_{RANK:05d}.safetensors")
+    gather(None)
+
+
+def save_checkpoint(out, step, policy, processor, optimizer, state, keep_resume=2, with_value_head=True):
+    """Write step_000400/: a Hugging Face folder, value_head.safetensors, and resume/ (optimizer and `state`).
+
+    It is written as step_000400.tmp/ and renamed when it is complete. Weights stay; resume/ is kept for the newest
+    `keep_resume` checkpoints. Every process writes its part of the optimizer state; the first writes all the rest.
+    """
+    final = Path(out) / f"step_{step:06d}"
+    temporary = final.with_suffix(".tmp")
+    if any(gather(final.exists())):
+        return final
+    try:
+        write_checkpoint(temporary, policy, processor, optimizer, state, with_value_head)
+        if RANK == 0:
+            publish(temporary, final)
+            for old in checkpoints(out)[:-keep_resume]:
+                shutil.rmtree(old / "resume", ignore_errors=True)
+    except (OSError, SafetensorError) as error:          # such as a full disk
+        fail(f"{temporary}: {error}; the checkpoints before it are whole, and the same command goes on", alone=True)
+    gather(None)
+    return final
 
 
 def load_resume(folder, policy, optimizer):

@@ -277,6 +277,30 @@ def test_weights_stay_and_resume_state_is_kept_for_the_newest_only(tiny, tmp_pat
     assert [(p / "resume").exists() for p in model.checkpoints(tmp_path)] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("moment", ["weights", "optimizer", "state"])
+def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tiny, tmp_path, monkeypatch, capsys, moment):
+    policy, processor = tiny
+    optimizer = torch.optim.Adam(policy.parameters())
+    model.save_checkpoint(tmp_path, 1, policy, processor, optimizer, {"step": 1})
+    full = OSError(28, "No space left on device")
+
+    def fill(*_, **__):
+        raise full
+    with monkeypatch.context() as disk:
+        if moment == "weights":
+            disk.setattr(type(policy.backbone), "save_pretrained", fill)
+        elif moment == "optimizer":
+            disk.setattr(model, "save_file", lambda tensors, path: fill() if "optimizer" in str(path) else None)
+        else:
+            disk.setattr(model.Path, "write_text", fill)
+        with pytest.raises(SystemExit):
+            model.save_checkpoint(tmp_path, 2, policy, processor, optimizer, {"step": 2})
+    assert "step_000002.tmp: [Errno 28] No space left on device; the checkpoints before it are whole" in capsys.readouterr().err
+    assert [p.name for p in model.checkpoints(tmp_path)] == ["step_000001"]
+    assert model.load_resume(tmp_path / "step_000001", policy, optimizer) == {"step": 1}
+    assert model.save_checkpoint(tmp_path, 2, policy, processor, optimizer, {"step": 2}).name == "step_000002"
+
+
 def make_run(tmp_path, **changes):
     @dataclass
     class Config:
