@@ -5,7 +5,7 @@
 #   MODEL=PATH   the model folder (paper: Llama-3.2-11B-Vision-Instruct, for the tasks in words as well)
 #   DATA=PATH    V-IRL: the folder with train/ and mini/ (envs.py says what is in them)
 #   OUT=PATH     where the runs go, no comma in it [runs/TASK];  SEED=0;  NPROC=8 GPUs (1: plain python)
-#   SMOKE=1      the same script on a tiny random-init model, on a CPU in a minute or two; the numbers mean nothing
+#   SMOKE=1      the same script on a tiny random-init model, on a CPU in a minute or two, NPROC=1; the numbers mean nothing
 #
 # Relative paths are relative to the repository. Every step goes on where it was stopped when the script is called again.
 cd "$(dirname "$0")/.."
@@ -16,7 +16,7 @@ data=(--task "$task")
 sample=(--max-new-tokens 512)
 if [ -n "${SMOKE:-}" ]; then
     MODEL=tiny$vision:32x2
-    NPROC=1
+    NPROC=${NPROC:-1}
     start_steps=3 sft_steps=4 sft_save=2 updates=2 sft_lr=1e-3 rl_lr=1e-4
     small=(--micro-batch-tokens 4096)
     sft=(--batch-size 8)

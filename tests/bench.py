@@ -12,6 +12,7 @@ first, and a difference ends the program. The baselines are written here, in our
     sft        Hugging Face's own loss over `labels`, the whole batch padded to its longest
     verifier   fields by regular expressions, checks on the characters, `eval`, a search in the list of solutions
     envs       random cards until some permutation, operators and brackets `eval` to 24
+    growth     none: rates of ours as batch, prompt, common head or dialogue grow
     ranks      one process instead of two, a thread each
     virl       every point of a rail is looked up among all panoramas at every reset; every view works out its rays
 
@@ -613,6 +614,36 @@ def virl(args, rates):
         yield row(f"four views of {size} x {size} pixels from a panorama 1536 wide", seconds, "grid", (1, 1))
 
 
+# ---- How cost grows ------------------------------------------------------------------------------------------------
+
+def growth(args, rates):
+    """Rates of ours alone, side by side, as one quantity grows."""
+    policy, R = make_policy(args, 4096, layers=4), 32
+
+    def sample(B, P, head):
+        prompts = [prompt for prompt, _ in random_samples(args, 4096, [(P, 0)] * B)]
+        prompts = [prompts[0][:head] + prompt[head:] for prompt in prompts]
+        uniforms = sampling_uniforms([(args.seed, i) for i in range(B)], R)
+        return lambda: policy.generate(prompts, uniforms, R, 1.0)
+
+    def update(turns):
+        whole = random_samples(args, 4096, [(150, 60 * turns)] * 8)
+        dialogues = [[(prompt + reply[:60 * t], reply[60 * t:60 * (t + 1)]) for t in range(turns)]
+                     for prompt, reply in whole]
+        return lambda: backward(policy, [policy(collate(dialogues, args.device), 1.0)[0].sum()])
+
+    for what, cases, amounts in (
+            ("sample 32 tokens of prompts of 128: 8, 32, 128 prompts", [sample(B, 128, 0) for B in (8, 32, 128)],
+             [B * R for B in (8, 32, 128)]),
+            ("the same, 32 prompts of 64, 256, 1024", [sample(32, P, 0) for P in (64, 256, 1024)], [32 * R] * 3),
+            ("the same, 32 prompts of 256 that share their first 0, 128, 224",
+             [sample(32, 256, head) for head in (0, 128, 224)], [32 * R] * 3),
+            ("log-probs and backward of 8 dialogues of 1, 3, 5 turns", [update(n) for n in (1, 3, 5)],
+             [480, 1440, 2400])):
+        rates_seen = [amount / s for amount, s in zip(amounts, medians(args, *cases))]
+        yield what, ", ".join(f"{rate:,.0f}" for rate in rates_seen) + " reply tok/s", "", None
+
+
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
 def ranks(args, rates):
@@ -640,7 +671,7 @@ def ranks(args, rates):
 # ---- Running ------------------------------------------------------------------------------------------------------
 
 SECTIONS = {"rollout": rollout, "logprob": logprob, "vision": vision, "sft": sft, "verifier": verifier,
-            "envs": environment, "virl": virl, "ranks": ranks}
+            "envs": environment, "virl": virl, "growth": growth, "ranks": ranks}
 
 
 def parse_args():
