@@ -626,6 +626,8 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
     torch's seed. `vision` demands a model that reads pictures (one that does may also be used in words, as in the
     paper). `freeze` names parts that are not trained, comma-separated. ValueError says what does not fit.
     """
+    if param_dtype == "bfloat16" != dtype:
+        raise ValueError(f"param_dtype {param_dtype} needs dtype bfloat16, not {dtype}")
     if TINY.fullmatch(path):
         if vision and not path.startswith("tiny-vl"):
             raise ValueError(f"model {path!r} reads no pictures; the task needs a vision model such as tiny-vl")
@@ -637,7 +639,7 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
             raise ValueError(f"freeze {name!r}: allowed are {', '.join(FREEZABLE)}, and only in a vision model")
         backbone.get_submodule(FREEZABLE[name]).requires_grad_(False)
     # Evaluation mode means no dropout: sampling and update must agree.
-    policy = Policy(backbone.to(getattr(torch, param_dtype)), processor, dtype).eval()
+    policy = Policy(backbone, processor, dtype).to(getattr(torch, param_dtype)).eval()
     if gradient_checkpointing:
         enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
         enable({"use_reentrant": False})                 # older transformers know the second name only
@@ -676,7 +678,7 @@ def start_processes(name):
 
 def leave(status=0):
     """End of a script: exit with this status, all processes together."""
-    if WORLD > 1:
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -728,15 +730,12 @@ def say(text):
 def shard(policy):
     """Spread weights, gradients and optimizer state over the processes (FSDP2): a unit per layer, one for the rest.
 
-    Master weights and sums over processes are float32; on GPUs, bfloat16 is gathered and computed with if the policy
-    computes in it.
+    Master weights and sums over processes are float32; if the policy computes in bfloat16, that is what is gathered.
     """
     if WORLD == 1:
         return policy
-    kind = policy.device.type
-    compute = policy.dtype if kind == "cuda" else torch.float32          # on CPUs autocast does it
-    settings = {"mesh": init_device_mesh(kind, (WORLD,)), "reshard_after_forward": True,
-                "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)}
+    settings = {"mesh": init_device_mesh(policy.device.type, (WORLD,)), "reshard_after_forward": True,
+                "mp_policy": MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32)}
     for module in policy.backbone.modules():
         if type(module).__name__ in policy.backbone._no_split_modules:
             fully_shard(module, **settings)

@@ -130,6 +130,7 @@ BAD = [
     ("sft.py", dict(model="tiny-vl:32x2", out="new", task="gp-vl", resolution=8), "resolution 8: must be"),
     ("sft.py", dict(model="tiny-vl:32x2", out="new", task="gp-vl", card_dir="none"), "none/SA.png: not a picture that can be read"),
     ("sft.py", dict(model="tiny:32x2", out="new", resolution=224), "resolution 224: gp-l has no pictures"),
+    ("sft.py", dict(model="tiny:32x2", out="new", param_dtype="bfloat16"), "param_dtype bfloat16 needs dtype bfloat16, not float32"),
     ("sft.py", dict(dump="data.json", failed_tries=2), "--dump with --failed-tries 2: in the released shape every reply"),
     ("sft.py", dict(model="tiny:32x2", out="new", root="city"), "root 'city': gp-l has no such setting"),
     ("rl.py", dict(model="nowhere", out="new", task="virl-l", root="nowhere"), "root 'nowhere': V-IRL needs a folder"),
