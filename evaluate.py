@@ -7,7 +7,7 @@ apart, and so are first tries. Every episode is played until it is solved or out
 success within every smaller number of tries as well.
 
     python evaluate.py --model runs/sft/step_000400                  # one checkpoint, printed only
-    python evaluate.py --run-folder runs/rl                                 # all checkpoints of a run and its start
+    python evaluate.py --run-folder runs/rl                          # all checkpoints of a run and its start
     python evaluate.py --compare runs/sft,runs/rl --figure fig.png   # table beside the paper's numbers, and curves
     API_KEY=... python evaluate.py --api-url https://host/v1 --api-model NAME --out runs/api   # a model behind an API
 
@@ -51,7 +51,7 @@ PAPER = {("gp-l", "rule_ood", "success"): (11.5, 3.4, 15.0),
          ("gp-vl", "rule_ood", "success"): (11.2, 5.6, 14.2), ("gp-vl", "visual_ood", "success"): (23.6, 13.7, 41.2),
          ("virl-vl", "rule_ood", "step_accuracy"): (35.7, 2.5, 45.0),
          ("virl-vl", "visual_ood", "success"): (16.7, 11.1, 77.8)}
-PAPER_EPISODES = {"gp": 234, "virl": 48}   # and the 18 routes of visual_ood
+PAPER_EPISODES = {"gp": 234, "virl": 48, ("virl-vl", "visual_ood"): 18}
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Config:
     feedback: str = knob("informative", "what the verifier tells the model", choices=("informative", "plain"))
     prompt_file: str = knob("", "JSON object of templates that replace ours")
     episodes: int = knob(1000, "per split and seed", low=1)
-    paper: bool = knob(False, "the paper's sample size instead: 234 hands, 48 routes, 18 of visual_ood")
+    paper: bool = knob(False, "the paper's sample size instead: 234 hands, 48 routes, 18 for V-IRL's visual_ood")
     seeds: str = knob("0", "evaluation seeds, comma-separated; never those of training, though a hand may come again")
     temperature: float = knob(0.0, "0 is greedy", low=0)
     max_new_tokens: int = knob(256, "a reply is cut here", low=1)
@@ -200,7 +200,7 @@ def make_env(config, split):
 
 def num_episodes(config, split):
     if config.paper:
-        return 18 if split == "visual_ood" else PAPER_EPISODES[config.task.split("-")[0]]
+        return PAPER_EPISODES.get((config.task, split)) or PAPER_EPISODES[config.task.split("-")[0]]
     return config.episodes
 
 

@@ -82,7 +82,8 @@ def test_the_error_of_a_success_is_binomial_and_that_of_steps_is_over_episodes()
 
 
 def test_the_paper_plays_234_hands_48_routes_and_18_of_the_visual_test():
-    for task, split, expected in (("gp-l", "id", 234), ("virl-l", "rule_ood", 48), ("virl-vl", "visual_ood", 18)):
+    for task, split, expected in (("gp-l", "id", 234), ("virl-l", "rule_ood", 48), ("virl-vl", "visual_ood", 18),
+                                  ("gp-vl", "visual_ood", 234)):
         assert evaluate.num_episodes(SimpleNamespace(paper=True, task=task), split) == expected
 
 
