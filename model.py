@@ -926,6 +926,11 @@ def log_jsonl(path, **row):
         file.write(json.dumps(row) + "\n")
 
 
+def dump_batch(out, samples):
+    """Keep what made a loss infinite: (prompt_ids, response_ids) pairs of this process, as bad_batch_00000.json."""
+    (Path(out) / f"bad_batch_{RANK:05d}.json").write_text(json.dumps(samples))
+
+
 def checkpoint_step(folder):
     return int(Path(folder).name.removeprefix("step_"))
 

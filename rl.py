@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 import envs
-from model import (FREEZABLE, WORLD, Sight, StopSignal, check_run, clip_gradients, collate, decode_reply, encode, fail,
-                   gather, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl, memory_advice,
-                   memory_estimate, micro_batches, mine, open_run, parse_config, picture_of, progress,
+from model import (FREEZABLE, WORLD, Sight, StopSignal, check_run, clip_gradients, collate, decode_reply, dump_batch,
+                   encode, fail, gather, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl,
+                   memory_advice, memory_estimate, micro_batches, mine, open_run, parse_config, picture_of, progress,
                    sampling_uniforms, save_checkpoint, say, shard, start_processes, total)
 
 SAMPLES, SHUFFLES = 0, 1            # the first number of a random stream's key: what it is for
@@ -296,7 +296,8 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
                                                             target, config)
                 loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
                 if not torch.isfinite(loss):
-                    fault = f"turns {[turns[i].place for i in rows[:8]]}...: loss {loss}"
+                    fault = f"turns {[turns[i].place for i in rows[:8]]}...: loss {loss}, kept as bad_batch_*.json"
+                    dump_batch(config.out, [(turns[i].prompt_ids, turns[i].response_ids) for i in rows])
                 (loss * WORLD).backward()                                           # averaged over processes
                 if weight:
                     first_ratios += watched["ratio"].tolist() if epoch == start == 0 else []

@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 import envs
-from model import (FREEZABLE, IMAGE_TOKEN, WORLD, StopSignal, check_run, clip_gradients, collate, encode, encode_reply,
-                   fail, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl, memory_advice,
-                   memory_estimate, micro_batches, mine, open_run, parse_config, picture_of, progress, save_checkpoint,
-                   say, shard, start_processes, total, write_whole)
+from model import (FREEZABLE, IMAGE_TOKEN, WORLD, StopSignal, check_run, clip_gradients, collate, dump_batch, encode,
+                   encode_reply, fail, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl,
+                   memory_advice, memory_estimate, micro_batches, mine, open_run, parse_config, picture_of, progress,
+                   save_checkpoint, say, shard, start_processes, total, write_whole)
 
 
 @dataclass
@@ -261,8 +261,10 @@ def main(config):
         except ValueError as error:                                # such as a picture that broke meanwhile
             fail(f"step {step + 1}: {error}; the last checkpoint is whole", alone=True)
         except FloatingPointError as error:
-            fail(f"step {step + 1}, samples {step * config.batch_size} to {(step + 1) * config.batch_size - 1}: "
-                 f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
+            dump_batch(out, [sample[:2] for sample in batch])
+            fail(f"step {step + 1}, samples {step * config.batch_size} to {(step + 1) * config.batch_size - 1}, kept "
+                 f"as bad_batch_*.json: {error}; the last checkpoint is whole, go on from it with a smaller --lr and "
+                 "another --out")
         tokens = state["tokens"] + total(sum(policy.num_tokens(*sample) for sample in batch))
         state = {"step": step + 1, "tokens": tokens, "seconds": earlier + time.time() - started}
         gflops = 6 * policy.num_params * tokens / 1e9                               # paper C.3

@@ -167,6 +167,8 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_one_line(tmp_p
     done = subprocess.run(command(script, 2, out=tmp_path / "run", **knobs), capture_output=True, text=True, timeout=150,
                           env={**ENV, "PYTHONPATH": str(ROOT)})
     assert done.returncode != 0 and done.stderr.count("error: update 1, epoch 0, minibatch from turn 0, turns [") == 1
+    dumped = [path.name for path in (tmp_path / "run").glob("bad_batch_*.json")]
+    assert dumped == ["bad_batch_00001.json"] and len(json.loads((tmp_path / "run" / dumped[0]).read_text())[0]) == 2
     assert not metrics(tmp_path / "run") if (tmp_path / "run" / "metrics.jsonl").is_file() else True
 
 
