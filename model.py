@@ -706,9 +706,9 @@ def total(value):
 
 def in_step(batches, spare):
     """(batch, weight) pairs, as many in every process: each pass gathers weights from all. A process that has fewer
-    batches repeats one, or `spare` if it has none, with weight 0."""
+    batches repeats its last, the smallest, or `spare` if it has none, with weight 0."""
     missing = max(gather(len(batches))) - len(batches)
-    return [(batch, 1.0) for batch in batches] + [((batches or [spare])[0], 0.0)] * missing
+    return [(batch, 1.0) for batch in batches] + [((batches or [spare])[-1], 0.0)] * missing
 
 
 def progress(iterable=None, **kwargs):
