@@ -581,8 +581,8 @@ def check_model(path, backbone, processor, vision):
         raise ValueError(f"model {path!r}: its chat template must keep earlier turns as they were and end a reply with "
                          f"{tokenizer.eos_token!r}; allowed are models whose template does")
     ids = tokenizer(first, add_special_tokens=False).input_ids
-    for token, times, least in [(tokenizer.bos_token, 1, 0), (IMAGE_TOKEN, 1, 1)][:1 + vision]:
-        if token and not least <= ids.count(tokenizer.convert_tokens_to_ids(token)) <= times:
+    for token, least in [(tokenizer.bos_token, 0), (IMAGE_TOKEN, 1)][:1 + vision]:
+        if token and not least <= ids.count(tokenizer.convert_tokens_to_ids(token)) <= 1:
             raise ValueError(f"model {path!r}: its chat template must write {token} once, not {whole.count(token)} "
                              "times")
     with torch.no_grad():
@@ -704,7 +704,7 @@ def total(value):
     return sum(gather(value))
 
 
-def in_step(batches, spare):
+def in_step(batches, spare=None):
     """(batch, weight) pairs, as many in every process: each pass gathers weights from all. A process that has fewer
     batches repeats its last, the smallest, or `spare` if it has none, with weight 0."""
     missing = max(gather(len(batches))) - len(batches)

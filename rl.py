@@ -213,7 +213,7 @@ def turn_logprobs(policy, turns, dialogues, config):
 def score_turns(policy, turns, config):
     """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,)."""
     logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
-    for dialogues, _ in in_step(list(turn_batches(policy, turns, group_dialogues(turns), config)), spare=None):
+    for dialogues, _ in in_step(list(turn_batches(policy, turns, group_dialogues(turns), config))):
         rows = [i for dialogue in dialogues for i in dialogue]
         micro_logprobs, micro_values = turn_logprobs(policy, turns, dialogues, config)
         logprobs[rows], values[rows] = micro_logprobs.cpu(), micro_values.cpu()

@@ -207,7 +207,7 @@ def train_step(policy, optimizer, samples, config):
     """
     num_tokens, loss = total(sum(len(response) for _, response, _ in samples)), 0.0
     batches = micro_batches([policy.num_tokens(*sample) for sample in samples], config.micro_batch_tokens)
-    for rows, weight in in_step(batches, spare=[0]):
+    for rows, weight in in_step(batches):
         logprobs, _ = policy(collate([[samples[row][:2]] for row in rows], policy.device,
                                      [samples[row][2] for row in rows]))
         micro_loss = -weight * logprobs.sum() / num_tokens
