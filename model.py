@@ -297,25 +297,26 @@ class LlamaDecoder(CacheDecoder):
 class TokenLogprobs(torch.autograd.Function):
     """log_softmax of hidden @ weight.T, without the ids in `ban`, at the targets: (n, D), (V, D), ids, (n,) -> (n,).
 
-    What autograd makes of the same formula holds four (n, V) tensors. Here one is overwritten: the forward pass makes
-    exponentials of the logits, the backward pass makes their gradient of these.
+    What autograd makes of the same formula holds four (n, V) tensors. Here one is overwritten: logits become
+    probabilities, and these, less 1 at the target, are the gradient but for its sign.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, ban, targets):
         logits = F.linear(hidden, weight).float().index_fill_(1, ban, -math.inf)                   # (n, V)
         picked, peak = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)            # (n, 1)
-        total = logits.sub_(peak).exp_().sum(1, keepdim=True)                                      # (n, 1)
-        ctx.save_for_backward(hidden, weight, targets, total)
-        ctx.exponentials = logits
-        return (picked - peak - total.log())[:, 0]
+        probs = torch.softmax(logits, 1, out=logits)
+        logprobs = picked - peak + probs.amax(1, keepdim=True).log()    # not log(probs), which may have underflowed
+        ctx.save_for_backward(hidden, weight)
+        ctx.slope = probs.scatter_add_(1, targets[:, None], -torch.ones_like(picked))
+        return logprobs[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, total = ctx.saved_tensors
-        grad, grad_logits, ctx.exponentials = grad[:, None], ctx.exponentials, None   # used up: no second backward
-        grad_logits = grad_logits.mul_(-grad / total).scatter_add_(1, targets[:, None], grad).to(hidden.dtype)
-        return grad_logits @ weight, grad_logits.T @ hidden, None, None
+        hidden, weight = ctx.saved_tensors
+        slope, scale, ctx.slope = ctx.slope.to(hidden.dtype), -grad[:, None], None   # used up: no second backward
+        grad_hidden, grad_weight = scale * (slope @ weight), slope.T @ (scale * hidden).to(hidden.dtype)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
 class Policy(nn.Module):
