@@ -170,14 +170,26 @@ def collate(dialogues, device, pictures=()):
             "response_length": response_length, "pictures": pictures}
 
 
-def micro_batches(lengths, token_budget):
-    """Group row indices by length, with at most `token_budget` padded tokens in a group (one row always fits)."""
-    groups = []
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):   # longest first: it sets the padding
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= token_budget:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+def micro_batches(lengths, token_budget, group_cost=None):
+    """Row indices in groups of like length, at most `token_budget` padded tokens in each (one row always fits).
+
+    The groups have the least padding, where one more group counts as much as `group_cost` tokens of it (a sixteenth of
+    the budget, if not given). The longest row comes first.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best = [(0, 0)]                                                # cost of the first n rows, start of their last group
+    for end in range(1, len(order) + 1):
+        cuts = []
+        for start in reversed(range(end)):
+            tokens = (end - start) * lengths[order[start]]
+            if cuts and tokens > token_budget:
+                break
+            cuts.append((best[start][0] + tokens + (group_cost or token_budget / 16), start))
+        best.append(min(cuts))
+    groups, end = [], len(order)
+    while end:
+        start = best[end][1]
+        groups, end = [order[start:end], *groups], start
     return groups
 
 
@@ -456,8 +468,9 @@ class Policy(nn.Module):
         plain_llama = (config.model_type == "llama" and config.hidden_act == "silu"
                        and not config.attention_bias and not config.mlp_bias)
         decoder = LlamaDecoder(self) if plain_llama else CacheDecoder(self)
-        for rows in micro_batches([len(p) + max_new_tokens + seen_tokens for p in prompts], token_budget):
-            chosen = [prompts[row] for row in rows]
+        lengths = [len(prompt) + max_new_tokens + seen_tokens for prompt in prompts]
+        for rows in micro_batches(lengths, token_budget, len(prompts) * token_budget):   # in the fewest groups: each
+            chosen = [prompts[row] for row in rows]                                  # decodes for itself
             P = max(map(len, chosen))
             # What all prompts begin with is read once, and padding follows it; behind a picture nothing is the same.
             head = 0 if seen or len(rows) == 1 else min(len(os.path.commonprefix(chosen)), min(map(len, chosen)) - 1)

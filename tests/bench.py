@@ -647,29 +647,28 @@ def growth(args, rates):
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
 def ranks(args, rates):
-    """Seconds of an SFT step times processes, from the log of sft.py itself, for two sizes of batch."""
-    for batch_size, steps in ((32, 4), (64, 3)) if args.device.type == "cpu" else ():
-        yield ranks_row(args, batch_size, steps)
+    """Seconds of an SFT step times processes, from the log of sft.py itself: its defaults, and replies of all lengths."""
+    cases = ("--batch-size 128", "--batch-size 64 --failed-tries 3") if args.device.type == "cpu" else ()
+    return (ranks_row(args, options) for options in cases)
 
 
-def ranks_row(args, batch_size, steps):
+def ranks_row(args, options, steps=4):
     seconds = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         for name, processes in itertools.product(range(args.rounds), seconds):
             out = Path(folder) / f"{name}_{processes}"
             launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split() if processes == 2 else []
             command = (f"sft.py --model tiny:512x6 --out {out} --steps {steps} --save-every {steps} --lr 1e-4 "
-                       f"--batch-size {batch_size} --micro-batch-tokens {64 * batch_size} --failed-tries 3 "
-                       f"--device cpu --seed {args.seed}")
+                       f"--device cpu --seed {args.seed} {options}")
             subprocess.run([sys.executable, *launcher, *command.split()], check=True, capture_output=True,
                            cwd=Path(__file__).resolve().parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
             clock = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            seconds[processes].append((clock[-1]["seconds"] - clock[0]["seconds"]) / (steps - 1) * processes)
-            tokens = (clock[-1]["tokens_trained"] - clock[0]["tokens_trained"]) / (steps - 1)
+            seconds[processes].append((clock[-1]["seconds"] - clock[1]["seconds"]) / (steps - 2) * processes)
+            tokens = (clock[-1]["tokens_trained"] - clock[1]["tokens_trained"]) / (steps - 2)
     one, two = map(statistics.median, seconds.values())
     size = clock[-1]["gflops"] * 1e9 / 6 / clock[-1]["tokens_trained"]
-    return row(f"SFT step of {tokens:.0f} tokens, {size / 1e6:.0f} M parameters: tokens per second and core, two "
-               "processes; baseline: one", (two, one), "tok", (tokens, tokens))
+    return row(f"SFT step of {tokens:.0f} tokens (`{options}`), {size / 1e6:.0f} M parameters: tokens per second and "
+               "core, two processes; baseline: one", (two, one), "tok", (tokens, tokens))
 
 
 # ---- Running ------------------------------------------------------------------------------------------------------

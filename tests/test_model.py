@@ -1,5 +1,7 @@
 """The policy: encoding, log-probs, sampling, checkpoints, configs."""
+import itertools
 import json
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -234,6 +236,22 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
     assert sorted(row for group in groups for row in group) == list(range(8))
     assert all(len(group) * max(lengths[row] for row in group) <= 110 for group in groups)
     assert model.micro_batches([500, 1], 10) == [[0], [1]]   # a row longer than the budget still runs
+
+
+@pytest.mark.parametrize("group_cost", [1, 6, 40, 10_000])
+def test_micro_batches_have_the_least_padding(group_cost):
+    rng = random.Random(group_cost)
+    for budget in (20, 60, 200):
+        lengths = sorted((rng.randint(1, 30) for _ in range(8)), reverse=True)
+        costs = []
+        for cuts in itertools.product((False, True), repeat=7):   # every way to cut the sorted rows
+            groups = [[lengths[0]]]
+            for length, cut in zip(lengths[1:], cuts):
+                groups.append([length]) if cut else groups[-1].append(length)
+            if all(len(group) == 1 or len(group) * group[0] <= budget for group in groups):
+                costs.append(sum(len(group) * group[0] + group_cost for group in groups))
+        found = model.micro_batches(lengths, budget, group_cost)
+        assert sum(len(group) * lengths[group[0]] + group_cost for group in found) == min(costs)
 
 
 def test_num_params_counts_what_multiplies():
