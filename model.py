@@ -45,7 +45,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, DynamicCache, LlamaConfig,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache, LlamaConfig,
                           LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor,
                           PreTrainedTokenizerFast)
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil   # needs no torchvision
@@ -607,8 +607,11 @@ def check_model(path, backbone, processor, vision):
                              f"({backbone.config.model_type}), which is not supported")
 
 
-def load_folder(path, vision):
-    """(backbone, processor) from a Hugging Face folder, in float32; ValueError says why it cannot be used."""
+def load_folder(path, vision, hollow):
+    """(backbone, processor) from a Hugging Face folder, in float32; ValueError says why it cannot be used.
+
+    `hollow`: a model whose weights take no memory and have no values.
+    """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "
@@ -616,8 +619,10 @@ def load_folder(path, vision):
     try:
         config = AutoConfig.from_pretrained(folder)
         is_mllama = config.model_type == "mllama"
-        model_class = MllamaForConditionalGeneration if is_mllama else AutoModelForCausalLM
-        backbone = model_class.from_pretrained(folder, dtype=torch.float32)
+        model_class = AutoModelForImageTextToText if is_mllama else AutoModelForCausalLM
+        with torch.device("meta") if hollow else contextlib.nullcontext():
+            backbone = (model_class.from_config(config, dtype=torch.float32) if hollow else
+                        model_class.from_pretrained(folder, dtype=torch.float32))
         processor = (AutoProcessor if is_mllama else AutoTokenizer).from_pretrained(folder)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"model {path!r}: not a causal language model shaped like Llama with its tokenizer, nor a "
@@ -628,17 +633,19 @@ def load_folder(path, vision):
     if not hasattr(backbone, "model") or not hasattr(backbone, "lm_head"):
         raise ValueError(f"model {path!r}: architecture {config.model_type} is not supported; "
                          "supported are mllama and causal LMs shaped like Llama (.model and .lm_head)")
-    check_model(path, backbone, processor, vision)
+    if not hollow:
+        check_model(path, backbone, processor, vision)
     return backbone, processor
 
 
 def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=False, freeze="",
-                gradient_checkpointing=False, param_dtype="float32"):
+                gradient_checkpointing=False, param_dtype="float32", hollow=False):
     """(policy, processor) from a folder that any Hugging Face tool opens, or "tiny" or "tiny-vl" (`make_tiny`).
 
     `texts` and `atoms` are what the tokenizer of a tiny model is trained on. A missing value head is initialised from
     torch's seed. `vision` demands a model that reads pictures (one that does may also be used in words, as in the
-    paper). `freeze` names parts that are not trained, comma-separated. ValueError says what does not fit.
+    paper). `freeze` names parts that are not trained, comma-separated. `hollow` leaves the weights of a folder out,
+    for a process that gets them from another. ValueError says what does not fit.
     """
     if param_dtype == "bfloat16" != dtype:
         raise ValueError(f"param_dtype {param_dtype} needs dtype bfloat16, not {dtype}")
@@ -647,13 +654,14 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
             raise ValueError(f"model {path!r} reads no pictures; the task needs a vision model such as tiny-vl")
         backbone, processor = make_tiny(path, texts, atoms)
     else:
-        backbone, processor = load_folder(path, vision)
+        backbone, processor = load_folder(path, vision, hollow)
     for name in filter(None, freeze.split(",")):
         if name not in FREEZABLE or backbone.config.model_type != "mllama":
             raise ValueError(f"freeze {name!r}: allowed are {', '.join(FREEZABLE)}, and only in a vision model")
         backbone.get_submodule(FREEZABLE[name]).requires_grad_(False)
-    # Evaluation mode means no dropout: sampling and update must agree.
-    policy = Policy(backbone, processor, dtype).to(getattr(torch, param_dtype)).eval()
+    policy = Policy(backbone, processor, dtype).eval()   # no dropout: sampling and update must agree
+    for p in policy.parameters():                        # but no buffer: rotary frequencies stay in float32
+        p.data = p.data.to(getattr(torch, param_dtype))
     if gradient_checkpointing:
         enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
         enable({"use_reentrant": False})                 # older transformers know the second name only
@@ -665,7 +673,7 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
     value_head = Path(path) / "value_head.safetensors"
     if value_head.is_file():
         policy.value_head.load_state_dict(load_file(value_head))
-    return policy.to(device), processor
+    return policy if hollow else policy.to(device), processor
 
 
 # ---- Running: processes ------------------------------------------------------------------------------------
@@ -741,21 +749,51 @@ def say(text):
         tqdm.write(text)
 
 
-def shard(policy):
-    """Spread weights, gradients and optimizer state over the processes (FSDP2): a unit per layer, one for the rest.
+def hand_round(unit, device, handed):
+    """Move a module's parameters and buffers to `device`, everywhere with the values of the first process.
 
-    Master weights and sums over processes are float32; if the policy computes in bfloat16, that is what is gathered.
+    `handed` holds what was moved before, by the id of the original: tied weights are one tensor in two places.
+    """
+    for module in unit.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in handed:
+                    values = tensor.detach().to(device) if RANK == 0 else torch.empty_like(tensor, device=device)
+                    dist.broadcast(values, 0)
+                    if isinstance(tensor, nn.Parameter):
+                        values = nn.Parameter(values, tensor.requires_grad)
+                    handed[id(tensor)] = values, tensor        # kept, so that no other tensor gets its id
+                tensors[name] = handed[id(tensor)][0]
+
+
+def load_sharded(path, dtype, device, *args):
+    """`load_policy` for training: weights, gradients and optimizer state are spread over the processes (FSDP2).
+
+    Each layer is a unit, the rest another one. Only the first process reads the folder, and no device ever holds more
+    than one whole unit beside its shares. Master weights and sums over processes are float32 (or `param_dtype`); if the
+    policy computes in bfloat16, that is what is gathered.
     """
     if WORLD == 1:
-        return policy
-    settings = {"mesh": init_device_mesh(policy.device.type, (WORLD,)), "reshard_after_forward": True,
+        return load_policy(path, dtype, device, *args)
+    error = None
+    try:
+        policy, processor = load_policy(path, dtype, "cpu", *args, hollow=RANK > 0)
+    except ValueError as problem:
+        error = str(problem)
+    if told := [problem for problem in gather(error) if problem]:
+        raise ValueError(told[0])
+    settings = {"mesh": init_device_mesh(device.type, (WORLD,)), "reshard_after_forward": True,
                 "mp_policy": MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32)}
-    for module in policy.backbone.modules():
-        if type(module).__name__ in policy.backbone._no_split_modules:
-            fully_shard(module, **settings)
-    fully_shard(policy, **settings)
+    layers = [module for module in policy.backbone.modules()
+              if type(module).__name__ in policy.backbone._no_split_modules]
+    handed = {}
+    for unit in [*layers, policy]:
+        hand_round(unit, device, handed)
+        fully_shard(unit, **settings)
     register_fsdp_forward_method(policy, "generate")
-    return policy
+    return policy, processor
 
 
 def clip_gradients(parameters, max_norm):

@@ -30,9 +30,9 @@ import torch
 
 import envs
 from model import (FREEZABLE, WORLD, Sight, StopSignal, check_run, clip_gradients, collate, decode_reply, dump_batch,
-                   encode, fail, gather, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl,
+                   encode, fail, gather, in_step, knob, learning_rate, leave, load_resume, load_sharded, log_jsonl,
                    memory_advice, memory_estimate, micro_batches, mine, open_run, parse_config, picture_of, progress,
-                   sampling_uniforms, save_checkpoint, say, shard, start_processes, total)
+                   sampling_uniforms, save_checkpoint, say, start_processes, total)
 
 SAMPLES, SHUFFLES = 0, 1            # the first number of a random stream's key: what it is for
 LAMBDA = {"gp": 6.0, "virl": 5.1}   # paper C.3: tokens of the rollout buffer per token trained
@@ -393,10 +393,9 @@ def main(config):
         newest = check_run(config)
         torch.manual_seed(config.seed)
         texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
-        policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts,
-                                        environments[0].atoms(), config.task.endswith("-vl"), config.freeze,
-                                        config.gradient_checkpointing, config.param_dtype)
-        policy = shard(policy)
+        policy, processor = load_sharded(str(newest or config.model), config.dtype, device, texts,
+                                         environments[0].atoms(), config.task.endswith("-vl"), config.freeze,
+                                         config.gradient_checkpointing, config.param_dtype)
         optimizer = torch.optim.Adam([{"params": policy.backbone.parameters()},
                                       {"params": policy.value_head.parameters()}], lr=config.lr, eps=1e-7)
         state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,

@@ -27,9 +27,9 @@ import torch
 
 import envs
 from model import (FREEZABLE, IMAGE_TOKEN, WORLD, StopSignal, check_run, clip_gradients, collate, dump_batch, encode,
-                   encode_reply, fail, in_step, knob, learning_rate, leave, load_policy, load_resume, log_jsonl,
+                   encode_reply, fail, in_step, knob, learning_rate, leave, load_resume, load_sharded, log_jsonl,
                    memory_advice, memory_estimate, micro_batches, mine, open_run, parse_config, picture_of, progress,
-                   save_checkpoint, say, shard, start_processes, total, write_whole)
+                   save_checkpoint, say, start_processes, total, write_whole)
 
 
 @dataclass
@@ -234,11 +234,10 @@ def main(config):
         newest = check_run(config)
         torch.manual_seed(config.seed)
         texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
-        policy, processor = load_policy(str(newest or config.model), config.dtype, device, texts,
-                                        samples.envs[0].atoms(), config.task.endswith("-vl"), config.freeze,
-                                        config.gradient_checkpointing, config.param_dtype)
+        policy, processor = load_sharded(str(newest or config.model), config.dtype, device, texts,
+                                         samples.envs[0].atoms(), config.task.endswith("-vl"), config.freeze,
+                                         config.gradient_checkpointing, config.param_dtype)
         encode(processor, samples[0][0])                           # a text that does not fit the model fails here
-        policy = shard(policy)
         open_run(config, newest)
     except ValueError as error:
         fail(error)

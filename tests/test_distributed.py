@@ -172,6 +172,18 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_one_line(tmp_p
     assert not metrics(tmp_path / "run") if (tmp_path / "run" / "metrics.jsonl").is_file() else True
 
 
+def test_only_the_first_process_reads_the_weights_and_all_hear_what_is_wrong_with_them(tmp_path, straight, monkeypatch):
+    folder = straight[0]["model"]
+    hollow, processor = model.load_policy(str(folder), "bfloat16", param_dtype="bfloat16", hollow=True)
+    assert {(p.device.type, p.dtype) for p in hollow.backbone.parameters()} == {("meta", torch.bfloat16)}
+    assert {b.dtype for b in hollow.backbone.buffers()} == {torch.float32} and len(processor) > 100
+    monkeypatch.setattr(model, "WORLD", 2)
+    monkeypatch.setattr(model, "RANK", 1)
+    monkeypatch.setattr(model, "gather", lambda error: ["the weights are torn", error])
+    with pytest.raises(ValueError, match="the weights are torn"):
+        model.load_sharded(str(folder), "float32", torch.device("cpu"))
+
+
 def test_what_processes_cannot_share_evenly_is_refused(tmp_path, monkeypatch, capsys):
     for script, knobs, told in ((sft, dict(SFT, batch_size=1), "--batch-size 1: must be at least the number of processes, 2"),
                                 (rl, dict(RL, model="tiny:32x2", num_envs=3, minibatch_turns=9), "--num-envs 3: must be a multiple"),
