@@ -92,7 +92,7 @@ class LocalModel:
 
     def __init__(self, path, config):
         self.policy, self.processor = load_policy(path, config.dtype, start_processes(config.device),
-                                                  vision=config.task.endswith("-vl"))
+                                                  vision=config.task.endswith("-vl"), param_dtype=config.dtype)
         self.config, self.sight = config, Sight(self.policy, config.generate_tokens)
         self.dialogues = {}                                        # episode -> ids of its dialogue so far
 

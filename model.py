@@ -456,7 +456,7 @@ class Policy(nn.Module):
         them in earlier turns. The log-probs serve only to check those of `forward`.
         """
         self.backbone.eval()
-        with self.whole_weights():
+        with self.whole_weights(), self.autocast():                # around it all: weights are cast once, not per token
             seen = (sight or Sight(self, token_budget))(pictures or [None])
             return self.decode(prompts, uniforms, max_new_tokens, temperature, token_budget, seen)
 
