@@ -198,6 +198,8 @@ def micro_batches(lengths, token_budget, group_cost=None):
 class CacheDecoder:
     """Decode any causal LM over the Hugging Face cache, which also keeps the keys and values of pictures."""
 
+    graphs = False
+
     def __init__(self, policy):
         self.policy, self.model = policy, policy.backbone
 
@@ -246,6 +248,8 @@ class LlamaDecoder(CacheDecoder):
     """The same for Llama, faster: prompts are read as above, but each token is appended by a `step` of its own.
 
     Keys and values stand in buffers made once per batch; projections are fused and weights cast once per `generate`.
+    With `LlamaDecoder.graphs = True` a token is one launch of a CUDA graph. It is off until somebody has measured it on
+    a GPU (tests/bench.py does, with --device cuda): so far a test plays capture and replay on the CPU.
     """
 
     def __init__(self, policy):
@@ -266,41 +270,64 @@ class LlamaDecoder(CacheDecoder):
     def prefill(self, input_ids, attention_mask, max_new_tokens, head=0, seen=None):
         logits = super().prefill(input_ids, attention_mask, max_new_tokens, head)
         B, P = input_ids.shape
+        self.end, self.capacity, self.shape = P, P + max_new_tokens, None
         self.keys, self.values = [], []                            # per layer (B, kv_heads, P + N, head_dim)
         for layer in self.cache.layers:
             for buffers, filled in ((self.keys, layer.keys), (self.values, layer.values)):
-                shape = B, self.kv_heads, P + max_new_tokens, self.head_dim
-                buffers.append(filled.new_empty(shape, dtype=self.lm_head.dtype))
+                shape = B, self.kv_heads, self.capacity, self.head_dim
+                buffers.append(filled.new_zeros(shape, dtype=self.lm_head.dtype))
                 buffers[-1][:, :, :P] = filled
         del self.cache
-        self.mask = F.pad(attention_mask, (0, max_new_tokens), value=1).bool()[:, None, None]   # (B, 1, 1, P + N)
+        seen = F.pad(attention_mask, (0, max_new_tokens)).bool()[:, None, None]
+        self.bias = torch.zeros_like(seen, dtype=self.lm_head.dtype).masked_fill_(~seen, -math.inf)  # (B, 1, 1, P + N)
         self.position = attention_mask.sum(-1, keepdim=True)       # (B, 1): padding before the end keeps the columns
-        self.column = P                                            # in step, while every row counts its own positions
+        self.column = self.position.new_tensor([P])                # in step, while every row counts its own positions
         return logits
 
     def step(self, ids):
+        self.end += 1
+        self.width = min(-(-self.end // 64) * 64, self.capacity)   # columns looked at, in few different numbers
+        if not self.graphs:
+            return self.append(ids)
+        if self.shape != (len(ids), self.width):                   # the first token of a shape runs as it is, which
+            self.shape, self.graph = (len(ids), self.width), None  # warms it up; the second is captured; the others
+            return self.append(ids)                                # are one launch each, not a dozen per layer
+        if self.graph is None:
+            self.graph, self.ids = torch.cuda.CUDAGraph(), ids.clone()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.append(self.ids)
+        self.ids.copy_(ids)
+        self.graph.replay()
+        return self.logits
+
+    def append(self, ids):
+        """The work of `step`, all of it on the device: shapes and addresses stay, what changes stands in tensors."""
         x = self.model.model.embed_tokens(ids).float()             # (B, D): the residual stream stays in float32
         cos, sin = self.model.model.rotary_emb(x, self.position)   # (B, 1, head_dim)
-        end = self.column + 1
+        self.bias.index_fill_(3, self.column, 0.0)
+        bias = self.bias[..., :self.width]
         for weights, keys, values in zip(self.layers, self.keys, self.values):
             qkv = F.linear(self.norm(x, weights["norm_1"]), weights["qkv"])
             q, k, v = qkv.view(len(x), -1, self.head_dim).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-            q, k = (t * cos + torch.cat([-t[..., self.head_dim // 2:], t[..., :self.head_dim // 2]], -1) * sin
-                    for t in (q, k))                               # rotary embedding, (B, heads, head_dim)
-            keys[:, :, self.column], values[:, :, self.column] = k, v
-            attended = F.scaled_dot_product_attention(q.to(v.dtype)[:, :, None], keys[:, :, :end], values[:, :, :end],
-                                                      self.mask[..., :end], enable_gqa=self.heads != self.kv_heads)
+            q, k = ((t * cos + torch.cat([-t[..., self.head_dim // 2:], t[..., :self.head_dim // 2]], -1) * sin)
+                    .to(v.dtype) for t in (q, k))                  # rotary embedding, (B, heads, head_dim)
+            keys.index_copy_(2, self.column, k[:, :, None])
+            values.index_copy_(2, self.column, v[:, :, None])
+            # Heads that share keys and values stand side by side, as if they were positions of one sequence.
+            attended = F.scaled_dot_product_attention(q.view(len(x), self.kv_heads, -1, self.head_dim),
+                                                      keys[:, :, :self.width], values[:, :, :self.width], bias)
             x = x + F.linear(attended.flatten(1), weights["out"])
             gate, up = F.linear(self.norm(x, weights["norm_2"]), weights["gate_up"]).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, weights["down"])
-        self.column, self.position = end, self.position + 1
+        self.column += 1
+        self.position += 1
         return F.linear(self.norm(x, self.model.model.norm.weight), self.lm_head)
 
     def norm(self, x, weight):
         return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(self.lm_head.dtype)
 
     def keep(self, rows):
-        self.mask, self.position = self.mask[rows], self.position[rows]
+        self.bias, self.position = self.bias[rows], self.position[rows]
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
 
 
@@ -491,8 +518,8 @@ class Policy(nn.Module):
                 num_going = int(going.sum())
                 if num_going == 0 or position == max_new_tokens - 1:
                     break
-                if num_going < 0.9 * len(ids):                     # dropping rows copies the cache: not for each one
-                    kept = going.nonzero()[:, 0]
+                if num_going < (0.5 if decoder.graphs else 0.9) * len(ids):   # dropping rows copies the cache: not for
+                    kept = going.nonzero()[:, 0]                              # each one
                     decoder.keep(kept)
                     alive, ids, going = alive[kept], ids[kept], going[kept]
                 logits = decoder.step(ids)

@@ -1,4 +1,5 @@
 """The policy: encoding, log-probs, sampling, checkpoints, configs."""
+import contextlib
 import itertools
 import json
 import random
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import envs
@@ -198,6 +201,64 @@ def test_the_fast_llama_decoder_and_the_cache_decoder_agree_with_grouped_heads(d
     assert [ids for ids, _ in fast] == [ids for ids, _ in slow]
     for (_, a), (_, b) in zip(fast, slow):
         assert a == pytest.approx(b, abs=1e-5)
+
+
+class TapedGraph(TorchDispatchMode):
+    """What a CUDA graph does, on any device: capture notes operations and leaves no trace of them; replay does just those
+    to the same memory, whatever Python has changed meanwhile. What would wait for the device is an error."""
+
+    captured = replayed = 0
+
+    def __init__(self):
+        super().__init__()
+        self.tape = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        written = [(tensor, tensor.clone()) for tensor, argument in zip(args, operation._schema.arguments)
+                   if argument.alias_info and argument.alias_info.is_write]
+        result = operation(*args, **(kwargs or {}))
+        self.tape.append((operation, args, kwargs or {}, result, written))
+        return result
+
+    @classmethod
+    @contextlib.contextmanager
+    def capture(cls, graph):
+        with graph:
+            yield
+        for *_, written in reversed(graph.tape):
+            for tensor, before in written:
+                tensor.copy_(before)
+        cls.captured += 1
+
+    def replay(self):
+        for operation, args, kwargs, result, _ in self.tape:
+            for old, new in zip(tree_leaves(result), tree_leaves(operation(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        TapedGraph.replayed += 1
+
+
+def test_a_decoder_under_cuda_graphs_samples_the_same(tiny, monkeypatch):
+    policy, processor = tiny
+    prompts, limit = some_prompts(processor) * 4, 90
+    alike = [prompts[0], prompts[0][::-1]]
+    uniforms = model.sampling_uniforms([(i,) for i in range(len(prompts))], limit).clip(0.001)
+    uniforms[range(len(prompts)), [10 + 3 * i for i in range(len(prompts))]] = 0
+    monkeypatch.setattr(policy, "eos_id", int((~policy.banned).nonzero()[0]))   # what a uniform of 0 draws
+    expected = policy.generate(prompts, uniforms, limit, 1.0)
+    one_by_one = policy.generate(alike, uniforms[-2:, :5], 5, 1.0, token_budget=1)
+    assert len({len(ids) for ids, _ in expected}) > 10
+    if policy.device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", TapedGraph)
+        monkeypatch.setattr(torch.cuda, "graph", TapedGraph.capture)
+    monkeypatch.setattr(model.LlamaDecoder, "graphs", True)
+    found = policy.generate(prompts, uniforms, limit, 1.0)
+    found += policy.generate(alike, uniforms[-2:, :5], 5, 1.0, token_budget=1)
+    for (ids, logprobs), (expected_ids, expected_logprobs) in zip(found, expected + one_by_one, strict=True):
+        assert ids == expected_ids and logprobs == pytest.approx(expected_logprobs, abs=1e-5)
+    if policy.device.type == "cpu":
+        assert 4 <= TapedGraph.captured < 10 and TapedGraph.replayed > 60
 
 
 def test_greedy_decoding_equals_generate_of_hugging_face_also_for_another_architecture(tiny, device):
