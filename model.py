@@ -385,6 +385,17 @@ class Policy(nn.Module):
             vision = backbone.config.vision_config                 # tokens per picture: those of every tile, used or
             self.picture_tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)   # not
 
+    def enable_checkpointing(self):
+        """Compute a layer's activations again in the backward pass instead of keeping them."""
+        enable = (getattr(self.backbone, "activation_checkpointing_enable", None)
+                  or self.backbone.gradient_checkpointing_enable)       # what older transformers call it
+        enable({"use_reentrant": False})
+        self.checkpointing = True
+        for module in self.backbone.modules():                     # `forward` has to switch to training mode for it
+            for name in ("attention_dropout", "dropout", "p"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+
     @property
     def device(self):
         return self.banned.device
@@ -690,13 +701,7 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
     for p in policy.parameters():                        # but no buffer: rotary frequencies stay in float32
         p.data = p.data.to(getattr(torch, param_dtype))
     if gradient_checkpointing:
-        enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
-        enable({"use_reentrant": False})                 # older transformers know the second name only
-        policy.checkpointing = True
-        for module in backbone.modules():                # `forward` has to switch to training mode for it
-            for name in ("attention_dropout", "dropout", "p"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+        policy.enable_checkpointing()
     value_head = Path(path) / "value_head.safetensors"
     if value_head.is_file():
         policy.value_head.load_state_dict(load_file(value_head))

@@ -13,6 +13,8 @@ first, and a difference ends the program. The baselines are written here, in our
     verifier   fields by regular expressions, checks on the characters, `eval`, a search in the list of solutions
     envs       random cards until some permutation, operators and brackets `eval` to 24
     growth     none: rates of ours as batch, prompt, common head or dialogue grow
+    limits     none: how much of the machine's matrix rate and memory bandwidth ours takes, for models of 1.2 and 2.1
+               billion random weights in bfloat16 with --device cuda, for small ones in float32 on a CPU
     ranks      one process instead of two, a thread each
     virl       every point of a rail is looked up among all panoramas at every reset; every view works out its rays
 
@@ -44,13 +46,13 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM, MllamaForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, MllamaForConditionalGeneration, MllamaVisionConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 import rl
 import verify
-from model import (OneLineParser, Policy, Sight, collate, fail, load_policy, pick_device, sampling_uniforms,
+from model import (LlamaDecoder, OneLineParser, Policy, Sight, collate, fail, load_policy, pick_device, sampling_uniforms,
                    train_tokenizer)
 from sft import train_step
 
@@ -76,7 +78,7 @@ def medians(args, *functions):
 
 def machine_rates(args):
     """GEMM rates in FLOP/s for float32 and bfloat16, and copy bandwidth in bytes/s, read and write both counted."""
-    n, functions = 2048, []
+    n, functions = 8192 if args.device.type == "cuda" else 2048, []
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(n, n, device=args.device).to(dtype) for _ in range(2))
         functions.append(partial(torch.mm, a, b, out=torch.empty_like(a)))
@@ -116,14 +118,16 @@ def expect_close(what, ours, baseline):
 
 # ---- Models -------------------------------------------------------------------------------------------------------
 
-def make_policy(args, vocab_size, layers):
-    """A random-init Llama, 256 wide, that may sample every token; none of them ends a reply."""
+def make_policy(args, vocab_size, layers, dtype="float32", **shape):
+    """A random-init Llama, 256 wide unless told else, that may sample every token; none of them ends a reply."""
     env = envs.make_env("gp-l", "id")
     processor = train_tokenizer(envs.sample_texts("gp-l", num=20), env.atoms())
+    shape = dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=8, intermediate_size=672) | shape
     torch.manual_seed(args.seed)
-    policy = Policy(LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab_size, hidden_size=256, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8,
-        intermediate_size=672, bos_token_id=None, eos_token_id=None, pad_token_id=0)), processor).to(args.device)
+    with args.device:
+        backbone = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_hidden_layers=layers, bos_token_id=None,
+                                                eos_token_id=None, pad_token_id=0, **shape))
+        policy = Policy(backbone, processor, dtype)
     policy.banned.fill_(False)
     policy.eos_id = -1
     return policy
@@ -272,19 +276,23 @@ def logprob(args, rates):
 
 # ---- Pictures -----------------------------------------------------------------------------------------------------
 
-def make_vision_policy(args, vocab_size):
+def make_vision_policy(args, vocab_size, dtype="float32", text=(), vision=()):
     """A random-init tiny-vl, 256 wide, that may sample every token but <|image|>; none of them ends a reply.
 
     Its tower has more layers than usual, on 256 patches instead of 64: then a picture costs about as much as the
     prompt it stands in, as it does in Llama-3.2-11B-Vision (four tiles of 1601 positions beside some 500 tokens).
+    `text` and `vision` change fields of the two configs.
     """
     texts = envs.sample_texts("gp-vl", num=20, resolution=224)
     policy, processor = load_policy("tiny-vl:256x4", texts=texts, atoms=envs.make_env("gp-vl", "id").atoms())
     config = policy.backbone.config
-    config.text_config.vocab_size = vocab_size
-    config.vision_config.patch_size, config.vision_config.num_hidden_layers = 14, 4
+    for part, changed in ((config.text_config, {"vocab_size": vocab_size, **dict(text)}),
+                          (config.vision_config, {"patch_size": 14, "num_hidden_layers": 4, **dict(vision)})):
+        for name, value in changed.items():
+            setattr(part, name, value)
     torch.manual_seed(args.seed)
-    policy = Policy(MllamaForConditionalGeneration(config), processor).to(args.device).eval()
+    with args.device:
+        policy = Policy(MllamaForConditionalGeneration(config), processor, dtype).eval()
     for name, parameter in policy.named_parameters():
         if name.endswith("gate"):
             torch.nn.init.constant_(parameter, 0.5)           # a new Mllama is blind
@@ -644,6 +652,92 @@ def growth(args, rates):
         yield what, ", ".join(f"{rate:,.0f}" for rate in rates_seen) + " reply tok/s", "", None
 
 
+# ---- How close to the machine --------------------------------------------------------------------------------------
+
+def share_row(args, what, function, tokens, flops, rate):
+    """Tokens per second of ours and its FLOPs over the rate of a matrix product; on CUDA the peak memory, too."""
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, memory = medians(args, function)[0], ""
+    if args.device.type == "cuda":
+        memory = f"; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    return what, f"{tokens / seconds:,.0f} tok/s ({flops / seconds / rate:.1%}){memory}", "", None
+
+
+def random_dialogues(args, num, vocab_size, picture=None, image=()):
+    """The turns of `num` dialogues: a prompt of 256 tokens, three replies of 64, 32 tokens between two of them."""
+    turns = []
+    for number, (ids, _) in enumerate(random_samples(args, vocab_size, [(256 + 2 * 32 + 3 * 64, 0)] * num)):
+        ids = [*image] + [i + (i in image) for i in ids[len(image):]]
+        turns += [rl.Turn(ids[:start], ids[start:start + 64], 0, 0.0, turn == 2, (number,), {}, picture, 3 * number + turn)
+                  for turn, start in enumerate((256, 352, 448))]
+    return turns
+
+
+def update_rows(args, rates, name, policy, turns, budget):
+    """An SFT step on the last turns and a PPO update on all, by the functions of sft.py and rl.py."""
+    dialogues, adam = rl.group_dialogues(turns), torch.optim.AdamW(policy.parameters(), lr=1e-6)
+    last = [turns[dialogue[-1]] for dialogue in dialogues]
+    samples = [(turn.prompt_ids, turn.response_ids, turn.picture) for turn in last]
+    config = rl.Config(epochs=1, micro_batch_tokens=budget, minibatch_turns=len(turns))
+    old_logprobs, old_values = rl.score_turns(policy, turns, config)
+    gains = torch.randn(len(turns), generator=torch.Generator().manual_seed(args.seed))
+    tower = sum(p.numel() for p in policy.backbone.model.vision_model.parameters()) if policy.picture_tokens else 0
+    head, rate = policy.backbone.lm_head.weight.numel(), rates[str(policy.dtype).removeprefix("torch.")]
+    for what, predicted, function in (
+            ("SFT step", 64, partial(train_step, policy, adam, samples, config)),
+            ("PPO update, 3 turns in one row", 3 * 64, partial(rl.ppo_update, policy, adam, turns, old_logprobs,
+                                                               old_values, gains, gains, 0, config))):
+        tokens = len(dialogues) * 512
+        flops = 6 * ((policy.num_params - head - tower) * tokens + head * predicted * len(dialogues)
+                     + tower * policy.picture_tokens * len(dialogues))
+        yield share_row(args, f"{name}: {what}, {len(dialogues)} x 512 text tokens, micro-batches of {budget}", function,
+                        tokens, flops, rate)
+
+
+def decode_rows(args, rates, name, policy, B, R=128):
+    """Time of one more token for B rows, from replies of R tokens and of 1, against reading all weights and all keys and
+    values once."""
+    prompts = [prompt for prompt, _ in random_samples(args, 4096, [(256, 0)] * B)]
+    uniforms, config = sampling_uniforms([(args.seed, i) for i in range(B)], R), policy.backbone.config
+    cache = B * (256 + R / 2) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    size = 4 if policy.dtype == torch.float32 else 2
+    for graphs in (False, True)[:1 + (args.device.type == "cuda")]:
+        LlamaDecoder.graphs = graphs
+        long, short = medians(args, *(partial(policy.generate, prompts, uniforms, n, 1.0) for n in (R, 1)))
+        LlamaDecoder.graphs = False
+        step = (long - short) / (R - 1)
+        yield (f"{name}: decode {B} rows after 256 tokens{', CUDA graphs' * graphs}; share of the copy bandwidth",
+               f"{B / step:,.0f} tok/s ({(policy.num_params + cache) * size / step / rates['copy']:.1%})", "", None)
+
+
+def limits(args, rates):
+    large = args.device.type == "cuda"
+    text = (dict(hidden_size=2048, num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192) if large else
+            dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=4, intermediate_size=1344))
+    layers, dtype = (16, "bfloat16") if large else (6, "float32")
+    vocab_size, num, budget = (128256, 64, 16384) if large else (4096, 8, 2048)
+    policy = make_policy(args, vocab_size, layers, dtype, tie_word_embeddings=True, **text)
+    name = f"Llama of {policy.num_params / 1e6:,.0f} M, {dtype}"
+    yield from decode_rows(args, rates, name, policy, B=64 if large else 8)
+    yield from update_rows(args, rates, name, policy, random_dialogues(args, num, vocab_size), budget)
+    del policy
+    vision = {}
+    if large:       # the tower of Llama-3.2-11B-Vision, 4 tiles of 560 pixels, under the language model above
+        text |= dict(num_hidden_layers=16, cross_attention_layers=[3, 8, 13])
+        vision = dict(hidden_size=1280, attention_heads=16, intermediate_size=5120, image_size=560, num_hidden_layers=32,
+                      num_global_layers=8, intermediate_layers_indices=[3, 7, 15, 23, 30], vision_output_dim=7680,
+                      max_num_tiles=4, supported_aspect_ratios=MllamaVisionConfig().supported_aspect_ratios)
+    policy, _ = make_vision_policy(args, vocab_size, dtype, text if large else {}, vision)
+    if large:
+        policy.image_processor = type(policy.image_processor)(size={"height": 560, "width": 560}, max_image_tiles=4)
+    policy.enable_checkpointing()
+    picture = envs.draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 1120 if large else 224)
+    turns = random_dialogues(args, num // 4, vocab_size, picture, [policy.image_id])
+    yield from update_rows(args, rates, f"Mllama of {policy.num_params / 1e6:,.0f} M, {dtype}, checkpointing", policy, turns,
+                           budget * 2)
+
+
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
 def ranks(args, rates):
@@ -674,7 +768,7 @@ def ranks_row(args, options, steps=4):
 # ---- Running ------------------------------------------------------------------------------------------------------
 
 SECTIONS = {"rollout": rollout, "logprob": logprob, "vision": vision, "sft": sft, "verifier": verifier,
-            "envs": environment, "virl": virl, "growth": growth, "ranks": ranks}
+            "envs": environment, "virl": virl, "growth": growth, "limits": limits, "ranks": ranks}
 
 
 def parse_args():
@@ -711,7 +805,7 @@ def main():
           f"seed {args.seed}, median of {args.rounds} rounds  ")
     rates = machine_rates(args)
     gemms = ", ".join(f"{dtype} {rates[dtype] / 1e9:,.0f} GFLOP/s" for dtype in ("float32", "bfloat16"))
-    print(f"GEMM 2048^3: {gemms}; copy of 256 MiB: {rates['copy'] / 1e9:,.1f} GB/s\n")
+    print(f"GEMM {8192 if args.device.type == 'cuda' else 2048}^3: {gemms}; copy of 256 MiB: {rates['copy'] / 1e9:,.1f} GB/s\n")
     print("| section | what | ours | baseline | ratio |\n| --- | --- | --- | --- | --- |", flush=True)
     for section in args.only:
         for what, ours, baseline, ratio in SECTIONS[section](args, rates):
