@@ -345,29 +345,30 @@ def mean_and_error(rows, metric):
 def load_arms(folders):
     """Evaluated rows by arm ("start", "SFT", "RL"), each with the run it comes from.
 
-    ValueError unless all runs go on from one start and were evaluated with one set of settings. The start is one
-    model: its "runs" are the seeds it was evaluated on.
+    ValueError unless all were evaluated with one set of settings, and every start they go on from has all three arms.
+    The "runs" of a start are the seeds it was evaluated on.
     """
-    arms, starts, settings = defaultdict(list), {}, {}
+    arms, starts, settings = defaultdict(list), defaultdict(set), {}
     for run in map(Path, folders):
         rows = read_jsonl(run / "eval.jsonl")
         if not rows:
             raise ValueError(f"run {str(run)!r}: no eval.jsonl; run evaluate.py --run-folder {run} first")
         config = json.loads((run / "config.json").read_text())
         arm = "RL" if "updates" in config else "SFT"               # rl.py counts updates, sft.py steps
-        starts[config["model"]] = run
         for row in rows:
             settings[json.dumps(row["settings"], sort_keys=True)] = row["settings"]
+            starts[config["model"]].add(arm if row["step"] else "start")
             if row["step"]:
                 arms[arm].append(row | {"run": str(run)})
-            elif not any((own["split"], own["seed"]) == (row["split"], row["seed"]) for own in arms["start"]):
-                arms["start"].append(row | {"run": row["seed"]})   # once, though several runs may hold it
-    if len(starts) > 1:
-        raise ValueError(f"--compare needs runs of one start; these started from {', '.join(starts)}")
+            elif not any((own["run"], own["split"]) == ((config["model"], row["seed"]), row["split"])
+                         for own in arms["start"]):                # once, though several runs may hold it
+                arms["start"].append(row | {"run": (config["model"], row["seed"])})
     if len(settings) > 1:
         raise ValueError(f"--compare needs one set of settings; eval.jsonl holds {' and '.join(settings)}")
-    if len(arms) < 3:
-        raise ValueError(f"--compare needs an evaluated start, an SFT run and an RL run; found {', '.join(arms)}")
+    for start, own in starts.items():
+        if len(own) < 3:
+            raise ValueError(f"--compare needs an evaluated start, an SFT run and an RL run; of {start} it found "
+                             f"{', '.join(sorted(own))}")
     return arms
 
 
@@ -391,9 +392,10 @@ def compare(folders, figure):
     task = arms["start"][0]["settings"]["task"]
     splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
     budget = min(max(row["gflops"] for row in arms[arm]) for arm in ("SFT", "RL"))
+    num_starts = len({row["run"][0] for row in arms["start"]})
     num_runs = {arm: len({row["run"] for row in arms[arm]}) for arm in ("SFT", "RL")}
     print(f"\n{task}: %, at the checkpoints nearest to {budget:,.0f} GFLOPs of post-training "
-          f"({num_runs['SFT']} SFT and {num_runs['RL']} RL runs)\n")
+          f"({num_runs['SFT']} SFT and {num_runs['RL']} RL runs, starts: {num_starts})\n")
     print("| metric | split | start | SFT | RL | paper: start | SFT | RL |\n|---|---|---|---|---|---|---|---|")
     for metric in METRICS[task]:
         for split in splits:

@@ -5,6 +5,8 @@
 #   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about fifteen minutes on two cores (nineteen on one)
 #   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl, about twenty minutes on one core
 #
+# For gp-l, SIZE, SEED, LRS (learning rates of the three stages) and BASE (the folder to write) may be set (gpu.sh does).
+#
 # gp-l: a random-init Llama of 1.4 M parameters learns from expert replies to play GeneralPoints under a family of rules:
 # J, Q and K are each worth any number from 1 to 13, drawn anew for every hand and told in the prompt. The two rules of
 # the paper (10/10/10 and 11/12/13) are never drawn, and a tenth of the hands is held out. First single tries, then
@@ -26,14 +28,24 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 TASK=${TASK:-gp-l}
 OUT=${OUT:-runs/base-$TASK}
+BASE=${BASE:-data/base/$TASK}
+SEED=${SEED:-0}
+newest() { ls -d "$1"/step_?????? | tail -1; }
 common="--task $TASK --dtype bfloat16 --micro-batch-tokens 8192 --save-every 50"
 case $TASK in
 gp-l)
     common="$common --mix rule_family:1 --fold train"
-    python sft.py --model tiny:160x4 --out "$OUT/first" --steps 400 --lr 2e-3 --seed 0 $common
-    python sft.py --model "$OUT/first/step_000400" --out "$OUT/second" --steps 200 --lr 1e-3 --failed-tries 4 --seed 1 $common
-    python sft.py --model "$OUT/second/step_000200" --out "$OUT/third" --steps 160 --lr 1e-3 --failed-tries 4 --seed 2 $common
-    start=$OUT/third/step_000160 ;;
+    read -r first second third <<<"${LRS:-2e-3 1e-3 1e-3}"
+    steps=(400 200 160)
+    [ -z "${SMOKE:-}" ] || steps=(4 2 2)
+    python sft.py --model "${SIZE:-tiny:160x4}" --out "$OUT/first" --steps "${steps[0]}" --lr "$first" \
+        --seed $((3 * SEED)) $common
+    common="$common --failed-tries 4"
+    python sft.py --model "$(newest "$OUT/first")" --out "$OUT/second" --steps "${steps[1]}" --lr "$second" \
+        --seed $((3 * SEED + 1)) $common
+    python sft.py --model "$(newest "$OUT/second")" --out "$OUT/third" --steps "${steps[2]}" --lr "$third" \
+        --seed $((3 * SEED + 2)) $common
+    start=$(newest "$OUT/third") ;;
 virl-l)
     [ -d "$OUT/city" ] || python data/synthetic_city.py --out "$OUT/city" --routes 1000 --most-legs 3 --no-pictures
     common="$common --root $OUT/city --mix id:0.8,rule_ood:0.2 --balance"
@@ -48,7 +60,7 @@ gp-vl)
     start=$OUT/second/step_000080 ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
-python - "$start" "data/base/$TASK" <<'PY'
+python - "$start" "$BASE" <<'PY'
 import sys, torch
 from model import load_policy
 policy, processor = load_policy(sys.argv[1])

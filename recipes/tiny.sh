@@ -44,10 +44,11 @@ gp-vl)
     test="--episodes 200 --splits id,rule_ood,visual_ood --dtype bfloat16" ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
+rl="$rl ${RL:-}"; sft="$sft ${SFT:-}"; test="$test ${TEST:-}"   # the last of two equal options counts
 if [ -n "${SMOKE:-}" ]; then
     rl="--updates 2 --save-every 1 --num-envs 16 --turns-per-env 2 --minibatch-turns 16 --lr 3e-5 --epochs 1"
     sft="--steps 4 --save-every 2 --batch-size 16 --lr 1e-4"
-    test=$(echo "$test" | sed 's/--episodes [0-9]*/--episodes 32/')
+    test=$(echo "$test" | sed "s/--episodes [0-9]*/--episodes 32/g")
 fi
 common=(--model "$MODEL" "${task[@]}" $train --dtype bfloat16 --micro-batch-tokens 8192)
 sample="--max-new-tokens $max_new_tokens --generate-tokens 8192"

@@ -125,10 +125,19 @@ def test_runs_of_other_starts_or_settings_are_not_mixed(tmp_path):
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
     write_run(tmp_path / "far", "RL", [(1, 60.0, 0.12)], start="elsewhere")
     write_run(tmp_path / "few", "RL", [(1, 60.0, 0.12)], episodes=5)
-    with pytest.raises(ValueError, match="started from start, elsewhere"):
+    with pytest.raises(ValueError, match="of start it found SFT, start"):
         evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "far")], "")
     with pytest.raises(ValueError, match="one set of settings"):
         evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "few")], "")
+
+
+def test_errors_are_over_starts_where_every_seed_has_its_own(tmp_path, capsys):
+    for number, success in enumerate((0.1, 0.3)):
+        write_run(tmp_path / f"sft{number}", "SFT", [(0, 0.0, success), (5, 50.0, 0.08)], start=f"start{number}")
+        write_run(tmp_path / f"rl{number}", "RL", [(1, 60.0, 0.12)], start=f"start{number}")
+    evaluate.compare([str(tmp_path / f"{arm}{number}") for number in (0, 1) for arm in ("sft", "rl")], "")
+    out = capsys.readouterr().out
+    assert "starts: 2" in out and "| success | id | 20.0 ± 10.0 | 8.0 ± 0.0 (-12.0) |" in out
 
 
 def test_a_start_that_two_runs_hold_counts_once(tmp_path):

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# recipes/tiny.sh on one GPU: GeneralPoints in words with a Llama of 26 M parameters, and a start of its own for every seed.
+#
+#   bash recipes/gpu.sh              three seeds side by side; the table and the figure are over starts and seeds
+#   SMOKE=1 bash recipes/gpu.sh      everything once, with a small model; the numbers mean nothing
+#
+# A seed makes its start (recipes/base.sh: rules of the family, neither of the paper's two), goes on from it with PPO and
+# with SFT, and tests both (recipes/tiny.sh). The seeds run at the same time: one alone leaves most of a GPU idle, since a
+# model of this size waits for Python. What a seed prints is in OUT/log_SEED.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export TASK=gp-l
+OUT=${OUT:-runs/gpu-gp-l}
+SEEDS=${SEEDS:-0 1 2}
+export SIZE=${SIZE:-tiny:512x8} LRS=${LRS:-6e-4 3e-4 3e-4}
+[ -z "${SMOKE:-}" ] || SIZE=tiny:64x2
+export RL=${RL:---updates 40 --save-every 10 --lr-horizon 40}
+export SFT=${SFT:---steps 700 --save-every 175 --lr 3e-5}
+export TEST=${TEST:---episodes 1000}
+mkdir -p "$OUT"
+runs="" jobs=()
+for seed in $SEEDS; do
+    start=$OUT/start_$seed
+    (
+        [ -f "$start/tokenizer_config.json" ] || SEED=$seed BASE=$start OUT=$OUT/making_$seed bash recipes/base.sh
+        MODEL=$start SEEDS=$seed OUT=$OUT bash recipes/tiny.sh
+    ) >"$OUT/log_$seed" 2>&1 &
+    jobs+=($!)
+    runs="$runs,$OUT/sft_$seed,$OUT/rl_$seed"
+done
+for job in "${jobs[@]}"; do
+    wait "$job" || { echo "a seed failed; the end of the logs:" >&2; tail -n 5 "$OUT"/log_* >&2; exit 1; }
+done
+python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
