@@ -902,21 +902,26 @@ def memory_advice(knobs):
 
 
 def memory_estimate(policy, config):
-    """A line on the memory that the update needs on each device: what stays, and what one micro-batch adds.
+    """A line on the memory that training needs on each device: what stays, and what one micro-batch adds.
 
-    Weights, gradients and Adam's two moments are shared out. What a layer keeps of a token for the backward pass is
-    fitted to Llama's (40 bytes per hidden unit, four numbers per unit of the MLP); with checkpointing it is the layer's
-    input, and all of that for one layer at a time. A quarter of the tokens is taken for replies, which have logits.
+    Weights, gradients and Adam's two moments are shared out. Sampling has all weights on every device, in the type that
+    the policy computes in; so has the update of a single process if the master weights are of another type. What a layer
+    keeps of a token for the backward pass is fitted to Llama's (40 bytes per hidden unit, four numbers per unit of the
+    MLP); with checkpointing it is the layer's input, and all of that for one layer at a time. A quarter of the tokens is
+    taken for replies, which have logits.
     """
     text, tokens = policy.backbone.config.get_text_config(), config.micro_batch_tokens
     weights = [p.numel() * p.element_size() for p in policy.backbone.parameters()]
     trained = sum(3 * p.numel() * p.element_size() for p in policy.backbone.parameters() if p.requires_grad)
-    size = 4 if policy.dtype == torch.float32 else 2
+    size, samples = policy.dtype.itemsize, hasattr(config, "generate_tokens")
+    cast = WORLD == 1 and any(p.dtype != policy.dtype for p in policy.backbone.parameters())
+    copy = size * sum(p.numel() for p in policy.backbone.parameters()) if samples or cast else 0
     layers, kept = text.num_hidden_layers, 40 * text.hidden_size + 4 * size * text.intermediate_size
     activations = tokens * (kept + 4 * text.hidden_size * layers if config.gradient_checkpointing else kept * layers)
     logits = tokens / 4 * policy.backbone.lm_head.weight.shape[0] * (4 + size)
     return (f"memory on each device: about {(sum(weights) + trained) / WORLD / 1e9:.1f} GB for weights, gradients and "
-            f"Adam, {(activations + logits) / 1e9:.1f} GB for a micro-batch of {tokens} tokens")
+            f"Adam, {copy / 1e9:.1f} GB for weights as computed with, {(activations + logits) / 1e9:.1f} GB for a "
+            f"micro-batch of {tokens} tokens, that of pictures not counted")
 
 
 def pick_device(name):

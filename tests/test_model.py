@@ -3,7 +3,9 @@ import contextlib
 import itertools
 import json
 import random
+import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -313,6 +315,24 @@ def test_micro_batches_have_the_least_padding(group_cost):
                 costs.append(sum(len(group) * group[0] + group_cost for group in groups))
         found = model.micro_batches(lengths, budget, group_cost)
         assert sum(len(group) * lengths[group[0]] + group_cost for group in found) == min(costs)
+
+
+@pytest.mark.parametrize("param_dtype, dtype, samples, world, stays, copy",
+                         [("float32", "float32", False, 1, 16, 0), ("float32", "bfloat16", False, 1, 16, 2),
+                          ("float32", "bfloat16", False, 2, 8, 0), ("float32", "bfloat16", True, 2, 8, 2),
+                          ("bfloat16", "bfloat16", False, 1, 8, 0), ("bfloat16", "bfloat16", True, 1, 8, 2)])
+def test_the_memory_estimate_counts_bytes_per_parameter(monkeypatch, param_dtype, dtype, samples, world, stays, copy):
+    monkeypatch.setattr(model, "WORLD", world)
+    tokenizer = model.train_tokenizer(["abc"] * 3, ["1"])
+    with torch.device("meta"):
+        backbone = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, num_hidden_layers=8, intermediate_size=11008))
+    billions = sum(p.numel() for p in backbone.parameters()) / 1e9
+    policy = model.Policy(backbone.to(getattr(torch, param_dtype)), tokenizer, dtype)
+    config = SimpleNamespace(micro_batch_tokens=1000, gradient_checkpointing=False, **{"generate_tokens": 1} if samples else {})
+    told = re.findall(r"([\d.]+) GB", model.memory_estimate(policy, config))
+    assert told[:2] == [f"{stays * billions:.1f}", f"{copy * billions:.1f}"]
+    config.gradient_checkpointing = True
+    assert float(re.findall(r"([\d.]+) GB", model.memory_estimate(policy, config))[2]) < float(told[2]) / 2
 
 
 def test_num_params_counts_what_multiplies():
