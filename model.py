@@ -781,11 +781,9 @@ def say(text):
         tqdm.write(text)
 
 
-def hand_round(unit, device, handed):
-    """Move a module's parameters and buffers to `device`, everywhere with the values of the first process.
-
-    `handed` holds what was moved before, by the id of the original: tied weights are one tensor in two places.
-    """
+def hand_round(unit, device):
+    """Move what a module has of parameters and buffers to `device`, everywhere with the values of the first process."""
+    handed = {}                                          # by id: tied weights are one tensor in two places
     for module in unit.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -796,7 +794,7 @@ def hand_round(unit, device, handed):
                     dist.broadcast(values, 0)
                     if isinstance(tensor, nn.Parameter):
                         values = nn.Parameter(values, tensor.requires_grad)
-                    handed[id(tensor)] = values, tensor        # kept, so that no other tensor gets its id
+                    handed[id(tensor)] = values, tensor        # the original, too, so that no other gets its id
                 tensors[name] = handed[id(tensor)][0]
 
 
@@ -820,9 +818,8 @@ def load_sharded(path, dtype, device, *args):
                 "mp_policy": MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32)}
     layers = [module for module in policy.backbone.modules()
               if type(module).__name__ in policy.backbone._no_split_modules]
-    handed = {}
     for unit in [*layers, policy]:
-        hand_round(unit, device, handed)
+        hand_round(unit, device)
         fully_shard(unit, **settings)
     register_fsdp_forward_method(policy, "generate")
     return policy, processor
