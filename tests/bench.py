@@ -409,7 +409,7 @@ def sft(args, rates):
              f"{max(mixed)}", 2048, [(total - total // 4, total // 4) for total in mixed])]:
         samples = random_samples(args, vocab_size, lengths)
         config = SimpleNamespace(micro_batch_tokens=budget, max_grad_norm=1.0)
-        ours = partial(train_step, policy, optimizers[0], samples, config)
+        ours = partial(train_step, policy, optimizers[0], [(*sample, None) for sample in samples], config)
         baseline = partial(baseline_train_step, model, optimizers[1], samples)
         expect_close("training loss", ours()[0], baseline())
         flops = flops_needed(policy, 6, sum(map(sum, lengths)), sum(response for _, response in lengths))

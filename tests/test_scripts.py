@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import bench
 import evaluate
 import model
 import rl
@@ -165,3 +166,12 @@ def test_importing_any_file_starts_nothing(tmp_path):
     code = "import verify, envs, model, sft, rl, evaluate"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", [name for name in bench.SECTIONS if name != "ranks"])
+def test_every_section_of_the_bench_runs(section):
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "--only", section, "--rounds", "1", "--force"],
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(f"| {section} |") >= 2
