@@ -345,10 +345,11 @@ def mean_and_error(rows, metric):
 def load_arms(folders):
     """Evaluated rows by arm ("start", "SFT", "RL"), each with the run it comes from.
 
-    ValueError unless all were evaluated with one set of settings, and every start they go on from has all three arms.
-    The "runs" of a start are the seeds it was evaluated on.
+    ValueError unless all were evaluated with one set of settings, and every start they go on from has all three arms:
+    one start with runs of many seeds, or many starts with one run each. The "runs" of a single start are the seeds it
+    was evaluated on, those of several are the starts.
     """
-    arms, starts, settings = defaultdict(list), defaultdict(set), {}
+    arms, starts, settings = defaultdict(list), defaultdict(lambda: defaultdict(set)), {}
     for run in map(Path, folders):
         rows = read_jsonl(run / "eval.jsonl")
         if not rows:
@@ -357,7 +358,7 @@ def load_arms(folders):
         arm = "RL" if "updates" in config else "SFT"               # rl.py counts updates, sft.py steps
         for row in rows:
             settings[json.dumps(row["settings"], sort_keys=True)] = row["settings"]
-            starts[config["model"]].add(arm if row["step"] else "start")
+            starts[config["model"]][arm if row["step"] else "start"].add(run)
             if row["step"]:
                 arms[arm].append(row | {"run": str(run)})
             elif not any((own["run"], own["split"]) == ((config["model"], row["seed"]), row["split"])
@@ -369,6 +370,11 @@ def load_arms(folders):
         if len(own) < 3:
             raise ValueError(f"--compare needs an evaluated start, an SFT run and an RL run; of {start} it found "
                              f"{', '.join(sorted(own))}")
+        if len(starts) > 1 and (len(own["SFT"]), len(own["RL"])) != (1, 1):
+            raise ValueError("--compare needs one SFT and one RL run of every start where there are several; "
+                             f"{start} has {len(own['SFT'])} and {len(own['RL'])}")
+    if len(starts) > 1:
+        arms["start"] = [row | {"run": row["run"][:1]} for row in arms["start"]]
     return arms
 
 

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import datetime
 import difflib
+import itertools
 import json
 import math
 import os
@@ -45,9 +46,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache, LlamaConfig,
-                          LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor,
-                          PreTrainedTokenizerFast)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
+                          DynamicCache, LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration,
+                          MllamaProcessor, PreTrainedTokenizerFast)
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil   # needs no torchvision
 
 # ---- Messages <-> tokens -----------------------------------------------------------------------------------
@@ -177,6 +178,7 @@ def micro_batches(lengths, token_budget, group_cost=None):
     the budget, if not given). The longest row comes first.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    group_cost = token_budget / 16 if group_cost is None else group_cost
     best = [(0, 0)]                                                # cost of the first n rows, start of their last group
     for end in range(1, len(order) + 1):
         cuts = []
@@ -184,7 +186,7 @@ def micro_batches(lengths, token_budget, group_cost=None):
             tokens = (end - start) * lengths[order[start]]
             if cuts and tokens > token_budget:
                 break
-            cuts.append((best[start][0] + tokens + (group_cost or token_budget / 16), start))
+            cuts.append((best[start][0] + tokens + group_cost, start))
         best.append(min(cuts))
     groups, end = [], len(order)
     while end:
@@ -263,30 +265,34 @@ class LlamaDecoder(CacheDecoder):
             "out": a.o_proj.weight.to(dtype),
             "gate_up": torch.cat([m.gate_proj.weight, m.up_proj.weight]).to(dtype),
             "down": m.down_proj.weight.to(dtype),
-            "norm_1": layer.input_layernorm.weight, "norm_2": layer.post_attention_layernorm.weight,
+            "norm_1": layer.input_layernorm.weight.float(),
+            "norm_2": layer.post_attention_layernorm.weight.float(),
         } for layer in self.model.model.layers for a, m in [(layer.self_attn, layer.mlp)]]
-        self.lm_head = self.model.lm_head.weight.to(dtype)
+        self.last_norm, self.lm_head = self.model.model.norm.weight.float(), self.model.lm_head.weight.to(dtype)
+        if self.model.model.rotary_emb.rope_type == "dynamic":     # it looks at the positions, which a graph cannot
+            self.graphs = False
 
     def prefill(self, input_ids, attention_mask, max_new_tokens, head=0, seen=None):
         logits = super().prefill(input_ids, attention_mask, max_new_tokens, head)
         B, P = input_ids.shape
-        self.end, self.capacity, self.shape = P, P + max_new_tokens, None
-        self.keys, self.values = [], []                            # per layer (B, kv_heads, P + N, head_dim)
+        self.end, self.capacity, self.shape = P, -(-(P + max_new_tokens) // 64) * 64, None
+        self.keys, self.values = [], []                            # per layer (B, kv_heads, capacity, head_dim)
         for layer in self.cache.layers:
             for buffers, filled in ((self.keys, layer.keys), (self.values, layer.values)):
                 shape = B, self.kv_heads, self.capacity, self.head_dim
                 buffers.append(filled.new_zeros(shape, dtype=self.lm_head.dtype))
                 buffers[-1][:, :, :P] = filled
         del self.cache
-        seen = F.pad(attention_mask, (0, max_new_tokens)).bool()[:, None, None]
-        self.bias = torch.zeros_like(seen, dtype=self.lm_head.dtype).masked_fill_(~seen, -math.inf)  # (B, 1, 1, P + N)
+        torch.clear_autocast_cache()                               # `step` has weights of its own
+        seen = F.pad(attention_mask, (0, self.capacity - P)).bool()[:, None, None]    # (B, 1, 1, capacity)
+        self.bias = torch.zeros_like(seen, dtype=self.lm_head.dtype).masked_fill_(~seen, -math.inf)
         self.position = attention_mask.sum(-1, keepdim=True)       # (B, 1): padding before the end keeps the columns
         self.column = self.position.new_tensor([P])                # in step, while every row counts its own positions
         return logits
 
     def step(self, ids):
         self.end += 1
-        self.width = min(-(-self.end // 64) * 64, self.capacity)   # columns looked at, in few different numbers
+        self.width = -(-self.end // 64) * 64                       # columns looked at, in few different numbers
         if not self.graphs:
             return self.append(ids)
         if self.shape != (len(ids), self.width):                   # the first token of a shape runs as it is, which
@@ -321,7 +327,7 @@ class LlamaDecoder(CacheDecoder):
             x = x + F.linear(F.silu(gate) * up, weights["down"])
         self.column += 1
         self.position += 1
-        return F.linear(self.norm(x, self.model.model.norm.weight), self.lm_head)
+        return F.linear(self.norm(x, self.last_norm), self.lm_head)
 
     def norm(self, x, weight):
         return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(self.lm_head.dtype)
@@ -758,9 +764,18 @@ def total(value):
     return sum(gather(value))
 
 
+def cut_together(lengths, token_budget):
+    """`micro_batches` of this process's rows, cut at the same places in all, as they compute in step: it is the longest
+    row of any that counts. A process with fewer rows has fewer groups."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    everyones = itertools.zip_longest(*gather([lengths[i] for i in order]), fillvalue=0)
+    groups = micro_batches([max(column) for column in everyones], token_budget)     # they are sorted already
+    return [[order[i] for i in group if i < len(order)] for group in groups if group[0] < len(order)]
+
+
 def in_step(batches, spare=None):
     """(batch, weight) pairs, as many in every process: each pass gathers weights from all. A process that has fewer
-    batches repeats its last, the smallest, or `spare` if it has none, with weight 0."""
+    batches repeats its last, or `spare` if it has none, with weight 0."""
     missing = max(gather(len(batches))) - len(batches)
     return [(batch, 1.0) for batch in batches] + [((batches or [spare])[-1], 0.0)] * missing
 
@@ -814,6 +829,10 @@ def load_sharded(path, dtype, device, *args):
         error = str(problem)
     if told := [problem for problem in gather(error) if problem]:
         raise ValueError(told[0])
+    names = gather([name for name, _ in policy.named_parameters()])[0]
+    head = policy.backbone.lm_head
+    if "backbone.lm_head.weight" in names and head.weight is policy.backbone.get_input_embeddings().weight:
+        head.weight = nn.Parameter(torch.empty_like(head.weight))   # tied by the config, but not in the file
     settings = {"mesh": init_device_mesh(device.type, (WORLD,)), "reshard_after_forward": True,
                 "mp_policy": MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32)}
     layers = [module for module in policy.backbone.modules()
@@ -902,23 +921,26 @@ def memory_estimate(policy, config):
     """A line on the memory that training needs on each device: what stays, and what one micro-batch adds.
 
     Weights, gradients and Adam's two moments are shared out. Sampling has all weights on every device, in the type that
-    the policy computes in; so has the update of a single process if the master weights are of another type. What a layer
-    keeps of a token for the backward pass is fitted to Llama's (40 bytes per hidden unit, four numbers per unit of the
-    MLP); with checkpointing it is the layer's input, and all of that for one layer at a time. A quarter of the tokens is
-    taken for replies, which have logits.
+    the policy computes in, and for a Llama fused projections beside them; a single process has all weights in that type
+    if the master weights are of another. What a layer keeps of a token for the backward pass is fitted to Llama's (40
+    bytes per hidden unit, four numbers per unit of the MLP); with checkpointing it is the layer's input, and all of
+    that for one layer at a time. A quarter of the tokens is taken for replies, which have logits.
     """
     text, tokens = policy.backbone.config.get_text_config(), config.micro_batch_tokens
-    weights = [p.numel() * p.element_size() for p in policy.backbone.parameters()]
-    trained = sum(3 * p.numel() * p.element_size() for p in policy.backbone.parameters() if p.requires_grad)
     size, samples = policy.dtype.itemsize, hasattr(config, "generate_tokens")
-    cast = WORLD == 1 and any(p.dtype != policy.dtype for p in policy.backbone.parameters())
-    copy = size * sum(p.numel() for p in policy.backbone.parameters()) if samples or cast else 0
+    parts = dict(policy.backbone.named_parameters())
+    stays = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parts.values()) / WORLD
+    cast = WORLD == 1 and any(p.dtype != policy.dtype for p in parts.values())
+    copied = [name for name in parts if cast or samples and WORLD > 1]
+    if samples and not cast and not policy.picture_tokens:
+        copied += [name for name in parts if re.search(r"\.(q|k|v|gate|up)_proj\.", name)]
+    copies = size * sum(parts[name].numel() for name in copied)
     layers, kept = text.num_hidden_layers, 40 * text.hidden_size + 4 * size * text.intermediate_size
     activations = tokens * (kept + 4 * text.hidden_size * layers if config.gradient_checkpointing else kept * layers)
     logits = tokens / 4 * policy.backbone.lm_head.weight.shape[0] * (4 + size)
-    return (f"memory on each device: about {(sum(weights) + trained) / WORLD / 1e9:.1f} GB for weights, gradients and "
-            f"Adam, {copy / 1e9:.1f} GB for weights as computed with, {(activations + logits) / 1e9:.1f} GB for a "
-            f"micro-batch of {tokens} tokens, that of pictures not counted")
+    return (f"memory on each device: about {stays / 1e9:.1f} GB for weights, gradients and Adam, {copies / 1e9:.1f} GB "
+            f"for weights as computed with, {(activations + logits) / 1e9:.1f} GB for a micro-batch of {tokens} "
+            "tokens, pictures not counted")
 
 
 def pick_device(name):

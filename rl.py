@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 import envs
-from model import (FREEZABLE, WORLD, Sight, StopSignal, check_run, clip_gradients, collate, decode_reply, dump_batch,
-                   encode, fail, gather, in_step, knob, learning_rate, leave, load_resume, load_sharded, log_jsonl,
-                   memory_advice, memory_estimate, micro_batches, mine, open_run, parse_config, picture_of, progress,
+from model import (FREEZABLE, WORLD, Sight, StopSignal, check_run, clip_gradients, collate, cut_together, decode_reply,
+                   dump_batch, encode, fail, gather, in_step, knob, learning_rate, leave, load_resume, load_sharded,
+                   log_jsonl, memory_advice, memory_estimate, mine, open_run, parse_config, picture_of, progress,
                    sampling_uniforms, save_checkpoint, say, start_processes, total)
 
 SAMPLES, SHUFFLES = 0, 1            # the first number of a random stream's key: what it is for
@@ -191,7 +191,7 @@ def dialogue_length(policy, turns, dialogue):
 def turn_batches(policy, turns, dialogues, config):
     """Micro-batches of whole dialogues, as lists of lists of turn indices: the turns of a dialogue share one row."""
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
-    for group in micro_batches(lengths, config.micro_batch_tokens):
+    for group in cut_together(lengths, config.micro_batch_tokens):
         yield [dialogues[i] for i in group]
 
 

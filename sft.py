@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 import envs
-from model import (FREEZABLE, IMAGE_TOKEN, WORLD, StopSignal, check_run, clip_gradients, collate, dump_batch, encode,
-                   encode_reply, fail, in_step, knob, learning_rate, leave, load_resume, load_sharded, log_jsonl,
-                   memory_advice, memory_estimate, micro_batches, mine, open_run, parse_config, picture_of, progress,
-                   save_checkpoint, say, start_processes, total, write_whole)
+from model import (FREEZABLE, IMAGE_TOKEN, WORLD, StopSignal, check_run, clip_gradients, collate, cut_together,
+                   dump_batch, encode, encode_reply, fail, in_step, knob, learning_rate, leave, load_resume,
+                   load_sharded, log_jsonl, memory_advice, memory_estimate, mine, open_run, parse_config, picture_of,
+                   progress, save_checkpoint, say, start_processes, total, write_whole)
 
 
 @dataclass
@@ -206,7 +206,7 @@ def train_step(policy, optimizer, samples, config):
     either is not finite.
     """
     num_tokens, loss = total(sum(len(response) for _, response, _ in samples)), 0.0
-    batches = micro_batches([policy.num_tokens(*sample) for sample in samples], config.micro_batch_tokens)
+    batches = cut_together([policy.num_tokens(*sample) for sample in samples], config.micro_batch_tokens)
     for rows, weight in in_step(batches):
         logprobs, _ = policy(collate([[samples[row][:2]] for row in rows], policy.device,
                                      [samples[row][2] for row in rows]))

@@ -5,7 +5,8 @@
 #   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about fifteen minutes on two cores (nineteen on one)
 #   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl, about twenty minutes on one core
 #
-# For gp-l, SIZE, SEED, LRS (learning rates of the three stages) and BASE (the folder to write) may be set (gpu.sh does).
+# For gp-l, SIZE, SEED, LRS (learning rates of the three stages) and BASE (the folder to write) may be set (gpu.sh does), and
+# SMOKE=1, which takes a few steps and writes to OUT/base.
 #
 # gp-l: a random-init Llama of 1.4 M parameters learns from expert replies to play GeneralPoints under a family of rules:
 # J, Q and K are each worth any number from 1 to 13, drawn anew for every hand and told in the prompt. The two rules of
@@ -28,6 +29,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 TASK=${TASK:-gp-l}
 OUT=${OUT:-runs/base-$TASK}
+[ -z "${SMOKE:-}" ] || BASE=${BASE:-$OUT/base}
 BASE=${BASE:-data/base/$TASK}
 SEED=${SEED:-0}
 newest() { ls -d "$1"/step_?????? | tail -1; }
@@ -60,10 +62,13 @@ gp-vl)
     start=$OUT/second/step_000080 ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
-python - "$start" "$BASE" <<'PY'
+rm -rf "$BASE.tmp"
+python - "$start" "$BASE.tmp" <<'PY'
 import sys, torch
 from model import load_policy
 policy, processor = load_policy(sys.argv[1])
 policy.backbone.to(torch.bfloat16).save_pretrained(sys.argv[2])
 processor.save_pretrained(sys.argv[2])
 PY
+rm -rf "$BASE"
+mv "$BASE.tmp" "$BASE"

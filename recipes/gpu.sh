@@ -10,25 +10,27 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TASK=gp-l
-OUT=${OUT:-runs/gpu-gp-l}
+OUT=${OUT:-runs/gpu-gp-l${SMOKE:+-smoke}}
 SEEDS=${SEEDS:-0 1 2}
 export SIZE=${SIZE:-tiny:512x8} LRS=${LRS:-6e-4 3e-4 3e-4}
 [ -z "${SMOKE:-}" ] || SIZE=tiny:64x2
-export RL=${RL:---updates 40 --save-every 10 --lr-horizon 40}
-export SFT=${SFT:---steps 700 --save-every 175 --lr 3e-5}
-export TEST=${TEST:---episodes 1000}
+export MORE_RL=${MORE_RL:---updates 40 --save-every 10 --lr-horizon 40}
+export MORE_SFT=${MORE_SFT:---steps 700 --save-every 175 --lr 3e-5}
+export MORE_TEST=${MORE_TEST:---episodes 1000}
 mkdir -p "$OUT"
 runs="" jobs=()
 for seed in $SEEDS; do
     start=$OUT/start_$seed
     (
-        [ -f "$start/tokenizer_config.json" ] || SEED=$seed BASE=$start OUT=$OUT/making_$seed bash recipes/base.sh
+        [ -d "$start" ] || SEED=$seed BASE=$start OUT=$OUT/making_$seed bash recipes/base.sh
         MODEL=$start SEEDS=$seed OUT=$OUT bash recipes/tiny.sh
     ) >"$OUT/log_$seed" 2>&1 &
     jobs+=($!)
     runs="$runs,$OUT/sft_$seed,$OUT/rl_$seed"
 done
+failed=""
 for job in "${jobs[@]}"; do
-    wait "$job" || { echo "a seed failed; the end of the logs:" >&2; tail -n 5 "$OUT"/log_* >&2; exit 1; }
+    wait "$job" || failed=1
 done
+[ -z "$failed" ] || { echo "a seed failed; the ends of the logs:" >&2; tail -n 5 "$OUT"/log_* >&2; exit 1; }
 python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"

@@ -8,6 +8,7 @@
 #                                           on one core
 #   SEEDS="0 1 2" bash recipes/tiny.sh      repeats it; the table then has standard errors over seeds
 #   SMOKE=1 bash recipes/tiny.sh            everything once in about a minute; the numbers mean nothing
+#   MODEL=folder bash recipes/tiny.sh       another start; MORE_RL, MORE_SFT, MORE_TEST hold further options (gpu.sh)
 #
 # The start is data/base/$TASK (recipes/base.sh). GP-L: neither rule of the paper was in its training, so what is asked
 # there is generalisation. V-IRL-L: one expert reply in five of its training took relative actions, so what is asked is
@@ -44,7 +45,7 @@ gp-vl)
     test="--episodes 200 --splits id,rule_ood,visual_ood --dtype bfloat16" ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
-rl="$rl ${RL:-}"; sft="$sft ${SFT:-}"; test="$test ${TEST:-}"   # the last of two equal options counts
+rl="$rl ${MORE_RL:-}"; sft="$sft ${MORE_SFT:-}"; test="$test ${MORE_TEST:-}"   # the last of two equal options counts
 if [ -n "${SMOKE:-}" ]; then
     rl="--updates 2 --save-every 1 --num-envs 16 --turns-per-env 2 --minibatch-turns 16 --lr 3e-5 --epochs 1"
     sft="--steps 4 --save-every 2 --batch-size 16 --lr 1e-4"

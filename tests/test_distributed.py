@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import envs
 import evaluate
 import model
 import rl
@@ -74,8 +75,20 @@ def assert_same_weights(one, two, tolerance=1e-5):
         torch.testing.assert_close(theirs[name], ours[name], atol=tolerance, rtol=0, msg=name)
 
 
+def untied_in_the_file_only(folder):
+    """A model whose config says that its embeddings are tied, and whose file has two: from_pretrained believes the file."""
+    policy, processor = model.load_policy("tiny:32x2", texts=envs.sample_texts("gp-l", 30), atoms=envs.make_env("gp-l", "id").atoms())
+    policy.backbone.lm_head.weight = torch.nn.Parameter(policy.backbone.lm_head.weight.detach() * 2)
+    policy.backbone.config.tie_word_embeddings = False
+    policy.backbone.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+
 def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_words_and_on_pictures(tmp_path):
     tasks = {"tiny": dict(task="gp-l"), "tiny-vl": dict(task="gp-vl", resolution=60)}
+    untied_in_the_file_only(tmp_path / "untied")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
         jobs = []
@@ -85,8 +98,9 @@ def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_w
             jobs += [("sft", dict(SFT, out=out / f"sft_{name}", steps=3, model=f"{name}:32x2", **task)),
                      ("rl", dict(RL, out=out / f"rl_{name}", updates=3, model=start, **task)),
                      ("evaluate", {**test, **task})]
+        jobs.append(("sft", dict(SFT, out=out / "sft_untied", steps=3, model=tmp_path / "untied")))
         run_all(processes, *jobs)
-    for run in (f"{script}_{name}" for script in ("sft", "rl") for name in tasks):
+    for run in [f"{script}_{name}" for script in ("sft", "rl") for name in tasks] + ["sft_untied"]:
         one, two = tmp_path / "1" / run, tmp_path / "2" / run
         assert_same(metrics(one), metrics(two))
         assert_same_weights(one / "step_000003", two / "step_000003")

@@ -138,6 +138,9 @@ def test_errors_are_over_starts_where_every_seed_has_its_own(tmp_path, capsys):
     evaluate.compare([str(tmp_path / f"{arm}{number}") for number in (0, 1) for arm in ("sft", "rl")], "")
     out = capsys.readouterr().out
     assert "starts: 2" in out and "| success | id | 20.0 ± 10.0 | 8.0 ± 0.0 (-12.0) |" in out
+    write_run(tmp_path / "again", "RL", [(1, 60.0, 0.12)], start="start1")
+    with pytest.raises(ValueError, match="start1 has 1 and 2"):
+        evaluate.load_arms([tmp_path / name for name in ("sft0", "rl0", "sft1", "rl1", "again")])
 
 
 def test_a_start_that_two_runs_hold_counts_once(tmp_path):
