@@ -368,8 +368,8 @@ def load_arms(folders):
         raise ValueError(f"--compare needs one set of settings; eval.jsonl holds {' and '.join(settings)}")
     for start, own in starts.items():
         if len(own) < 3:
-            raise ValueError(f"--compare needs an evaluated start, an SFT run and an RL run; of {start} it found "
-                             f"{', '.join(sorted(own))}; the runs started from {', '.join(starts)}")
+            raise ValueError("--compare needs an SFT run, an RL run and an evaluation of the start they go on from; of "
+                             f"{start} it found {', '.join(sorted(own))}; these started from {', '.join(starts)}")
         if len(starts) > 1 and (len(own["SFT"]), len(own["RL"])) != (1, 1):
             raise ValueError("--compare needs one SFT and one RL run of every start where there are several; "
                              f"{start} has {len(own['SFT'])} and {len(own['RL'])}")

@@ -171,13 +171,17 @@ def collate(dialogues, device, pictures=()):
             "response_length": response_length, "pictures": pictures}
 
 
+def longest_first(lengths):
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
 def micro_batches(lengths, token_budget, group_cost=None):
     """Row indices in groups of like length, at most `token_budget` padded tokens in each (one row always fits).
 
     The groups have the least padding, where one more group counts as much as `group_cost` tokens of it (a sixteenth of
     the budget, if not given). The longest row comes first.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = longest_first(lengths)
     group_cost = token_budget / 16 if group_cost is None else group_cost
     best = [(0, 0)]                                                # cost of the first n rows, start of their last group
     for end in range(1, len(order) + 1):
@@ -767,7 +771,7 @@ def total(value):
 def cut_together(lengths, token_budget):
     """`micro_batches` of this process's rows, cut at the same places in all, as they compute in step: it is the longest
     row of any that counts. A process with fewer rows has fewer groups."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = longest_first(lengths)
     everyones = itertools.zip_longest(*gather([lengths[i] for i in order]), fillvalue=0)
     groups = micro_batches([max(column) for column in everyones], token_budget)     # they are sorted already
     return [[order[i] for i in group if i < len(order)] for group in groups if group[0] < len(order)]

@@ -64,7 +64,7 @@ def test_the_same_chain_in_a_city(city, tmp_path, device, run_script):
     done = run_script("evaluate.py", *flags(run_folder="sft", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more),
                       "--no-start")
     done = run_script("evaluate.py", *flags(compare="sft,rl"))
-    assert done.returncode == 2 and "the runs started from" in done.stderr
+    assert done.returncode == 2 and "these started from" in done.stderr
 
 
 def test_the_log_has_what_a_reader_of_a_run_needs(start, tmp_path, device):
