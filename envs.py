@@ -43,8 +43,8 @@ episode is truncated, and that turn is charged STEP_LIMIT on top. `env.expert_re
     python envs.py gp-vl --show DIR                    # the same for GeneralPoints: the cards as a picture
 
 Neither torch nor transformers is imported here. Cards are dealt without replacement from 52 (26 where one colour is
-shown), as the paper says. Left
-out of V-IRL: relocation with the official code's other thresholds, and its free (off the rails) mode.
+shown), as the paper says. Left out of V-IRL: relocation with the official code's other thresholds, and its free (off
+the rails) mode.
 """
 import argparse
 import inspect
@@ -54,6 +54,7 @@ import math
 import pickle
 import random
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -98,7 +99,7 @@ PROMPTS = {
     "nav_retry": "{verdict} Try another action in the same format.",
     **{f"feedback_{name}": text for name, text in FEEDBACK.items()},
 }
-MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"}}   # that our words do without, for prompt files that number
+MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"}}   # not in our words: for prompt files
 
 
 def load_prompts(path):
@@ -192,7 +193,7 @@ SIGNS = {
     "D": [[(.42 * x * abs(x) ** 1.3, .54 * y * abs(y) ** 1.3) for x, y in arc(0, 0, 1, 1)]],
     "C": [arc(0, -.26, .24, .24), arc(-.25, .1, .24, .24), arc(.25, .1, .24, .24), STEM],
 }
-# Where a card has its suit: upright and, in the other half, upside down; only upright.
+# Where a card has its suit: (drawn twice, the second time turned by 180 degrees; drawn once).
 FOUR, SIDES, CENTRE = [(100, 58), (170, 58)], [(100, 189), (170, 189)], (135, 189)
 EIGHT = [*FOUR, (100, 145), (170, 145)]
 PIPS = {
@@ -444,8 +445,10 @@ ACTION_SPACES = {"absolute": COMPASS, "relative": RELATIVE}
 FOLDERS = {"train": ("train", "nyc_1k_routes"), "unseen": ("unseen",), "mini": ("mini", "VLN_mini")}
 VIEW_HEADINGS = {"prompt": (0, 90, 180, 270), "official": (-135, -45, 45, 135)}
 NO_LANDMARK = "No landmark nearby"           # as the files spell it
-REACH, SPACING, SHORT_LEG = 20.0, 8.0, 5.0   # metres: a panorama stands in for a point; apart on the rail; no step fits
-STEPS, DROP_RATE = 5, 0.5                    # a leg is cut in so many steps, and so many of them are left out
+REACH = 20.0                                 # metres: a point is moved to the nearest panorama within this
+SPACING = 8.0                                # metres: a step keeps this distance from both ends of its leg
+SHORT_LEG = 5.0                              # metres: a leg that is no longer has no steps
+STEPS, DROP_RATE = 5, 0.5                    # a leg is cut in so many steps, each left out with this probability
 
 
 class ScalarType:
@@ -586,21 +589,23 @@ def read_route(record, panoramas, where):
             raise ValueError(f"{where}, 'milestone_info' block {i}: key 'to_next_intersection_heading' must read like "
                              f"'212 (southwest)', got {block.get('to_next_intersection_heading')!r}")
         legs.append((int(heading[1]), heading[2], block.get("landmarks", NO_LANDMARK).replace(NO_LANDMARK, "")))
+    nearest, ids = (panoramas.nearest, panoramas.ids) if panoramas else (lambda point: point, defaultdict(str))
     panos, between, previous = [], [], start
-    for i, point in enumerate(points):
+    for i, point in enumerate(points):                              # the first leg has no length and so no steps
         length = geodesic(previous, point)                          # before the point is moved to its panorama
-        place = panoramas.nearest(point) if panoramas else point
+        place = nearest(point)
         if place is None:
             raise ValueError(f"{where}, {f'geocode_list {i - 1}' if i else 'relocated_geocode'}: no panorama within "
                              f"{REACH:g} m of {point}")
         fitting = []
+        # The last step is the point itself and never fits; but a rail draws for it, as in the official code.
         for step in range(1, STEPS + 1) if length > SHORT_LEG else ():
             share = step / STEPS
             wanted = tuple(p * (1 - share) + q * share for p, q in zip(previous, place))
-            found = panoramas.nearest(wanted) if panoramas else wanted
+            found = nearest(wanted)
             apart = found and geodesic(previous, found) > SPACING and geodesic(place, found) > SPACING
-            fitting.append((panoramas.ids[found] if panoramas else "") if apart else None)
-        panos.append(panoramas.ids[place] if panoramas else "")
+            fitting.append(ids[found] if apart else None)
+        panos.append(ids[place])
         between.append(tuple(fitting))
         previous = place
     return Route(init_heading, *map(tuple, zip(*legs)), tuple(panos), tuple(between[1:]))
@@ -663,10 +668,8 @@ def read_rotation(path):
 @lru_cache(maxsize=64)
 def read_panorama(path):
     """(the panorama (H, W), the four bytes of a pixel as one number; its rotation in degrees)."""
-    try:
-        pixels = np.asarray(open_panorama(path).convert("RGB").convert("RGBX"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error}") from None
+    open_panorama(path)                                             # names a wrong shape
+    pixels = np.asarray(open_picture(path).convert("RGBX"))
     return pixels.view(np.uint32)[..., 0], read_rotation(path)
 
 
@@ -686,7 +689,8 @@ def view_table(size, width):
 
 
 def crop_view(panorama, rotation, heading, size):
-    """The level view (size, size, 3) of 90 degrees towards a compass heading, bilinear."""
+    """The level view (size, size, 3) of 90 degrees towards a compass heading: bilinear, in whole numbers of 8 bits,
+    which is several times faster than with floats."""
     width = panorama.shape[1]
     x, row, below = view_table(size, width)
     turn, around = ((heading - 180) % 360 + rotation) % 360, (width - 1) * 256      # 0: towards the centre column
@@ -741,8 +745,8 @@ class Navigation:
     in_order      play route `episode` of the file, not one drawn by the seed
     action_space  what turn_direction(x) takes: "absolute" compass words or "relative" ones
     vision        show four views of the place instead of the landmark's name
-    view_headings of the four views, relative to the agent's: "prompt" (front, right, back, left, as the prompt says)
-                  or "official" (what the official code crops)
+    view_headings where the four views look, relative to the agent: "prompt" (front, right, back, left, as the prompt
+                  says) or "official" (what the official code crops)
     resolution    pixels of a view; the grid of four is 2 * resolution + 5 wide
     verify_iter   judged replies per position (2 in the paper)
     feedback, prompt_file   as in GeneralPoints
@@ -768,7 +772,7 @@ class Navigation:
                              "data/synthetic_city.py makes one")
         self.routes = load_routes(self.folder, vision)
         self.in_order, self.action_space, self.vision = in_order, action_space, vision
-        self.turns, self.resolution = VIEW_HEADINGS[view_headings], resolution
+        self.view_headings, self.resolution = VIEW_HEADINGS[view_headings], resolution
         self.verify_iter, self.feedback = verify_iter, feedback
         self.prompts = load_prompts(prompt_file)
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
@@ -829,7 +833,7 @@ class Navigation:
     def picture(self):
         """The four views from here as one picture; ValueError if it has none."""
         path = self.folder / "street_views" / f"{self.position.pano}.jpg"
-        return view_grid(path, self.position.heading, self.turns, self.resolution)
+        return view_grid(path, self.position.heading, self.view_headings, self.resolution)
 
     def observe(self, landmark, intersection):
         return fill(self.prompts["nav_at_intersection" if intersection else "nav_between"], landmark=landmark)

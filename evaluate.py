@@ -1,4 +1,4 @@
-"""Success inside and outside the training distribution (paper Section 4 and 5, appendix C.3), and the paper's figure.
+"""Success inside and outside the training distribution (paper Sections 4 and 5, appendix C.3), and the paper's figure.
 
 A GeneralPoints episode succeeds when it is solved within its verification turns; a V-IRL episode when every position
 of the route is, up to the stop. The paper reports V-IRL by steps: the share of all replies that are correct, retries
@@ -349,7 +349,7 @@ def load_arms(folders):
     one start with runs of many seeds, or many starts with one run each. The "runs" of a single start are the seeds it
     was evaluated on, those of several are the starts.
     """
-    arms, starts, settings = defaultdict(list), defaultdict(lambda: defaultdict(set)), {}
+    arms, starts, settings = defaultdict(list), defaultdict(lambda: defaultdict(set)), set()
     for run in map(Path, folders):
         rows = read_jsonl(run / "eval.jsonl")
         if not rows:
@@ -357,7 +357,7 @@ def load_arms(folders):
         config = json.loads((run / "config.json").read_text())
         arm = "RL" if "updates" in config else "SFT"               # rl.py counts updates, sft.py steps
         for row in rows:
-            settings[json.dumps(row["settings"], sort_keys=True)] = row["settings"]
+            settings.add(json.dumps(row["settings"], sort_keys=True))
             starts[config["model"]][arm if row["step"] else "start"].add(run)
             if row["step"]:
                 arms[arm].append(row | {"run": str(run)})
@@ -365,7 +365,7 @@ def load_arms(folders):
                          for own in arms["start"]):                # once, though several runs may hold it
                 arms["start"].append(row | {"run": (config["model"], row["seed"])})
     if len(settings) > 1:
-        raise ValueError(f"--compare needs one set of settings; eval.jsonl holds {' and '.join(settings)}")
+        raise ValueError(f"--compare needs one set of settings; eval.jsonl holds {' and '.join(sorted(settings))}")
     for start, own in starts.items():
         if len(own) < 3:
             raise ValueError("--compare needs an SFT run, an RL run and an evaluation of the start they go on from; of "

@@ -32,6 +32,7 @@ import shutil
 import signal
 import sys
 from dataclasses import MISSING, asdict, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,16 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
                           DynamicCache, LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration,
                           MllamaProcessor, PreTrainedTokenizerFast)
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil   # needs no torchvision
+
+# On an H100 torch 2.11 and later prefer cuDNN's attention, which prepares itself for every shape that is new to it, for
+# up to half a second; our batches have hundreds.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ---- Messages <-> tokens -----------------------------------------------------------------------------------
 
@@ -178,8 +184,8 @@ def longest_first(lengths):
 def micro_batches(lengths, token_budget, group_cost=None):
     """Row indices in groups of like length, at most `token_budget` padded tokens in each (one row always fits).
 
-    The groups have the least padding, where one more group counts as much as `group_cost` tokens of it (a sixteenth of
-    the budget, if not given). The longest row comes first.
+    Of all ways to cut the sorted rows this has the least padded tokens + `group_cost` per group (if not given, a
+    sixteenth of the budget). The longest row comes first.
     """
     order = longest_first(lengths)
     group_cost = token_budget / 16 if group_cost is None else group_cost
@@ -273,7 +279,7 @@ class LlamaDecoder(CacheDecoder):
             "norm_2": layer.post_attention_layernorm.weight.float(),
         } for layer in self.model.model.layers for a, m in [(layer.self_attn, layer.mlp)]]
         self.last_norm, self.lm_head = self.model.model.norm.weight.float(), self.model.lm_head.weight.to(dtype)
-        if self.model.model.rotary_emb.rope_type == "dynamic":     # it looks at the positions, which a graph cannot
+        if self.model.model.rotary_emb.rope_type in ("dynamic", "longrope"):    # they look at positions: no graph can
             self.graphs = False
 
     def prefill(self, input_ids, attention_mask, max_new_tokens, head=0, seen=None):
@@ -288,10 +294,11 @@ class LlamaDecoder(CacheDecoder):
                 buffers[-1][:, :, :P] = filled
         del self.cache
         torch.clear_autocast_cache()                               # `step` has weights of its own
-        seen = F.pad(attention_mask, (0, self.capacity - P)).bool()[:, None, None]    # (B, 1, 1, capacity)
-        self.bias = torch.zeros_like(seen, dtype=self.lm_head.dtype).masked_fill_(~seen, -math.inf)
-        self.position = attention_mask.sum(-1, keepdim=True)       # (B, 1): padding before the end keeps the columns
-        self.column = self.position.new_tensor([P])                # in step, while every row counts its own positions
+        visible = F.pad(attention_mask, (0, self.capacity - P)).bool()[:, None, None]              # (B, 1, 1, capacity)
+        self.bias = torch.zeros_like(visible, dtype=self.lm_head.dtype).masked_fill_(~visible, -math.inf)
+        # Padding stands before the end, so all rows write to one column, but each counts positions of its own.
+        self.column = attention_mask.new_tensor([P])               # (1,)
+        self.position = attention_mask.sum(-1, keepdim=True)       # (B, 1)
         return logits
 
     def step(self, ids):
@@ -299,9 +306,10 @@ class LlamaDecoder(CacheDecoder):
         self.width = -(-self.end // 64) * 64                       # columns looked at, in few different numbers
         if not self.graphs:
             return self.append(ids)
-        if self.shape != (len(ids), self.width):                   # the first token of a shape runs as it is, which
-            self.shape, self.graph = (len(ids), self.width), None  # warms it up; the second is captured; the others
-            return self.append(ids)                                # are one launch each, not a dozen per layer
+        # Of each shape the first token runs as it is, to warm up; the second is captured; the rest are replays.
+        if self.shape != (len(ids), self.width):
+            self.shape, self.graph = (len(ids), self.width), None
+            return self.append(ids)
         if self.graph is None:
             self.graph, self.ids = torch.cuda.CUDAGraph(), ids.clone()
             with torch.cuda.graph(self.graph):
@@ -377,34 +385,36 @@ class Policy(nn.Module):
 
     def __init__(self, backbone, processor, dtype="float32"):
         super().__init__()
-        self.backbone, tokenizer = backbone, tokenizer_of(processor)
+        self.backbone = backbone.eval()                            # no dropout: sampling and update must agree
+        tokenizer = tokenizer_of(processor)
         hidden = backbone.config.get_text_config().hidden_size
         self.value_head = nn.Sequential(nn.Linear(hidden, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(),
                                         nn.Linear(512, 1))
         self.eos_id = tokenizer.eos_token_id
-        rows = backbone.lm_head.weight.shape[0]                    # <|image|> has no row there: never sampled either
+        # Never sampled: special ids but end-of-turn, and rows without a token. (<|image|> has no row.)
+        rows = backbone.lm_head.weight.shape[0]
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < rows}
-        banned = torch.zeros(rows, dtype=torch.bool)               # special ids and rows without a token are never
-        banned[list(special - {self.eos_id})] = True               # sampled; end-of-turn is
+        banned = torch.zeros(rows, dtype=torch.bool)
+        banned[list(special - {self.eos_id})] = True
         banned[len(tokenizer):] = True
         self.register_buffer("banned", banned, persistent=False)
-        self.dtype, self.checkpointing = getattr(torch, dtype), False
+        self.dtype = getattr(torch, dtype)
         self.image_processor, self.picture_tokens = None, 0
         if processor is not tokenizer:
             self.image_processor, self.image_id = processor.image_processor, processor.image_token_id
-            vision = backbone.config.vision_config                 # tokens per picture: those of every tile, used or
-            self.picture_tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)   # not
+            vision = backbone.config.vision_config                 # a picture counts all tiles, used or not
+            self.picture_tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+
+    @property
+    def layers(self):
+        """The layers of the language model and of the vision tower: the units of checkpointing and of sharding."""
+        return [module for module in self.backbone.modules()
+                if type(module).__name__ in self.backbone._no_split_modules]
 
     def enable_checkpointing(self):
         """Compute a layer's activations again in the backward pass instead of keeping them."""
-        enable = (getattr(self.backbone, "activation_checkpointing_enable", None)
-                  or self.backbone.gradient_checkpointing_enable)       # what older transformers call it
-        enable({"use_reentrant": False})
-        self.checkpointing = True
-        for module in self.backbone.modules():                     # `forward` has to switch to training mode for it
-            for name in ("attention_dropout", "dropout", "p"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
+        for layer in self.layers:                                  # transformers' own switch leaves the tower out
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     @property
     def device(self):
@@ -436,7 +446,6 @@ class Policy(nn.Module):
         vision = self.picture_tensors(batch["pictures"]) if batch["pictures"] else {}
         if vision:
             vision["cross_attention_mask"] = self.cross_attention_mask(batch["input_ids"], vision["aspect_ratio_mask"])
-        self.backbone.train(self.checkpointing and torch.is_grad_enabled())
         with self.autocast():
             hidden = self.backbone.model(input_ids=batch["input_ids"], use_cache=False,
                                          **vision).last_hidden_state                               # (rows, T, D)
@@ -503,7 +512,6 @@ class Policy(nn.Module):
         end leave the batch. `pictures` has one for each prompt, or None for each; a `sight` remembers what was seen of
         them in earlier turns. The log-probs serve only to check those of `forward`.
         """
-        self.backbone.eval()
         with self.whole_weights(), self.autocast():                # around it all: weights are cast once, not per token
             seen = (sight or Sight(self, token_budget))(pictures or [None])
             return self.decode(prompts, uniforms, max_new_tokens, temperature, token_budget, seen)
@@ -517,8 +525,9 @@ class Policy(nn.Module):
                        and not config.attention_bias and not config.mlp_bias)
         decoder = LlamaDecoder(self) if plain_llama else CacheDecoder(self)
         lengths = [len(prompt) + max_new_tokens + seen_tokens for prompt in prompts]
-        for rows in micro_batches(lengths, token_budget, len(prompts) * token_budget):   # in the fewest groups: each
-            chosen = [prompts[row] for row in rows]                                  # decodes for itself
+        # Each group decodes for itself, so as few as can be: one more costs more than any padding.
+        for rows in micro_batches(lengths, token_budget, group_cost=len(prompts) * token_budget):
+            chosen = [prompts[row] for row in rows]
             P = max(map(len, chosen))
             # What all prompts begin with is read once, and padding follows it; behind a picture nothing is the same.
             head = 0 if seen or len(rows) == 1 else min(len(os.path.commonprefix(chosen)), min(map(len, chosen)) - 1)
@@ -534,13 +543,14 @@ class Policy(nn.Module):
                 ids, logprobs = self.pick(logits, uniforms[alive, position], temperature)
                 for drawn, new, empty in ((drawn_ids, ids, -1), (drawn_logprobs, logprobs, 0.0)):
                     drawn.append(torch.full((len(prompts),), empty, dtype=new.dtype, device=self.device)
-                                 .scatter(0, alive[going], new[going]))
+                                 .scatter(0, alive, torch.where(going, new, empty)))
                 going &= ids != self.eos_id
                 num_going = int(going.sum())
                 if num_going == 0 or position == max_new_tokens - 1:
                     break
-                if num_going < (0.5 if decoder.graphs else 0.9) * len(ids):   # dropping rows copies the cache: not for
-                    kept = going.nonzero()[:, 0]                              # each one
+                # Dropping rows copies the cache (and begins a new graph): not for each one.
+                if num_going < (0.5 if decoder.graphs else 0.9) * len(ids):
+                    kept = going.nonzero()[:, 0]
                     decoder.keep(kept)
                     alive, ids, going = alive[kept], ids[kept], going[kept]
                 logits = decoder.step(ids)
@@ -655,8 +665,8 @@ def check_model(path, backbone, processor, vision):
                              f"({backbone.config.model_type}), which is not supported")
 
 
-def load_folder(path, vision, hollow):
-    """(backbone, processor) from a Hugging Face folder, in float32; ValueError says why it cannot be used.
+def load_folder(path, vision, dtype, hollow):
+    """(backbone, processor) from a Hugging Face folder, weights of this type; ValueError says why it cannot be used.
 
     `hollow`: a model whose weights take no memory and have no values.
     """
@@ -669,8 +679,8 @@ def load_folder(path, vision, hollow):
         is_mllama = config.model_type == "mllama"
         model_class = AutoModelForImageTextToText if is_mllama else AutoModelForCausalLM
         with torch.device("meta") if hollow else contextlib.nullcontext():
-            backbone = (model_class.from_config(config, dtype=torch.float32) if hollow else
-                        model_class.from_pretrained(folder, dtype=torch.float32))
+            backbone = (model_class.from_config(config, dtype=dtype) if hollow else
+                        model_class.from_pretrained(folder, dtype=dtype))
         processor = (AutoProcessor if is_mllama else AutoTokenizer).from_pretrained(folder)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"model {path!r}: not a causal language model shaped like Llama with its tokenizer, nor a "
@@ -702,12 +712,12 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
             raise ValueError(f"model {path!r} reads no pictures; the task needs a vision model such as tiny-vl")
         backbone, processor = make_tiny(path, texts, atoms)
     else:
-        backbone, processor = load_folder(path, vision, hollow)
+        backbone, processor = load_folder(path, vision, getattr(torch, param_dtype), hollow)
     for name in filter(None, freeze.split(",")):
         if name not in FREEZABLE or backbone.config.model_type != "mllama":
             raise ValueError(f"freeze {name!r}: allowed are {', '.join(FREEZABLE)}, and only in a vision model")
         backbone.get_submodule(FREEZABLE[name]).requires_grad_(False)
-    policy = Policy(backbone, processor, dtype).eval()   # no dropout: sampling and update must agree
+    policy = Policy(backbone, processor, dtype)
     for p in policy.parameters():                        # but no buffer: rotary frequencies stay in float32
         p.data = p.data.to(getattr(torch, param_dtype))
     if gradient_checkpointing:
@@ -726,17 +736,28 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start_processes(name):
-    """The device of this process, once it has met the others; "auto" is CUDA where there is one.
+def pick_device(name):
+    """"auto" is CUDA where there is one; anything else is torch's name of a device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
 
-    A process that waits for another for ten minutes gives up.
+
+def start_processes(name):
+    """The device of this process, once it has met the others.
+
+    A process that waits for another for half an hour gives up: the first may write 43 GB meanwhile, to a slow disk.
     """
     device = pick_device(name)
     if WORLD > 1 and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=10))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
     return device
 
 
@@ -801,7 +822,7 @@ def say(text):
 
 
 def hand_round(unit, device):
-    """Move what a module has of parameters and buffers to `device`, everywhere with the values of the first process."""
+    """Move a module's parameters and buffers to `device`, on every process with the values of the first."""
     handed = {}                                          # by id: tied weights are one tensor in two places
     for module in unit.modules():
         for tensors in (module._parameters, module._buffers):
@@ -839,9 +860,7 @@ def load_sharded(path, dtype, device, *args):
         head.weight = nn.Parameter(torch.empty_like(head.weight))   # tied by the config, but not in the file
     settings = {"mesh": init_device_mesh(device.type, (WORLD,)), "reshard_after_forward": True,
                 "mp_policy": MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32)}
-    layers = [module for module in policy.backbone.modules()
-              if type(module).__name__ in policy.backbone._no_split_modules]
-    for unit in [*layers, policy]:
+    for unit in [*policy.layers, policy]:
         hand_round(unit, device)
         fully_shard(unit, **settings)
     register_fsdp_forward_method(policy, "generate")
@@ -854,18 +873,10 @@ def clip_gradients(parameters, max_norm):
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def whole(tensor):
-    """A sharded tensor put together in the memory of the first process (None elsewhere); any other as it is."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    tensor = tensor.full_tensor()
-    return tensor.cpu() if RANK == 0 else None
-
-
-# ---- Running: configs --------------------------------------------------------------------------------------
+# ---- Running: configs, memory, learning rate ---------------------------------------------------------------
 
 def knob(default, help, low=None, high=None, choices=None):
-    """A field of a script's Config: its default, a remark with its source, and what values are allowed."""
+    """A field of a script's Config: its default, help text, and what values are allowed."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
@@ -873,17 +884,18 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse with errors of one line, and the nearest known flag for a misspelt one."""
 
     def error(self, message):
-        for word in re.findall(r"(?<!\S)--[\w-]+", message) if "unrecognized" in message else []:
+        word = re.search(r"(?<!\S)--[\w-]+", message)
+        if "unrecognized" in message and word:
             known = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(word, known, n=1)
+            near = difflib.get_close_matches(word[0], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {' '.join(known)}"
-            message = f"unknown option {word}; {hint}"
-            break
+            message = f"unknown option {word[0]}; {hint}"
         fail(message)
 
 
 def fail(message, alone=False):
-    """Say one line and exit with 2: the ending for the user's mistakes. `alone`: other processes do not say it, too."""
+    """Say one line and exit with 2: the ending for the user's mistakes. `alone`: this process says it even if it is not
+    the first, since the others do not come here."""
     sys.stdout.flush()
     if RANK == 0 or alone:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
@@ -896,7 +908,7 @@ def parse_config(cls, argv=None):
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(cls):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=None if f.default is MISSING else f.default,
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **kind)
     config = cls(**vars(parser.parse_args(argv)))
     for f in fields(cls):
@@ -944,18 +956,7 @@ def memory_estimate(policy, config):
     logits = tokens / 4 * policy.backbone.lm_head.weight.shape[0] * (4 + size)
     return (f"memory on each device: about {stays / 1e9:.1f} GB for weights, gradients and Adam, {copies / 1e9:.1f} GB "
             f"for weights as computed with, {(activations + logits) / 1e9:.1f} GB for a micro-batch of {tokens} "
-            "tokens, pictures not counted")
-
-
-def pick_device(name):
-    """"auto" is CUDA where there is one; anything else is torch's name of a device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+            "tokens, a picture's counted as if they were text, which takes more")
 
 
 def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
@@ -963,8 +964,8 @@ def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    share = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 # ---- Running: run folders, checkpoints, log ----------------------------------------------------------------
@@ -1058,7 +1059,11 @@ def whole_weights_of(policy):
     for name, tensor in policy.state_dict(keep_vars=True).items():
         part, _, rest = name.partition(".")
         if id(tensor) not in known:                      # tied weights are one tensor with two names
-            known[id(tensor)] = whole(tensor.detach())
+            values = tensor.detach()
+            if isinstance(values, DTensor):
+                values = values.full_tensor()
+                values = values.cpu() if RANK == 0 else None
+            known[id(tensor)] = values
         weights[part][rest] = known[id(tensor)]
     return weights
 

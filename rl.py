@@ -9,8 +9,8 @@ ratio per reply. A second try sees the first one and the verifier's text in its 
     python rl.py --task gp-l --model runs/sft/step_000400 --out runs/rl
 
 The same command continues a run that was stopped, half-played episodes included; SIGTERM drops a rollout or finishes an
-update, saves, and exits with 143. What differs from the official code,
-and why, is listed in the README; the hyper-parameters are theirs, since the paper prints none.
+update, saves, and exits with 143. What differs from the official code, and why, is listed in the README; the
+hyper-parameters are theirs, since the paper prints none.
 
 Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages.
 
@@ -21,6 +21,7 @@ deals, the samples, the minibatches and, but for rounding, the weights are the s
 """
 import math
 import time
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,14 +137,8 @@ def find_answer(processor, response_ids, answer_key):
     position = decode_reply(processor, response_ids).rfind(answer_key)   # the verifier reads the last object
     if position < 0:
         return len(response_ids)
-    low, high = 0, len(response_ids) - 1   # the first token by whose end the text is longer than `position`
-    while low < high:
-        middle = (low + high) // 2
-        if len(decode_reply(processor, response_ids[:middle + 1])) > position:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return bisect_right(range(len(response_ids) - 1), position,    # by whose end the text is longer than `position`
+                        key=lambda token: len(decode_reply(processor, response_ids[:token + 1])))
 
 
 def collect_turns(policy, processor, players, update, config, stop):
@@ -178,21 +173,18 @@ def group_dialogues(turns):
     return list(dialogues.values())
 
 
-def turn_length(turn):
-    return len(turn.prompt_ids) + len(turn.response_ids)
-
-
 def dialogue_length(policy, turns, dialogue):
     """Tokens of one pass over a dialogue: its last turn holds the earlier ones."""
     last = turns[dialogue[-1]]
     return policy.num_tokens(last.prompt_ids, last.response_ids, last.picture)
 
 
-def turn_batches(policy, turns, dialogues, config):
-    """Micro-batches of whole dialogues, as lists of lists of turn indices: the turns of a dialogue share one row."""
+def turn_batches(policy, turns, dialogues, config, spare=None):
+    """Micro-batches of whole dialogues, as (lists of lists of turn indices, weight) pairs `in_step`: the turns of a
+    dialogue share one row."""
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
-    for group in cut_together(lengths, config.micro_batch_tokens):
-        yield [dialogues[i] for i in group]
+    groups = cut_together(lengths, config.micro_batch_tokens)
+    return in_step([[dialogues[i] for i in group] for group in groups], spare)
 
 
 def turn_logprobs(policy, turns, dialogues, config):
@@ -213,9 +205,9 @@ def turn_logprobs(policy, turns, dialogues, config):
 def score_turns(policy, turns, config):
     """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,)."""
     logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
-    for dialogues, _ in in_step(list(turn_batches(policy, turns, group_dialogues(turns), config))):
-        rows = [i for dialogue in dialogues for i in dialogue]
-        micro_logprobs, micro_values = turn_logprobs(policy, turns, dialogues, config)
+    for group, _ in turn_batches(policy, turns, group_dialogues(turns), config):
+        rows = [i for dialogue in group for i in dialogue]
+        micro_logprobs, micro_values = turn_logprobs(policy, turns, group, config)
         logprobs[rows], values[rows] = micro_logprobs.cpu(), micro_values.cpu()
     return logprobs, values
 
@@ -288,14 +280,14 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
             chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
             num_turns, fault = int(lengths[chosen].sum()), None
             dialogues = [own[place] for place in places[chosen] if place in own]
-            for dialogues, weight in in_step(list(turn_batches(policy, turns, dialogues, config)), spare):
-                rows = [i for dialogue in dialogues for i in dialogue]
-                logprobs, values = turn_logprobs(policy, turns, dialogues, config)
+            for group, weight in turn_batches(policy, turns, dialogues, config, spare):
+                rows = [i for dialogue in group for i in dialogue]
+                logprobs, values = turn_logprobs(policy, turns, group, config)
                 old_logprob, old_value, advantage, target = columns[:, rows]        # (B,) each
                 policy_loss, value_loss, watched = ppo_loss(logprobs, old_logprob, values, old_value, advantage,
                                                             target, config)
                 loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
-                if not torch.isfinite(loss):
+                if not torch.isfinite(loss):                       # all stop together, behind the norm they share
                     fault = f"turns {[turns[i].place for i in rows[:8]]}...: loss {loss}, kept as bad_batch_*.json"
                     dump_batch(config.out, [(turns[i].prompt_ids, turns[i].response_ids) for i in rows])
                 (loss * WORLD).backward()                                           # averaged over processes
@@ -350,7 +342,7 @@ def advance(policy, state, turns, upcoming, players, config):
     dialogues = group_dialogues(turns)
     dialogue_tokens = sum(dialogue_length(policy, turns, dialogue) for dialogue in dialogues)
     pictures = sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues)
-    sampled = sum(map(turn_length, turns)) + policy.picture_tokens * pictures
+    sampled = sum(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns) + policy.picture_tokens * pictures
     scored = dialogue_tokens + sum(dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming)))
     places = gather([[player.index, player.episode, player.replies] for player in players])
     return {"step": state["step"] + 1,

@@ -282,7 +282,10 @@ def expressions(numbers):
 
 
 def last_steps(a, target, others):
-    """The last operation of a solution: yield (operator, a stands left, partner b) such that it makes `target`."""
+    """The last operation of a solution: yield (operator, a stands left, partner b) such that it makes `target`.
+
+    One b solves a + b = target, and so on; where any does (0 * b = 0, 0 / b = 0), b is each of `others`.
+    """
     yield from (("+", True, target - a), ("+", False, target - a), ("-", True, a - target), ("-", False, target + a))
     any_partner = others if a == target == 0 else ()
     for b in [target / a] if a else any_partner:

@@ -1,10 +1,15 @@
 """Fixtures shared by the tests: a tiny random-init policy with its tokenizer. DEVICE=cuda runs them on a GPU."""
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -19,8 +24,6 @@ def device():
 @pytest.fixture(scope="session")
 def tiny(device):
     """(policy, processor) of 30 k parameters, float32, with a tokenizer trained on GeneralPoints."""
-    import torch
-
     import envs
     import model
     torch.manual_seed(0)
@@ -31,8 +34,6 @@ def tiny(device):
 @pytest.fixture(scope="session")
 def tiny_vl(device):
     """(policy, processor) of 0.2 M parameters that reads pictures: one tile of 224 pixels in 64 patches."""
-    import torch
-
     import envs
     import model
     torch.manual_seed(0)
@@ -58,3 +59,72 @@ def city(tmp_path_factory):
     subprocess.run([sys.executable, str(ROOT / "data" / "synthetic_city.py"), "--out", str(out), "--routes", "60",
                     "--no-pictures"], check=True, capture_output=True, timeout=120)
     return out
+
+
+# ---- A GPU that is not there: tensors stay in the CPU's memory, but each is said to be on a device ---------------------
+
+def on_cuda(tensor):
+    return getattr(tensor.untyped_storage(), "on_cuda", False)
+
+
+class PretendOperations(TorchDispatchMode):
+    """An operation on tensors of two devices is an error, as it is with a real GPU; what it makes is where they are."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        leaves, name = tree_leaves((args, kwargs)), operation.__name__.partition(".")[0]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        cuda = any(map(on_cuda, tensors))
+        if name == "copy_":
+            cuda = on_cuda(args[0])
+        elif cuda and name != "_to_copy":
+            strangers = [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]
+            strangers += [tensor for tensor in tensors if tensor.dim() and not on_cuda(tensor)]    # numbers may be anywhere
+            if "index" in name and isinstance(args[1], (list, tuple)) and on_cuda(args[0]):        # and so may x[indices]
+                strangers = [stranger for stranger in strangers if all(stranger is not index for index in args[1])]
+            if strangers:
+                raise RuntimeError(f"{name}: tensors of two devices, on the CPU {[(type(s), getattr(s, 'shape', '')) for s in strangers]}")
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and not hasattr(tensor.untyped_storage(), "on_cuda"):
+                tensor.untyped_storage().on_cuda = cuda
+        return result
+
+
+class PretendCalls(TorchFunctionMode):
+    """Takes "cuda" out of calls, before torch looks for a driver, and marks what they return."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        if function == torch.Tensor.device.__get__ and on_cuda(args[0]):
+            return torch.device("cuda", 0)
+        if name in ("numpy", "__array__") and on_cuda(args[0]):
+            raise TypeError("can't convert a tensor on cuda to numpy")
+        target = kwargs.get("device")
+        if name == "to":
+            target = next((word for word in [*args[1:], target] if isinstance(word, (str, torch.device))), None)
+            args = [torch.device("cpu") if word is target and target is not None else word for word in args]
+        if name == "cpu" or name == "new_tensor" and target is None:
+            target = "cuda" if name == "new_tensor" and on_cuda(args[0]) else "cpu"
+        target = target and torch.device(target).type
+        if target == "cuda" and "device" in kwargs:
+            kwargs["device"] = "cpu"
+        result = function(*args, **kwargs)
+        if target in ("cuda", "cpu") and isinstance(result, torch.Tensor) and on_cuda(result) != (target == "cuda"):
+            result = result.clone()                                # `to` may have returned what it was given
+            result.untyped_storage().on_cuda = target == "cuda"
+        return result
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch):
+    """pretend_cuda() is a context in which device="cuda" works, up to whatever asks for the driver itself."""
+    class CpuAutocast(torch.autocast):
+        def __init__(self, device_type, *args, **kwargs):
+            super().__init__("cpu", *args, **kwargs)
+
+    @contextlib.contextmanager
+    def pretend():
+        monkeypatch.setattr(torch, "autocast", CpuAutocast)
+        with PretendOperations(), PretendCalls():
+            yield
+    return pretend

@@ -1,12 +1,14 @@
 """The scripts as a user runs them: the chain, stopping and going on, bad input."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 import bench
 import evaluate
@@ -20,7 +22,8 @@ RL = dict(num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2, updates=4, l
 
 
 def flags(**knobs):
-    return [word for name, value in knobs.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    return [word for name, value in knobs.items()
+            for word in ("--" + name.replace("_", "-"), str(value))[:1 if value is True else 2]]
 
 
 def metrics(run):
@@ -51,20 +54,40 @@ def test_sft_then_rl_then_evaluate_on_the_command_line(start, tmp_path, device, 
     assert model.read_jsonl(tmp_path / "rl" / "eval.jsonl") == rows      # what is there is not played again
 
 
-def test_the_same_chain_in_a_city(city, tmp_path, device, run_script):
-    more = dict(task="virl-l", root=city, device=device)
-    done = run_script("sft.py", *flags(out="sft", **SFT, **more), "--balance")
-    assert done.returncode == 0, done.stderr
-    rl_knobs = {**RL, "verify_iter": 2, "max_new_tokens": 16}
-    done = run_script("rl.py", *flags(model="sft/step_000004", out="rl", **{**rl_knobs, "updates": 2}, **more))
-    assert done.returncode == 0, done.stderr
+def test_the_same_chain_in_a_city(city, tmp_path, device, capsys):
+    more, out = dict(task="virl-l", root=str(city), device=device), {name: str(tmp_path / name) for name in ("sft", "rl")}
+    test = dict(episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more)
+    sft.main(sft.Config(out=out["sft"], balance=True, **SFT, **more))
+    rl.main(rl.Config(model=out["sft"] + "/step_000004", out=out["rl"],
+                      **{**RL, "verify_iter": 2, "max_new_tokens": 16, "updates": 2}, **more))
     assert "step_accuracy_turn" in metrics(tmp_path / "rl")[0]
-    done = run_script("evaluate.py", *flags(run_folder="rl", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more))
-    assert done.returncode == 0 and "step accuracy turn" in done.stdout, done.stderr
-    done = run_script("evaluate.py", *flags(run_folder="sft", episodes=4, max_new_tokens=16, splits="id,rule_ood,unseen", **more),
-                      "--no-start")
-    done = run_script("evaluate.py", *flags(compare="sft,rl"))
-    assert done.returncode == 2 and "these started from" in done.stderr
+    evaluate.main(evaluate.Config(run_folder=out["rl"], **test))
+    assert "step accuracy turn" in capsys.readouterr().out
+    evaluate.main(evaluate.Config(run_folder=out["sft"], start=False, **test))
+    rows = {name: model.read_jsonl(tmp_path / name / "eval.jsonl") for name in out}
+    assert [row["step"] for row in rows["sft"]] == [2] * 3 + [4] * 3 and len(rows["rl"]) == 9
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Config(compare=f"{out['sft']},{out['rl']}"))
+    assert "these started from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task, name, dtype", [("gp-l", "tiny", "bfloat16"), ("gp-vl", "tiny-vl", "float32")])
+def test_nothing_in_the_chain_mixes_tensors_of_a_gpu_with_those_of_the_cpu(tmp_path, pretend_cuda, task, name, dtype):
+    more = dict(task=task, device="cuda", dtype=dtype, **({"resolution": 60} if task == "gp-vl" else {}))
+    with pretend_cuda():
+        with pytest.raises(RuntimeError, match="two devices"):
+            torch.ones(2, device="cuda") + torch.ones(2)
+        sft.main(sft.Config(out=str(tmp_path / "sft"), **{**SFT, "model": f"{name}:32x2", "steps": 1, "save_every": 1}, **more))
+        config = rl.Config(model=str(tmp_path / "sft/step_000001"), out=str(tmp_path / "rl"), save_every=1,
+                           gradient_checkpointing=True, **{**RL, "updates": 2}, **more)
+        rl.main(config)
+        straight = metrics(tmp_path / "rl")
+        shutil.rmtree(tmp_path / "rl/step_000002")
+        rl.main(config)
+        evaluate.main(evaluate.Config(run_folder=str(tmp_path / "rl"), episodes=2, splits="id", verify_iter=2,
+                                      max_new_tokens=8, start=False, **more))
+    assert metrics(tmp_path / "rl") == straight and len(straight) == 2
+    assert len(model.read_jsonl(tmp_path / "rl/eval.jsonl")) == 2
 
 
 def test_the_log_has_what_a_reader_of_a_run_needs(start, tmp_path, device):

@@ -203,11 +203,11 @@ def test_checkpointing_changes_no_gradient_and_frozen_parts_get_none(tiny_vl, de
     assert any("vision_model" in name for name in whole) and any("projector" in name for name in whole)
     model.save_checkpoint(tmp_path, 1, policy, processor, torch.optim.AdamW(policy.parameters()), {})
     twin, _ = model.load_policy(str(tmp_path / "step_000001"), device=device, vision=True, gradient_checkpointing=True)
-    calls, forward = [], type(twin.backbone.model.language_model.layers[0].mlp).forward
-    for layer in twin.backbone.model.language_model.layers:
-        layer.mlp.forward = lambda x, mlp=layer.mlp: calls.append(1) or forward(mlp, x)
+    calls = []
+    for layer in twin.layers:
+        layer.mlp.forward = lambda x, mlp=layer.mlp: calls.append(mlp) or type(mlp).forward(mlp, x)
     checked = step_gradients(twin, played)
-    assert len(calls) == 2 * len(twin.backbone.model.language_model.layers)          # every layer computed twice
+    assert len(twin.layers) == 4 + 2 + 1 and {calls.count(layer.mlp) for layer in twin.layers} == {2}    # the tower's, too
     assert checked.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(checked[name], whole[name], atol=1e-5, rtol=1e-4)
