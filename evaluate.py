@@ -37,8 +37,8 @@ from huggingface_hub.utils import httpx
 
 import envs
 from model import (WORLD, Sight, checkpoint_step, checkpoints, decode_reply, encode, fail, gather, knob, leave,
-                   load_policy, log_jsonl, mine, parse_config, picture_of, progress, read_jsonl, sampling_uniforms, say,
-                   start_processes, write_whole)
+                   load_policy, log_jsonl, memory_advice, mine, parse_config, picture_of, progress, read_jsonl,
+                   sampling_uniforms, say, start_processes, write_whole)
 
 EVALUATION = 2   # the first number of a random stream's key; rl.py has 0 and 1
 # What the tables show, the paper's own measure first. Each is explained in `summarise`.
@@ -102,8 +102,10 @@ class LocalModel:
         prompts = [encode(self.processor, messages, None if new else self.dialogues[i])
                    for i, (messages, new) in conversations.items()]
         pictures = [picture_of(messages) for messages, _ in conversations.values()]
-        replies = self.policy.generate(prompts, sampling_uniforms(keys, config.max_new_tokens), config.max_new_tokens,
-                                       config.temperature, config.generate_tokens, pictures, self.sight)
+        with memory_advice("--generate-tokens"):
+            replies = self.policy.generate(prompts, sampling_uniforms(keys, config.max_new_tokens),
+                                           config.max_new_tokens, config.temperature, config.generate_tokens, pictures,
+                                           self.sight)
         self.dialogues = {i: prompt + ids for i, prompt, (ids, _) in zip(conversations, prompts, replies)}
         return [decode_reply(self.processor, ids) for ids, _ in replies]
 

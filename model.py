@@ -929,7 +929,7 @@ def memory_advice(knobs):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        fail(f"{str(error).splitlines()[0]} Lower {knobs}; the last checkpoint is whole and the same command goes on",
+        fail(f"{str(error).splitlines()[0]} Lower {knobs}; what is saved is whole, and the same command goes on",
              alone=True)
 
 

@@ -417,14 +417,14 @@ def main(config):
             save_checkpoint(out, update, policy, processor, optimizer, state, config.keep_resume)
             leave(143)
         clock.append(time.time())
-        old_logprobs, values = score_turns(policy, turns, config)                   # one for each turn
         # the prompts that come next, as turns without a reply: only their values are used
         upcoming = [Turn(player.prompt_ids, [], 0, 0.0, False, (player.index,), {}, player.picture)
                     for player in players]
-        _, next_values = score_turns(policy, upcoming, config)                      # one for each environment
-        advantages, returns = estimate_advantages(turns, values, next_values, config)
         try:
             with memory_advice("--micro-batch-tokens or set --gradient-checkpointing"):
+                old_logprobs, values = score_turns(policy, turns, config)           # one for each turn
+                _, next_values = score_turns(policy, upcoming, config)              # one for each environment
+                advantages, returns = estimate_advantages(turns, values, next_values, config)
                 stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages, returns, update, config)
         except FloatingPointError as error:
             fail(f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")

@@ -177,6 +177,23 @@ def test_bad_input_ends_with_one_line_before_anything_is_written(tmp_path, monke
         assert not list(tmp_path.iterdir()), f"{script} {knobs} left something behind"
 
 
+@pytest.mark.parametrize("script, broken, advice", [
+    (sft, "forward", "Lower --micro-batch-tokens or set --gradient-checkpointing"),
+    (rl, "forward", "Lower --micro-batch-tokens or set --gradient-checkpointing"),
+    (rl, "generate", "Lower --generate-tokens"), (evaluate, "generate", "Lower --generate-tokens")])
+def test_out_of_memory_is_one_line_that_names_the_knob(start, tmp_path, device, capsys, monkeypatch, script, broken, advice):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
+
+    monkeypatch.setattr(model.Policy, broken, refuse)
+    folder, out = str(start / "step_000004"), str(tmp_path / "run")
+    knobs = {sft: dict(SFT, out=out), rl: dict(RL, out=out, model=folder), evaluate: dict(model=folder, episodes=2)}
+    with pytest.raises(SystemExit) as ending:
+        script.main(script.Config(device=device, **knobs[script]))
+    said = capsys.readouterr().err
+    assert ending.value.code == 2 and f"error: CUDA out of memory. Tried to allocate 2.00 GiB. {advice};" in said and "and more" not in said
+
+
 def test_an_out_folder_of_another_config_is_not_touched(start, device, capsys):
     before = {p: p.stat().st_mtime_ns for p in start.rglob("*")}
     with pytest.raises(SystemExit):
