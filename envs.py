@@ -668,7 +668,7 @@ def read_rotation(path):
 @lru_cache(maxsize=64)
 def read_panorama(path):
     """(the panorama (H, W), the four bytes of a pixel as one number; its rotation in degrees)."""
-    open_panorama(path)                                             # names a wrong shape
+    open_panorama(path).close()                                     # names a wrong shape
     pixels = np.asarray(open_picture(path).convert("RGBX"))
     return pixels.view(np.uint32)[..., 0], read_rotation(path)
 

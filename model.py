@@ -53,8 +53,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTex
                           MllamaProcessor, PreTrainedTokenizerFast)
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil   # needs no torchvision
 
-# On an H100 torch 2.11 and later prefer cuDNN's attention, which prepares itself for every shape that is new to it, for
-# up to half a second; our batches have hundreds.
+# On an H100 torch 2.11 and later prefer cuDNN's attention, which prepares itself anew for every shape; we have many.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ---- Messages <-> tokens -----------------------------------------------------------------------------------
@@ -408,11 +407,13 @@ class Policy(nn.Module):
     @property
     def layers(self):
         """The layers of the language model and of the vision tower: the units of checkpointing and of sharding."""
-        return [module for module in self.backbone.modules()
-                if type(module).__name__ in self.backbone._no_split_modules]
+        names = self.backbone._no_split_modules or ()
+        return [module for module in self.backbone.modules() if type(module).__name__ in names]
 
     def enable_checkpointing(self):
         """Compute a layer's activations again in the backward pass instead of keeping them."""
+        if not self.layers:
+            raise ValueError(f"gradient_checkpointing: {self.backbone.config.model_type} does not name its layers")
         for layer in self.layers:                                  # transformers' own switch leaves the tower out
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -718,7 +719,7 @@ def load_policy(path, dtype="float32", device="cpu", texts=(), atoms=(), vision=
             raise ValueError(f"freeze {name!r}: allowed are {', '.join(FREEZABLE)}, and only in a vision model")
         backbone.get_submodule(FREEZABLE[name]).requires_grad_(False)
     policy = Policy(backbone, processor, dtype)
-    for p in policy.parameters():                        # but no buffer: rotary frequencies stay in float32
+    for p in policy.parameters():                        # no buffers: rotary frequencies stay in float32
         p.data = p.data.to(getattr(torch, param_dtype))
     if gradient_checkpointing:
         policy.enable_checkpointing()

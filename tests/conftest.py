@@ -68,7 +68,10 @@ def on_cuda(tensor):
 
 
 class PretendOperations(TorchDispatchMode):
-    """An operation on tensors of two devices is an error, as it is with a real GPU; what it makes is where they are."""
+    """An operation on tensors of two devices is an error, as it is with a real GPU; what it makes is where they are.
+
+    Not played: what autocast does on CUDA only, limits of its kernels, several processes, `.cuda()` and `.to(tensor)`.
+    """
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         leaves, name = tree_leaves((args, kwargs)), operation.__name__.partition(".")[0]
@@ -78,7 +81,8 @@ class PretendOperations(TorchDispatchMode):
             cuda = on_cuda(args[0])
         elif cuda and name != "_to_copy":
             strangers = [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]
-            strangers += [tensor for tensor in tensors if tensor.dim() and not on_cuda(tensor)]    # numbers may be anywhere
+            numbers = torch.Tag.pointwise in operation.tags or "foreach" in name or name == "fill_"    # may be anywhere
+            strangers += [tensor for tensor in tensors if not on_cuda(tensor) and (tensor.dim() or not numbers)]
             if "index" in name and isinstance(args[1], (list, tuple)) and on_cuda(args[0]):        # and so may x[indices]
                 strangers = [stranger for stranger in strangers if all(stranger is not index for index in args[1])]
             if strangers:

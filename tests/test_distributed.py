@@ -89,14 +89,14 @@ def untied_in_the_file_only(folder):
 def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_words_and_on_pictures(tmp_path):
     tasks = {"tiny": dict(task="gp-l"), "tiny-vl": dict(task="gp-vl", resolution=60)}
     untied_in_the_file_only(tmp_path / "untied")
-    for processes, more in (1, {}), (2, {"gradient_checkpointing": True}):
+    for processes, more in (1, {}), (2, {"gradient_checkpointing": True}):          # for sft.py: rl.py goes without
         (tmp_path / str(processes)).mkdir()
         jobs = []
         for name, task in tasks.items():
             out, start = tmp_path / str(processes), tmp_path / "1" / f"sft_{name}" / "step_000003"
             test = dict(run_folder=out / f"rl_{name}", episodes=5, verify_iter=2, max_new_tokens=10, device="cpu")
             jobs += [("sft", dict(SFT, out=out / f"sft_{name}", steps=3, model=f"{name}:32x2", **task, **more)),
-                     ("rl", dict(RL, out=out / f"rl_{name}", updates=3, model=start, **task, **more)),
+                     ("rl", dict(RL, out=out / f"rl_{name}", updates=3, model=start, **task)),
                      ("evaluate", {**test, **task})]
         jobs.append(("sft", dict(SFT, out=out / "sft_untied", steps=3, model=tmp_path / "untied")))
         run_all(processes, *jobs)
@@ -191,6 +191,7 @@ def test_only_the_first_process_reads_the_weights_and_all_hear_what_is_wrong_wit
     hollow, processor = model.load_policy(str(folder), "bfloat16", param_dtype="bfloat16", hollow=True)
     assert {(p.device.type, p.dtype) for p in hollow.backbone.parameters()} == {("meta", torch.bfloat16)}
     assert {b.dtype for b in hollow.backbone.buffers()} == {torch.float32} and len(processor) > 100
+    assert not any(module.training for module in hollow.backbone.modules())          # no dropout, as in the first
     monkeypatch.setattr(model, "WORLD", 2)
     monkeypatch.setattr(model, "RANK", 1)
     monkeypatch.setattr(model, "gather", lambda error: ["the weights are torn", error])

@@ -66,12 +66,12 @@ def test_the_same_chain_in_a_city(city, tmp_path, device, capsys):
     evaluate.main(evaluate.Config(run_folder=out["sft"], start=False, **test))
     rows = {name: model.read_jsonl(tmp_path / name / "eval.jsonl") for name in out}
     assert [row["step"] for row in rows["sft"]] == [2] * 3 + [4] * 3 and len(rows["rl"]) == 9
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ending:
         evaluate.main(evaluate.Config(compare=f"{out['sft']},{out['rl']}"))
-    assert "these started from" in capsys.readouterr().err
+    assert ending.value.code == 2 and "these started from" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task, name, dtype", [("gp-l", "tiny", "bfloat16"), ("gp-vl", "tiny-vl", "float32")])
+@pytest.mark.parametrize("task, name, dtype", [("gp-l", "tiny", "bfloat16"), ("gp-vl", "tiny-vl", "bfloat16")])
 def test_nothing_in_the_chain_mixes_tensors_of_a_gpu_with_those_of_the_cpu(tmp_path, pretend_cuda, task, name, dtype):
     more = dict(task=task, device="cuda", dtype=dtype, **({"resolution": 60} if task == "gp-vl" else {}))
     with pretend_cuda():
