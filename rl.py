@@ -137,7 +137,8 @@ def find_answer(processor, response_ids, answer_key):
     position = decode_reply(processor, response_ids).rfind(answer_key)   # the verifier reads the last object
     if position < 0:
         return len(response_ids)
-    return bisect_right(range(len(response_ids) - 1), position,    # by whose end the text is longer than `position`
+    # the first token by whose end the text is longer than `position`
+    return bisect_right(range(len(response_ids) - 1), position,
                         key=lambda token: len(decode_reply(processor, response_ids[:token + 1])))
 
 
@@ -287,7 +288,7 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
                 policy_loss, value_loss, watched = ppo_loss(logprobs, old_logprob, values, old_value, advantage,
                                                             target, config)
                 loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
-                if not torch.isfinite(loss):                       # all stop together, behind the norm they share
+                if not torch.isfinite(loss):                                        # all stop at the norm they share
                     fault = f"turns {[turns[i].place for i in rows[:8]]}...: loss {loss}, kept as bad_batch_*.json"
                     dump_batch(config.out, [(turns[i].prompt_ids, turns[i].response_ids) for i in rows])
                 (loss * WORLD).backward()                                           # averaged over processes
