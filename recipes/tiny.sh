@@ -3,7 +3,7 @@
 #
 #   bash recipes/tiny.sh                    GeneralPoints in words, one seed, about twelve minutes on two cores
 #   TASK=virl-l bash recipes/tiny.sh        V-IRL in words, in a synthetic city made on the spot, or in DATA=folder;
-#                                           twenty minutes on one core
+#                                           a quarter of an hour on two cores
 #   TASK=gp-vl bash recipes/tiny.sh         GeneralPoints from pictures, tested on red suits as well; twenty-five minutes
 #                                           on one core
 #   SEEDS="0 1 2" bash recipes/tiny.sh      repeats it; the table then has standard errors over seeds
