@@ -150,23 +150,15 @@ def test_a_killed_run_of_two_goes_on_to_the_same_numbers(tmp_path, straight, whe
     assert (tmp_path / "run" / "step_000006" / "model.safetensors").read_bytes() == (weights / "model.safetensors").read_bytes()
 
 
-def test_a_run_of_two_goes_on_alone_and_the_reverse(tmp_path, straight):
+def test_a_signal_to_one_process_stops_and_saves_all_and_a_run_of_two_goes_on_alone_and_the_reverse(tmp_path, straight):
     knobs, expected, weights = straight
-    for first, then in ((2, 1), (1, 2)):
+    for first, then, how in ((2, 1, signal.SIGUSR1), (1, 2, signal.SIGTERM)):
         out = tmp_path / f"{first}_{then}"
-        stopped("rl.py", first, out, lines(2), signal.SIGTERM, True, **knobs)
+        assert stopped("rl.py", first, out, lines(2), how, False, **{**knobs, "save_every": 6}) != 0
         assert 2 <= len(metrics(out)) < 6
+        assert [p.name for p in out.glob("step_*")] == [f"step_{len(metrics(out)):06d}"]
         assert_same(run_rl(then, out=out, **knobs), expected)
         assert_same_weights(out / "step_000006", weights)
-
-
-def test_a_signal_to_one_process_stops_both_together_and_saves(tmp_path, straight):
-    knobs, expected, _ = straight
-    out = tmp_path / "run"
-    assert stopped("rl.py", 2, out, lines(1), signal.SIGUSR1, False, **{**knobs, "save_every": 6}) != 0
-    saved = [p.name for p in out.glob("step_*")]
-    assert len(saved) == 1 and saved[0] == f"step_{len(metrics(out)):06d}"
-    assert run_rl(2, out=out, **{**knobs, "save_every": 6}) == expected
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_one_line(tmp_path, straight):
