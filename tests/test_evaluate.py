@@ -125,7 +125,7 @@ def test_runs_of_other_starts_or_settings_are_not_mixed(tmp_path):
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
     write_run(tmp_path / "far", "RL", [(1, 60.0, 0.12)], start="elsewhere")
     write_run(tmp_path / "few", "RL", [(1, 60.0, 0.12)], episodes=5)
-    with pytest.raises(ValueError, match="started from start, elsewhere"):
+    with pytest.raises(ValueError, match="of start it found SFT, start; these started from start, elsewhere"):
         evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "far")], "")
     with pytest.raises(ValueError, match="one set of settings"):
         evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "few")], "")

@@ -261,6 +261,9 @@ def test_a_decoder_under_cuda_graphs_samples_the_same(tiny, monkeypatch):
         assert ids == expected_ids and logprobs == pytest.approx(expected_logprobs, abs=1e-5)
     if policy.device.type == "cpu":
         assert 4 <= TapedGraph.captured < 10 and TapedGraph.replayed > 60
+    for rope_type in ("dynamic", "longrope"):                                    # these look at the positions
+        monkeypatch.setattr(policy.backbone.model.rotary_emb, "rope_type", rope_type)
+        assert model.LlamaDecoder.graphs and not model.LlamaDecoder(policy).graphs
 
 
 def test_greedy_decoding_equals_generate_of_hugging_face_also_for_another_architecture(tiny, device):

@@ -211,6 +211,9 @@ def test_checkpointing_changes_no_gradient_and_frozen_parts_get_none(tiny_vl, de
     assert checked.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(checked[name], whole[name], atol=1e-5, rtol=1e-4)
+    twin.backbone._no_split_modules = None
+    with pytest.raises(ValueError, match="gradient_checkpointing: mllama does not name its layers"):
+        twin.enable_checkpointing()
     frozen, _ = model.load_policy(str(tmp_path / "step_000001"), device=device, vision=True, freeze="vision,projector")
     kept = step_gradients(frozen, played)
     assert kept and not any("vision_model" in name or "projector" in name for name in kept)
