@@ -1,16 +1,17 @@
 """Reinforcement learning: PPO with a value head over several turns with the verifier (paper Sections 3 and 5).
 
-    collect_turns -> score_turns -> compute_gae -> ppo_update
+    collect_turns -> score_turns -> estimate_advantages -> ppo_update
 
 The unit is the turn: one whole reply has one reward, one value (read at the last prompt token), one advantage and one
 log-prob, the weighted sum over its tokens (`thought_coef` before the answer key, 1 from it on). So there is one PPO
 ratio per reply. A second try sees the first one and the verifier's text in its prompt (sequential revision).
 
     python rl.py --task gp-l --model runs/sft/step_000400 --out runs/rl
+    python rl.py --task gp-l --model PATH --out runs/red --split id suits=HD --env verify_iter=10
 
-The same command continues a run that was stopped, half-played episodes included; SIGTERM drops a rollout or finishes an
-update, saves, and exits with 143. What differs from the official code, and why, is listed in the README; the
-hyper-parameters are theirs, since the paper prints none.
+The same command continues a run that was stopped, half-played episodes included; Ctrl-C or SIGTERM drops a rollout or
+finishes an update, saves, and exits with 130 or 143. What differs from the official code, and why, is listed in the
+README; the hyper-parameters are theirs, since the paper prints none.
 
 Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages.
 
@@ -23,20 +24,62 @@ import math
 import time
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import envs
-from model import (FREEZABLE, WORLD, Sight, StopSignal, check_run, clip_gradients, collate, cut_together, decode_reply,
-                   dump_batch, encode, fail, gather, in_step, knob, learning_rate, leave, load_resume, load_sharded,
-                   log_jsonl, memory_advice, memory_estimate, mine, open_run, parse_config, picture_of, progress,
-                   sampling_uniforms, save_checkpoint, say, start_processes, total)
+from model import (FREEZABLE, Sight, aligned_micro_batches, collate, decode_reply, encode, load_policy, picture_of,
+                   sampling_uniforms)
+from support import running, settings
+from support.running import knob
+
+# ---- The maths ---------------------------------------------------------------------------------------------
+
+
+def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
+    """Generalised advantage estimates and returns, both (S, E), over turns.
+
+    rewards, values, dones are (S, E); next_values (E,) belong to the prompts after the last turn, and stand in for
+    what is still to come of an episode that goes on in the next update. An episode that ends, terminated or truncated,
+    passes nothing back: neither value nor advantage crosses `done`.
+    """
+    advantages, next_advantages = torch.zeros_like(rewards), torch.zeros_like(next_values)
+    for s in reversed(range(len(rewards))):
+        going = 1.0 - dones[s]                               # differs 5: done is terminated or truncated
+        delta = rewards[s] + gamma * next_values * going - values[s]
+        next_advantages = delta + gamma * gae_lambda * going * next_advantages
+        advantages[s], next_values = next_advantages, values[s]
+    return advantages, advantages + values
+
+
+def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, clip, value_clip=0.0):
+    """Policy loss, value loss, and what to watch, each (B,); the caller averages. Tensors are (B,)."""
+    log_ratio = (logprobs - old_logprobs).clamp(max=math.log(10))   # beyond 10 no gradient, as in the official code
+    ratio = log_ratio.exp()
+    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    value_loss = 0.5 * (values - returns) ** 2
+    if value_clip:                                           # differs 11: off by default
+        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        value_loss = torch.max(value_loss, 0.5 * (clipped - returns) ** 2)
+    watched = {"ratio": ratio, "approx_kl": ratio - 1 - log_ratio, "clip_fraction": ((ratio - 1).abs() > clip).float()}
+    return policy_loss, value_loss, {name: value.detach() for name, value in watched.items()}
+
+
+def mean_and_variance(values):
+    """Of the values (n,) of all processes."""
+    values = values.double()
+    num = running.total(len(values))
+    mean = running.total(float(values.sum())) / num
+    return mean, running.total(float(((values - mean) ** 2).sum())) / num
+
+
+# ---- Settings ----------------------------------------------------------------------------------------------
 
 SAMPLES, SHUFFLES = 0, 1            # the first number of a random stream's key: what it is for
-LAMBDA = {"gp": 6.0, "virl": 5.1}   # paper C.3: tokens of the rollout buffer per token trained
 
 
 @dataclass
@@ -45,15 +88,8 @@ class Config:
     out: str = knob("", "run folder, new or stopped half-way")
     model: str = knob("", "a model folder, usually one that sft.py wrote")
     task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
-    # environment
-    root: str = knob("", "V-IRL: the folder with its data sets")
-    card_dir: str = knob("", "gp-vl: a folder with the official card pictures, instead of ours")
-    resolution: int = knob(0, "pixels of a picture's side (V-IRL: of a view); 0: 1200 and 448", low=0)
-    split: str = knob("id", "the rule to train on")
-    fold: str = knob("", "hands to train on: all, train or test; empty: as the split says", choices=("", *envs.FOLDS))
-    verify_iter: int = knob(0, "judged replies per hand or position; 0: the paper's 5 (GP) or 2 (V-IRL)", low=0)
-    feedback: str = knob("informative", "what the verifier tells the model", choices=("informative", "plain"))
-    prompt_file: str = knob("", "JSON object of templates that replace ours")
+    split: tuple = knob(("id",), "the rule to train on, and settings of its own, such as: id rule=11,11,11 fold=train")
+    env: tuple = knob((), "settings of the environment, such as: root=city0 verify_iter=3 (envs.py lists them)")
     # rollout
     num_envs: int = knob(256, "environments played side by side", low=1)
     turns_per_env: int = knob(8, "turns of each per update; 256 x 8 = 2048 as on the paper's 8 GPUs", low=1)
@@ -80,7 +116,7 @@ class Config:
     micro_batch_tokens: int = knob(16384, "padded tokens per forward of the update", low=1)
     generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
     gradient_checkpointing: bool = knob(False, "compute activations twice to save memory")
-    dtype: str = knob("float32", "compute in this type", choices=("float32", "bfloat16"))
+    dtype: str = knob("auto", "compute in this type; auto: the faster one", choices=("auto", "float32", "bfloat16"))
     param_dtype: str = knob("float32", "master weights; bfloat16 takes half the memory and loses small updates",
                             choices=("float32", "bfloat16"))
     device: str = knob("auto", "cpu, cuda, or auto")
@@ -89,21 +125,23 @@ class Config:
     keep_resume: int = knob(2, "checkpoints that keep their optimizer state", low=1)
 
 
+# ---- Rollout -----------------------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class Turn:
     """One prompt, one reply, what it earned."""
-    prompt_ids: list      # (P,)
-    response_ids: list    # (R,)
-    answer_start: int     # tokens before this one are thought
+    prompt_ids: list[int]     # (P,)
+    response_ids: list[int]   # (R,)
+    answer_start: int         # tokens before this one are thought
     reward: float
-    done: bool            # terminated or truncated: GAE stops here
-    dialogue: tuple       # turns of one dialogue share this: (environment, episode, number in it)
+    done: bool                # terminated or truncated: GAE stops here
+    dialogue: tuple           # turns of one dialogue share this: (environment, episode, number in it)
     info: dict
-    picture: object = None   # PIL; the one of the dialogue
-    place: int = 0           # of N, in the rollouts of all processes
+    picture: object = None    # PIL; the one of the dialogue
+    place: int = 0            # of N, in the rollouts of all processes
 
 
-class Player:
+class Conversation:
     """One environment and the dialogue in it as ids; its state is (episode, replies so far), replayed on resume."""
 
     def __init__(self, index, env, processor, config, episode=0, replies=()):
@@ -118,23 +156,35 @@ class Player:
         self.continue_with(messages, None)
 
     def continue_with(self, messages, prior_ids):
-        self.dialogue += prior_ids is None
+        if prior_ids is None:
+            self.dialogue, self.verdicts = self.dialogue + 1, []
         self.prompt_ids, self.picture = encode(self.processor, messages, prior_ids), picture_of(messages)
 
     def play(self, response_ids):
-        """Step the environment with a reply and move on to the next prompt: (messages, reward, done, info)."""
-        messages, reward, terminated, truncated, info = self.env.step(decode_reply(self.processor, response_ids))
+        """Step the environment with a reply and move on to the next prompt: (reward, done, info, what there is to read
+        of the dialogue so far)."""
+        at_reply, verdicts = self.env.messages, self.verdicts
+        reply = decode_reply(self.processor, response_ids)
+        messages, reward, terminated, truncated, info = self.env.step(reply)
+        verdicts.append([info["status"], reward])
+        if info["new_dialogue"]:
+            at_reply = [*at_reply, {"role": "assistant", "content": reply}]
+        else:
+            at_reply = messages
+        readable = {"env": self.index, "episode": self.episode, "verdicts": list(verdicts),
+                    "messages": [message | {"content": envs.read_text(message)} for message in at_reply]}
         if terminated or truncated:
             self.begin(self.episode + 1)
         else:
             self.replies = self.replies + [response_ids]   # a new list: the state that is saved holds the old one
             self.continue_with(messages, None if info["new_dialogue"] else self.prompt_ids + response_ids)
-        return messages, reward, terminated or truncated, info
+        return reward, terminated or truncated, info, readable
 
 
 def find_answer(processor, response_ids, answer_key):
     """The index of the token in which the answer key begins; len(response_ids) if the key is not there."""
-    position = decode_reply(processor, response_ids).rfind(answer_key)   # the verifier reads the last object
+    # differs 7: by the text, not by token ids. The verifier reads the last object.
+    position = decode_reply(processor, response_ids).rfind(answer_key)
     if position < 0:
         return len(response_ids)
     # the first token by whose end the text is longer than `position`
@@ -142,32 +192,38 @@ def find_answer(processor, response_ids, answer_key):
                         key=lambda token: len(decode_reply(processor, response_ids[:token + 1])))
 
 
-def collect_turns(policy, processor, players, update, config, stop):
-    """S turns of every player, sampled from the policy: turns ordered (S, E); None if a stop was asked for."""
-    turns, sight = [], Sight(policy, config.generate_tokens)
-    for s in progress(range(config.turns_per_env), desc="rollout", leave=False):
+@running.memory_advice("--generate-tokens")
+def collect_turns(policy, processor, conversations, update, config, stop) -> list[Turn] | None:
+    """S turns of every conversation, sampled from the policy: turns ordered (S, E); None if a stop was asked for."""
+    turns, sight, last = [], Sight(policy, config.generate_tokens), config.turns_per_env - 1
+    for s in running.progress(range(config.turns_per_env), nested=True, desc="rollout"):
         if stop.requested:
             return None
-        prompts, pictures = zip(*[(player.prompt_ids, player.picture) for player in players])
-        keys = [(SAMPLES, config.seed, update, player.index, s) for player in players]
+        prompts, pictures = zip(*[(conversation.prompt_ids, conversation.picture) for conversation in conversations])
+        keys = [(SAMPLES, config.seed, update, conversation.index, s) for conversation in conversations]
         uniforms = sampling_uniforms(keys, config.max_new_tokens)
         replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
                                   config.generate_tokens, pictures, sight)
-        for player, prompt_ids, picture, (response_ids, _) in zip(players, prompts, pictures, replies):
-            dialogue = player.index, player.episode, player.dialogue
-            messages, reward, done, info = player.play(response_ids)
-            answer_start = find_answer(processor, response_ids, player.env.answer_key)
+        for conversation, prompt_ids, picture, (response_ids, _) in zip(conversations, prompts, pictures, replies):
+            dialogue = conversation.index, conversation.episode, conversation.dialogue
+            reward, done, info, readable = conversation.play(response_ids)
+            answer_start = find_answer(processor, response_ids, conversation.env.answer_key)
             turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, dialogue, info, picture,
-                              s * config.num_envs + player.index))
-            if done and player in players[:2]:   # a few whole conversations to read: the way to see reward hacking
-                told = [message | {"content": envs.read_text(message)} for message in messages]
-                log_jsonl(Path(config.out) / "turns.jsonl", step=update + 1, env=player.index, messages=told,
-                          reward=reward, **info)
+                              s * config.num_envs + conversation.index))
+            # Two whole dialogues of each rollout to read: the way to see reward hacking.
+            if conversation in conversations[:2] and (done or info["new_dialogue"] or s == last):
+                running.log_jsonl(Path(config.out) / "turns.jsonl", step=update + 1, done=done, **readable, **info)
     return turns
 
 
-def group_dialogues(turns):
-    """The turns' indices by dialogue: a list of lists, each in the order they were played."""
+# ---- From turns to batches ---------------------------------------------------------------------------------
+
+def group_dialogues(turns: list[Turn]) -> list[list[int]]:
+    """The turns' indices by dialogue, each in the order they were played.
+
+    With E = 2 environments and S = 3, of which the first needs two tries and then one for its next hand, while the
+    second fails three times: [[0, 2], [4], [1, 3, 5]], by first turn: [[0, 2], [1, 3, 5], [4]].
+    """
     dialogues = {}
     for index, turn in enumerate(turns):
         dialogues.setdefault(turn.dialogue, []).append(index)
@@ -180,15 +236,34 @@ def dialogue_length(policy, turns, dialogue):
     return policy.num_tokens(last.prompt_ids, last.response_ids, last.picture)
 
 
-def turn_batches(policy, turns, dialogues, config, spare=None):
-    """Micro-batches of whole dialogues, as (lists of lists of turn indices, weight) pairs `in_step`: the turns of a
-    dialogue share one row."""
+def turn_batches(policy, turns, dialogues, config, filler=None) -> list[tuple[list[list[int]], float]]:
+    """Micro-batches of whole dialogues as (dialogues, weight), as many in every process: the turns of a dialogue share
+    one row. In the example above, if two rows fit: [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]."""
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
-    groups = cut_together(lengths, config.micro_batch_tokens)
-    return in_step([[dialogues[i] for i in group] for group in groups], spare)
+    groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
+    return running.even_out([[dialogues[i] for i in group] for group in groups], filler)
 
 
-def turn_logprobs(policy, turns, dialogues, config):
+def minibatches(turns, update, config):
+    """For every optimizer step of an update (epoch, first turn, number of turns, the dialogues that are ours).
+
+    Whole dialogues are shuffled; one belongs to the minibatch in which its last turn falls, so that a minibatch has
+    about `minibatch_turns` turns. All processes draw the same minibatches from the dialogues of all.
+    """
+    own = {turns[dialogue[0]].place: dialogue for dialogue in group_dialogues(turns)}
+    everyones = running.gather([[place, len(dialogue)] for place, dialogue in own.items()])
+    places, lengths = np.array(sorted(pair for part in everyones for pair in part)).T
+    for epoch in running.progress(range(config.epochs), nested=True, desc="update"):
+        order = np.random.default_rng((SHUFFLES, config.seed, update, epoch)).permutation(len(places))
+        ends = np.cumsum(lengths[order])                                            # turns up to the end of each
+        for start in range(0, lengths.sum(), config.minibatch_turns):
+            chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
+            yield epoch, start, int(lengths[chosen].sum()), [own[place] for place in places[chosen] if place in own]
+
+
+# ---- Scores and update -------------------------------------------------------------------------------------
+
+def turn_logprobs(policy, turns, dialogues: list[list[int]], config):
     """Weighted log-prob of each reply (B,) and value of each prompt (B,): the one function of rollout and update.
 
     `dialogues` are lists of turn indices; B runs over them in that order.
@@ -202,6 +277,7 @@ def turn_logprobs(policy, turns, dialogues, config):
     return (logprobs * torch.where(is_thought, config.thought_coef, 1.0)).sum(1), values
 
 
+@running.memory_advice("--micro-batch-tokens or set --gradient-checkpointing")
 @torch.no_grad()
 def score_turns(policy, turns, config):
     """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,)."""
@@ -213,22 +289,6 @@ def score_turns(policy, turns, config):
     return logprobs, values
 
 
-def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
-    """Generalised advantage estimates and returns, both (S, E), over turns.
-
-    rewards, values, dones are (S, E); next_values (E,) belong to the prompts after the last turn, and stand in for
-    what is still to come of an episode that goes on in the next update. An episode that ends, terminated or truncated,
-    passes nothing back: neither value nor advantage crosses `done`.
-    """
-    advantages, next_advantages = torch.zeros_like(rewards), torch.zeros_like(next_values)
-    for s in reversed(range(len(rewards))):
-        going = 1.0 - dones[s]
-        delta = rewards[s] + gamma * next_values * going - values[s]
-        next_advantages = delta + gamma * gae_lambda * going * next_advantages
-        advantages[s], next_values = next_advantages, values[s]
-    return advantages, advantages + values
-
-
 def estimate_advantages(turns, values, next_values, config):
     """`compute_gae` on a rollout's turns: advantages and returns, one for each."""
     shape = config.turns_per_env, -1
@@ -238,78 +298,49 @@ def estimate_advantages(turns, values, next_values, config):
     return advantages.flatten(), returns.flatten()
 
 
-def moments(values):
-    """Mean and variance of the values (n,) of all processes."""
-    values = values.double()
-    num = total(len(values))
-    mean = total(float(values.sum())) / num
-    return mean, total(float(((values - mean) ** 2).sum())) / num
-
-
-def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, config):
-    """Policy loss, value loss, and what to watch, each (B,); the caller averages. All arguments are (B,)."""
-    log_ratio = (logprobs - old_logprobs).clamp(max=math.log(10))   # beyond 10 no gradient, as in the official code
-    ratio = log_ratio.exp()
-    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - config.clip, 1 + config.clip) * advantages)
-    value_loss = 0.5 * (values - returns) ** 2
-    if config.value_clip:
-        clipped = old_values + (values - old_values).clamp(-config.value_clip, config.value_clip)
-        value_loss = torch.max(value_loss, 0.5 * (clipped - returns) ** 2)
-    watched = {"ratio": ratio, "approx_kl": ratio - 1 - log_ratio,
-               "clip_fraction": ((ratio - 1).abs() > config.clip).float()}
-    return policy_loss, value_loss, {name: value.detach() for name, value in watched.items()}
-
-
+@running.memory_advice("--micro-batch-tokens or set --gradient-checkpointing")
 def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, returns, update, config):
     """`epochs` passes over the N turns in shuffled minibatches, one optimizer step each; returns the stats to log.
 
-    Whole dialogues are shuffled; one belongs to the minibatch in which its last turn falls, so that a minibatch has
-    about `minibatch_turns` turns, and its loss is the mean over its own. All processes draw the same minibatches from
-    the dialogues of all, and each computes the part that is its own: how many there are changes nothing.
+    The loss of a minibatch is the mean over its turns, those of other processes included: how many there are changes
+    nothing. Policy loss and value loss both train the trunk that they share.
     """
-    mean, variance = moments(advantages)
+    mean, variance = mean_and_variance(advantages)
     normalised = (advantages - mean) / (math.sqrt(variance) + 1e-8)
     columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)   # (4, own turns)
-    own = {turns[dialogue[0]].place: dialogue for dialogue in group_dialogues(turns)}
-    everyones = gather([[place, len(dialogue)] for place, dialogue in own.items()])
-    places, lengths = np.array(sorted(pair for part in everyones for pair in part)).T
-    spare, sums, grad_norms, first_ratios = [next(iter(own.values()))], Counter(), [], []
-    for epoch in progress(range(config.epochs), desc="update", leave=False):
-        order = np.random.default_rng((SHUFFLES, config.seed, update, epoch)).permutation(len(places))
-        ends = np.cumsum(lengths[order])                                            # turns up to the end of each
-        for start in range(0, lengths.sum(), config.minibatch_turns):
-            chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
-            num_turns, fault = int(lengths[chosen].sum()), None
-            dialogues = [own[place] for place in places[chosen] if place in own]
-            for group, weight in turn_batches(policy, turns, dialogues, config, spare):
-                rows = [i for dialogue in group for i in dialogue]
-                logprobs, values = turn_logprobs(policy, turns, group, config)
-                old_logprob, old_value, advantage, target = columns[:, rows]        # (B,) each
-                policy_loss, value_loss, watched = ppo_loss(logprobs, old_logprob, values, old_value, advantage,
-                                                            target, config)
-                loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
-                if not torch.isfinite(loss):                                        # all stop at the norm they share
-                    fault = f"turns {[turns[i].place for i in rows[:8]]}...: loss {loss}, kept as bad_batch_*.json"
-                    dump_batch(config.out, [(turns[i].prompt_ids, turns[i].response_ids) for i in rows])
-                (loss * WORLD).backward()                                           # averaged over processes
-                if weight:
-                    first_ratios += watched["ratio"].tolist() if epoch == start == 0 else []
-                    for name, value in {"policy_loss": policy_loss, "value_loss": value_loss, **watched}.items():
-                        sums[name] += float(value.detach().sum())
-            grad_norms.append(clip_gradients(policy.parameters(), config.max_grad_norm))
-            if not math.isfinite(grad_norms[-1]):                                   # then it is so in every process
-                faults = [told for told in gather(fault) if told] or [f"grad_norm {grad_norms[-1]}"]
-                raise FloatingPointError(f"update {update + 1}, epoch {epoch}, minibatch from turn {start}, "
-                                         f"{faults[0]}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    stats = {name: total(value) / int(lengths.sum()) / config.epochs for name, value in sorted(sums.items())}
-    first_ratios = [ratio for part in gather(first_ratios) for ratio in part]
-    residual = moments(returns - old_values)[1] / (moments(returns)[1] + 1e-8)
+    filler, sums, grad_norms, first_ratios = [group_dialogues(turns)[0]], Counter(), [], []
+    for epoch, start, num_turns, dialogues in minibatches(turns, update, config):
+        fault = None
+        for group, weight in turn_batches(policy, turns, dialogues, config, filler):
+            rows = [i for dialogue in group for i in dialogue]
+            logprobs, values = turn_logprobs(policy, turns, group, config)
+            old_logprob, old_value, advantage, target = columns[:, rows]            # (B,) each
+            policy_loss, value_loss, watched = ppo_loss(logprobs, old_logprob, values, old_value, advantage, target,
+                                                        config.clip, config.value_clip)
+            loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
+            if not torch.isfinite(loss):                                            # all stop at the norm they share
+                fault = f"turns {[turns[i].place for i in rows[:8]]}...: loss {loss}"
+            (loss * running.WORLD).backward()                                       # averaged over processes
+            if weight:
+                first_ratios += [] if grad_norms else watched["ratio"].tolist()
+                for name, value in {"policy_loss": policy_loss, "value_loss": value_loss, **watched}.items():
+                    sums[name] += float(value.detach().sum())
+        grad_norms.append(running.clip_gradients(policy.parameters(), config.max_grad_norm))
+        if not math.isfinite(grad_norms[-1]):                                       # then it is so in every process
+            faults = [text for text in running.gather(fault) if text] or [f"grad_norm {grad_norms[-1]}"]
+            raise FloatingPointError(f"epoch {epoch}, minibatch from turn {start}, {faults[0]}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    num_seen = config.epochs * running.total(len(turns))
+    stats = {name: running.total(value) / num_seen for name, value in sorted(sums.items())}
+    first_ratios = [ratio for part in running.gather(first_ratios) for ratio in part]
+    residual = mean_and_variance(returns - old_values)[1] / (mean_and_variance(returns)[1] + 1e-8)
     return {**stats, "ratio_max_first": max(first_ratios), "ratio_min_first": min(first_ratios),
             "grad_norm": sum(grad_norms) / len(grad_norms), "optimizer_steps": len(grad_norms),
             "explained_variance": 1 - residual}
 
+
+# ---- What is logged ----------------------------------------------------------------------------------------
 
 def rollout_stats(turns, eos_id):
     """Counts and means over one rollout.
@@ -319,7 +350,7 @@ def rollout_stats(turns, eos_id):
     """
     own = [turn.info | {"reward": turn.reward, "done": turn.done, "length": len(turn.response_ids),
                         "cut": turn.response_ids[-1] != eos_id} for turn in turns]
-    rows = [row for part in gather(own) for row in part]
+    rows = [row for part in running.gather(own) for row in part]
     ended = [row for row in rows if row["done"]]
     statuses = Counter(row["status"] for row in rows)
     kinds = Counter(row["kind"] for row in rows)
@@ -335,7 +366,7 @@ def rollout_stats(turns, eos_id):
             "response_length": sum(row["length"] for row in rows) / len(rows)}
 
 
-def advance(policy, state, turns, upcoming, players, config):
+def advance(policy, state, turns, upcoming, conversations, config):
     """The state after an update: its number, the tokens spent so far, and where each environment stands.
 
     In sampling every turn reads its prompt anew, but a picture is looked at once in its dialogue.
@@ -345,106 +376,117 @@ def advance(policy, state, turns, upcoming, players, config):
     pictures = sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues)
     sampled = sum(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns) + policy.picture_tokens * pictures
     scored = dialogue_tokens + sum(dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming)))
-    places = gather([[player.index, player.episode, player.replies] for player in players])
+    places = running.gather([[conversation.index, conversation.episode, conversation.replies]
+                             for conversation in conversations])
     return {"step": state["step"] + 1,
-            "tokens_trained": state["tokens_trained"] + config.epochs * total(dialogue_tokens),
-            "tokens_rollout": state["tokens_rollout"] + total(sampled + scored),
+            "tokens_trained": state["tokens_trained"] + config.epochs * running.total(dialogue_tokens),
+            "tokens_rollout": state["tokens_rollout"] + running.total(sampled + scored),
             "players": [place[1:] for place in sorted(place for part in places for place in part)],
             "seconds": state["seconds"]}
 
 
-def compute_spent(state, num_params, task):
+def compute_spent(state, num_params, paper_lambda):
     """GFLOPs since the start: 6 N per token trained, 2 N per token of the rollouts; and by the formula of paper C.3."""
-    trained, rollout, lam = state["tokens_trained"], state["tokens_rollout"], LAMBDA[task.split("-")[0]]
+    trained, rollout = state["tokens_trained"], state["tokens_rollout"]
     return {"gflops": 2 * num_params * (3 * trained + rollout) / 1e9,
-            "gflops_paper": 2 * num_params * (3 + lam) * trained / 1e9}
+            "gflops_paper": 2 * num_params * (3 + paper_lambda) * trained / 1e9}
 
 
-def make_envs(config):
-    """The environments of a run; ValueError names settings that do not fit each other."""
+# ---- The run -----------------------------------------------------------------------------------------------
+
+def make_environments(config):
+    """This process's part of the environments; ValueError names settings that do not fit each other."""
     if not config.out or not config.model:
         raise ValueError("--out and --model are required; --model is a folder, such as a checkpoint of sft.py")
     num_turns = config.num_envs * config.turns_per_env
     if num_turns % config.minibatch_turns:
         raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must divide the {num_turns} turns of an update "
                          f"({config.num_envs} environments x {config.turns_per_env})")
-    if config.num_envs % WORLD:
-        raise ValueError(f"--num-envs {config.num_envs}: must be a multiple of the number of processes, {WORLD}")
-    environments = [envs.make_env(config.task, config.split, root=config.root, fold=config.fold,
-                                  verify_iter=config.verify_iter or None, feedback=config.feedback,
-                                  card_dir=config.card_dir, resolution=config.resolution or None,
-                                  prompt_file=config.prompt_file) for _ in mine(range(config.num_envs))]
+    if config.num_envs % running.WORLD:
+        raise ValueError(f"--num-envs {config.num_envs}: must be a multiple of the number of processes, {running.WORLD}")
+    split, *more = settings.read_splits(config.split)
+    if more:
+        raise ValueError(f"--split {' '.join(config.split)}: one split only, not {more[0].name} as well")
+    common = settings.read_settings(config.env)
+    environments = [envs.make_env(config.task, split.name, common, **split.settings)
+                    for _ in running.own_part(range(config.num_envs))]
     if config.minibatch_turns < (tries := environments[0].verify_iter):
-        raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must be at least --verify-iter {tries}, since a "
+        raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must be at least verify_iter, {tries}, since a "
                          "dialogue is never cut")
     return environments
 
 
-def main(config):
-    try:
-        device, environments = start_processes(config.device), make_envs(config)
-        newest = check_run(config)
-        torch.manual_seed(config.seed)
-        texts = envs.sample_texts(config.task, root=config.root, prompt_file=config.prompt_file)
-        policy, processor = load_sharded(str(newest or config.model), config.dtype, device, texts,
-                                         environments[0].atoms(), config.task.endswith("-vl"), config.freeze,
-                                         config.gradient_checkpointing, config.param_dtype)
-        optimizer = torch.optim.Adam([{"params": policy.backbone.parameters()},
-                                      {"params": policy.value_head.parameters()}], lr=config.lr, eps=1e-7)
-        state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
-                 "players": [[0, []]] * config.num_envs}
-        state = load_resume(newest, policy, optimizer) if newest else state
-        players = [Player(i, env, processor, config, *state["players"][i])
-                   for i, env in zip(mine(range(config.num_envs)), environments)]
-        open_run(config, newest)
-    except ValueError as error:
-        fail(error)
-    say(memory_estimate(policy, config))
-    stop, out = StopSignal(), Path(config.out)
+def set_up(config):
+    """All that a run needs, new or from its newest checkpoint; ValueError says what is wrong, before anything is
+    written."""
+    device, environments = running.start_processes(config.device), make_environments(config)
+    config = replace(config, dtype=running.pick_dtype(config.dtype, device, config.out))
+    newest = running.newest_checkpoint(config)
+    torch.manual_seed(config.seed)
+    load = partial(load_policy, str(newest or config.model), config.dtype, vision=environments[0].vision,
+                   freeze=config.freeze, gradient_checkpointing=config.gradient_checkpointing,
+                   param_dtype=config.param_dtype)
+    policy, processor = running.load_spread(load, device)
+    optimizer = torch.optim.Adam([{"params": policy.backbone.parameters()}, {"params": policy.value_head.parameters()}],
+                                 lr=config.lr, eps=1e-7)
+    state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
+             "players": [[0, []]] * config.num_envs}
+    state = running.load_resume(newest, policy, optimizer) if newest else state
+    conversations = [Conversation(i, env, processor, config, *state["players"][i])
+                     for i, env in zip(running.own_part(range(config.num_envs)), environments)]
+    running.open_run(config, newest)
+    return config, policy, processor, optimizer, state, conversations
 
-    bar = progress(range(state["step"], config.updates), initial=state["step"], total=config.updates, desc="rl")
+
+def set_learning_rates(optimizer, update, config):
+    """Of the backbone, which warms up, and of the value head, which does not; returns the first."""
+    schedule = running.learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final) / config.lr
+    lr = schedule * config.lr * min(1, (update + 1) / (config.lr_warmup + 1))
+    for group, group_lr in zip(optimizer.param_groups, (lr, schedule * (config.value_lr or config.lr))):
+        group["lr"] = group_lr
+    return lr
+
+
+def main(config):
+    with running.one_line_errors():
+        config, policy, processor, optimizer, state, conversations = set_up(config)
+    running.say_memory(policy, config)
+    stop, out, save = running.StopSignal(), Path(config.out), partial(
+        running.ensure_checkpoint, config.out, policy=policy, processor=processor, optimizer=optimizer,
+        keep_resume=config.keep_resume)
+    bar = running.progress(range(state["step"], config.updates), initial=state["step"], total=config.updates, desc="rl")
     for update in bar:
-        schedule = learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final) / config.lr
-        lr = schedule * config.lr * min(1, (update + 1) / (config.lr_warmup + 1))
-        for group, group_lr in zip(optimizer.param_groups, (lr, schedule * (config.value_lr or config.lr))):
-            group["lr"] = group_lr
-        clock = [time.time()]
-        try:
-            with memory_advice("--generate-tokens"):
-                turns = collect_turns(policy, processor, players, update, config, stop)
-        except ValueError as error:                                 # such as a picture that cannot be read
-            fail(f"update {update + 1}: {error}; the last checkpoint is whole", alone=True)
-        if turns is None:                                           # the rollout is dropped, `state` is from before it
-            save_checkpoint(out, update, policy, processor, optimizer, state, config.keep_resume)
-            leave(143)
+        with running.one_line_errors(f"update {update + 1}"):
+            lr, clock = set_learning_rates(optimizer, update, config), [time.time()]
+            turns = collect_turns(policy, processor, conversations, update, config, stop)
+            if turns is None:                                       # the rollout is dropped, `state` is from before it
+                stop.leave(save(update, state=state))
+            clock.append(time.time())
+            # the prompts that come next, as turns without a reply: only their values are used
+            # differs 10: nothing is generated for the bootstrap
+            upcoming = [Turn(conversation.prompt_ids, [], 0, 0.0, False, (conversation.index,), {},
+                             conversation.picture) for conversation in conversations]
+            old_logprobs, values = score_turns(policy, turns, config)               # one for each turn
+            _, next_values = score_turns(policy, upcoming, config)                  # one for each environment
+            advantages, returns = estimate_advantages(turns, values, next_values, config)
+            stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages, returns, update, config)
         clock.append(time.time())
-        # the prompts that come next, as turns without a reply: only their values are used
-        upcoming = [Turn(player.prompt_ids, [], 0, 0.0, False, (player.index,), {}, player.picture)
-                    for player in players]
-        try:
-            with memory_advice("--micro-batch-tokens or set --gradient-checkpointing"):
-                old_logprobs, values = score_turns(policy, turns, config)           # one for each turn
-                _, next_values = score_turns(policy, upcoming, config)              # one for each environment
-                advantages, returns = estimate_advantages(turns, values, next_values, config)
-                stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages, returns, update, config)
-        except FloatingPointError as error:
-            fail(f"{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
-        clock.append(time.time())
-        state = advance(policy, state | {"seconds": state["seconds"] + clock[2] - clock[0]}, turns, upcoming, players,
-                        config)
+        state = advance(policy, state | {"seconds": state["seconds"] + clock[2] - clock[0]}, turns, upcoming,
+                        conversations, config)
         rollout = rollout_stats(turns, policy.eos_id)
-        log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout, **stats, value=moments(values)[0],
-                  tokens_trained=state["tokens_trained"], tokens_rollout=state["tokens_rollout"],
-                  **compute_spent(state, policy.num_params, config.task), seconds=state["seconds"],
-                  seconds_rollout=clock[1] - clock[0], seconds_update=clock[2] - clock[1])
+        running.log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout, **stats,
+                          value=mean_and_variance(values)[0], tokens_trained=state["tokens_trained"],
+                          tokens_rollout=state["tokens_rollout"],
+                          **compute_spent(state, policy.num_params, envs.TASKS[config.task].paper_lambda),
+                          seconds=state["seconds"], seconds_rollout=clock[1] - clock[0],
+                          seconds_update=clock[2] - clock[1])
         bar.set_postfix(correct=f"{rollout['step_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}")
         stopping = stop.requested
         if (update + 1) % config.save_every == 0 or update + 1 == config.updates or stopping:
-            save_checkpoint(out, update + 1, policy, processor, optimizer, state, config.keep_resume)
+            saved = save(update + 1, state=state)
         if stopping:
-            leave(143)
+            stop.leave(saved)
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
-    leave()
+    running.run(main, Config)

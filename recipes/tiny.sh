@@ -7,8 +7,12 @@
 #   TASK=gp-vl bash recipes/tiny.sh         GeneralPoints from pictures, tested on red suits as well; twenty-five minutes
 #                                           on one core
 #   SEEDS="0 1 2" bash recipes/tiny.sh      repeats it; the table then has standard errors over seeds
-#   SMOKE=1 bash recipes/tiny.sh            everything once in about a minute; the numbers mean nothing
-#   MODEL=folder bash recipes/tiny.sh       another start; MORE_RL, MORE_SFT, MORE_TEST hold further options (gpu.sh)
+#   SMOKE=1 bash recipes/tiny.sh            everything once in about a minute, in a folder of its own; the numbers mean
+#                                           nothing
+#   MODEL=folder bash recipes/tiny.sh       another start, with SMOKE=1 as well; OUT=folder for the runs; MORE_RL,
+#                                           MORE_SFT, MORE_TEST hold further options (gpu.sh)
+#
+# It can be stopped at any time (Ctrl-C); the same command goes on.
 #
 # The start is data/base/$TASK (recipes/base.sh). GP-L: neither rule of the paper was in its training, so what is asked
 # there is generalisation. V-IRL-L: one expert reply in five of its training took relative actions, so what is asked is
@@ -18,31 +22,30 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TASK=${TASK:-gp-l}
-OUT=${OUT:-runs/tiny-$TASK}
+OUT=${OUT:-runs/tiny-$TASK${SMOKE:+-smoke}}
 SEEDS=${SEEDS:-0}
 MODEL=${MODEL:-data/base/$TASK}
 ppo="--clip 0.2 --value-coef 0.1 --value-lr 1e-3"
 case $TASK in
 gp-l)
-    task=(--task gp-l); train="--fold train"; max_new_tokens=40
+    env=(); train="id fold=train"; max_new_tokens=40
     rl="--updates 14 --save-every 7 --num-envs 256 --turns-per-env 4 --minibatch-turns 256 --epochs 1"
     rl="$rl --lr 3e-5 --lr-final 1e-5 --lr-horizon 14 --temperature 0.7"
     sft="--steps 260 --save-every 65 --lr 1e-4"
-    test="--episodes 500" ;;
+    test="--episodes 500 --dtype float32" ;;
 virl-l)
     DATA=${DATA:-$OUT/city}
-    [ -d "$DATA" ] || python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
-    task=(--task virl-l --root "$DATA"); train=""; max_new_tokens=48
+    env=("root=$DATA"); train="id"; max_new_tokens=48
     rl="--updates 8 --save-every 4 --num-envs 256 --turns-per-env 4 --minibatch-turns 1024 --epochs 4"
     rl="$rl --lr 1e-4 --lr-final 5e-5 --lr-horizon 8 --lr-warmup 2 --temperature 1.0"
     sft="--steps 240 --save-every 80 --lr 1e-4"
-    test="--episodes 300" ;;
+    test="--episodes 300 --dtype float32" ;;
 gp-vl)
-    task=(--task gp-vl --resolution 224); train="--fold train"; max_new_tokens=40
+    env=(resolution=224); train="id fold=train"; max_new_tokens=40
     rl="--updates 14 --save-every 7 --num-envs 256 --turns-per-env 4 --minibatch-turns 256 --epochs 1"
     rl="$rl --lr 3e-5 --lr-final 1e-5 --lr-horizon 14 --temperature 0.7"
     sft="--steps 184 --save-every 92 --lr 1e-4"
-    test="--episodes 200 --splits id,rule_ood,visual_ood --dtype bfloat16" ;;
+    test="--episodes 200 --splits id rule_ood visual_ood" ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
 rl="$rl ${MORE_RL:-}"; sft="$sft ${MORE_SFT:-}"; test="$test ${MORE_TEST:-}"   # the last of two equal options counts
@@ -51,15 +54,28 @@ if [ -n "${SMOKE:-}" ]; then
     sft="--steps 4 --save-every 2 --batch-size 16 --lr 1e-4"
     test=$(echo "$test" | sed "s/--episodes [0-9]*/--episodes 32/g")
 fi
-common=(--model "$MODEL" "${task[@]}" $train --dtype bfloat16 --micro-batch-tokens 8192)
+read -ra seeds <<<"$SEEDS"
+stages=$((4 * ${#seeds[@]} + 1)) stage=0
+stage() {
+    stage=$((stage + 1))
+    echo "== $TASK, stage $stage of $stages: $1 ($((SECONDS / 60)) minutes so far)"
+}
+common=(--model "$MODEL" --task "$TASK" --micro-batch-tokens 8192 ${env[@]+--env "${env[@]}"})
 sample="--max-new-tokens $max_new_tokens --generate-tokens 8192"
+[ "$TASK" != virl-l ] || [ -d "$DATA" ] ||
+    python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
 runs=""
-for seed in $SEEDS; do
-    python rl.py --out "$OUT/rl_$seed" --seed "$seed" "${common[@]}" $rl $ppo $sample
-    # SFT, with as many steps as cost about the compute of PPO above
-    python sft.py --out "$OUT/sft_$seed" --seed "$seed" "${common[@]}" $sft
-    python evaluate.py --run-folder "$OUT/rl_$seed" --seeds "$seed" "${task[@]}" $test $sample
-    python evaluate.py --run-folder "$OUT/sft_$seed" --no-start --seeds "$seed" "${task[@]}" $test $sample
+for seed in "${seeds[@]}"; do
+    stage "PPO on the training rule, seed $seed"
+    python rl.py --out "$OUT/rl_$seed" --seed "$seed" "${common[@]}" --split $train $rl $ppo $sample
+    stage "SFT on the training rule, about as much compute, seed $seed"
+    python sft.py --out "$OUT/sft_$seed" --seed "$seed" "${common[@]}" --mix $train $sft
+    stage "the start and PPO's checkpoints on both rules, seed $seed"
+    python evaluate.py --run-folder "$OUT/rl_$seed" --seeds "$seed" $test $sample
+    stage "SFT's checkpoints on both rules, seed $seed"
+    python evaluate.py --run-folder "$OUT/sft_$seed" --no-start --seeds "$seed" $test $sample
     runs="$runs,$OUT/sft_$seed,$OUT/rl_$seed"
 done
+stage "table and figure"
 python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
+[ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

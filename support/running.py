@@ -1,0 +1,587 @@
+"""What a run needs and the paper does not mention: configs, errors of one line, the log, checkpoints, signals, processes.
+
+The scripts are written as if there were one process. torchrun starts one per device: what they have to agree on goes
+through `gather` and `total`, which every process calls at the same point and which cost nothing in a single one.
+
+A run folder:
+
+    config.json        the settings; a run goes on only with the same ones
+    metrics.jsonl      one line per optimizer step (sft.py) or update (rl.py); turns.jsonl: whole conversations
+    step_000400/       a Hugging Face folder, value_head.safetensors, and resume/ with the optimizer's state
+    step_000500.tmp/   a checkpoint that was never finished: it is skipped
+
+The last section is the one that the paper's scale needs: weights, gradients and optimizer state spread over the
+processes with FSDP2.
+"""
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import MISSING, asdict, field, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# ---- Configs and the command line --------------------------------------------------------------------------
+
+
+def knob(default, help, low=None, high=None, choices=None):
+    """A field of a script's Config: its default, help text, and what values are allowed."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        word = re.search(r"unrecognized arguments: (\S+)", message)
+        fail(f"unknown option {word[1]}; --help lists them all" if word else message)
+
+
+def fail(message, alone=False):
+    """Say one line and exit with 2: the ending for the user's mistakes. `alone`: this process says it even if it is not
+    the first, since the others do not come here."""
+    sys.stdout.flush()
+    if RANK == 0 or alone:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_config(cls, argv=None):
+    """A Config from the command line; a flag, type or value that is not allowed ends the program with one line.
+
+    A field of type tuple takes words up to the next flag: `--env root=city0 verify_iter=3`.
+    """
+    parser = OneLineParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(cls):
+        kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
+                {"nargs": "+", "type": str} if f.type is tuple else {"type": f.type})
+        shown = " ".join(f.default) if f.type is tuple else f.default
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
+                            help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    config = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    for f in fields(cls):
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        flag, choices = "--" + f.name.replace("_", "-"), f.metadata["choices"]
+        if choices and value not in choices:
+            parser.error(f"{flag} {value!r}: allowed are {', '.join(map(str, choices))}")
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"{flag} {value}: must be a finite number")
+        if low is not None and value < low or high is not None and value > high:
+            parser.error(f"{flag} {value}: must be {f'at least {low}' if high is None else f'from {low} to {high}'}")
+    return config
+
+
+@contextlib.contextmanager
+def one_line_errors(where=None):
+    """The user's mistakes (ValueError) and numbers that are not finite end with one line, no traceback.
+
+    `where` says in which step or update of a run that has begun; before, all processes meet the same error.
+    """
+    begun = "" if where is None else f"{where}: "
+    try:
+        yield
+    except FloatingPointError as error:                  # in every process: they share the gradient's norm
+        fail(f"{begun}{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
+    except ValueError as error:                          # in a run such as a picture that cannot be read
+        fail(f"{begun}{error}{'; the last checkpoint is whole' if begun else ''}", alone=bool(begun))
+
+
+@contextlib.contextmanager
+def memory_advice(knobs):
+    """Where memory may run out (also as a decorator): end with one line that says which knobs to turn."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).splitlines()[0]} Lower {knobs}; what is saved is whole, and the same command goes on",
+             alone=True)
+
+
+def run(main, config_class):
+    """A script: its command line, `main`, and an end that all processes reach together."""
+    try:
+        main(parse_config(config_class))
+    except KeyboardInterrupt:                            # not in a training loop: StopSignal takes it there
+        sys.stdout.flush()
+        print("\nstopped; the same command goes on with what is saved", file=sys.stderr)
+        os._exit(130)                                    # the other processes have been told as well
+    leave()
+
+
+# ---- Console and files -------------------------------------------------------------------------------------
+
+def progress(iterable=None, nested=False, **kwargs):
+    """A progress bar, shown by the first process; where nobody watches, rarely, and a nested one not at all."""
+    watched = sys.stderr.isatty()
+    return tqdm(iterable, disable=RANK > 0 or nested and not watched, leave=not nested,
+                mininterval=0.1 if watched else 20, **kwargs)
+
+
+def say(text):
+    """Print a line, in the first process."""
+    if RANK == 0:
+        tqdm.write(text)
+
+
+def write_atomically(path, text):
+    """Replace a file's content in one move, so that no reader and no crash ever sees half of it."""
+    if RANK > 0:
+        return
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def read_jsonl(path):
+    """The rows of a log; a last line that was never finished is left out, and a file that is not there is empty."""
+    if not Path(path).is_file():
+        return []
+    return [json.loads(line) for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def log_jsonl(path, **row):
+    """Append a row to a log, in the first process."""
+    if RANK > 0:
+        return
+    append_line(path, row)
+
+
+def append_line(path, row):
+    """Append a row to a file, in any process."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+# ---- Device, type and memory -------------------------------------------------------------------------------
+
+def pick_device(name):
+    """"auto" is CUDA where there is one; anything else is torch's name of a device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def seconds_of_products(dtype):
+    """The best of three times of a matrix product on the CPU."""
+    a, times = torch.ones(256, 512, dtype=dtype), []
+    b = torch.ones(512, 512, dtype=dtype)
+    for _ in range(3):
+        started = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def pick_dtype(name, device, run_folder=None):
+    """"auto": what the run folder has recorded; else bfloat16 on CUDA, and on a CPU where it is the faster one.
+
+    Many CPUs have no bfloat16 units, and compute in it 25 to 80 times more slowly than in float32. The choice is said.
+    """
+    if name != "auto":
+        return name
+    recorded = read_run_config(run_folder).get("dtype") if run_folder else None
+    if recorded not in (None, "auto"):
+        return recorded
+    faster = device.type != "cpu" or seconds_of_products(torch.bfloat16) < seconds_of_products(torch.float32)
+    dtype = gather("bfloat16" if faster else "float32")[0]
+    say(f"dtype auto: {dtype}, the faster one on this {'GPU' if device.type == 'cuda' else device.type.upper()}")
+    return dtype
+
+
+def memory_estimate(policy, config):
+    """A line on the memory that training needs on each device: what stays, and what one micro-batch adds.
+
+    Weights, gradients and Adam's two moments are shared out. Sampling has all weights on every device, in the type that
+    the policy computes in, and for a Llama fused projections beside them; a single process has all weights in that type
+    if the master weights are of another. What a layer keeps of a token for the backward pass is fitted to Llama's (40
+    bytes per hidden unit, four numbers per unit of the MLP); with checkpointing it is the layer's input, and all of
+    that for one layer at a time. A quarter of the tokens is taken for replies, which have logits.
+    """
+    text, tokens = policy.backbone.config.get_text_config(), config.micro_batch_tokens
+    size, samples = policy.dtype.itemsize, hasattr(config, "generate_tokens")
+    parts = dict(policy.backbone.named_parameters())
+    stays = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parts.values()) / WORLD
+    cast = WORLD == 1 and any(p.dtype != policy.dtype for p in parts.values())
+    copied = [name for name in parts if cast or samples and WORLD > 1]
+    if samples and not cast and not policy.picture_tokens:
+        copied += [name for name in parts if re.search(r"\.(q|k|v|gate|up)_proj\.", name)]
+    copies = size * sum(parts[name].numel() for name in copied)
+    layers, kept = text.num_hidden_layers, 40 * text.hidden_size + 4 * size * text.intermediate_size
+    activations = tokens * (kept + 4 * text.hidden_size * layers if config.gradient_checkpointing else kept * layers)
+    logits = tokens / 4 * policy.backbone.lm_head.weight.shape[0] * (4 + size)
+    return (f"memory on each device: about {stays / 1e9:.1f} GB for weights, gradients and Adam, {copies / 1e9:.1f} GB "
+            f"for weights as computed with, {(activations + logits) / 1e9:.1f} GB for a micro-batch of {tokens} "
+            "tokens, a picture's counted as if they were text, which takes more")
+
+
+def say_memory(policy, config):
+    """Print the estimate where memory is short: on GPUs."""
+    if policy.device.type == "cuda":
+        say(memory_estimate(policy, config))
+
+
+def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
+    """Linear warm-up over a share of the `steps`, then a cosine from `peak` to `final`."""
+    warmup = math.ceil(warmup_ratio * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+# ---- Run folders and checkpoints ---------------------------------------------------------------------------
+
+# Fields that say how a run is executed, not what it computes: they may differ when it is continued.
+MAY_DIFFER = {"out", "device", "micro_batch_tokens", "generate_tokens", "save_every", "keep_resume",
+              "gradient_checkpointing"}
+
+
+def read_run_config(run):
+    """config.json of a run folder, {} if there is none; ValueError if it is no JSON object."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def checkpoint_step(folder):
+    return int(Path(folder).name.removeprefix("step_"))
+
+
+def checkpoints(out):
+    """The complete checkpoints of a run folder, oldest first."""
+    return sorted((p for p in Path(out).glob("step_*") if not p.suffix), key=checkpoint_step)
+
+
+def newest_checkpoint(config):
+    """The newest complete checkpoint of the run folder, from which it goes on, or None; writes nothing.
+
+    ValueError names the fields in which the folder's config differs from this one, or says that it holds no run.
+    """
+    out = Path(config.out)
+    if (out / "config.json").is_file():
+        theirs, ours = read_run_config(out), json.loads(json.dumps(asdict(config)))
+        differing = [k for k in {**theirs, **ours}
+                     if k not in MAY_DIFFER and theirs.get(k, MISSING) != ours.get(k, MISSING)]
+        if differing:
+            listed = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differing)
+            raise ValueError(f"out folder {config.out} belongs to another config ({listed}): choose another --out (OUT= "
+                             "of a recipe)")
+    elif out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
+        raise ValueError(f"out folder {config.out} is not empty and holds no run: choose another --out")
+    for torn in sorted(out.glob("step_*.tmp")):
+        say(f"{torn} was never finished: skipped")
+    resumable = [p for p in checkpoints(out) if (p / "resume" / "state.json").is_file()]
+    if checkpoints(out) and not resumable:
+        raise ValueError(f"out folder {config.out} has checkpoints but none with its resume/ folder: "
+                         f"go on with --model {checkpoints(out)[-1]} and another --out")
+    return resumable[-1] if resumable else None
+
+
+def open_run(config, newest):
+    """Make the run folder with its config.json, or cut its log back to the checkpoint it goes on from."""
+    gather(None)                                         # all have looked at the folder
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    last_step = checkpoint_step(newest) if newest else 0
+    for name in ("metrics.jsonl", "turns.jsonl"):
+        if (out / name).is_file():
+            rows = [row for row in read_jsonl(out / name) if row["step"] <= last_step]
+            write_atomically(out / name, "".join(json.dumps(row) + "\n" for row in rows))
+    if newest:
+        say(f"{out}: goes on after step {last_step}")
+    gather(None)
+
+
+def gather_weights(policy):
+    """{"backbone": {name: tensor}, "value_head": ...} in the memory of the first process, put together one by one."""
+    weights, known = {"backbone": {}, "value_head": {}}, {}
+    for name, tensor in policy.state_dict(keep_vars=True).items():
+        part, _, rest = name.partition(".")
+        if id(tensor) not in known:                      # tied weights are one tensor with two names
+            values = tensor.detach()
+            if isinstance(values, DTensor):
+                values = values.full_tensor()
+                values = values.cpu() if RANK == 0 else None
+            known[id(tensor)] = values
+        weights[part][rest] = known[id(tensor)]
+    return weights
+
+
+def publish(temporary, final):
+    """Give a complete folder its final name, once all of it is on the disk."""
+    for path in [*temporary.rglob("*"), temporary]:
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
+    os.replace(temporary, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_checkpoint(folder, policy, processor, optimizer, state, with_value_head):
+    """All files of a checkpoint; every process has written its own when this returns."""
+    weights = gather_weights(policy)
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "resume").mkdir(parents=True)
+        policy.backbone.save_pretrained(folder, state_dict=weights["backbone"])
+        processor.save_pretrained(folder)
+        if with_value_head:
+            save_file(weights["value_head"], folder / "value_head.safetensors")
+        (folder / "resume" / "state.json").write_text(json.dumps(state))
+    gather(None)                                         # the folder is there
+    names = {p: name for name, p in policy.named_parameters()}
+    parts = {f"{names[p]}.{key}": value.to_local().contiguous() if isinstance(value, DTensor) else value
+             for p, entry in optimizer.state.items() for key, value in entry.items()}
+    save_file(parts, folder / "resume" / f"optimizer_{RANK:05d}.safetensors")
+    gather(None)
+
+
+def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resume=2, with_value_head=True):
+    """Write step_000400/, unless it is there: a Hugging Face folder, value_head.safetensors, and resume/ (optimizer and
+    `state`).
+
+    It is written as step_000400.tmp/ and renamed when it is complete. Weights stay; resume/ is kept for the newest
+    `keep_resume` checkpoints. Every process writes its part of the optimizer state; the first writes all the rest.
+    """
+    final = Path(out) / f"step_{step:06d}"
+    temporary = final.with_suffix(".tmp")
+    if any(gather(final.exists())):
+        return final
+    try:
+        write_checkpoint(temporary, policy, processor, optimizer, state, with_value_head)
+        if RANK == 0:
+            publish(temporary, final)
+            for old in checkpoints(out)[:-keep_resume]:
+                shutil.rmtree(old / "resume", ignore_errors=True)
+    except (OSError, SafetensorError) as error:          # such as a full disk
+        fail(f"{temporary}: {error}; the checkpoints before it are whole, and the same command goes on", alone=True)
+    gather(None)
+    return final
+
+
+def load_resume(folder, policy, optimizer):
+    """Put the optimizer state of a checkpoint back and return its `state`; the weights come with load_policy.
+
+    Each tensor is put together from the parts of the processes that wrote it and cut anew for those that read it.
+    """
+    files = [safe_open(path, "pt") for path in sorted((folder / "resume").glob("optimizer_*.safetensors"))]
+    names = set(files[0].keys())
+    for name, p in policy.named_parameters():
+        if f"{name}.step" in names:
+            optimizer.state[p] = {"step": files[0].get_tensor(f"{name}.step")}
+            for key in ("exp_avg", "exp_avg_sq"):
+                parts = [file.get_tensor(f"{name}.{key}") for file in files]
+                optimizer.state[p][key] = shard_like(p, torch.cat(parts) if len(parts) > 1 else parts[0])
+    return json.loads((folder / "resume" / "state.json").read_text())
+
+
+class StopSignal:
+    """Turns Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loops look at together; a second one exits at once."""
+
+    def __init__(self):
+        self.status = 0                                  # what a shell expects of a process that was stopped so
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, _):
+        if self.status:
+            os._exit(self.status)
+        self.status = 130 if number == signal.SIGINT else 143
+        if RANK == 0:
+            os.write(2, b"\nstopping: saves first; a second signal leaves at once\n")
+
+    @property
+    def requested(self):
+        """Whether any process received one."""
+        return any(gather(self.status))
+
+    def leave(self, checkpoint):
+        """End the run, saved; the status says by which signal."""
+        say(f"stopped; {checkpoint} is saved, and the same command goes on")
+        leave(max(gather(self.status)))
+
+
+# ---- Several processes -------------------------------------------------------------------------------------
+
+def start_processes(name):
+    """The device of this process, once it has met the others.
+
+    A process that waits for another for half an hour gives up: the first may write 43 GB meanwhile, to a slow disk.
+    """
+    device = pick_device(name)
+    if WORLD > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    return device
+
+
+def leave(status=0):
+    """End of a script: exit with this status, all processes together."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)   # torch's threads sometimes crash a normal exit
+    sys.exit(status)
+
+
+def gather(value):
+    """The values of all processes in order of rank; a value is anything that JSON can hold."""
+    if WORLD == 1:
+        return [value]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(WORLD)]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    rows = [torch.zeros(int(max(sizes)), dtype=torch.uint8, device=device) for _ in range(WORLD)]
+    dist.all_gather(rows, F.pad(data, (0, int(max(sizes)) - len(data))))
+    return [json.loads(bytes(row[:int(size)].tolist())) for row, size in zip(rows, sizes)]
+
+
+def total(value):
+    """The sum of a number over all processes."""
+    return sum(gather(value))
+
+
+def own_part(items):
+    """The part of a sequence that falls to this process: with two of them, every second item."""
+    return items[RANK::WORLD]
+
+
+def even_out(batches, filler=None):
+    """(batch, weight) pairs, as many in every process: each pass gathers weights from all. A process that has fewer
+    batches repeats its last, or `filler` if it has none, with weight 0."""
+    missing = max(gather(len(batches))) - len(batches)
+    return [(batch, 1.0) for batch in batches] + [((batches or [filler])[-1], 0.0)] * missing
+
+
+# ---- FSDP2: weights, gradients and optimizer state spread over the processes -------------------------------
+
+def layers_of(policy):
+    """The layers of the language model and of the vision tower: the units of sharding and of checkpointing."""
+    names = policy.backbone._no_split_modules or ()
+    return [module for module in policy.backbone.modules() if type(module).__name__ in names]
+
+
+def enable_checkpointing(policy):
+    """Compute a layer's activations again in the backward pass instead of keeping them."""
+    if not layers_of(policy):
+        raise ValueError(f"gradient_checkpointing: {policy.backbone.config.model_type} does not name its layers")
+    for layer in layers_of(policy):                      # transformers' own switch leaves the vision tower out
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def broadcast_module(unit, device):
+    """Move a module's parameters and buffers to `device`, on every process with the values of the first."""
+    moved = {}                                           # by id: tied weights are one tensor in two places
+    for module in unit.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in moved:
+                    values = tensor.detach().to(device) if RANK == 0 else torch.empty_like(tensor, device=device)
+                    dist.broadcast(values, 0)
+                    if isinstance(tensor, nn.Parameter):
+                        values = nn.Parameter(values, tensor.requires_grad)
+                    moved[id(tensor)] = values, tensor         # the original, too, so that no other gets its id
+                tensors[name] = moved[id(tensor)][0]
+
+
+def load_spread(load, device):
+    """(policy, processor) for training, by load(device, hollow); with several processes each holds a share (FSDP2).
+
+    Each layer is a unit, the rest another one. Only the first process reads the folder (for the others `hollow` leaves
+    the weights out), and no device ever holds more than one whole unit beside its shares. Master weights and sums over
+    processes are float32 (or `--param-dtype`); if the policy computes in bfloat16, that is what is gathered.
+    """
+    if WORLD == 1:
+        return load(device, hollow=False)
+    error = None
+    try:
+        policy, processor = load("cpu", hollow=RANK > 0)
+    except ValueError as problem:
+        error = str(problem)
+    if errors := [problem for problem in gather(error) if problem]:
+        raise ValueError(errors[0])
+    names = gather([name for name, _ in policy.named_parameters()])[0]
+    lm_head = policy.backbone.lm_head
+    if "backbone.lm_head.weight" in names and lm_head.weight is policy.backbone.get_input_embeddings().weight:
+        lm_head.weight = nn.Parameter(torch.empty_like(lm_head.weight))   # tied by the config, but not in the file
+    settings = {"mesh": init_device_mesh(device.type, (WORLD,)), "reshard_after_forward": True,
+                "mp_policy": MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32)}
+    for unit in [*layers_of(policy), policy]:
+        broadcast_module(unit, device)
+        fully_shard(unit, **settings)
+    register_fsdp_forward_method(policy, "generate")
+    return policy, processor
+
+
+@contextlib.contextmanager
+def unsharded(policy):
+    """Sharded weights are put together on every process, so that sampling waits for nobody, and taken apart after.
+
+    Replies differ in length, so a decode that gathered weights layer by layer would leave processes waiting.
+    """
+    units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
+        unit.reshard()
+
+
+def clip_gradients(parameters, max_norm):
+    """Scale gradients to a norm of at most `max_norm`; their norm before, as a float."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def shard_like(p, tensor):
+    """A whole tensor on the device of parameter p and, if p is sharded, sharded as p is."""
+    if not isinstance(p, DTensor):
+        return tensor.to(p.device)
+    shared, rows = torch.zeros_like(p.detach()), tensor.chunk(WORLD)
+    if RANK < len(rows):
+        shared.to_local().copy_(rows[RANK])
+    return shared

@@ -1,0 +1,102 @@
+"""Settings and splits as a user writes them, for the command lines of all scripts and of envs.py.
+
+    id rule=11,11,11 target=36 rule_ood      two splits, the first with settings that are for it alone
+    id:0.7 rule_ood:0.3                      two splits and their weights
+"""
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Split(NamedTuple):
+    """A split as a user names it, with settings that are for it alone."""
+    name: str
+    settings: dict
+    weight: float = 1.0
+
+    @property
+    def label(self):
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+
+
+def read_settings(words):
+    """("rule=11,11,11", "target=36") -> {"rule": "11,11,11", "target": "36"}."""
+    settings = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not sign or not key:
+            raise ValueError(f"setting {word!r}: expected KEY=VALUE, such as verify_iter=3")
+        settings[key] = value
+    return settings
+
+
+def read_splits(words):
+    """("id:0.7", "rule=11,11,11", "rule_ood") -> [Split("id", {"rule": "11,11,11"}, 0.7), Split("rule_ood", {}, 1.0)]."""
+    splits = []
+    for word in words:
+        if "=" in word:
+            if not splits:
+                raise ValueError(f"setting {word!r}: the name of a split must stand before it, such as id {word}")
+            splits[-1].settings.update(read_settings([word]))
+            continue
+        name, colon, weight = word.partition(":")
+        try:
+            if not 0 < float(weight or 1) < float("inf"):
+                raise ValueError("it must be above 0")
+        except ValueError:
+            raise ValueError(f"split {word!r}: its weight {weight!r} must be a number above 0, as in id:0.7") from None
+        splits.append(Split(name, {}, float(weight or 1)))
+    if not splits:
+        raise ValueError("no split is named")
+    return splits
+
+
+def read_value(name, value, default):
+    """The text of a setting as the type of its default; ValueError if it is none."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    if isinstance(default, bool):
+        check_choice(name, value, ("true", "false"))
+        return value == "true"
+    if not re.fullmatch(r"-?\d+", value):
+        raise ValueError(f"{name} {value!r}: must be a whole number")
+    return int(value)
+
+
+def check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r}: allowed are {', '.join(allowed)}")
+
+
+def check_whole(name, value, low, high=None):
+    if type(value) is not int or value < low:
+        raise ValueError(f"{name} {value!r}: must be a whole number, {low} or more")
+    if high is not None and value > high:
+        raise ValueError(f"{name} {value}: must be at most {high}")
+
+
+def load_templates(path, templates, more_values):
+    """`templates` with those of a JSON file put over them; ValueError names what the file may not hold.
+
+    A template may use the {names} of the one that it replaces, and those that `more_values` has for it.
+    """
+    if not path:
+        return templates
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"prompt file {path}: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"prompt file {path}: expected a JSON object of templates, got {type(given).__name__}")
+    for name, text in given.items():
+        if name not in templates:
+            raise ValueError(f"prompt file {path}: unknown template {name!r}; allowed: {', '.join(templates)}")
+        if not isinstance(text, str):
+            raise ValueError(f"prompt file {path}: template {name!r} must be text, got {type(text).__name__}")
+        allowed = set(re.findall(r"\{(\w+)\}", templates[name])) | more_values.get(name, set())
+        foreign = set(re.findall(r"\{(\w+)\}", text)) - allowed
+        if foreign:
+            raise ValueError(f"prompt file {path}: template {name!r} uses {{{min(foreign)}}}; "
+                             f"allowed: {', '.join(sorted(allowed)) or 'none'}")
+    return {**templates, **given}

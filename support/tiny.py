@@ -1,0 +1,134 @@
+"""Writes a tiny random-init model with its tokenizer, as an ordinary model folder.
+
+    python support/tiny.py --task gp-l --out runs/blank                              # a Llama
+    python support/tiny.py --task gp-vl --out runs/blank --size 96x4                 # an Mllama, which sees pictures
+    python support/tiny.py --task virl-l --out runs/blank --env root=city0
+
+Its tokenizer is trained on the task's own prompts, replies and verdicts, so that a prompt is short.
+"""
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor,
+                          PreTrainedTokenizerFast)
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil   # needs no torchvision
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # a script in a folder: the repository is above
+
+import envs
+from support import running
+
+IMAGE_TOKEN = "<|image|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '" + IMAGE_TOKEN + "' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|end_of_turn|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
+@dataclass
+class Config:
+    """A model of about a million parameters."""
+    out: str = running.knob("", "the folder to write, new")
+    task: str = running.knob("gp-l", "the task whose words its tokenizer learns; -vl: a vision model",
+                             choices=tuple(envs.TASKS))
+    env: tuple = running.knob((), "settings of the task, such as root=city0 (envs.py lists them)")
+    size: str = running.knob("128x4", "WIDTHxLAYERS")
+    seed: int = running.knob(0, "fixes the weights", low=0)
+
+
+def sample_texts(task, num=200, **settings):
+    """Prompts, replies and verdicts of the splits of a task in words, for training a small tokenizer."""
+    for split, own in envs.TASKS[task].splits.items():
+        if own.get("data", "train") != "train":                    # the other data sets may not be there
+            continue
+        env = envs.make_env(task, split, **settings)
+        env.picture = lambda: None                                 # only words are needed, and drawing takes time
+        yield " ".join(env.atoms() * 2)
+        for i in range(num):
+            env.reset(seed=f"texts/{i}")
+            messages = env.skip_ahead(env.rng, balance=False)
+            yield envs.read_text(messages[-1])
+            for reply in (env.flawed_reply(), env.expert_reply()):
+                messages, *_ = env.step(reply)
+                yield reply
+                yield envs.read_text(messages[-1])
+
+
+def train_tokenizer(texts, atoms, vocab_size=4096):
+    """A byte-level BPE tokenizer trained on `texts`, with every string of `atoms` kept as a token of its own.
+
+    Whatever stands between two atoms may grow into one token however long it is, so the constant wording of a prompt
+    costs next to nothing. Any string can be encoded and comes back unchanged.
+    """
+    words = sorted({re.escape(a) for a in atoms if a.isalnum()}, key=len, reverse=True)
+    marks = sorted({re.escape(a) for a in atoms if not a.isalnum()}, key=len, reverse=True)
+    pattern = "|".join([rf"\b(?:{'|'.join(words)})\b"] * bool(words) + marks)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  min_frequency=2, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|end_of_turn|>", pad_token="<|pad|>",
+        extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"], chat_template=CHAT_TEMPLATE,
+        padding_side="left", clean_up_tokenization_spaces=False)
+
+
+def make_tiny(size, vision, texts, atoms):
+    """(backbone, processor) of random weights from torch's seed, WIDTHxLAYERS.
+
+    In words a Llama; with `vision` an Mllama that sees pictures as one tile of 224 pixels in 64 patches, with a vision
+    tower of the same width and every second layer looking at the picture.
+    """
+    match, least = re.fullmatch(r"(\d+)x(\d+)", size), 2 if vision else 1
+    width, layers = map(int, match.groups()) if match else (0, 0)
+    if width % 32 or not width or layers < least:
+        raise ValueError(f"--size {size!r}: must be WIDTHxLAYERS, WIDTH a multiple of 32 and LAYERS at least {least}")
+    tokenizer = train_tokenizer(texts, atoms)
+    common = dict(
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 32,
+        num_key_value_heads=width // 32, intermediate_size=width * 8 // 3 // 32 * 32, max_position_embeddings=4096,
+        tie_word_embeddings=not vision, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    if not vision:
+        return LlamaForCausalLM(LlamaConfig(**common)), tokenizer
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)       # its id is V: beyond lm_head, so never sampled
+    processor = MllamaProcessor(MllamaImageProcessorPil(size={"height": 224, "width": 224}, max_image_tiles=1),
+                                tokenizer, chat_template=CHAT_TEMPLATE)
+    backbone = MllamaForConditionalGeneration(MllamaConfig(
+        image_token_index=processor.image_token_id,
+        text_config=dict(common, cross_attention_layers=list(range(1, layers, 2))),
+        vision_config=dict(hidden_size=width, attention_heads=width // 32, intermediate_size=2 * width, patch_size=28,
+                           image_size=224, num_hidden_layers=2, num_global_layers=1, intermediate_layers_indices=[0, 1],
+                           vision_output_dim=3 * width, max_num_tiles=1, supported_aspect_ratios=[[1, 1]])))
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("gate"):                                  # 0 in a new Mllama, which is blind therefore
+            nn.init.constant_(parameter, 0.5)
+    return backbone, processor
+
+
+def main(config):
+    with running.one_line_errors():
+        if not config.out or Path(config.out).exists():
+            raise ValueError(f"--out {config.out!r}: must name a new folder")
+        settings = envs.read_settings(config.env)
+        env = envs.make_env(config.task, **settings)
+        torch.manual_seed(config.seed)
+        backbone, processor = make_tiny(config.size, env.vision, sample_texts(config.task, **settings), env.atoms())
+    backbone.save_pretrained(config.out)
+    processor.save_pretrained(config.out)
+    print(f"{config.out}: a {type(backbone).__name__} of {sum(p.numel() for p in backbone.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    running.run(main, Config)
