@@ -48,7 +48,6 @@ Every setting of an environment (the lists at `GeneralPoints` and `Navigation`) 
 Neither torch nor transformers is imported here. Left out of V-IRL: relocation with the official code's other
 thresholds, and its free (off the rails) mode.
 """
-import argparse
 import inspect
 import json
 import random
@@ -58,12 +57,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from support import cards, play, settings, streets, transcripts
+from support import cards, play, settings, streets
 from verify import FEEDBACK, STEP_LIMIT, fill, judge_general_points, judge_navigation, solutions
 
 # Our words for the paper's prompt structure (A.2: task, input, output; B.2: task, instruction, what an observation is,
 # actions, history, output). A prompt file may replace each by name.
-PROMPTS = {
+PROMPTS = {                                  # differs 15: our own words
     "gp_task": "Make {target} from four cards. Combine their values with addition, subtraction, multiplication, "
                "division and parentheses, and use every card exactly once. An ace counts as 1, J counts as {J}, "
                "Q counts as {Q} and K counts as {K}.",
@@ -360,7 +359,7 @@ COMPASS = streets.COMPASS
 RELATIVE = ("left", "right", "slightly left", "slightly right")
 ACTION_SPACES = {"absolute": COMPASS, "relative": RELATIVE}
 FOLDERS = {"train": ("train", "nyc_1k_routes"), "unseen": ("unseen",), "mini": ("mini", "VLN_mini")}
-VIEW_HEADINGS = {"prompt": (0, 90, 180, 270), "official": (-135, -45, 45, 135)}
+VIEW_HEADINGS = {"prompt": (0, 90, 180, 270), "official": (-135, -45, 45, 135)}    # differs 18: as the prompt says
 DROP_RATE = 0.5                              # a place between two points is left out with this probability
 
 
@@ -594,31 +593,7 @@ def make_env(task, split="id", common=(), **own):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", nargs="?", choices=TASKS)
-    parser.add_argument("words", nargs="*", metavar="SPLIT KEY=VALUE", help="a split [id], and settings")
-    parser.add_argument("--seed", type=int, help="which episode; without: a new one each time")
-    parser.add_argument("--show", nargs="?", const="-", metavar="DIR",
-                        help="print one prompt, expert reply and verdict; with DIR write there every prompt, expert "
-                             "reply and picture of the episode")
-    parser.add_argument("--read", metavar="RUN", help="the conversations that rl.py kept of a run")
-    parser.add_argument("--html", metavar="FILE", help="with --read: write them as a page")
-    args = parser.parse_args()
-    try:
-        if args.read:
-            return transcripts.read_run(args.read, args.html, make_env)
-        if not args.task:
-            raise ValueError(f"a task is required: {', '.join(TASKS)}")
-        first, *rest = settings.read_splits(args.words if args.words and "=" not in args.words[0] else ["id", *args.words])
-        if rest:
-            raise ValueError(f"one split at a time, not {rest[0].name} as well")
-        env = make_env(args.task, first.name, **first.settings)
-        if args.show:
-            play.show(env, args.seed or 0, "" if args.show == "-" else args.show)
-        else:
-            play.play(env, args.seed)
-    except (ValueError, FileExistsError) as error:
-        parser.error(str(error))
+    play.command_line(TASKS, make_env, __doc__)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def play_episodes(reply, environments, seed):
     """
     conversations, turn = {}, 0
     for i in running.own_part(range(len(environments))):
-        messages, _ = environments[i].reset(seed=f"{seed}/evaluate/{i}", episode=i)
+        messages, _ = environments[i].reset(seed=f"{seed}/evaluate/{i}", episode=i)     # differs 13: no seed of training
         conversations[i] = messages, True
     infos, bar = {i: [] for i in conversations}, running.progress(total=len(conversations), nested=True, desc="episodes")
     while conversations:
@@ -268,7 +268,7 @@ def evaluate_run(run, config):
     points += [(running.checkpoint_step(path), path) for path in running.checkpoints(run) if running.checkpoint_step(path)]
     known = running.read_jsonl(run / "eval.jsonl")
     running.write_atomically(run / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in known))   # no torn last line
-    for step, path in running.progress(points, desc=f"checkpoints of {run}"):
+    for step, path in running.progress(points, nested=True, desc=f"checkpoints of {run}"):
         compute = {name: spent[step][name] for name in ("gflops", "gflops_paper")}
         evaluate_model(path, f"{run} step {step}" if step else f"start {path}", known, config,
                        lambda row: running.log_jsonl(run / "eval.jsonl", step=step, **compute, **row),
@@ -410,7 +410,7 @@ def draw(arms, task, splits, figure):
             axis.plot([0], [mean], "k*", markersize=11, label="start")
             for arm, value in zip(colours, PAPER.get((task, split, metric), ())):
                 axis.plot([1.04], [value], "<", color=colours[arm], transform=axis.get_yaxis_transform(), clip_on=False,
-                          label="paper" if arm == "start" else None)
+                          label="paper: start, SFT, RL" if arm == "start" else None)
             axis.margins(0.06, 0.12)                                # no curve on the frame
             axis.set(title=f"{task.upper()}: {TITLES.get(split, split)}", xlabel="GFLOPs of post-training",
                      ylabel=f"{metric.replace('_', ' ')} %")

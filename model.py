@@ -70,7 +70,7 @@ def encode(processor, messages, prior_ids=None):
     follows that reply is tokenized: sampled ids are never decoded and encoded again. A reply that was cut at the
     limit is closed with an end-of-turn, which belongs to the prompt and so to no loss. A picture is one token here.
     """
-    tokenizer, prior = tokenizer_of(processor), prior_ids or []
+    tokenizer, prior = tokenizer_of(processor), prior_ids or []     # differs 12: sampled ids are kept
     text = render(processor, messages, add_generation_prompt=True)
     if prior:
         last_reply = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
@@ -182,6 +182,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, ban, targets):
+        # differs 8: log-softmax and sums in float32
         logits = F.linear(hidden, weight).float().index_fill_(1, ban, -math.inf)                   # (n, V)
         picked, peak = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)            # (n, 1)
         probs = torch.softmax(logits, 1, out=logits)
@@ -252,7 +253,7 @@ class Policy(nn.Module):
         """
         row, first, lengths = batch["row"], batch["prompt_length"], batch["response_length"]
         offsets = torch.arange(int(lengths.max()), device=self.device)                             # (R,)
-        is_token = offsets < lengths[:, None]                                                      # (B, R)
+        is_token = offsets < lengths[:, None]               # (B, R); differs 6: all of a reply, its end-of-turn included
         rows, columns = row[:, None].expand_as(is_token)[is_token], (first[:, None] + offsets)[is_token]   # (n,)
         vision = self.picture_tensors(batch["pictures"]) if batch["pictures"] else {}
         if vision:
@@ -358,6 +359,7 @@ class Policy(nn.Module):
 
     def pick(self, logits, uniforms, temperature):
         """One token for each row of logits (B, V), by inverse CDF at its uniform: ids (B,), log-probs (B,)."""
+        # differs 9: a plain softmax at the temperature, the same as in the update
         logits = logits.float().masked_fill(self.banned, -math.inf)
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
         if temperature == 0:

@@ -480,7 +480,7 @@ def main(config):
                           **compute_spent(state, policy.num_params, envs.TASKS[config.task].paper_lambda),
                           seconds=state["seconds"], seconds_rollout=clock[1] - clock[0],
                           seconds_update=clock[2] - clock[1])
-        bar.set_postfix(correct=f"{rollout['step_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}")
+        bar.set_postfix(correct=f"{rollout['step_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}", refresh=False)
         stopping = stop.requested
         if (update + 1) % config.save_every == 0 or update + 1 == config.updates or stopping:
             saved = save(update + 1, state=state)

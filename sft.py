@@ -45,7 +45,6 @@ def train_step(policy, optimizer, samples, config):
     num_tokens, loss = running.total(sum(len(response) for _, response, _ in samples)), 0.0
     groups = aligned_micro_batches([policy.num_tokens(*sample) for sample in samples], config.micro_batch_tokens)
     for rows, weight in running.even_out(groups):
-        # differs 6: every token of a reply counts, its end-of-turn included
         logprobs, _ = policy(collate([[samples[row][:2]] for row in rows], policy.device,
                                      [samples[row][2] for row in rows]))                           # (B, R)
         micro_loss = -weight * logprobs.sum() / num_tokens
@@ -256,7 +255,7 @@ def main(config):
                           tokens_trained=tokens,
                           response_tokens=running.total(sum(len(response) for _, response, _ in batch)),
                           gflops=gflops, gflops_paper=gflops, seconds=state["seconds"])
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         stopping = stop.requested
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
             saved = running.ensure_checkpoint(out, step + 1, policy, processor, optimizer, state, config.keep_resume,

@@ -186,7 +186,7 @@ def parse_formula(text):
         raise ValueError(f"unexpected {text[legal]!r}")
     tokens = FORMULA_TOKEN.findall(text)
     tokens.append("")                                          # sentinel: the end
-    numbers, at = [], 0
+    numbers, at = [], 0                                        # differs 1: exact, over integers; theirs are floats
 
     def factor():
         nonlocal at
@@ -233,12 +233,6 @@ def parse_formula(text):
     return value, tuple(numbers)
 
 
-def formula_value(text):
-    """The exact value of a formula as a Fraction; ValueError says why it is not a legal one."""
-    (numerator, denominator), _ = parse_formula(text)
-    return Fraction(numerator, denominator)
-
-
 def write(operator, left, right):
     """The text of `left operator right` without needless brackets, and how tightly it binds.
 
@@ -255,7 +249,7 @@ def add(found, value, operator, lefts, rights):
     found.setdefault(value, {}).update(write(operator, x, y) for x in lefts.items() for y in rights.items())
 
 
-def splits(numbers):
+def partitions(numbers):
     """The ways to part a sorted tuple into two non-empty sorted tuples, the smaller first, without repeats."""
     found = {}
     for bits in range(1, 2 ** len(numbers) - 1):
@@ -272,7 +266,7 @@ def expressions(numbers):
     if len(numbers) == 1:
         return {Fraction(numbers[0]): {str(numbers[0]): 2}}
     found = {}
-    for part, rest in splits(numbers):
+    for part, rest in partitions(numbers):
         for (a, lefts), (b, rights) in itertools.product(expressions(part).items(), expressions(rest).items()):
             for operator, value in [("+", a + b), ("-", a - b), ("*", a * b)] + ([("/", a / b)] if b else []):
                 add(found, value, operator, lefts, rights)
@@ -300,7 +294,7 @@ def last_steps(a, target, others):
 @lru_cache(maxsize=None)
 def solve_sorted(numbers, target):
     found = {target: dict(expressions(numbers).get(target, ()))} if len(numbers) == 1 else {target: {}}
-    for part, rest in splits(numbers):       # the partner that hits the target is looked up: not every pair is tried
+    for part, rest in partitions(numbers):       # the partner that hits the target is looked up: not every pair is tried
         others = expressions(rest)
         for a, texts in expressions(part).items():
             for operator, is_left, b in last_steps(a, target, others):
@@ -354,9 +348,9 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
                 status, told = "correct", {}
         except ValueError as fault:
             told = {"fault": fault}
-    reward = REWARDS[status]
+    reward = REWARDS[status]                                        # differs 2: one status, nothing adds up
     message = phrases["no_formula"] if told is None else fill(phrases[status], **told)
-    if vision and not cards_read:
+    if vision and not cards_read:                                   # differs 19: added, and a solution stays one
         reward += MISREAD_CARDS
         stated = found.get("cards") if found else None
         told = {"read": json.dumps(stated)[:MAX_FORMULA]} if is_plain_list(stated) else None
@@ -389,7 +383,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     message = fill(phrases["wrong_action"], action=printable(stated)) if found else phrases["no_action"]
     if stated == action:
         status, message = "correct", phrases["correct"]
-    elif name not in observed:
+    elif name not in observed:                                      # differs 16: the landmark itself is looked for
         status, message = "wrong_observation", f"{message} {phrases['missed_landmark']}"
     elif sees_intersection != intersection:
         fault = "missed_intersection" if intersection else "invented_intersection"

@@ -5,17 +5,16 @@
 #   MODEL=PATH   the model folder (paper: Llama-3.2-11B-Vision-Instruct, for the tasks in words as well)
 #   DATA=PATH    V-IRL: the folder with train/ and mini/ (envs.py says what is in them)
 #   OUT=PATH     where the runs go, no comma in it [runs/TASK];  SEED=0;  NPROC=8 GPUs (1: plain python)
-#   SMOKE=1      the same script on a tiny random-init model, on a CPU in a minute or two, NPROC=1; the numbers mean nothing
+#   SMOKE=1      the same script in a minute or two, on a CPU, NPROC=1, in a folder of its own; MODEL may be left out, then
+#                it is a tiny random-init one; the numbers mean nothing
 #
 # Relative paths are relative to the repository. Every step goes on where it was stopped when the script is called again.
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/$task}
+OUT=${OUT:-runs/$task${SMOKE:+-smoke}}
 SEED=${SEED:-0}
-vision=$([[ $task == *-vl ]] && echo -vl || true)
-data=(--task "$task")
-sample=(--max-new-tokens 512)
+[[ $task == *-vl ]] && vision=1 || vision=""
+env=("verify_iter=$verify_iter") sample=(--max-new-tokens 512)
 if [ -n "${SMOKE:-}" ]; then
-    MODEL=tiny$vision:32x2
     NPROC=${NPROC:-1}
     start_steps=3 sft_steps=4 sft_save=2 updates=2 sft_lr=1e-3 rl_lr=1e-4
     small=(--micro-batch-tokens 4096)
@@ -23,8 +22,8 @@ if [ -n "${SMOKE:-}" ]; then
     rl=(--num-envs 8 --turns-per-env 2 --minibatch-turns 16)
     test=(--episodes 8)
     sample=(--max-new-tokens 24 --generate-tokens 4096)
-    [ -z "$vision" ] || data+=(--resolution 112)
-    if [[ $task == virl-* ]]; then
+    [ -z "$vision" ] || env+=(resolution=112)
+    if [[ $task == virl-* && -z "${DATA:-}" ]]; then
         DATA=$OUT/city
         [ -d "$DATA" ] || python data/synthetic_city.py --out "$DATA" --routes 12 $([ -n "$vision" ] || echo --no-pictures)
     fi
@@ -33,22 +32,35 @@ else
     sft=(--batch-size 128)                  # 16 x 8 GPUs (official sft/sft_scripts/gp_l.sh)
     rl=(--num-envs 256 --turns-per-env 8 --minibatch-turns 1024 --epochs 4 --clip 0.1 --temperature 0.2)   # rl/configs
     test=(--paper --dtype bfloat16 --max-new-tokens 256)    # 234 hands, 48 routes, 18 routes of visual_ood
+    : "${MODEL:?set MODEL to the model folder, or SMOKE=1}"
 fi
-: "${MODEL:?set MODEL to the model folder, or SMOKE=1}"
-[[ $task != virl-* ]] || data+=(--root "${DATA:?set DATA to the folder with train/ and mini/, or SMOKE=1}")
+[[ $task != virl-* ]] || env+=("root=${DATA:?set DATA to the folder with train/ and mini/, or SMOKE=1}")
+if [ -z "${MODEL:-}" ]; then
+    MODEL=$OUT/blank
+    [ -d "$MODEL" ] || python support/tiny.py --task "$task" --out "$MODEL" --size 32x2 --env "${env[@]}"
+fi
 NPROC=${NPROC:-8}
 run=(python)
 [ "$NPROC" = 1 ] || run=(torchrun --standalone --nproc-per-node "$NPROC")
-splits=id,rule_ood
-[ -z "$vision" ] || splits=$splits,visual_ood
+splits=(id rule_ood)
+[ -z "$vision" ] || splits+=(visual_ood)
+data=(--task "$task" --env "${env[@]}")
+stage() { echo "== $task: $1 ($((SECONDS / 60)) minutes so far)"; }
 
+stage "1 of 6, the common start by SFT, $start_steps steps"
 "${run[@]}" sft.py --model "$MODEL" --out "$OUT/start" --seed "$SEED" "${data[@]}" "${sft[@]}" "${small[@]}" \
     --steps "$start_steps" --save-every "$start_steps" --lr "$sft_lr"
 printf -v start "%s/start/step_%06d" "$OUT" "$start_steps"
+stage "2 of 6, SFT goes on from it, $sft_steps steps"
 "${run[@]}" sft.py --model "$start" --out "$OUT/sft" --seed "$((SEED + 1))" "${data[@]}" "${sft[@]}" "${small[@]}" \
     --steps "$sft_steps" --save-every "$sft_save" --lr "$sft_lr"
+stage "3 of 6, PPO goes on from it, $updates updates"
 "${run[@]}" rl.py --model "$start" --out "$OUT/rl" --seed "$SEED" "${data[@]}" "${rl[@]}" "${small[@]}" "${sample[@]}" \
-    --updates "$updates" --lr "$rl_lr" --lr-horizon "$lr_horizon" --verify-iter "$verify_iter"
-"${run[@]}" evaluate.py --run-folder "$OUT/rl" --splits $splits "${data[@]}" "${sample[@]}" "${test[@]}"
-"${run[@]}" evaluate.py --run-folder "$OUT/sft" --no-start --splits $splits "${data[@]}" "${sample[@]}" "${test[@]}"
+    --updates "$updates" --lr "$rl_lr" --lr-horizon "$lr_horizon"
+stage "4 of 6, the start and PPO's checkpoints"
+"${run[@]}" evaluate.py --run-folder "$OUT/rl" --splits "${splits[@]}" "${sample[@]}" "${test[@]}"
+stage "5 of 6, SFT's checkpoints"
+"${run[@]}" evaluate.py --run-folder "$OUT/sft" --no-start --splits "${splits[@]}" "${sample[@]}" "${test[@]}"
+stage "6 of 6, table and figure"
 python evaluate.py --compare "$OUT/sft,$OUT/rl" --figure "$OUT/figure.png"
+[ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

@@ -1,8 +1,12 @@
 """Play an episode of an environment yourself, or look at one: what `python envs.py` does."""
+import argparse
 import os
 import random
+import sys
 import tempfile
 from pathlib import Path
+
+from support import settings, transcripts
 
 HELP = """A reply may be the JSON object that the prompt asks for, or just the answer:
     {example}
@@ -95,3 +99,34 @@ def play(env, seed=None):
         print(f"\n---- episode {seed} (--seed {seed} plays it again) ----")
         if not play_episode(env, seed, pictures) or fixed:
             return
+
+
+def command_line(tasks, make_env, description):
+    """`python envs.py`: play, look at or read."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", help=", ".join(tasks))
+    parser.add_argument("words", nargs="*", metavar="SPLIT KEY=VALUE", help="a split [id], and settings")
+    parser.add_argument("--seed", type=int, help="which episode; without: a new one each time")
+    parser.add_argument("--show", nargs="?", const="-", metavar="DIR",
+                        help="print one prompt, expert reply and verdict; with DIR write there every prompt, expert "
+                             "reply and picture of the episode")
+    parser.add_argument("--read", metavar="RUN", help="the conversations that rl.py kept of a run")
+    parser.add_argument("--html", metavar="FILE", help="with --read: write them as a page")
+    args = parser.parse_args()
+    try:
+        if args.read:
+            return transcripts.read_run(args.read, args.html, make_env)
+        if not args.task:
+            raise ValueError(f"a task is required: {', '.join(tasks)}")
+        named = args.words and "=" not in args.words[0]
+        split, *more = settings.read_splits(args.words if named else ["id", *args.words])
+        if more:
+            raise ValueError(f"one split at a time, not {more[0].name} as well")
+        env = make_env(args.task, split.name, **split.settings)
+        if args.show:
+            show(env, args.seed or 0, "" if args.show == "-" else args.show)
+        else:
+            play(env, args.seed)
+    except (ValueError, FileExistsError) as error:
+        print(f"envs.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -133,10 +133,10 @@ def run(main, config_class):
 # ---- Console and files -------------------------------------------------------------------------------------
 
 def progress(iterable=None, nested=False, **kwargs):
-    """A progress bar, shown by the first process; where nobody watches, rarely, and a nested one not at all."""
+    """A progress bar, shown by the first process; in a log that nobody watches rarely, and a nested one not at all."""
     watched = sys.stderr.isatty()
     return tqdm(iterable, disable=RANK > 0 or nested and not watched, leave=not nested,
-                mininterval=0.1 if watched else 20, **kwargs)
+                mininterval=0.1 if watched else 30, miniters=None if watched else 1, **kwargs)
 
 
 def say(text):
@@ -355,7 +355,7 @@ def publish(temporary, final):
 
 def write_checkpoint(folder, policy, processor, optimizer, state, with_value_head):
     """All files of a checkpoint; every process has written its own when this returns."""
-    weights = gather_weights(policy)
+    weights = gather_weights(policy)                     # differs 14: a folder for any tool, and one to go on from
     if RANK == 0:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "resume").mkdir(parents=True)

@@ -165,16 +165,17 @@ def read_route(record, panoramas, where):
         legs.append((int(heading[1]), heading[2], block.get("landmarks", NO_LANDMARK).replace(NO_LANDMARK, "")))
     nearest, ids = (panoramas.nearest, panoramas.ids) if panoramas else (lambda point: point, defaultdict(str))
     panos, between, previous = [], [], start
-    for i, point in enumerate(points):                              # the first leg has no length and so no steps
+    for i, point in enumerate(points):                              # the first leg has no length and so no places
         length = geodesic(previous, point)                          # before the point is moved to its panorama
         place = nearest(point)
         if place is None:
             raise ValueError(f"{where}, {f'geocode_list {i - 1}' if i else 'relocated_geocode'}: no panorama within "
                              f"{REACH:g} m of {point}")
         fitting = []
-        # The last step is the point itself and never fits; but a rail draws for it, as in the official code.
-        for step in range(1, POINTS_PER_LEG + 1) if length > SHORT_LEG else ():
-            share = step / POINTS_PER_LEG
+        # The last place is the point itself and never fits; but a rail draws for it, as in the official code.
+        # differs 20: a leg too short for places does not shift the later sentences.
+        for number in range(1, POINTS_PER_LEG + 1) if length > SHORT_LEG else ():
+            share = number / POINTS_PER_LEG
             wanted = tuple(p * (1 - share) + q * share for p, q in zip(previous, place))
             found = nearest(wanted)
             apart = found and geodesic(previous, found) > SPACING and geodesic(place, found) > SPACING

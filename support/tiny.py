@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # a script in
 
 import envs
 from support import running
+from support.settings import read_settings
 
 IMAGE_TOKEN = "<|image|>"
 CHAT_TEMPLATE = (
@@ -121,7 +122,7 @@ def main(config):
     with running.one_line_errors():
         if not config.out or Path(config.out).exists():
             raise ValueError(f"--out {config.out!r}: must name a new folder")
-        settings = envs.read_settings(config.env)
+        settings = read_settings(config.env)
         env = envs.make_env(config.task, **settings)
         torch.manual_seed(config.seed)
         backbone, processor = make_tiny(config.size, env.vision, sample_texts(config.task, **settings), env.atoms())

@@ -3,6 +3,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,24 +22,57 @@ def device():
     return os.environ.get("DEVICE", "cpu")
 
 
+# ---- Tiny models, one folder of each for all tests ---------------------------------------------------------------------
+
+FOLDERS = tempfile.TemporaryDirectory(prefix="tiny_")              # removed when the interpreter ends
+WANTED, started = {}, False                                        # path -> (vision, size)
+
+
+def tiny_folder(vision=False, size="32x2"):
+    """The folder of a tiny model with a tokenizer trained on GeneralPoints, to name in the settings of a test module: it is
+    written before the first test, so that collecting tests takes no time."""
+    path = str(Path(FOLDERS.name) / f"{'vision' if vision else 'text'}_{size}")
+    if path not in WANTED:
+        WANTED[path] = vision, size
+        if started:
+            write_tiny(path)
+    return path
+
+
+def write_tiny(path):
+    import envs
+    from support import tiny
+    vision, size = WANTED[path]
+    task, settings = ("gp-vl", {"resolution": 48}) if vision else ("gp-l", {})
+    torch.manual_seed(0)
+    backbone, processor = tiny.make_tiny(size, vision, tiny.sample_texts(task, 30, **settings), envs.make_env(task).atoms())
+    backbone.save_pretrained(path)
+    processor.save_pretrained(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_folders():
+    """Writes the folders that test modules have named."""
+    global started
+    started = True
+    for path in WANTED:
+        write_tiny(path)
+
+
 @pytest.fixture(scope="session")
 def tiny(device):
     """(policy, processor) of 30 k parameters, float32, with a tokenizer trained on GeneralPoints."""
-    import envs
     import model
     torch.manual_seed(0)
-    return model.load_policy("tiny:32x2", device=device, texts=envs.sample_texts("gp-l", 30),
-                             atoms=envs.make_env("gp-l", "id").atoms())
+    return model.load_policy(tiny_folder(), device=device)
 
 
 @pytest.fixture(scope="session")
 def tiny_vl(device):
     """(policy, processor) of 0.2 M parameters that reads pictures: one tile of 224 pixels in 64 patches."""
-    import envs
     import model
     torch.manual_seed(0)
-    return model.load_policy("tiny-vl:32x4", device=device, texts=envs.sample_texts("gp-vl", 30, resolution=48),
-                             atoms=envs.make_env("gp-vl", "id").atoms(), vision=True)
+    return model.load_policy(tiny_folder(vision=True, size="32x4"), device=device, vision=True)
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ import pytest
 from PIL import Image
 
 import envs
-from envs import GP_SPLITS, PROMPTS, RANKS, RULES, GeneralPoints, held_out, load_prompts, make_env
+from envs import GP_SPLITS, MORE_VALUES, PROMPTS, RANKS, RULES, GeneralPoints, held_out, make_env
+from support import cards
+from support.settings import load_templates
 from verify import FEEDBACK, STEP_LIMIT, solutions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -392,14 +394,6 @@ def test_the_answer_key_stands_once_in_an_expert_reply():
     assert env.expert_reply().count(env.answer_key) == 1
 
 
-def test_sample_texts_show_prompts_replies_and_verdicts_of_every_split():
-    texts = list(envs.sample_texts("gp-l", 3))
-    assert all(isinstance(text, str) for text in texts)
-    everything = "\n".join(texts)
-    assert "J counts as 10" in everything and "J counts as 11" in everything
-    assert "Correct." in everything and "it makes" in everything and '"formula": "' in everything
-
-
 # ---- Prompt files -----------------------------------------------------------------------------------------------
 
 def prompt_file(tmp_path, content):
@@ -422,8 +416,8 @@ def test_a_prompt_file_replaces_wording_and_missing_names_keep_ours(tmp_path):
 
 def test_an_empty_prompt_file_changes_nothing_and_loading_never_changes_the_defaults(tmp_path):
     before = dict(PROMPTS)
-    assert load_prompts("") == load_prompts(prompt_file(tmp_path, {})) == before
-    load_prompts(prompt_file(tmp_path, {"gp_task": "other"}))
+    assert load_templates("", PROMPTS, MORE_VALUES) == load_templates(prompt_file(tmp_path, {}), PROMPTS, MORE_VALUES) == before
+    load_templates(prompt_file(tmp_path, {"gp_task": "other"}), PROMPTS, MORE_VALUES)
     assert PROMPTS == before
 
 
@@ -481,11 +475,9 @@ def test_a_setting_that_is_not_allowed_is_an_error_that_names_it_and_what_is(kno
         assert word in str(error.value)
 
 
-def test_make_env_refuses_a_setting_that_a_task_has_not_and_leaves_empty_ones_alone():
+def test_make_env_refuses_a_setting_that_a_task_has_not():
     with pytest.raises(ValueError, match="root 'city': gp-l has no such setting; it has rule, target"):
         make_env("gp-l", "id", root="city")
-    env = make_env("gp-l", "unseen", root="", fold="", verify_iter=None)
-    assert env.fold == "test" and env.verify_iter == 5
 
 
 def test_every_split_can_be_made_and_overrides_win_over_the_split():
@@ -514,30 +506,16 @@ def test_ten_thousand_resets_take_less_than_five_seconds_from_a_cold_start(split
 
 @pytest.mark.parametrize("split", GP_SPLITS)
 def test_show_prints_a_prompt_an_expert_reply_and_a_verdict(split):
-    done = python("envs.py", "gp-l", "--split", split, "--show")
+    done = python("envs.py", "gp-l", split, "--show")
     assert (done.returncode, done.stderr) == (0, "")
     prompt, reply = done.stdout.split("\n> ")
     assert prompt.startswith("Make 24 ") and stated_cards(prompt) == json.loads(reply.splitlines()[0])["cards"]
     assert reply.splitlines()[1] == "Correct.   [correct, reward +5]"
 
 
-def test_a_person_can_play_with_json_or_bare_formulas_and_stop_at_any_time():
-    shown = python("envs.py", "gp-l", "--seed", "3", "--show").stdout
-    reply = json.loads(shown.split("\n> ")[1].splitlines()[0])
-    for answer in (json.dumps(reply), reply["formula"], reply["formula"].removesuffix("=24")):
-        done = python("envs.py", "gp-l", "--seed", "3", stdin=f"1+1\nwhat?\n{answer}\nnever read\n")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert re.findall(r"\[(\w+), reward (\S+)\]", done.stdout) == [
-            ("wrong_numbers", "-2"), ("illegal_formula", "-3"), ("correct", "+5")]
-    lost = python("envs.py", "gp-l", "--seed", "3", stdin="1\n" * 9)
-    assert lost.returncode == 0 and lost.stdout.count("wrong_numbers") == 5 and "reward -3, last try]" in lost.stdout
-    left = python("envs.py", "gp-l", "--seed", "3", stdin="1\n")
-    assert (left.returncode, left.stderr) == (0, "") and left.stdout.count("wrong_numbers") == 1
-
-
 @pytest.mark.parametrize("arguments, named", [
-    ([], ["task"]), (["gp-x"], ["gp-x", "gp-l"]), (["gp-l", "--split", "odd"], ["odd", "rule_ood"]),
-    (["gp-l", "--seed", "x"], ["--seed", "'x'"]), (["gp-l", "--prompt-file", "nowhere.json"], ["nowhere.json"])])
+    ([], ["task"]), (["gp-x"], ["gp-x", "gp-l"]), (["gp-l", "odd"], ["odd", "rule_ood"]),
+    (["gp-l", "--seed", "x"], ["--seed", "'x'"]), (["gp-l", "prompt_file=nowhere.json"], ["nowhere.json"])])
 def test_a_wrong_command_line_is_explained_in_a_few_lines(arguments, named):
     done = python("envs.py", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -574,13 +552,13 @@ def test_a_hand_comes_as_one_picture_of_its_cards_and_the_words_do_not_tell_them
         for place, (rank, suit) in enumerate(env.hand):
             x0, y0, x1, y1 = card_box(place, 300)
             shown = picture["image"].crop((x0, y0, x0 + round(67.5), y0 + round(94.5)))
-            assert shown.tobytes() == envs.card_picture(rank, suit, *shown.size).tobytes()
+            assert shown.tobytes() == cards.card_picture(rank, suit, *shown.size).tobytes()
         messages, *_ = env.step(env.flawed_reply())
         assert messages[0]["content"] is env.messages[0]["content"] and isinstance(messages[2]["content"], str)
 
 
 def test_the_canvas_is_felt_but_for_four_cards_in_the_official_places():
-    picture = envs.draw_hand([("A", "S"), ("10", "H"), ("K", "D"), ("7", "C")], 1200)
+    picture = cards.draw_hand([("A", "S"), ("10", "H"), ("K", "D"), ("7", "C")], 1200)
     pixels = picture.load()
     assert pixels[0, 0] == pixels[600, 400] == pixels[600, 800] == pixels[288, 600] == (53, 101, 77)
     for place in range(4):
@@ -590,11 +568,11 @@ def test_the_canvas_is_felt_but_for_four_cards_in_the_official_places():
 
 
 def test_no_two_cards_look_alike_at_224_pixels_and_red_suits_are_red():
-    cards = {(rank, suit): np.asarray(envs.card_picture(rank, suit, 50, 71)).astype(int) for rank in RANKS for suit in "SHDC"}
-    for (name, one), (other_name, other) in itertools.combinations(cards.items(), 2):
+    drawn = {(rank, suit): np.asarray(cards.card_picture(rank, suit, 50, 71)).astype(int) for rank in RANKS for suit in "SHDC"}
+    for (name, one), (other_name, other) in itertools.combinations(drawn.items(), 2):
         changed = (np.abs(one - other).max(-1) > 64).sum()
         assert changed >= (25 if name[0] != other_name[0] else 10), (name, other_name, changed)   # no task asks for suits
-    for (rank, suit), pixels in cards.items():
+    for (rank, suit), pixels in drawn.items():
         dark = pixels[:25, :11][pixels[:25, :11].max(-1) < 240]                   # the index in the corner
         red = (dark[:, 0] - dark[:, 2] > 60).mean()
         assert (red > 0.5) == (suit in "HD"), (rank, suit, red)
@@ -604,7 +582,7 @@ def test_a_canvas_of_300_pixels_takes_less_than_a_millisecond_once_its_cards_wer
     env = make_env("gp-vl", "id", suits="SHDC", resolution=300)
     hands = [[(rank, suit) for rank in RANKS[i:i + 4]] for i in range(10) for suit in "SHDC"]
     for hand in hands:
-        envs.draw_hand(hand, 300)
+        cards.draw_hand(hand, 300)
     times = []
     for seed in range(50):
         env.reset(seed)
@@ -626,7 +604,7 @@ def test_a_folder_of_card_pictures_replaces_ours_and_is_checked_before_the_first
         make_env("gp-vl", "visual_ood", card_dir=str(tmp_path))
     whole = (tmp_path / "ST.png").read_bytes()
     (tmp_path / "ST.png").write_bytes(whole[:60])
-    envs.card_picture.cache_clear()
+    cards.card_picture.cache_clear()
     with pytest.raises(ValueError, match="ST.png: not a picture that can be read"):
         make_env("gp-vl", "id", card_dir=str(tmp_path))
 

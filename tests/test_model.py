@@ -1,21 +1,19 @@
-"""The policy: encoding, log-probs, sampling, checkpoints, configs."""
+"""The policy: encoding, log-probs, sampling, loading."""
 import contextlib
 import itertools
-import json
 import random
-import re
-from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import envs
 import model
+from support import running
+from support.tiny import train_tokenizer
 
 
 def some_prompts(processor, num=6):
@@ -191,7 +189,7 @@ def test_samples_follow_the_softmax_at_the_temperature(tiny):
 
 def test_the_fast_llama_decoder_and_the_cache_decoder_agree_with_grouped_heads(device):
     torch.manual_seed(1)
-    tokenizer = model.train_tokenizer(["a b c d 1 2 3"] * 3, ["1", "2", "3"])
+    tokenizer = train_tokenizer(["a b c d 1 2 3"] * 3, ["1", "2", "3"])
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, intermediate_size=96, tie_word_embeddings=False)
     policy = model.Policy(LlamaForCausalLM(config), tokenizer).to(device)
@@ -323,39 +321,20 @@ def test_micro_batches_have_the_least_padding(group_cost):
 def test_processes_cut_their_micro_batches_at_the_same_places(monkeypatch):
     rng = random.Random(0)
     parts = [[rng.choice((60, 110, 200)) + rng.randint(0, 9) for _ in range(num)] for num in (16, 13, 0)]
-    monkeypatch.setattr(model, "gather", lambda own: [sorted(part, reverse=True) for part in parts])
-    cut = [model.cut_together(part, 1000) for part in parts]
+    monkeypatch.setattr(running, "gather", lambda own: [sorted(part, reverse=True) for part in parts])
+    cut = [model.aligned_micro_batches(part, 1000) for part in parts]
     assert cut[2] == [] and len(cut[0]) > 3
     for part, groups in zip(parts, cut):
         assert sorted(row for group in groups for row in group) == list(range(len(part)))
         assert all(len(group) * max(part[row] for row in group) <= 1000 for group in groups)
     for first, second in zip(cut[0], cut[1][:-1]):
         assert len(first) == len(second)
-    monkeypatch.setattr(model, "gather", lambda own: [own])
-    assert model.cut_together(parts[0], 1000) == model.micro_batches(parts[0], 1000)
-
-
-@pytest.mark.parametrize("param_dtype, dtype, samples, world, stays, copy",
-                         [("float32", "float32", False, 1, 16, 0), ("float32", "bfloat16", False, 1, 16, 2),
-                          ("float32", "bfloat16", False, 2, 8, 0), ("float32", "bfloat16", True, 2, 8, 2),
-                          ("bfloat16", "bfloat16", False, 1, 8, 0), ("bfloat16", "bfloat16", True, 1, 8, 0)])
-def test_the_memory_estimate_counts_bytes_per_parameter(monkeypatch, param_dtype, dtype, samples, world, stays, copy):
-    monkeypatch.setattr(model, "WORLD", world)
-    tokenizer = model.train_tokenizer(["abc"] * 3, ["1"])
-    with torch.device("meta"):
-        backbone = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, num_hidden_layers=8, intermediate_size=11008))
-    billions = sum(p.numel() for p in backbone.parameters()) / 1e9
-    policy = model.Policy(backbone.to(getattr(torch, param_dtype)), tokenizer, dtype)
-    config = SimpleNamespace(micro_batch_tokens=1000, gradient_checkpointing=False, **{"generate_tokens": 1} if samples else {})
-    fused = 2e-9 * 8 * (3 * 4096 ** 2 + 2 * 4096 * 11008) if samples else 0
-    told = re.findall(r"([\d.]+) GB", model.memory_estimate(policy, config))
-    assert told[:2] == [f"{stays * billions:.1f}", f"{copy * billions + fused:.1f}"]
-    config.gradient_checkpointing = True
-    assert float(re.findall(r"([\d.]+) GB", model.memory_estimate(policy, config))[2]) < float(told[2]) / 2
+    monkeypatch.setattr(running, "gather", lambda own: [own])
+    assert model.aligned_micro_batches(parts[0], 1000) == model.micro_batches(parts[0], 1000)
 
 
 def test_num_params_counts_what_multiplies():
-    tokenizer = model.train_tokenizer(["abc"] * 3, ["1"])
+    tokenizer = train_tokenizer(["abc"] * 3, ["1"])
     shape = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=64)
     sizes = {}
     for tied in (True, False):
@@ -364,142 +343,9 @@ def test_num_params_counts_what_multiplies():
     assert sizes[True] == sizes[False] == 300 * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
 
 
-def test_a_checkpoint_opens_in_plain_transformers_and_comes_back_whole(tiny, tmp_path):
-    policy, processor = tiny
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
-    samples = [(p, model.encode_reply(processor, "1+2")) for p in some_prompts(processor)]
-    logprobs, values = policy(model.collate([[s] for s in samples], policy.device))
-    (logprobs.sum() * 0 + values.sum() * 0).backward()
-    optimizer.step()
-    folder = model.save_checkpoint(tmp_path, 7, policy, processor, optimizer, {"step": 7})
-    assert folder.name == "step_000007" and not list(tmp_path.glob("*.tmp")) and not list(tmp_path.rglob("*.p*kl"))
-    plain = AutoModelForCausalLM.from_pretrained(folder).to(policy.device)
-    ids = torch.tensor([samples[0][0]], device=policy.device)
-    assert torch.equal(plain(ids).logits, policy.backbone(ids).logits)
-    assert AutoTokenizer.from_pretrained(folder)("J+10", add_special_tokens=False).input_ids == processor("J+10", add_special_tokens=False).input_ids
-    again, its_processor = model.load_policy(str(folder), device=policy.device)
-    for (name, p), (_, q) in zip(policy.named_parameters(), again.named_parameters()):
-        assert torch.equal(p, q), name
-    fresh = torch.optim.Adam(again.parameters(), lr=1e-3)
-    assert model.load_resume(folder, again, fresh) == {"step": 7}
-    for p, q in zip(policy.parameters(), again.parameters()):
-        assert all(torch.equal(optimizer.state[p][key], fresh.state[q][key]) for key in optimizer.state[p])
-
-
-def test_weights_stay_and_resume_state_is_kept_for_the_newest_only(tiny, tmp_path):
-    policy, processor = tiny
-    optimizer = torch.optim.Adam(policy.parameters())
-    for step in range(1, 5):
-        model.save_checkpoint(tmp_path, step, policy, processor, optimizer, {"step": step}, keep_resume=2)
-    assert [p.name for p in model.checkpoints(tmp_path)] == [f"step_{s:06d}" for s in range(1, 5)]
-    assert [(p / "resume").exists() for p in model.checkpoints(tmp_path)] == [False, False, True, True]
-
-
-@pytest.mark.parametrize("moment", ["weights", "optimizer", "state"])
-def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tiny, tmp_path, monkeypatch, capsys, moment):
-    policy, processor = tiny
-    optimizer = torch.optim.Adam(policy.parameters())
-    model.save_checkpoint(tmp_path, 1, policy, processor, optimizer, {"step": 1})
-    full = OSError(28, "No space left on device")
-
-    def fill(*_, **__):
-        raise full
-    with monkeypatch.context() as disk:
-        if moment == "weights":
-            disk.setattr(type(policy.backbone), "save_pretrained", fill)
-        elif moment == "optimizer":
-            disk.setattr(model, "save_file", lambda tensors, path: fill() if "optimizer" in str(path) else None)
-        else:
-            disk.setattr(model.Path, "write_text", fill)
-        with pytest.raises(SystemExit):
-            model.save_checkpoint(tmp_path, 2, policy, processor, optimizer, {"step": 2})
-    assert "step_000002.tmp: [Errno 28] No space left on device; the checkpoints before it are whole" in capsys.readouterr().err
-    assert [p.name for p in model.checkpoints(tmp_path)] == ["step_000001"]
-    assert model.load_resume(tmp_path / "step_000001", policy, optimizer) == {"step": 1}
-    assert model.save_checkpoint(tmp_path, 2, policy, processor, optimizer, {"step": 2}).name == "step_000002"
-
-
-def make_run(tmp_path, **changes):
-    @dataclass
-    class Config:
-        out: str = str(tmp_path / "run")
-        lr: float = 1.0
-    return Config(**changes)
-
-
-def test_a_run_goes_on_from_the_newest_complete_checkpoint_and_drops_later_log_lines(tiny, tmp_path, capsys):
-    policy, processor = tiny
-    config = make_run(tmp_path)
-    assert model.check_run(config) is None and not list(tmp_path.iterdir())
-    model.open_run(config, None)
-    run, optimizer = tmp_path / "run", torch.optim.Adam(policy.parameters())
-    for step in (1, 2):
-        model.save_checkpoint(run, step, policy, processor, optimizer, {"step": step})
-    (run / "step_000003.tmp" / "resume").mkdir(parents=True)          # a save that was killed
-    (run / "step_000003.tmp" / "resume" / "state.json").write_text("{}")
-    for step in (1, 2, 3):
-        model.log_jsonl(run / "metrics.jsonl", step=step)
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')                                  # a line that was killed
-    newest = model.check_run(config)
-    assert newest.name == "step_000002"
-    model.open_run(config, newest)
-    assert "step_000003.tmp" in capsys.readouterr().out
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
-
-
-def test_an_out_folder_of_another_config_or_with_foreign_files_is_refused_untouched(tmp_path):
-    model.open_run(make_run(tmp_path), None)
-    before = (tmp_path / "run" / "config.json").read_text()
-    with pytest.raises(ValueError, match="lr 1.0 there, 2.0 here"):
-        model.check_run(make_run(tmp_path, lr=2.0))
-    assert (tmp_path / "run" / "config.json").read_text() == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("!")
-    with pytest.raises(ValueError, match="not empty"):
-        model.check_run(make_run(tmp_path, out=str(tmp_path / "mine")))
-
-
 def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="no such model folder"):
         model.load_policy(str(tmp_path / "nowhere"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="not a causal language model"):
         model.load_policy(str(tmp_path))
-    with pytest.raises(ValueError, match="multiple of 32"):
-        model.load_policy("tiny:33x2", texts=["a"], atoms=["1"])
-
-
-@dataclass
-class Example:
-    """A config with a knob of every kind."""
-    name: str = model.knob("a", "a word", choices=("a", "b"))
-    lr: float = model.knob(0.1, "100 % of it", low=0, high=1)
-    steps: int = model.knob(3, "some", low=1)
-    fast: bool = model.knob(False, "or slow")
-
-
-def test_a_config_comes_from_the_command_line():
-    assert model.parse_config(Example, []) == Example()
-    assert model.parse_config(Example, ["--lr", "0.5", "--fast", "--name", "b"]) == Example("b", 0.5, 3, True)
-
-
-@pytest.mark.parametrize("argv, told", [
-    (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
-    (["--steps", "many"], "--steps: invalid int value: 'many'"),
-    (["--steps", "0"], "--steps 0: must be at least 1"),
-    (["--lr", "1.5"], "--lr 1.5: must be from 0 to 1"),
-    (["--lr", "nan"], "--lr nan: must be a finite number"),
-    (["--name", "c"], "--name 'c': allowed are a, b"),
-])
-def test_a_bad_option_ends_with_one_line_that_says_what_is_allowed(argv, told, capsys):
-    with pytest.raises(SystemExit) as exit:
-        model.parse_config(Example, argv)
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and told in err and err.count("\n") == 1
-
-
-def test_the_learning_rate_warms_up_and_falls_to_its_end():
-    rates = [model.learning_rate(step, 100, 1.0, warmup_ratio=0.1, final=0.01) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
-    assert 0.01 < rates[-1] < 0.02

@@ -18,11 +18,12 @@ def config(**changes):
     return rl.Config(**{**vars(CONFIG), **changes})
 
 
-def rollout(tiny, config, tmp_path, update=0, players=None):
+def rollout(tiny, config, tmp_path, update=0, conversations=None):
     policy, processor = tiny
     config.out = str(tmp_path)
-    players = players or [rl.Player(i, envs.make_env("gp-l", "id", verify_iter=2), processor, config) for i in range(config.num_envs)]
-    return players, rl.collect_turns(policy, processor, players, update, config, SimpleNamespace(requested=False))
+    conversations = conversations or [rl.Conversation(i, envs.make_env("gp-l", "id", verify_iter=2), processor, config)
+                                      for i in range(config.num_envs)]
+    return conversations, rl.collect_turns(policy, processor, conversations, update, config, SimpleNamespace(requested=False))
 
 
 # ---- compute_gae
@@ -77,7 +78,7 @@ def test_no_gradient_outside_the_clip_and_the_policy_gradient_at_ratio_one():
     old = torch.zeros(5)
     logprobs = torch.tensor([0.3, -0.3, 0.3, -0.3, 0.0], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, -1.0, 1.0, 2.0])
-    policy_loss, _, watched = rl.ppo_loss(logprobs, old, old, old, advantages, old, config(clip=0.1))
+    policy_loss, _, watched = rl.ppo_loss(logprobs, old, old, old, advantages, old, clip=0.1)
     policy_loss.sum().backward()
     gone, kept = logprobs.grad[:2], logprobs.grad[2:]
     assert (gone == 0).all()                                     # moved past the clip in the wanted direction: enough
@@ -87,7 +88,7 @@ def test_no_gradient_outside_the_clip_and_the_policy_gradient_at_ratio_one():
 
 def test_a_huge_ratio_gives_neither_infinity_nor_gradient():
     logprobs = torch.tensor([500.0, 500.0], requires_grad=True)
-    policy_loss, _, _ = rl.ppo_loss(logprobs, *[torch.zeros(2)] * 3, torch.tensor([1.0, -1.0]), torch.zeros(2), CONFIG)
+    policy_loss, _, _ = rl.ppo_loss(logprobs, *[torch.zeros(2)] * 3, torch.tensor([1.0, -1.0]), torch.zeros(2), CONFIG.clip)
     policy_loss.sum().backward()
     assert torch.isfinite(policy_loss).all() and logprobs.grad.tolist() == [0, 0]
 
@@ -95,14 +96,14 @@ def test_a_huge_ratio_gives_neither_infinity_nor_gradient():
 def test_the_value_clip_is_off_unless_asked_for():
     value = torch.tensor([3.0], requires_grad=True)
     arguments = torch.zeros(1), torch.zeros(1), value, torch.zeros(1), torch.zeros(1), torch.tensor([5.0])
-    assert float(rl.ppo_loss(*arguments, CONFIG)[1]) == 0.5 * 4
-    assert float(rl.ppo_loss(*arguments, config(value_clip=0.1))[1]) == pytest.approx(0.5 * 4.9 ** 2)
+    assert float(rl.ppo_loss(*arguments, CONFIG.clip, CONFIG.value_clip)[1]) == 0.5 * 4
+    assert float(rl.ppo_loss(*arguments, CONFIG.clip, value_clip=0.1)[1]) == pytest.approx(0.5 * 4.9 ** 2)
 
 
 # ---- rollout
 
 def test_a_rollout_has_the_asked_number_of_turns_and_the_second_prompt_begins_with_the_first_turn(tiny, tmp_path):
-    players, turns = rollout(tiny, config(), tmp_path)
+    _, turns = rollout(tiny, config(), tmp_path)
     assert len(turns) == 12
     for e in range(4):
         first, second = turns[e], turns[4 + e]
@@ -112,13 +113,14 @@ def test_a_rollout_has_the_asked_number_of_turns_and_the_second_prompt_begins_wi
         assert turns[8 + e].prompt_ids[:len(first.prompt_ids)] != first.prompt_ids   # another hand
 
 
-def test_a_player_rebuilt_from_its_state_goes_on_alike(tiny, tmp_path):
+def test_a_conversation_rebuilt_from_its_state_goes_on_alike(tiny, tmp_path):
     policy, processor = tiny
-    players, _ = rollout(tiny, config(), tmp_path)
-    again = [rl.Player(p.index, envs.make_env("gp-l", "id", verify_iter=2), processor, config(), p.episode, p.replies) for p in players]
-    assert any(p.replies for p in players)
-    assert [p.prompt_ids for p in again] == [p.prompt_ids for p in players]
-    _, a = rollout(tiny, config(), tmp_path, 1, players)
+    conversations, _ = rollout(tiny, config(), tmp_path)
+    again = [rl.Conversation(c.index, envs.make_env("gp-l", "id", verify_iter=2), processor, config(), c.episode, c.replies)
+             for c in conversations]
+    assert any(c.replies for c in conversations)
+    assert [c.prompt_ids for c in again] == [c.prompt_ids for c in conversations]
+    _, a = rollout(tiny, config(), tmp_path, 1, conversations)
     _, b = rollout(tiny, config(), tmp_path, 1, again)
     assert a == b
 
@@ -126,7 +128,7 @@ def test_a_player_rebuilt_from_its_state_goes_on_alike(tiny, tmp_path):
 def test_a_route_half_walked_goes_on_and_its_turns_fall_into_dialogues_of_positions(tiny, city):
     """Wrong at first at every other position: a correct action begins a new dialogue, the wrong one shares its own."""
     processor = tiny[1]
-    first = rl.Player(0, envs.make_env("virl-l", "id", root=city), processor, CONFIG)
+    first = rl.Conversation(0, envs.make_env("virl-l", "id", root=city), processor, CONFIG)
     dialogues, positions = [], []
     for i in range(12):
         env = first.env
@@ -137,7 +139,7 @@ def test_a_route_half_walked_goes_on_and_its_turns_fall_into_dialogues_of_positi
         first.play(model.encode_reply(processor, reply))
     assert [a == b for a, b in zip(dialogues, dialogues[1:])] == [a == b for a, b in zip(positions, positions[1:])]
     assert len(set(dialogues)) < 12 and first.replies
-    again = rl.Player(0, envs.make_env("virl-l", "id", root=city), processor, CONFIG, first.episode, first.replies)
+    again = rl.Conversation(0, envs.make_env("virl-l", "id", root=city), processor, CONFIG, first.episode, first.replies)
     assert again.prompt_ids == first.prompt_ids and again.env.at == first.env.at and again.env.rail == first.env.rail
     assert again.dialogue == first.dialogue
 
@@ -216,15 +218,15 @@ def test_equal_rewards_everywhere_give_no_nan(tiny, tmp_path):
     assert all(torch.isfinite(p).all() for p in policy.parameters())
 
 
-def test_a_loss_that_is_not_finite_names_the_update_and_the_turns(tiny, tmp_path):
+def test_a_loss_that_is_not_finite_names_the_minibatch_and_the_turns(tiny, tmp_path):
     policy = copy.deepcopy(tiny[0])
     _, turns = rollout(tiny, CONFIG, tmp_path)
     advantages = torch.zeros(12)
     advantages[5] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"update 8, epoch 0, minibatch from turn 0, turns \["):
+    with pytest.raises(FloatingPointError, match=r"^epoch 0, minibatch from turn 0, turns \["):
         rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, torch.zeros(12), torch.zeros(12), advantages, advantages, 7, CONFIG)
 
 
 def test_an_update_that_minibatches_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="--minibatch-turns 5: must divide the 12 turns"):
-        rl.make_envs(config(out="a", model="b", minibatch_turns=5))
+        rl.make_environments(config(out="a", model="b", minibatch_turns=5))

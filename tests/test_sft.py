@@ -75,12 +75,12 @@ def test_one_sample_can_be_learnt_by_heart(tiny):
 
 
 def test_samples_come_from_the_splits_of_the_mix_in_their_shares():
-    samples = sft.Samples(sft.Config(mix="id:0.75,rule_ood:0.25", seed=3))
+    samples = sft.Samples(sft.Config(mix=("id:0.75", "rule_ood:0.25"), seed=3))
     told = [samples[i][0][0]["content"] for i in range(400)]
     share = sum("K counts as 13" in text for text in told) / 400
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
-    assert told == [sft.Samples(sft.Config(mix="id:0.75,rule_ood:0.25", seed=3))[i][0][0]["content"] for i in range(400)]
-    assert told[:9] != [sft.Samples(sft.Config(mix="id:0.75,rule_ood:0.25", seed=4))[i][0][0]["content"] for i in range(9)]
+    assert told == [sft.Samples(sft.Config(mix=("id:0.75", "rule_ood:0.25"), seed=3))[i][0][0]["content"] for i in range(400)]
+    assert told[:9] != [sft.Samples(sft.Config(mix=("id:0.75", "rule_ood:0.25"), seed=4))[i][0][0]["content"] for i in range(9)]
 
 
 def test_failed_tries_precede_the_expert_reply_and_are_not_the_target():
@@ -126,7 +126,7 @@ def test_a_broken_data_file_is_refused_by_file_record_and_key(tmp_path, content,
 
 
 def test_a_dump_is_read_back_as_the_same_samples(tmp_path, city):
-    for knobs in (dict(), dict(solution="random"), dict(task="virl-l", root=str(city), balance=True)):
+    for knobs in (dict(), dict(env=("solution=random",)), dict(task="virl-l", env=(f"root={city}",), balance=True)):
         config = sft.Config(dump=str(tmp_path / f"{len(knobs)}.json"), num=20, **knobs)
         sft.main(config)
         samples, pairs = sft.Samples(config), sft.read_conversations(config.dump, vision=False)
@@ -145,5 +145,5 @@ def test_a_dump_overwrites_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize("mix", ["id:x", "id:0", "id:-1", "id:nan", "elsewhere:1"])
 def test_a_bad_mix_is_refused(mix):
-    with pytest.raises(ValueError, match="mix|elsewhere"):
-        sft.Samples(sft.Config(mix=mix))
+    with pytest.raises(ValueError, match="must be a number above 0|elsewhere"):
+        sft.Samples(sft.Config(mix=(mix,)))

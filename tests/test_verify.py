@@ -14,12 +14,18 @@ from functools import lru_cache
 import pytest
 
 import verify
-from verify import REWARDS, formula_value, judge_general_points, parse_formula, solutions
+from verify import REWARDS, judge_general_points, parse_formula, solutions
 
 RANKS = ["A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K"]
 CARDS, NUMBERS = ["3", "3", "8", "8"], [3, 3, 8, 8]
 RIGHT = "8/(3-8/3)"
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+def formula_value(text):
+    """The exact value of a formula as a Fraction."""
+    (numerator, denominator), _ = parse_formula(text)
+    return Fraction(numerator, denominator)
 
 
 def judge(reply, cards=CARDS, numbers=NUMBERS, **how):

@@ -16,7 +16,8 @@ from PIL import Image
 
 import envs
 from conftest import ROOT
-from envs import Navigation, Panoramas, crop_view, geodesic, make_env, parse_milestones, relative_turn
+from envs import Navigation, make_env, relative_word
+from support.streets import Panoramas, crop_view, geodesic, parse_milestones, read_panorama
 from verify import STEP_LIMIT, judge_navigation
 
 EAST, NORTH = np.array([0, 1 / 84_400]), np.array([1 / 111_050, 0])    # a metre, in degrees, at this latitude
@@ -288,7 +289,7 @@ def test_relative_actions_are_the_same_rail_in_other_words(two_routes):
 
 
 def test_turns_are_named_modulo_360():
-    assert [relative_turn(d) for d in (0, 20, 45, 46, 179, -20, -45, -46, -179, 350, -350, 270, -270, 360)] == [
+    assert [relative_word(d) for d in (0, 20, 45, 46, 179, -20, -45, -46, -179, 350, -350, 270, -270, 360)] == [
         "slightly left", "slightly right", "slightly right", "right", "right", "slightly left", "slightly left", "left",
         "left", "slightly left", "slightly right", "left", "right", "slightly left"]
 
@@ -452,12 +453,6 @@ def test_a_prompt_file_can_number_sentences_and_steps(city, tmp_path):
         make_env("virl-l", "id", root=city, prompt_file=str(path))
 
 
-def test_a_person_can_play_with_bare_actions(city):
-    done = subprocess.run([sys.executable, "envs.py", "virl-l", "--root", str(city)], cwd=ROOT, input="forward()\nstop()\n",
-                          capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "[wrong_action, reward -1]" in done.stdout and "last try]" in done.stdout
-
-
 # ---- Pictures ------------------------------------------------------------------------------------------------------
 
 def paint(path, width=512, **metadata):
@@ -507,7 +502,7 @@ def test_the_grid_shows_front_right_back_and_left_as_the_prompt_says(pictures):
     picture, text = messages[0]["content"]
     grid = np.asarray(picture["image"])
     assert grid.shape == (133, 133, 3) and not grid[64:69].any() and not grid[:, 64:69].any()
-    panorama, rotation = envs.read_panorama(env.folder / "street_views" / f"{env.position.pano}.jpg")
+    panorama, rotation = read_panorama(env.folder / "street_views" / f"{env.position.pano}.jpg")
     for i, turn in enumerate((0, 90, 180, 270)):
         x, y = i % 2 * 69, i // 2 * 69
         view = crop_view(panorama, rotation, env.position.heading + turn, 64)
@@ -572,7 +567,7 @@ def test_half_a_picture_is_named_when_it_is_read(pictures):
 
 
 def test_show_writes_the_views_and_the_prompt_of_every_position(pictures, tmp_path):
-    done = subprocess.run([sys.executable, "envs.py", "virl-l", "--root", str(pictures), "--show", str(tmp_path / "shown")],
+    done = subprocess.run([sys.executable, "envs.py", "virl-l", f"root={pictures}", "--show", str(tmp_path / "shown")],
                           cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     texts, views = (sorted((tmp_path / "shown").glob(f"*.{kind}")) for kind in ("txt", "png"))
@@ -580,21 +575,21 @@ def test_show_writes_the_views_and_the_prompt_of_every_position(pictures, tmp_pa
     assert Image.open(views[0]).size == (901, 901)
     for path in (pictures / "train" / "street_views").glob("*.jpg"):
         path.unlink()
-    done = subprocess.run([sys.executable, "envs.py", "virl-l", "--root", str(pictures), "--show", str(tmp_path / "again")],
+    done = subprocess.run([sys.executable, "envs.py", "virl-l", f"root={pictures}", "--show", str(tmp_path / "again")],
                           cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "not a picture" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path):
     import sft
-    sft.main(sft.Config(task="virl-vl", root=str(pictures), dump=str(tmp_path / "sft.json"), num=3))
+    sft.main(sft.Config(task="virl-vl", env=(f"root={pictures}",), dump=str(tmp_path / "sft.json"), num=3))
     records = json.loads((tmp_path / "sft.json").read_text())
     for i, record in enumerate(records):
         assert record["image"] == f"sft/{i:06d}.png" and Image.open(tmp_path / record["image"]).size == (901, 901)
         human, gpt = record["conversations"]
         assert human["from"] == "human" and human["value"].startswith("<image>\nWalk to") and gpt["from"] == "gpt"
         assert json.loads(gpt["value"])["action"]
-    samples = sft.Samples(sft.Config(task="virl-vl", root=str(pictures)))
+    samples = sft.Samples(sft.Config(task="virl-vl", env=(f"root={pictures}",)))
     pairs = sft.read_conversations(tmp_path / "sft.json", vision=True)
     assert [(envs.read_text(messages[0]), reply) for messages, reply in pairs] == [
         (envs.read_text(messages[0]), reply) for messages, reply in (samples[i] for i in range(3))]

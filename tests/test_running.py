@@ -1,0 +1,170 @@
+"""The machinery of a run: configs, checkpoints and run folders, the memory estimate, the type that is computed in."""
+import json
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import model
+from support import running
+from support.tiny import train_tokenizer
+from test_model import some_prompts
+
+
+# ---- Configs and the command line
+
+@dataclass
+class Example:
+    """A config with a knob of every kind."""
+    name: str = running.knob("a", "a word", choices=("a", "b"))
+    lr: float = running.knob(0.1, "100 % of it", low=0, high=1)
+    steps: int = running.knob(3, "some", low=1)
+    fast: bool = running.knob(False, "or slow")
+
+
+def test_a_config_comes_from_the_command_line():
+    assert running.parse_config(Example, []) == Example()
+    assert running.parse_config(Example, ["--lr", "0.5", "--fast", "--name", "b"]) == Example("b", 0.5, 3, True)
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["--stepz", "3"], "unknown option --stepz; --help lists them all"),
+    (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    (["--steps", "0"], "--steps 0: must be at least 1"),
+    (["--lr", "1.5"], "--lr 1.5: must be from 0 to 1"),
+    (["--lr", "nan"], "--lr nan: must be a finite number"),
+    (["--name", "c"], "--name 'c': allowed are a, b"),
+])
+def test_a_bad_option_ends_with_one_line_that_says_what_is_allowed(argv, told, capsys):
+    with pytest.raises(SystemExit) as exit:
+        running.parse_config(Example, argv)
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and told in err and err.count("\n") == 1
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_end():
+    rates = [running.learning_rate(step, 100, 1.0, warmup_ratio=0.1, final=0.01) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    assert 0.01 < rates[-1] < 0.02
+
+
+# ---- Memory
+
+@pytest.mark.parametrize("param_dtype, dtype, samples, world, stays, copy",
+                         [("float32", "float32", False, 1, 16, 0), ("float32", "bfloat16", False, 1, 16, 2),
+                          ("float32", "bfloat16", False, 2, 8, 0), ("float32", "bfloat16", True, 2, 8, 2),
+                          ("bfloat16", "bfloat16", False, 1, 8, 0), ("bfloat16", "bfloat16", True, 1, 8, 0)])
+def test_the_memory_estimate_counts_bytes_per_parameter(monkeypatch, param_dtype, dtype, samples, world, stays, copy):
+    monkeypatch.setattr(running, "WORLD", world)
+    tokenizer = train_tokenizer(["abc"] * 3, ["1"])
+    with torch.device("meta"):
+        backbone = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, num_hidden_layers=8, intermediate_size=11008))
+    billions = sum(p.numel() for p in backbone.parameters()) / 1e9
+    policy = model.Policy(backbone.to(getattr(torch, param_dtype)), tokenizer, dtype)
+    config = SimpleNamespace(micro_batch_tokens=1000, gradient_checkpointing=False, **{"generate_tokens": 1} if samples else {})
+    fused = 2e-9 * 8 * (3 * 4096 ** 2 + 2 * 4096 * 11008) if samples else 0
+    told = re.findall(r"([\d.]+) GB", running.memory_estimate(policy, config))
+    assert told[:2] == [f"{stays * billions:.1f}", f"{copy * billions + fused:.1f}"]
+    config.gradient_checkpointing = True
+    assert float(re.findall(r"([\d.]+) GB", running.memory_estimate(policy, config))[2]) < float(told[2]) / 2
+
+
+# ---- Run folders and checkpoints
+
+def test_a_checkpoint_opens_in_plain_transformers_and_comes_back_whole(tiny, tmp_path):
+    policy, processor = tiny
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    samples = [(p, model.encode_reply(processor, "1+2")) for p in some_prompts(processor)]
+    logprobs, values = policy(model.collate([[s] for s in samples], policy.device))
+    (logprobs.sum() * 0 + values.sum() * 0).backward()
+    optimizer.step()
+    folder = running.ensure_checkpoint(tmp_path, 7, policy, processor, optimizer, {"step": 7})
+    assert folder.name == "step_000007" and not list(tmp_path.glob("*.tmp")) and not list(tmp_path.rglob("*.p*kl"))
+    plain = AutoModelForCausalLM.from_pretrained(folder).to(policy.device)
+    ids = torch.tensor([samples[0][0]], device=policy.device)
+    assert torch.equal(plain(ids).logits, policy.backbone(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder)("J+10", add_special_tokens=False).input_ids == processor("J+10", add_special_tokens=False).input_ids
+    again, its_processor = model.load_policy(str(folder), device=policy.device)
+    for (name, p), (_, q) in zip(policy.named_parameters(), again.named_parameters()):
+        assert torch.equal(p, q), name
+    fresh = torch.optim.Adam(again.parameters(), lr=1e-3)
+    assert running.load_resume(folder, again, fresh) == {"step": 7}
+    for p, q in zip(policy.parameters(), again.parameters()):
+        assert all(torch.equal(optimizer.state[p][key], fresh.state[q][key]) for key in optimizer.state[p])
+
+
+def test_weights_stay_and_resume_state_is_kept_for_the_newest_only(tiny, tmp_path):
+    policy, processor = tiny
+    optimizer = torch.optim.Adam(policy.parameters())
+    for step in range(1, 5):
+        running.ensure_checkpoint(tmp_path, step, policy, processor, optimizer, {"step": step}, keep_resume=2)
+    assert [p.name for p in running.checkpoints(tmp_path)] == [f"step_{s:06d}" for s in range(1, 5)]
+    assert [(p / "resume").exists() for p in running.checkpoints(tmp_path)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("moment", ["weights", "optimizer", "state"])
+def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tiny, tmp_path, monkeypatch, capsys, moment):
+    policy, processor = tiny
+    optimizer = torch.optim.Adam(policy.parameters())
+    running.ensure_checkpoint(tmp_path, 1, policy, processor, optimizer, {"step": 1})
+    full = OSError(28, "No space left on device")
+
+    def fill(*_, **__):
+        raise full
+    with monkeypatch.context() as disk:
+        if moment == "weights":
+            disk.setattr(type(policy.backbone), "save_pretrained", fill)
+        elif moment == "optimizer":
+            disk.setattr(running, "save_file", lambda tensors, path: fill() if "optimizer" in str(path) else None)
+        else:
+            disk.setattr(running.Path, "write_text", fill)
+        with pytest.raises(SystemExit):
+            running.ensure_checkpoint(tmp_path, 2, policy, processor, optimizer, {"step": 2})
+    assert "step_000002.tmp: [Errno 28] No space left on device; the checkpoints before it are whole" in capsys.readouterr().err
+    assert [p.name for p in running.checkpoints(tmp_path)] == ["step_000001"]
+    assert running.load_resume(tmp_path / "step_000001", policy, optimizer) == {"step": 1}
+    assert running.ensure_checkpoint(tmp_path, 2, policy, processor, optimizer, {"step": 2}).name == "step_000002"
+
+
+def make_run(tmp_path, **changes):
+    @dataclass
+    class Config:
+        out: str = str(tmp_path / "run")
+        lr: float = 1.0
+    return Config(**changes)
+
+
+def test_a_run_goes_on_from_the_newest_complete_checkpoint_and_drops_later_log_lines(tiny, tmp_path, capsys):
+    policy, processor = tiny
+    config = make_run(tmp_path)
+    assert running.newest_checkpoint(config) is None and not list(tmp_path.iterdir())
+    running.open_run(config, None)
+    run, optimizer = tmp_path / "run", torch.optim.Adam(policy.parameters())
+    for step in (1, 2):
+        running.ensure_checkpoint(run, step, policy, processor, optimizer, {"step": step})
+    (run / "step_000003.tmp" / "resume").mkdir(parents=True)          # a save that was killed
+    (run / "step_000003.tmp" / "resume" / "state.json").write_text("{}")
+    for step in (1, 2, 3):
+        running.log_jsonl(run / "metrics.jsonl", step=step)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')                                  # a line that was killed
+    newest = running.newest_checkpoint(config)
+    assert newest.name == "step_000002"
+    running.open_run(config, newest)
+    assert "step_000003.tmp" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_an_out_folder_of_another_config_or_with_foreign_files_is_refused_untouched(tmp_path):
+    running.open_run(make_run(tmp_path), None)
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(ValueError, match="lr 1.0 there, 2.0 here"):
+        running.newest_checkpoint(make_run(tmp_path, lr=2.0))
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("!")
+    with pytest.raises(ValueError, match="not empty"):
+        running.newest_checkpoint(make_run(tmp_path, out=str(tmp_path / "mine")))
