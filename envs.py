@@ -32,6 +32,8 @@ An environment is a conversation with the verifier (sequential revision, Section
     assistant    {"cards": ["Q", "10", "A", "3"], "number": [10, 10, 1, 3], "formula": "(10-1)*3-10=24"}
     user         Your formula uses the right numbers, but it makes 17, not 24. Try another formula in the same format.
 
+(As token ids: `model.encode` makes them, and keeps the sampled ids of earlier replies.)
+
 Every setting of an environment (the lists at `GeneralPoints` and `Navigation`) is a word KEY=VALUE, in all scripts:
 
     --env root=city0 verify_iter=3                        for every split, where the split itself says nothing

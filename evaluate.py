@@ -256,8 +256,8 @@ def take_settings(config, run, trained):
 def evaluate_run(run, config):
     """Evaluate every checkpoint of a run; rows carry its step and the compute spent since the start."""
     trained = running.read_run_config(run)
-    if not trained:
-        raise ValueError(f"run {str(run)!r}: no run folder (it would have a config.json)")
+    if not {"task", "model"} <= trained.keys():
+        raise ValueError(f"run {str(run)!r}: no run folder (it would have a config.json that names task and model)")
     config = finish_config(take_settings(config, run, trained))
     spent = {0: {"gflops": 0.0, "gflops_paper": 0.0}}
     spent |= {row["step"]: row for row in running.read_jsonl(run / "metrics.jsonl")}

@@ -36,8 +36,9 @@ def show(env, seed, folder):
             file.write_text(f"{text_of(messages[-1])}\n\n> {reply}\n")
             if has_picture(env):
                 env.picture().save(file.with_suffix(".png"))
+        message = env.judge(reply).message
         messages, reward, _, _, info = env.step(reply)
-        print(f"\n> {reply}\n{text_of(messages[-1])}   [{info['status']}, reward {reward:+g}]")
+        print(f"\n> {reply}\n{message}   [{info['status']}, reward {reward:+g}]")
         if not folder:
             return
 
@@ -68,8 +69,8 @@ def play_episode(env, seed, pictures):
     while not env.done:
         if env.tries == 0:
             text = text_of(messages[-1])
-            new = text[len(os.path.commonprefix([shown, text])):] if shown else text
-            print("\n" + (new.split("\nReply with a JSON")[0].lstrip("\n") if shown else text))
+            old = os.path.commonprefix([shown, text]).rpartition("\n")[0]      # whole lines that were shown before
+            print(text.removeprefix(old).split("\nReply with a JSON")[0] if shown else f"\n{text}")
             shown = text
             if env.vision:
                 path = Path(pictures) / f"{seed}_{env.turn:02d}.png"

@@ -120,13 +120,20 @@ def memory_advice(knobs):
 
 
 def run(main, config_class):
-    """A script: its command line, `main`, and an end that all processes reach together."""
+    """A script: its command line, `main`, and an end that all processes reach together.
+
+    Ctrl-C and SIGTERM end it with one line; in a training loop StopSignal takes them, and saves first.
+    """
+    def terminate(*_):
+        raise KeyboardInterrupt("terminated")
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main(parse_config(config_class))
-    except KeyboardInterrupt:                            # not in a training loop: StopSignal takes it there
+    except KeyboardInterrupt as stop:
         sys.stdout.flush()
         print("\nstopped; the same command goes on with what is saved", file=sys.stderr)
-        os._exit(130)                                    # the other processes have been told as well
+        os._exit(143 if stop.args else 130)              # the other processes have been told as well
     leave()
 
 
