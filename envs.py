@@ -47,8 +47,8 @@ Every setting of an environment (the lists at `GeneralPoints` and `Navigation`) 
     python envs.py virl-l root=city0 --show DIR        # write what is seen along a route: views and prompts
     python envs.py --read runs/rl                      # read the conversations of a run; --html FILE as a page
 
-Neither torch nor transformers is imported here. Left out of V-IRL: relocation with the official code's other
-thresholds, and its free (off the rails) mode.
+Neither torch nor transformers is imported here. Left out of V-IRL: the official code's mode off the rails, in which a
+wrong action moves the agent as well.
 """
 import inspect
 import json
@@ -64,7 +64,7 @@ from verify import FEEDBACK, STEP_LIMIT, fill, judge_general_points, judge_navig
 
 # Our words for the paper's prompt structure (A.2: task, input, output; B.2: task, instruction, what an observation is,
 # actions, history, output). A prompt file may replace each by name.
-PROMPTS = {                                  # differs 15: our own words
+PROMPTS = {                                  # differs 15: ours; theirs by a prompt file
     "gp_task": "Make {target} from four cards. Combine their values with addition, subtraction, multiplication, "
                "division and parentheses, and use every card exactly once. An ace counts as 1, J counts as {J}, "
                "Q counts as {Q} and K counts as {K}.",
@@ -96,7 +96,7 @@ PROMPTS = {                                  # differs 15: our own words
     "nav_retry": "{verdict} Try another action in the same format.",
     **{f"feedback_{name}": text for name, text in FEEDBACK.items()},
 }
-MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"}}   # not in our words: for prompt files
+MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"}}   # what a prompt file may use beside the {names} above
 
 
 def user_message(text, picture=None):
@@ -116,15 +116,24 @@ def read_text(message):
 class Environment(ABC):
     """One conversation with the verifier at a time: what all environments share, and what each must have.
 
-    The abstract members below are all that one must add (Python refuses a class that lacks any), with a judge in
-    verify.py and a row in TASKS. An episode is a row of positions (GeneralPoints: one, the hand); at each the model has
-    `verify_iter` tries. A correct reply leads to the next position, where a new dialogue begins, or terminates the
-    episode at the last; a wrong one is answered with the verdict, and after the last try the episode is truncated and
-    that turn charged STEP_LIMIT on top.
+    A new one adds a class with the members below (Python refuses one that lacks any) whose constructor has a default for
+    every setting and ends with this one's, its texts in PROMPTS, a row in TASKS, and a judge in verify.py.
+
+    An episode is a row of positions (GeneralPoints: one, the hand); at each the model has `verify_iter` tries. A correct
+    reply leads to the next position, where a new dialogue begins, or terminates the episode at the last; a wrong one is
+    answered with the verdict, and after the last try the episode is truncated and that turn charged STEP_LIMIT on top.
 
     `info` of a step: status of the verdict, success (the episode is solved), turn (replies so far in the episode), kind
     of the position, try (replies so far at the position), new_dialogue (whether one began), and `details`.
     """
+    answer_key: str      # rl.py weighs the tokens of a reply from this text on fully
+    kinds: tuple         # of positions; metrics are reported for each apart
+    retry_prompt: str    # the template around a verdict that asks for another try
+
+    def __init_subclass__(cls):
+        for name in ("answer_key", "kinds", "retry_prompt"):
+            if not hasattr(cls, name):
+                raise TypeError(f"environment {cls.__name__} has no {name}")
 
     def __init__(self, vision, verify_iter, feedback, prompt_file):
         settings.check_whole("verify_iter", verify_iter, 1)
@@ -133,10 +142,6 @@ class Environment(ABC):
         self.prompts = settings.load_templates(prompt_file, PROMPTS, MORE_VALUES)
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
         self.done = True
-
-    answer_key: str = abstractmethod(lambda self: "rl.py weighs the tokens of a reply from this text on fully")
-    kinds: tuple = abstractmethod(lambda self: "the kinds of positions; metrics are reported for each apart")
-    retry_prompt: str = abstractmethod(lambda self: "the template around a verdict that asks for another try")
 
     @abstractmethod
     def reset(self, seed, episode=0):
@@ -190,11 +195,13 @@ class Environment(ABC):
     # The conversation.
 
     def begin_episode(self):
+        """Begin at the present position: what `reset` returns."""
         self.turn, self.done = 0, False
         self.begin_dialogue()
         return self.messages, {"status": "", "success": False, "turn": 0, "new_dialogue": True}
 
     def begin_dialogue(self):
+        """Begin a dialogue at the present position, with its prompt and picture."""
         self.tries = 0
         self.messages = [user_message(self.prompt(), self.picture() if self.vision else None)]
 
@@ -206,7 +213,7 @@ class Environment(ABC):
         self.turn, self.tries = self.turn + 1, self.tries + 1
         correct = verdict.status == "correct"
         terminated = correct and self.at_end
-        # differs 3: no further reply is asked for that nobody reads, and the last one that is read pays the limit
+        # differs 3: the last reply that is judged pays the limit; theirs asks for one more that nobody reads, and charges it
         truncated = not correct and self.tries == self.verify_iter
         self.done = terminated or truncated
         info = {"status": verdict.status, "success": terminated, "turn": self.turn, "kind": self.kind,
@@ -290,7 +297,7 @@ class GeneralPoints(Environment):
     def deal(self):
         """Draw hands until one fits, a face card if asked for, a solution, the right fold: [(rank, suit)], numbers."""
         for _ in range(100_000):
-            hand = self.rng.sample(self.deck, 4)                   # differs 4: without replacement
+            hand = self.rng.sample(self.deck, 4)                   # differs 4: theirs draws with replacement
             ranks = [rank for rank, _ in hand]
             numbers = [self.jqk[rank - 10] if rank > 9 else rank + 1 for rank in ranks]
             if self.face_card and max(ranks) < 10 or not solutions(numbers, self.target):
@@ -361,7 +368,7 @@ COMPASS = streets.COMPASS
 RELATIVE = ("left", "right", "slightly left", "slightly right")
 ACTION_SPACES = {"absolute": COMPASS, "relative": RELATIVE}
 FOLDERS = {"train": ("train", "nyc_1k_routes"), "unseen": ("unseen",), "mini": ("mini", "VLN_mini")}
-VIEW_HEADINGS = {"prompt": (0, 90, 180, 270), "official": (-135, -45, 45, 135)}    # differs 18: as the prompt says
+VIEW_HEADINGS = {"prompt": (0, 90, 180, 270), "official": (-135, -45, 45, 135)}    # differs 18: theirs has the second
 DROP_RATE = 0.5                              # a place between two points is left out with this probability
 
 
@@ -379,7 +386,7 @@ class Position:
 
 def relative_word(angle):
     """The word for a turn by so many degrees, taken modulo 360; straight on counts as slightly left."""
-    angle = (angle + 180) % 360 - 180                               # differs 17: modulo 360
+    angle = (angle + 180) % 360 - 180                               # differs 17: theirs leaves this out
     if abs(angle) > 45:
         return "left" if angle < 0 else "right"
     return "slightly left" if angle <= 0 else "slightly right"
@@ -431,7 +438,7 @@ class Navigation(Environment):
         self.rng = random.Random(str(seed))
         self.number = episode % len(self.routes) if self.in_order else None
         route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
-        heading = route.init_heading or self.rng.randint(0, 359)
+        heading = route.init_heading or self.rng.randint(0, 359)        # 0 in a file means: any
         words = [relative_word(new - old) for old, new in zip((heading, *route.headings), route.headings)]
         self.sentences = self.instruct(route, words)
         self.rail = list(self.lay_rail(route, heading, words))
@@ -449,7 +456,11 @@ class Navigation(Environment):
         return sentences
 
     def lay_rail(self, route, heading, words):
-        """The positions from start to destination: at each point a turn or the stop, between them a few forwards."""
+        """The positions from start to destination: at each point a turn or the stop, between them a few forwards.
+
+        Of a route's k legs it has headings, directions and `between` (panoramas on the way), of its k + 1 points `panos`
+        and, but for the start, landmarks.
+        """
         for i, pano in enumerate(route.panos):
             heading = route.headings[i - 1] if i else heading       # of arrival: a turn is taken on leaving
             landmark = route.landmarks[i - 1] if i else ""
@@ -533,7 +544,7 @@ class Navigation(Environment):
 class Task:
     """All that the scripts know of a task."""
     environment: type
-    settings: dict          # what makes it this task, and cannot be changed
+    fixed: dict             # settings that make it this task, and cannot be changed
     splits: dict            # name -> settings
     metrics: tuple          # what tables show, by the names of evaluate.summarise, the paper's own measure first
     paper_lambda: float     # paper C.3: tokens of the rollout buffer per token trained
@@ -580,14 +591,15 @@ def make_env(task, split="id", common=(), **own):
         raise ValueError(f"split {split!r}: {task} has {', '.join(row.splits)}")
     known = {name: parameter.default for name, parameter in inspect.signature(row.environment).parameters.items()}
     for name, value in {**common, **own}.items():
-        if name not in known or name in row.settings:
-            raise ValueError(f"{name} {value!r}: {task} has no such setting; it has {', '.join(known)}")
-        if name in PICTURE_SETTINGS and not row.settings["vision"]:
+        if name not in known or name in row.fixed:
+            raise ValueError(f"{name} {value!r}: {task} has no such setting; it has "
+                             f"{', '.join(setting for setting in known if setting not in row.fixed)}")
+        if name in PICTURE_SETTINGS and not row.fixed["vision"]:
             raise ValueError(f"{name} {value!r}: {task} has no pictures")
         if name in common and name in row.splits[split]:
             raise ValueError(f"{name} {value!r}: split {split} has a {name} of its own ({row.splits[split][name]}); to "
                              f"change it, write {split} {name}={value}")
-    chosen = {**known, **row.splits[split], **common, **own, **row.settings}
+    chosen = {**known, **row.splits[split], **common, **own, **row.fixed}
     chosen = {name: settings.read_value(name, value, known[name]) for name, value in chosen.items()}
     env = row.environment(**chosen)
     env.settings = chosen

@@ -2,9 +2,10 @@
 
 A GeneralPoints episode succeeds when it is solved within its verification turns; a V-IRL episode when every position
 of the route is, up to the stop. The paper reports V-IRL by steps: the share of all replies that are correct, retries
-counted as samples of their own. That holds the moves that are the same under both rules, so the turns are reported
-apart, and so are first tries. Every episode is played until it is solved or out of tries, so one evaluation gives the
-success within every smaller number of tries as well.
+counted as samples of their own. Most of them are moves that are the same under both rules, so the positions at which a
+direction must be named (kind "turn") are reported apart, and so are first tries. Every episode is played until it is
+solved or out of tries, so one evaluation gives the success within every smaller number of tries as well. The x-axis is
+`gflops` of metrics.jsonl (`model.Policy.gflops`).
 
     python evaluate.py --model runs/sft/step_000400                  # one checkpoint, printed only
     python evaluate.py --run-folder runs/rl                          # all checkpoints of a run and its start
@@ -13,8 +14,9 @@ success within every smaller number of tries as well.
     API_KEY=... python evaluate.py --api-url https://host/v1 --api-model NAME --out runs/api   # a model behind an API
 
 Rows of a run go to its eval.jsonl, one per checkpoint, split and seed; rows that are there already are not played
-again, and replies of an unfinished one are kept, so a stopped evaluation goes on where it was. Task and settings are
-those of the run unless a flag says otherwise. Several runs of one arm (other seeds) are averaged: mean and standard
+again, and replies of an unfinished one are kept, so a stopped evaluation goes on where it was. Task and `--env` are
+those of the run unless a flag says otherwise; what a run has behind its split's name (`--split id suits=HD`) is for its
+training alone. Several runs of one arm (other seeds) are averaged: mean and standard
 error over runs, which should be evaluated on hands of their own (--seeds) so that the error holds the draw of hands as
 well; a single run has the standard error over its episodes (of a success: the binomial one).
 
@@ -25,10 +27,11 @@ import math
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import envs
-from model import Sight, decode_reply, encode, load_policy, picture_of, sampling_uniforms
+from model import EVALUATION, PictureCache, decode_reply, encode, load_policy, picture_of, sampling_uniforms
 from support import running, settings
 from support.api import ApiModel
 from support.running import knob
@@ -91,7 +94,6 @@ def summarise(infos, verify_iter):
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
-EVALUATION = 2   # the first number of a random stream's key; rl.py has 0 and 1
 # Paper Fig. 6 and 7, Section 5.1 and 5.2: (%) at the start, after SFT and after RL, at equal compute.
 PAPER = {("gp-l", "rule_ood", "success"): (11.5, 3.4, 15.0),
          ("virl-l", "rule_ood", "step_accuracy"): (80.8, 1.3, 91.8),
@@ -142,31 +144,32 @@ class LocalModel:
     def __init__(self, path, vision, config, kept=None):
         self.policy, self.processor = load_policy(str(path), config.dtype, running.start_processes(config.device),
                                                   vision=vision, param_dtype=config.dtype)
-        self.config, self.sight = config, Sight(self.policy, config.generate_tokens)
-        self.dialogues = {}                                        # episode -> ids of its dialogue so far
+        self.config, self.pictures_seen = config, PictureCache(self.policy, config.generate_tokens)
+        self.ids_so_far = {}                                       # episode -> ids of its dialogue
         self.path = kept and Path(f"{kept}_{os.getpid()}.jsonl")   # every start of every process has one of its own
         rows = [row for file in sorted(kept.parent.glob(f"{kept.name}_*.jsonl")) for row in running.read_jsonl(file)
                 ] if kept else []
         self.known = {(row["of"], row["turn"], int(i)): ids for row in rows for i, ids in row["replies"].items()}
 
-    def reply(self, of, split, seed, turn, conversations):
+    def reply(self, of, split, seed, turn, pending):
         """The texts of the next replies to {episode: (messages, whether they begin a dialogue)}, in order; `of` says
         for whom they are kept."""
-        config, known = self.config, {i: self.known.get((of, turn, i)) for i in conversations}
-        prompts = {i: encode(self.processor, messages, None if new else self.dialogues[i])
-                   for i, (messages, new) in conversations.items()}
-        missing = [i for i in conversations if known[i] is None]
+        config, known = self.config, {i: self.known.get((of, turn, i)) for i in pending}
+        prompts = {i: encode(self.processor, messages, None if new else self.ids_so_far[i])
+                   for i, (messages, new) in pending.items()}
+        missing = [i for i in pending if known[i] is None]
         if missing:
             uniforms = sampling_uniforms([(EVALUATION, seed, i, turn) for i in missing], config.max_new_tokens)
-            pictures = [picture_of(conversations[i][0]) for i in missing]
+            pictures = [picture_of(pending[i][0]) for i in missing]
             with running.memory_advice("--generate-tokens"):
                 replies = self.policy.generate([prompts[i] for i in missing], uniforms, config.max_new_tokens,
-                                               config.temperature, config.generate_tokens, pictures, self.sight)
+                                               config.temperature, config.generate_tokens, pictures,
+                                               self.pictures_seen)
             new = {i: ids for i, (ids, _) in zip(missing, replies)}
             known |= new
             if self.path:
                 running.append_line(self.path, {"of": of, "turn": turn, "replies": new})
-        self.dialogues = {i: prompts[i] + known[i] for i in conversations}
+        self.ids_so_far = {i: prompts[i] + known[i] for i in pending}
         return [decode_reply(self.processor, ids) for ids in known.values()]
 
     def forget(self):
@@ -189,21 +192,21 @@ def play_episodes(reply, environments, seed):
     reply(turn, {episode: (messages, whether they begin a dialogue)}) gives the texts. Every process plays its part of
     them, and gets the infos of all.
     """
-    conversations, turn = {}, 0
+    pending, turn = {}, 0
     for i in running.own_part(range(len(environments))):
-        messages, _ = environments[i].reset(seed=f"{seed}/evaluate/{i}", episode=i)     # differs 13: no seed of training
-        conversations[i] = messages, True
-    infos, bar = {i: [] for i in conversations}, running.progress(total=len(conversations), nested=True, desc="episodes")
-    while conversations:
-        replies, going = reply(turn, conversations), {}
-        for i, text in zip(conversations, replies):
+        messages, _ = environments[i].reset(seed=f"{seed}/evaluate/{i}", episode=i)     # differs 13: never a seed of training
+        pending[i] = messages, True
+    infos, bar = {i: [] for i in pending}, running.progress(total=len(pending), nested=True, desc="episodes")
+    while pending:
+        replies, going = reply(turn, pending), {}
+        for i, text in zip(pending, replies):
             messages, reward, _, _, info = environments[i].step(text)
             infos[i].append(info | {"reward": reward})
             if environments[i].done:
                 bar.update()
             else:
                 going[i] = messages, info["new_dialogue"]
-        conversations, turn = going, turn + 1
+        pending, turn = going, turn + 1
     bar.close()
     everyones = running.gather(list(infos.items()))
     return [episode for _, episode in sorted((pair for part in everyones for pair in part), key=lambda pair: pair[0])]
@@ -215,27 +218,26 @@ def evaluate_model(path, called, known, config, write, kept=None):
     model, common = None, settings.read_settings(config.env)
     names = ("api_url", "task", "episodes", "paper", "temperature", "max_new_tokens", "dtype")
     for split in settings.read_splits(config.splits):
-        environments = [envs.make_env(config.task, split.name, common, **split.settings)
-                        for _ in range(num_episodes(config, split))]
-        chosen = {name: getattr(config, name) for name in names} | {"env": environments[0].settings}
+        env = envs.make_env(config.task, split.name, common, **split.settings)
+        chosen = {name: getattr(config, name) for name in names} | {"env": env.settings}
         done = {row["seed"] for row in known if row["checkpoint"] == str(path) and row["split"] == split.label
                 and row["settings"] == chosen}
         for seed in dict.fromkeys(map(int, config.seeds.split(","))):
             if seed in done:
                 running.say(f"{called}, {split.label}, seed {seed}: already evaluated")
                 continue
-            if model is None:
-                model = (ApiModel(config) if config.api_url else
-                         LocalModel(path, environments[0].vision, config, kept))
+            model = model or (ApiModel(config) if config.api_url else LocalModel(path, env.vision, config, kept))
             of = json.dumps([str(path), split.label, seed, chosen])
-            infos = play_episodes(lambda *args: model.reply(of, split.label, seed, *args), environments, seed)
-            row = {"checkpoint": str(path), "split": split.label, "seed": seed,
-                   **summarise(infos, environments[0].verify_iter), "settings": chosen}
-            told = ", ".join(f"{name.replace('_', ' ')} {100 * row[name]:.1f} +- {100 * row[f'{name}_stderr']:.1f} %"
-                             for name in ("first_try", *envs.TASKS[config.task].metrics))
+            environments = [envs.make_env(config.task, split.name, common, **split.settings)
+                            for _ in range(num_episodes(config, split))]
+            infos = play_episodes(partial(model.reply, of, split.label, seed), environments, seed)
+            row = {"checkpoint": str(path), "split": split.label, "seed": seed, **summarise(infos, env.verify_iter),
+                   "settings": chosen}
             write(row)
             model.forget()
-            running.say(f"{called}, {split.label}, seed {seed}: {told}")
+            found = ", ".join(f"{name.replace('_', ' ')} {100 * row[name]:.1f} +- {100 * row[f'{name}_stderr']:.1f} %"
+                              for name in ("first_try", *envs.TASKS[config.task].metrics))
+            running.say(f"{called}, {split.label}, seed {seed}: {found}")
 
 
 def take_settings(config, run, trained):
@@ -247,10 +249,20 @@ def take_settings(config, run, trained):
     changed = [f"{name}={given[name]} instead of {value}" for name, value in taken.items()
                if given.get(name, value) != value]
     changed += [] if same_task else [f"task {config.task} instead of {trained['task']}"]
-    running.say(f"{run}: task {config.task or trained['task']}{', ' * bool(env)}{' '.join(env)}, as in its training"
+    running.say(f"{run}: task {' '.join([config.task or trained['task'], *env])}, as in its training"
                 + (f" but for {', '.join(changed)}" if changed else ""))
     dtype = trained.get("dtype", "auto") if config.dtype == "auto" else config.dtype
     return replace(config, task=config.task or trained["task"], env=env, dtype=dtype)
+
+
+def finish_config(config):
+    """The config with its task and type settled; ValueError if a split or a setting is not allowed."""
+    config = replace(config, task=config.task or "gp-l")
+    for split in settings.read_splits(config.splits):
+        envs.make_env(config.task, split.name, settings.read_settings(config.env), **split.settings)
+    if config.api_url:
+        return replace(config, dtype="")
+    return replace(config, dtype=running.pick_dtype(config.dtype, running.start_processes(config.device)))
 
 
 def evaluate_run(run, config):
@@ -354,6 +366,12 @@ def judge_sign(expected, change, error):
     return "met" if (change > 0) == (expected == "up") else "not met"
 
 
+def paper_metric(task, split):
+    """The metric by which the paper judges a split."""
+    metrics = envs.TASKS[task].metrics
+    return next((metric for metric in metrics if (task, split, metric) in PAPER), metrics[0])
+
+
 def compare(folders, figure):
     """Print each metric at the start, after SFT and after RL at equal compute, beside the paper's, and in a sentence
     whether the paper's signs were met; draw the curves."""
@@ -367,7 +385,7 @@ def compare(folders, figure):
     print(f"\n{task}: %, at the checkpoints nearest to {budget:,.0f} GFLOPs of post-training "
           f"({num_runs['SFT']} SFT and {num_runs['RL']} RL runs, starts: {num_starts})\n")
     print("| metric | split | start | SFT | RL | paper: start | SFT | RL |\n|---|---|---|---|---|---|---|---|")
-    found = []
+    found, verdicts = [], Counter()
     for metric in metrics:
         for split in splits:
             start = mean_and_error([row for row in arms["start"] if row["split"] == split], metric)
@@ -375,15 +393,15 @@ def compare(folders, figure):
             for arm in ("SFT", "RL"):
                 _, mean, error = min(curve(arms[arm], split, metric), key=lambda point: abs(point[0] - budget))
                 cells.append(f"{mean:.1f} ± {error:.1f} ({mean - start[0]:+.1f})")
-                if metric == metrics[0] and split in SIGNS:
-                    sign = SIGNS[split][arm]
-                    verdict = judge_sign(sign, mean - start[0], math.hypot(error, start[1]))
-                    found.append(f"{arm} on {TITLES[split]} {mean - start[0]:+.1f} (paper: {sign}; {verdict})")
+                if split in SIGNS and metric == paper_metric(task, split):
+                    verdict = judge_sign(SIGNS[split][arm], mean - start[0], math.hypot(error, start[1]))
+                    verdicts[verdict] += 1
+                    found.append(f"{arm} on {TITLES[split]} {mean - start[0]:+.1f} (paper: {SIGNS[split][arm]}; {verdict})")
             paper = PAPER.get((task, split, metric), ())
             cells += [f"{p} ({p - paper[0]:+.1f})" if i else f"{p}" for i, p in enumerate(paper)] or ["-"] * 3
             print(f"| {metric.replace('_', ' ')} | {split} | {' | '.join(cells)} |")
-    print(f"\nFound, in points of {metrics[0].replace('_', ' ')}: {'; '.join(found)}. Of the paper's {len(found)} signs "
-          f"{sum('; met' in text for text in found)} are met by more than two standard errors.")
+    print(f"\nFound, in points: {'; '.join(found)}. Of the paper's {len(found)} signs {verdicts['met']} met, "
+          f"{verdicts['not met']} not met, {verdicts['undecided']} undecided: within two standard errors of no change.")
     if figure:
         draw(arms, task, splits, figure)
 
@@ -401,8 +419,8 @@ def draw(arms, task, splits, figure):
     metrics, colours = envs.TASKS[task].metrics[:2], {"start": "black", "SFT": "tab:orange", "RL": "tab:blue"}
     shape = len(metrics), len(splits)
     fig, axes = plt.subplots(*shape, figsize=(4.5 * len(splits), 3.6 * len(metrics)), squeeze=False)
-    for row, metric in zip(axes, metrics):
-        for axis, split in zip(row, splits):
+    for panels, metric in zip(axes, metrics):
+        for axis, split in zip(panels, splits):
             mean, error = mean_and_error([row for row in arms["start"] if row["split"] == split], metric)
             for arm in ("SFT", "RL"):
                 x, y, e = zip((0.0, mean, error), *curve(arms[arm], split, metric))
@@ -421,16 +439,6 @@ def draw(arms, task, splits, figure):
 
 
 # ---- The command line --------------------------------------------------------------------------------------
-
-def finish_config(config):
-    """The config with its task and type settled; ValueError if a split or a setting is not allowed."""
-    config = replace(config, task=config.task or "gp-l")
-    for split in settings.read_splits(config.splits):
-        envs.make_env(config.task, split.name, settings.read_settings(config.env), **split.settings)
-    if config.api_url:
-        return replace(config, dtype="")
-    return replace(config, dtype=running.pick_dtype(config.dtype, running.start_processes(config.device)))
-
 
 def main(config):
     with running.one_line_errors():

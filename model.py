@@ -3,7 +3,8 @@
 Messages become token ids (`encode`), ids become log-probs and values (`Policy.forward`), prompts become sampled
 replies (`Policy.generate`). Nothing here knows a game. A model is a folder that any Hugging Face tool opens.
 
-    B rows of a batch   P prompt tokens   R response tokens   T = P + R   V vocabulary   D hidden size   n tokens in all
+    B replies of a batch   P prompt tokens   R response tokens   T = P + R   V vocabulary   D hidden size
+    n tokens of all replies together (a row of a batch holds the replies of one dialogue; in sampling one)
 
     prompt_ids (P,)     everything before the reply, the dialogue so far included
     response_ids (R,)   the reply, with its end-of-turn token unless it was cut at the limit
@@ -70,7 +71,7 @@ def encode(processor, messages, prior_ids=None):
     follows that reply is tokenized: sampled ids are never decoded and encoded again. A reply that was cut at the
     limit is closed with an end-of-turn, which belongs to the prompt and so to no loss. A picture is one token here.
     """
-    tokenizer, prior = tokenizer_of(processor), prior_ids or []     # differs 12: sampled ids are kept
+    tokenizer, prior = tokenizer_of(processor), prior_ids or []     # differs 12: sampled ids are kept, never encoded again
     text = render(processor, messages, add_generation_prompt=True)
     if prior:
         last_reply = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
@@ -182,7 +183,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, ban, targets):
-        # differs 8: log-softmax and sums in float32
+        # differs 8: float32 from here on; theirs round each log-prob to bfloat16 before they sum
         logits = F.linear(hidden, weight).float().index_fill_(1, ban, -math.inf)                   # (n, V)
         picked, peak = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)            # (n, 1)
         probs = torch.softmax(logits, 1, out=logits)
@@ -214,7 +215,7 @@ class Policy(nn.Module):
         self.value_head = nn.Sequential(nn.Linear(hidden, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(),
                                         nn.Linear(512, 1))
         self.eos_id = tokenizer.eos_token_id
-        # Never sampled: special ids but end-of-turn, and rows without a token. (<|image|> has no row.)
+        # Never sampled: special ids but end-of-turn, and rows of lm_head without a token. (<|image|> has no row there.)
         rows = backbone.lm_head.weight.shape[0]
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < rows}
         banned = torch.zeros(rows, dtype=torch.bool)
@@ -232,9 +233,14 @@ class Policy(nn.Module):
     def device(self):
         return self.banned.device
 
+    def gflops(self, tokens_trained, tokens_rollout=0):
+        """The x-axis of the paper's figures (C.3): 6 N for a token that is trained, 2 N for one read or sampled without a
+        gradient (sft.py has none of these; `rl.advance` counts both)."""
+        return 2 * self.num_params * (3 * tokens_trained + tokens_rollout) / 1e9
+
     @property
     def num_params(self):
-        """N of the paper's compute formula: all weights but the input embedding and the value head."""
+        """N of that formula: all weights but the input embedding and the value head."""
         embedding = self.backbone.get_input_embeddings().weight
         tied = embedding is self.backbone.lm_head.weight           # then it is the output projection, and counts
         return sum(p.numel() for p in self.backbone.parameters()) - (0 if tied else embedding.numel())
@@ -253,7 +259,8 @@ class Policy(nn.Module):
         """
         row, first, lengths = batch["row"], batch["prompt_length"], batch["response_length"]
         offsets = torch.arange(int(lengths.max()), device=self.device)                             # (R,)
-        is_token = offsets < lengths[:, None]               # (B, R); differs 6: all of a reply, its end-of-turn included
+        is_token = offsets < lengths[:, None]                                       # (B, R)
+        # differs 6: every token of a reply counts, its end-of-turn too; theirs leaves the first two out
         rows, columns = row[:, None].expand_as(is_token)[is_token], (first[:, None] + offsets)[is_token]   # (n,)
         vision = self.picture_tensors(batch["pictures"]) if batch["pictures"] else {}
         if vision:
@@ -276,7 +283,7 @@ class Policy(nn.Module):
         return TokenLogprobs.apply(hidden.to(self.dtype), self.backbone.lm_head.weight.to(self.dtype), ban, targets)
 
     def num_tokens(self, prompt_ids, response_ids, picture):
-        """The tokens of one pass over a turn, those of its picture included."""
+        """The tokens of one pass over a turn, those of its picture included: what `gflops` counts."""
         return len(prompt_ids) + len(response_ids) + (self.picture_tokens if picture is not None else 0)
 
     def picture_tensors(self, pictures):
@@ -301,16 +308,16 @@ class Policy(nn.Module):
         return list(zip(states.flatten(1, -2), tensors["aspect_ratio_mask"]))
 
     @torch.no_grad()
-    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536, pictures=None, sight=None):
+    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536, pictures=None, pictures_seen=None):
         """Sample one reply to each prompt: (response_ids, the log-probs (R,) seen while sampling) per prompt.
 
         `uniforms` (number of prompts, max_new_tokens) in [0, 1) decide the tokens, one row a reply, so but for
         rounding a reply does not depend on the rows beside it. Temperature 0 takes the likeliest token. Rows that
-        end leave the batch. `pictures` has one for each prompt, or None for each; a `sight` remembers what was seen of
-        them in earlier turns. The log-probs serve only to check those of `forward`.
+        end leave the batch. `pictures` has one for each prompt, or None for each; `pictures_seen`, a PictureCache, remembers what
+        was seen of them in earlier turns. The log-probs serve only to check those of `forward`.
         """
         with running.unsharded(self), self.autocast():                # around it all: weights are cast once, not per token
-            seen = (sight or Sight(self, token_budget))(pictures or [None])
+            seen = (pictures_seen or PictureCache(self, token_budget))(pictures or [None])
             return self.sample(prompts, uniforms, max_new_tokens, temperature, token_budget, seen)
 
     def sample(self, prompts, uniforms, max_new_tokens, temperature, token_budget, seen):
@@ -333,14 +340,14 @@ class Policy(nn.Module):
             mask = (input_ids >= 0).long()
             logits = decoder.prefill(input_ids.clamp(min=0), mask, max_new_tokens, common,
                                      seen and [seen[row] for row in rows])
-            alive = torch.tensor(rows, device=self.device)         # which prompt each row of the batch answers
-            going = torch.ones_like(alive, dtype=torch.bool)
+            prompt_of_row = torch.tensor(rows, device=self.device)
+            going = torch.ones_like(prompt_of_row, dtype=torch.bool)
             drawn_ids, drawn_logprobs = [], []
             for position in range(max_new_tokens):
-                ids, logprobs = self.pick(logits, uniforms[alive, position], temperature)
+                ids, logprobs = self.pick(logits, uniforms[prompt_of_row, position], temperature)
                 for drawn, new, empty in ((drawn_ids, ids, -1), (drawn_logprobs, logprobs, 0.0)):
                     drawn.append(torch.full((len(prompts),), empty, dtype=new.dtype, device=self.device)
-                                 .scatter(0, alive, torch.where(going, new, empty)))
+                                 .scatter(0, prompt_of_row, torch.where(going, new, empty)))
                 going &= ids != self.eos_id
                 num_going = int(going.sum())
                 if num_going == 0 or position == max_new_tokens - 1:
@@ -349,7 +356,7 @@ class Policy(nn.Module):
                 if num_going < (0.5 if decoder.graphs else 0.9) * len(ids):
                     kept = going.nonzero()[:, 0]
                     decoder.keep(kept)
-                    alive, ids, going = alive[kept], ids[kept], going[kept]
+                    prompt_of_row, ids, going = prompt_of_row[kept], ids[kept], going[kept]
                 logits = decoder.append(ids)
             all_ids, all_logprobs = torch.stack(drawn_ids, 1).tolist(), torch.stack(drawn_logprobs, 1).tolist()
             for row in rows:
@@ -359,7 +366,7 @@ class Policy(nn.Module):
 
     def pick(self, logits, uniforms, temperature):
         """One token for each row of logits (B, V), by inverse CDF at its uniform: ids (B,), log-probs (B,)."""
-        # differs 9: a plain softmax at the temperature, the same as in the update
+        # differs 9: the softmax of the update; theirs samples with top-p and top-k, which its log-probs ignore
         logits = logits.float().masked_fill(self.banned, -math.inf)
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
         if temperature == 0:
@@ -370,7 +377,7 @@ class Policy(nn.Module):
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
 
-class Sight:
+class PictureCache:
     """`Policy.see` for a rollout: the weights stand still, so a picture is looked at once, and its states serve every
     turn of the dialogue. They wait in the CPU's memory (52 MB for a picture of the 11B model in bfloat16) until a call
     does without their picture."""
@@ -391,6 +398,9 @@ class Sight:
             for key, seen in zip(keys, self.policy.see([wanted[key] for key in keys])):
                 self.seen[key] = wanted[key], [tensor.cpu() for tensor in seen]
         return [self.seen[id(picture)][1] for picture in pictures]
+
+
+SAMPLES, SHUFFLES, EVALUATION = 0, 1, 2            # the first number of a random stream's key: what it is for
 
 
 def sampling_uniforms(keys, max_new_tokens):
@@ -416,7 +426,7 @@ def check_model(path, backbone, processor, vision):
         raise ValueError(f"model {path!r}: its chat template must keep earlier turns as they were and end a reply with "
                          f"{tokenizer.eos_token!r}; allowed are models whose template does")
     ids = tokenizer(first, add_special_tokens=False).input_ids
-    for token, least in [(tokenizer.bos_token, 0), (IMAGE_TOKEN, 1)][:1 + vision]:
+    for token, least in [(tokenizer.bos_token, 0), *([(IMAGE_TOKEN, 1)] if vision else [])]:
         if token and not least <= ids.count(tokenizer.convert_tokens_to_ids(token)) <= 1:
             raise ValueError(f"model {path!r}: its chat template must write {token} once, not {whole.count(token)} "
                              "times")
@@ -468,7 +478,7 @@ def load_policy(path, dtype="float32", device="cpu", vision=False, freeze="", gr
     names parts that are not trained, comma-separated. `hollow` leaves the weights out, for a process that gets them
     from another. ValueError says what does not fit.
     """
-    if param_dtype == "bfloat16" != dtype:
+    if param_dtype == "bfloat16" and dtype != "bfloat16":
         raise ValueError(f"param_dtype {param_dtype} needs dtype bfloat16, not {dtype}")
     backbone, processor = load_folder(path, vision, getattr(torch, param_dtype), hollow)
     for name in filter(None, freeze.split(",")):

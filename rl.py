@@ -10,8 +10,11 @@ ratio per reply. A second try sees the first one and the verifier's text in its 
     python rl.py --task gp-l --model PATH --out runs/red --split id suits=HD --env verify_iter=10
 
 The same command continues a run that was stopped, half-played episodes included; Ctrl-C or SIGTERM drops a rollout or
-finishes an update, saves, and exits with 130 or 143. What differs from the official code, and why, is listed in the
-README; the hyper-parameters are theirs, since the paper prints none.
+finishes an update, saves, and exits with 130 or 143. After a stop in mid-rollout the run folder holds the newest
+checkpoint, step_K/, with weights, value head and optimizer, and in its state how many tokens were spent and where each
+environment stood before the rollout (episode, replies so far, which are played again); lines that the logs have after
+step K are cut when the run goes on. What differs from the official code, and why, is listed in the README and marked
+here; the hyper-parameters are theirs, since the paper prints none.
 
 Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages.
 
@@ -32,8 +35,8 @@ import numpy as np
 import torch
 
 import envs
-from model import (FREEZABLE, Sight, aligned_micro_batches, collate, decode_reply, encode, load_policy, picture_of,
-                   sampling_uniforms)
+from model import (FREEZABLE, SAMPLES, SHUFFLES, PictureCache, aligned_micro_batches, collate, decode_reply, encode,
+                   load_policy, picture_of, sampling_uniforms)
 from support import running, settings
 from support.running import knob
 
@@ -49,7 +52,7 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     """
     advantages, next_advantages = torch.zeros_like(rewards), torch.zeros_like(next_values)
     for s in reversed(range(len(rewards))):
-        going = 1.0 - dones[s]                               # differs 5: done is terminated or truncated
+        going = 1.0 - dones[s]                # differs 5: done also where truncated; theirs bootstraps on
         delta = rewards[s] + gamma * next_values * going - values[s]
         next_advantages = delta + gamma * gae_lambda * going * next_advantages
         advantages[s], next_values = next_advantages, values[s]
@@ -62,7 +65,7 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, cl
     ratio = log_ratio.exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     value_loss = 0.5 * (values - returns) ** 2
-    if value_clip:                                           # differs 11: off by default
+    if value_clip:                            # differs 11: off by default; theirs is 0.1, as far as a critic may move
         clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
         value_loss = torch.max(value_loss, 0.5 * (clipped - returns) ** 2)
     watched = {"ratio": ratio, "approx_kl": ratio - 1 - log_ratio, "clip_fraction": ((ratio - 1).abs() > clip).float()}
@@ -78,9 +81,6 @@ def mean_and_variance(values):
 
 
 # ---- Settings ----------------------------------------------------------------------------------------------
-
-SAMPLES, SHUFFLES = 0, 1            # the first number of a random stream's key: what it is for
-
 
 @dataclass
 class Config:
@@ -135,44 +135,42 @@ class Turn:
     answer_start: int         # tokens before this one are thought
     reward: float
     done: bool                # terminated or truncated: GAE stops here
-    dialogue: tuple           # turns of one dialogue share this: (environment, episode, number in it)
+    dialogue_key: tuple       # turns of one dialogue share this: (environment, episode, number in it)
     info: dict
     picture: object = None    # PIL; the one of the dialogue
-    place: int = 0            # of N, in the rollouts of all processes
+    number: int = 0           # of N, in the rollouts of all processes
 
 
 class Conversation:
     """One environment and the dialogue in it as ids; its state is (episode, replies so far), replayed on resume."""
 
     def __init__(self, index, env, processor, config, episode=0, replies=()):
-        self.index, self.env, self.processor, self.seed = index, env, processor, config.seed
+        self.index, self.env, self.processor = index, env, processor
+        self.seed, self.num_envs = config.seed, config.num_envs
         self.begin(episode)
         for response_ids in replies:
             self.play(response_ids)
 
     def begin(self, episode):
-        self.episode, self.replies, self.dialogue = episode, [], 0
-        messages, _ = self.env.reset(seed=f"{self.seed}/rl/{self.index}/{episode}")
+        self.episode, self.replies, self.dialogue_number = episode, [], 0
+        # a list of routes that is played in order is shared out over the environments
+        messages, _ = self.env.reset(f"{self.seed}/rl/{self.index}/{episode}", episode * self.num_envs + self.index)
         self.continue_with(messages, None)
 
     def continue_with(self, messages, prior_ids):
         if prior_ids is None:
-            self.dialogue, self.verdicts = self.dialogue + 1, []
+            self.dialogue_number, self.verdicts = self.dialogue_number + 1, []
         self.prompt_ids, self.picture = encode(self.processor, messages, prior_ids), picture_of(messages)
 
     def play(self, response_ids):
         """Step the environment with a reply and move on to the next prompt: (reward, done, info, what there is to read
         of the dialogue so far)."""
-        at_reply, verdicts = self.env.messages, self.verdicts
-        reply = decode_reply(self.processor, response_ids)
+        before, reply = self.env.messages, decode_reply(self.processor, response_ids)
         messages, reward, terminated, truncated, info = self.env.step(reply)
-        verdicts.append([info["status"], reward])
-        if info["new_dialogue"]:
-            at_reply = [*at_reply, {"role": "assistant", "content": reply}]
-        else:
-            at_reply = messages
-        readable = {"env": self.index, "episode": self.episode, "verdicts": list(verdicts),
-                    "messages": [message | {"content": envs.read_text(message)} for message in at_reply]}
+        self.verdicts = [*self.verdicts, [info["status"], reward]]
+        dialogue = [*before, {"role": "assistant", "content": reply}] if info["new_dialogue"] else messages
+        readable = {"env": self.index, "episode": self.episode, "verdicts": self.verdicts,
+                    "messages": [message | {"content": envs.read_text(message)} for message in dialogue]}
         if terminated or truncated:
             self.begin(self.episode + 1)
         else:
@@ -183,7 +181,7 @@ class Conversation:
 
 def find_answer(processor, response_ids, answer_key):
     """The index of the token in which the answer key begins; len(response_ids) if the key is not there."""
-    # differs 7: by the text, not by token ids. The verifier reads the last object.
+    # differs 7: by the text, theirs by fixed token ids. The last one, since the verifier reads the last object.
     position = decode_reply(processor, response_ids).rfind(answer_key)
     if position < 0:
         return len(response_ids)
@@ -195,7 +193,7 @@ def find_answer(processor, response_ids, answer_key):
 @running.memory_advice("--generate-tokens")
 def collect_turns(policy, processor, conversations, update, config, stop) -> list[Turn] | None:
     """S turns of every conversation, sampled from the policy: turns ordered (S, E); None if a stop was asked for."""
-    turns, sight, last = [], Sight(policy, config.generate_tokens), config.turns_per_env - 1
+    turns, pictures_seen, last = [], PictureCache(policy, config.generate_tokens), config.turns_per_env - 1
     for s in running.progress(range(config.turns_per_env), nested=True, desc="rollout"):
         if stop.requested:
             return None
@@ -203,14 +201,14 @@ def collect_turns(policy, processor, conversations, update, config, stop) -> lis
         keys = [(SAMPLES, config.seed, update, conversation.index, s) for conversation in conversations]
         uniforms = sampling_uniforms(keys, config.max_new_tokens)
         replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
-                                  config.generate_tokens, pictures, sight)
+                                  config.generate_tokens, pictures, pictures_seen)
         for conversation, prompt_ids, picture, (response_ids, _) in zip(conversations, prompts, pictures, replies):
-            dialogue = conversation.index, conversation.episode, conversation.dialogue
+            key = conversation.index, conversation.episode, conversation.dialogue_number
             reward, done, info, readable = conversation.play(response_ids)
             answer_start = find_answer(processor, response_ids, conversation.env.answer_key)
-            turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, dialogue, info, picture,
+            turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, key, info, picture,
                               s * config.num_envs + conversation.index))
-            # Two whole dialogues of each rollout to read: the way to see reward hacking.
+            # The dialogues of two environments are kept to be read: the way to see reward hacking.
             if conversation in conversations[:2] and (done or info["new_dialogue"] or s == last):
                 running.log_jsonl(Path(config.out) / "turns.jsonl", step=update + 1, done=done, **readable, **info)
     return turns
@@ -226,7 +224,7 @@ def group_dialogues(turns: list[Turn]) -> list[list[int]]:
     """
     dialogues = {}
     for index, turn in enumerate(turns):
-        dialogues.setdefault(turn.dialogue, []).append(index)
+        dialogues.setdefault(turn.dialogue_key, []).append(index)
     return list(dialogues.values())
 
 
@@ -237,8 +235,11 @@ def dialogue_length(policy, turns, dialogue):
 
 
 def turn_batches(policy, turns, dialogues, config, filler=None) -> list[tuple[list[list[int]], float]]:
-    """Micro-batches of whole dialogues as (dialogues, weight), as many in every process: the turns of a dialogue share
-    one row. In the example above, if two rows fit: [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]."""
+    """Micro-batches of whole dialogues as (dialogues, weight): the turns of a dialogue share one row.
+
+    In the example above, if two rows fit: [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]. All processes must make as many
+    passes: one that has fewer repeats its last, or `filler`, with weight 0.
+    """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
     return running.even_out([[dialogues[i] for i in group] for group in groups], filler)
@@ -250,15 +251,15 @@ def minibatches(turns, update, config):
     Whole dialogues are shuffled; one belongs to the minibatch in which its last turn falls, so that a minibatch has
     about `minibatch_turns` turns. All processes draw the same minibatches from the dialogues of all.
     """
-    own = {turns[dialogue[0]].place: dialogue for dialogue in group_dialogues(turns)}
-    everyones = running.gather([[place, len(dialogue)] for place, dialogue in own.items()])
-    places, lengths = np.array(sorted(pair for part in everyones for pair in part)).T
+    own = {turns[dialogue[0]].number: dialogue for dialogue in group_dialogues(turns)}     # by their first turn's number
+    everyones = running.gather([[number, len(dialogue)] for number, dialogue in own.items()])
+    numbers, lengths = np.array(sorted(pair for part in everyones for pair in part)).T
     for epoch in running.progress(range(config.epochs), nested=True, desc="update"):
-        order = np.random.default_rng((SHUFFLES, config.seed, update, epoch)).permutation(len(places))
+        order = np.random.default_rng((SHUFFLES, config.seed, update, epoch)).permutation(len(numbers))
         ends = np.cumsum(lengths[order])                                            # turns up to the end of each
         for start in range(0, lengths.sum(), config.minibatch_turns):
             chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
-            yield epoch, start, int(lengths[chosen].sum()), [own[place] for place in places[chosen] if place in own]
+            yield epoch, start, int(lengths[chosen].sum()), [own[number] for number in numbers[chosen] if number in own]
 
 
 # ---- Scores and update -------------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
                                                         config.clip, config.value_clip)
             loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
             if not torch.isfinite(loss):                                            # all stop at the norm they share
-                fault = f"turns {[turns[i].place for i in rows[:8]]}...: loss {loss}"
+                fault = f"turns {[turns[i].number for i in rows[:8]]}...: loss {loss}"
             (loss * running.WORLD).backward()                                       # averaged over processes
             if weight:
                 first_ratios += [] if grad_norms else watched["ratio"].tolist()
@@ -376,20 +377,13 @@ def advance(policy, state, turns, upcoming, conversations, config):
     pictures = sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues)
     sampled = sum(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns) + policy.picture_tokens * pictures
     scored = dialogue_tokens + sum(dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming)))
-    places = running.gather([[conversation.index, conversation.episode, conversation.replies]
-                             for conversation in conversations])
+    standing = running.gather([[conversation.index, conversation.episode, conversation.replies]
+                               for conversation in conversations])
     return {"step": state["step"] + 1,
             "tokens_trained": state["tokens_trained"] + config.epochs * running.total(dialogue_tokens),
             "tokens_rollout": state["tokens_rollout"] + running.total(sampled + scored),
-            "players": [place[1:] for place in sorted(place for part in places for place in part)],
+            "conversations": [own[1:] for own in sorted(own for part in standing for own in part)],
             "seconds": state["seconds"]}
-
-
-def compute_spent(state, num_params, paper_lambda):
-    """GFLOPs since the start: 6 N per token trained, 2 N per token of the rollouts; and by the formula of paper C.3."""
-    trained, rollout = state["tokens_trained"], state["tokens_rollout"]
-    return {"gflops": 2 * num_params * (3 * trained + rollout) / 1e9,
-            "gflops_paper": 2 * num_params * (3 + paper_lambda) * trained / 1e9}
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
@@ -430,19 +424,20 @@ def set_up(config):
     optimizer = torch.optim.Adam([{"params": policy.backbone.parameters()}, {"params": policy.value_head.parameters()}],
                                  lr=config.lr, eps=1e-7)
     state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
-             "players": [[0, []]] * config.num_envs}
+             "conversations": [[0, []]] * config.num_envs}
     state = running.load_resume(newest, policy, optimizer) if newest else state
-    conversations = [Conversation(i, env, processor, config, *state["players"][i])
+    conversations = [Conversation(i, env, processor, config, *state["conversations"][i])
                      for i, env in zip(running.own_part(range(config.num_envs)), environments)]
     running.open_run(config, newest)
     return config, policy, processor, optimizer, state, conversations
 
 
 def set_learning_rates(optimizer, update, config):
-    """Of the backbone, which warms up, and of the value head, which does not; returns the first."""
-    schedule = running.learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final) / config.lr
-    lr = schedule * config.lr * min(1, (update + 1) / (config.lr_warmup + 1))
-    for group, group_lr in zip(optimizer.param_groups, (lr, schedule * (config.value_lr or config.lr))):
+    """Of the backbone, which warms up, and of the value head, which does not; returns the first. Both follow one cosine
+    (the value head's ends as far below its peak as --lr-final is below --lr)."""
+    share = running.learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final) / config.lr
+    lr = share * config.lr * min(1, (update + 1) / (config.lr_warmup + 1))
+    for group, group_lr in zip(optimizer.param_groups, (lr, share * (config.value_lr or config.lr))):
         group["lr"] = group_lr
     return lr
 
@@ -451,9 +446,10 @@ def main(config):
     with running.one_line_errors():
         config, policy, processor, optimizer, state, conversations = set_up(config)
     running.say_memory(policy, config)
-    stop, out, save = running.StopSignal(), Path(config.out), partial(
-        running.ensure_checkpoint, config.out, policy=policy, processor=processor, optimizer=optimizer,
-        keep_resume=config.keep_resume)
+    task, stop, out = envs.TASKS[config.task], running.StopSignal(), Path(config.out)
+    save = partial(
+running.ensure_checkpoint, config.out, policy=policy, processor=processor, optimizer=optimizer,
+                   keep_resume=config.keep_resume)
     bar = running.progress(range(state["step"], config.updates), initial=state["step"], total=config.updates, desc="rl")
     for update in bar:
         with running.one_line_errors(f"update {update + 1}"):
@@ -477,7 +473,10 @@ def main(config):
         running.log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout, **stats,
                           value=mean_and_variance(values)[0], tokens_trained=state["tokens_trained"],
                           tokens_rollout=state["tokens_rollout"],
-                          **compute_spent(state, policy.num_params, envs.TASKS[config.task].paper_lambda),
+                          gflops=policy.gflops(state["tokens_trained"], state["tokens_rollout"]),
+                          # the paper's estimate: a rollout of lambda tokens for each that is trained
+                          gflops_paper=policy.gflops(state["tokens_trained"],
+                                                     task.paper_lambda * state["tokens_trained"]),
                           seconds=state["seconds"], seconds_rollout=clock[1] - clock[0],
                           seconds_update=clock[2] - clock[1])
         bar.set_postfix(correct=f"{rollout['step_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}", refresh=False)

@@ -42,12 +42,12 @@ def train_step(policy, optimizer, samples, config):
     counted before the micro-batches, so how they are cut changes nothing. FloatingPointError, before the step, if
     either is not finite.
     """
-    num_tokens, loss = running.total(sum(len(response) for _, response, _ in samples)), 0.0
+    num_targets, loss = running.total(sum(len(response) for _, response, _ in samples)), 0.0
     groups = aligned_micro_batches([policy.num_tokens(*sample) for sample in samples], config.micro_batch_tokens)
-    for rows, weight in running.even_out(groups):
+    for rows, weight in running.even_out(groups):                  # weight 0: only so that all make as many passes
         logprobs, _ = policy(collate([[samples[row][:2]] for row in rows], policy.device,
                                      [samples[row][2] for row in rows]))                           # (B, R)
-        micro_loss = -weight * logprobs.sum() / num_tokens
+        micro_loss = -weight * logprobs.sum() / num_targets
         (micro_loss * running.WORLD).backward()                    # gradients are averaged over processes
         loss += float(micro_loss.detach())
     loss, grad_norm = running.total(loss), running.clip_gradients(policy.backbone.parameters(), config.max_grad_norm)
@@ -153,6 +153,9 @@ class Samples:
         common["verify_iter"] = config.failed_tries + 1            # so that no failed try ends the episode
         self.envs = [envs.make_env(config.task, split.name, common, **split.settings) for split in splits]
         self.weights = [split.weight for split in splits]
+        for split, env in zip(splits, self.envs):
+            if env.verify_iter <= config.failed_tries:
+                raise ValueError(f"--mix {split.label}: verify_iter must be above --failed-tries {config.failed_tries}")
         if config.balance and len(self.envs[0].kinds) == 1:
             raise ValueError(f"--balance: {config.task} has one kind of position only")
         self.pairs = read_conversations(config.data, self.envs[0].vision) if config.data else None
@@ -171,7 +174,7 @@ class Samples:
                 messages = [envs.user_message(envs.read_text(messages[0]), open_picture(path)), *messages[1:]]
             return messages, reply
         env = rng.choices(self.envs, self.weights)[0]
-        env.reset(seed=f"{seed}/sft/{i}")
+        env.reset(f"{seed}/sft/{i}", episode=i)
         messages = env.skip_ahead(rng, self.config.balance)
         for _ in range(rng.randint(0, self.config.failed_tries)):
             messages, *_ = env.step(env.flawed_reply())
@@ -250,7 +253,7 @@ def main(config):
             loss, grad_norm = train_step(policy, optimizer, batch, config)
         tokens = state["tokens"] + running.total(sum(policy.num_tokens(*sample) for sample in batch))
         state = {"step": step + 1, "tokens": tokens, "seconds": earlier + time.time() - started}
-        gflops = 6 * policy.num_params * tokens / 1e9                               # paper C.3
+        gflops = policy.gflops(tokens)
         running.log_jsonl(out / "metrics.jsonl", step=step + 1, loss=loss, grad_norm=grad_norm, lr=lr,
                           tokens_trained=tokens,
                           response_tokens=running.total(sum(len(response) for _, response, _ in batch)),

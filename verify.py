@@ -186,7 +186,7 @@ def parse_formula(text):
         raise ValueError(f"unexpected {text[legal]!r}")
     tokens = FORMULA_TOKEN.findall(text)
     tokens.append("")                                          # sentinel: the end
-    numbers, at = [], 0                                        # differs 1: exact, over integers; theirs are floats
+    numbers, at = [], 0                                        # differs 1: exact; theirs evaluates floats
 
     def factor():
         nonlocal at
@@ -348,9 +348,9 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
                 status, told = "correct", {}
         except ValueError as fault:
             told = {"fault": fault}
-    reward = REWARDS[status]                                        # differs 2: one status, nothing adds up
+    reward = REWARDS[status]                                        # differs 2: one status; theirs adds up penalties
     message = phrases["no_formula"] if told is None else fill(phrases[status], **told)
-    if vision and not cards_read:                                   # differs 19: added, and a solution stays one
+    if vision and not cards_read:                                   # differs 19: theirs pays it instead, and goes on
         reward += MISREAD_CARDS
         stated = found.get("cards") if found else None
         told = {"read": json.dumps(stated)[:MAX_FORMULA]} if is_plain_list(stated) else None
@@ -383,7 +383,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     message = fill(phrases["wrong_action"], action=printable(stated)) if found else phrases["no_action"]
     if stated == action:
         status, message = "correct", phrases["correct"]
-    elif name not in observed:                                      # differs 16: the landmark itself is looked for
+    elif name not in observed:                                      # differs 16: theirs looks for another word here
         status, message = "wrong_observation", f"{message} {phrases['missed_landmark']}"
     elif sees_intersection != intersection:
         fault = "missed_intersection" if intersection else "invented_intersection"
