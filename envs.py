@@ -60,7 +60,8 @@ from pathlib import Path
 from zlib import crc32
 
 from support import cards, play, settings, streets
-from verify import FEEDBACK, STEP_LIMIT, fill, judge_general_points, judge_navigation, solutions
+from support.solver import solutions
+from verify import FEEDBACK, LAST_TRY_PENALTY, fill, judge_general_points, judge_navigation
 
 # Our words for the paper's prompt structure (A.2: task, input, output; B.2: task, instruction, what an observation is,
 # actions, history, output). A prompt file may replace each by name.
@@ -121,7 +122,7 @@ class Environment(ABC):
 
     An episode is a row of positions (GeneralPoints: one, the hand); at each the model has `verify_iter` tries. A correct
     reply leads to the next position, where a new dialogue begins, or terminates the episode at the last; a wrong one is
-    answered with the verdict, and after the last try the episode is truncated and that turn charged STEP_LIMIT on top.
+    answered with the verdict, and after the last try the episode is truncated and that turn charged LAST_TRY_PENALTY on top.
 
     `info` of a step: status of the verdict, success (the episode is solved), turn (replies so far in the episode), kind
     of the position, try (replies so far at the position), new_dialogue (whether one began), and `details`.
@@ -223,7 +224,7 @@ class Environment(ABC):
         else:
             told = verdict.message if self.done else fill(self.prompts[self.retry_prompt], verdict=verdict.message)
             self.messages = self.messages + [{"role": "assistant", "content": reply}, {"role": "user", "content": told}]
-        return self.messages, verdict.reward + STEP_LIMIT * truncated, terminated, truncated, info
+        return self.messages, verdict.reward + LAST_TRY_PENALTY * truncated, terminated, truncated, info
 
 
 # ---- GeneralPoints -----------------------------------------------------------------------------------------
@@ -578,7 +579,7 @@ TASKS = {
 }
 
 
-def make_env(task, split="id", common=(), **own):
+def make_env(task, split="id", common=(), /, **own):
     """The environment of a task (TASKS) and split (the tables at the top), its settings in `env.settings`.
 
     `own` are keyword arguments of the environment, or texts of them, and change what the split says; `common` likewise,

@@ -46,8 +46,8 @@ def share(hits, counts):
     return mean, math.sqrt(sum((hit - mean * count) ** 2 for hit, count in zip(hits, counts))) / total
 
 
-def summarise(infos, verify_iter):
-    """What eval.jsonl says about a list of played episodes, each a list of infos.
+def summarise(infos, verify_iter, kinds=()):
+    """What eval.jsonl says about a list of played episodes, each a list of infos; `kinds` of positions that there are.
 
     success             episodes solved
     step_accuracy       replies that are correct, retries included (paper C.3)
@@ -68,7 +68,7 @@ def summarise(infos, verify_iter):
     shares = {"success": share([episode[-1]["success"] for episode in infos], [1] * len(infos)),
               "step_accuracy": accuracy(lambda info: True),
               "first_try": accuracy(lambda info: info["try"] == 1)}
-    kinds = sorted({info["kind"] for info in turns})
+    kinds = sorted({*kinds, *(info["kind"] for info in turns)})
     for kind in kinds if len(kinds) > 1 else ():
         shares[f"step_accuracy_{kind}"] = accuracy(lambda info: info["kind"] == kind)
         shares[f"first_try_{kind}"] = accuracy(lambda info: info["kind"] == kind and info["try"] == 1)
@@ -219,7 +219,8 @@ def evaluate_model(path, called, known, config, write, kept=None):
     names = ("api_url", "task", "episodes", "paper", "temperature", "max_new_tokens", "dtype")
     for split in settings.read_splits(config.splits):
         env = envs.make_env(config.task, split.name, common, **split.settings)
-        chosen = {name: getattr(config, name) for name in names} | {"env": env.settings}
+        chosen = {name: getattr(config, name) for name in names}
+        chosen["env"] = {name: value for name, value in env.settings.items() if name != "solution"}   # no expert plays
         done = {row["seed"] for row in known if row["checkpoint"] == str(path) and row["split"] == split.label
                 and row["settings"] == chosen}
         for seed in dict.fromkeys(map(int, config.seeds.split(","))):
@@ -231,8 +232,8 @@ def evaluate_model(path, called, known, config, write, kept=None):
             environments = [envs.make_env(config.task, split.name, common, **split.settings)
                             for _ in range(num_episodes(config, split))]
             infos = play_episodes(partial(model.reply, of, split.label, seed), environments, seed)
-            row = {"checkpoint": str(path), "split": split.label, "seed": seed, **summarise(infos, env.verify_iter),
-                   "settings": chosen}
+            row = {"checkpoint": str(path), "split": split.label, "seed": seed,
+                   **summarise(infos, env.verify_iter, env.kinds), "settings": chosen}
             write(row)
             model.forget()
             found = ", ".join(f"{name.replace('_', ' ')} {100 * row[name]:.1f} +- {100 * row[f'{name}_stderr']:.1f} %"

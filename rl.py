@@ -367,7 +367,7 @@ def rollout_stats(turns, eos_id):
             "response_length": sum(row["length"] for row in rows) / len(rows)}
 
 
-def advance(policy, state, turns, upcoming, conversations, config):
+def advance(policy, state, turns, upcoming, conversations, config, seconds):
     """The state after an update: its number, the tokens spent so far, and where each environment stands.
 
     In sampling every turn reads its prompt anew, but a picture is looked at once in its dialogue.
@@ -383,7 +383,7 @@ def advance(policy, state, turns, upcoming, conversations, config):
             "tokens_trained": state["tokens_trained"] + config.epochs * running.total(dialogue_tokens),
             "tokens_rollout": state["tokens_rollout"] + running.total(sampled + scored),
             "conversations": [own[1:] for own in sorted(own for part in standing for own in part)],
-            "seconds": state["seconds"]}
+            "seconds": state["seconds"] + seconds}
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
@@ -447,17 +447,16 @@ def main(config):
         config, policy, processor, optimizer, state, conversations = set_up(config)
     running.say_memory(policy, config)
     task, stop, out = envs.TASKS[config.task], running.StopSignal(), Path(config.out)
-    save = partial(
-running.ensure_checkpoint, config.out, policy=policy, processor=processor, optimizer=optimizer,
+    save = partial(running.ensure_checkpoint, out, policy=policy, processor=processor, optimizer=optimizer,
                    keep_resume=config.keep_resume)
     bar = running.progress(range(state["step"], config.updates), initial=state["step"], total=config.updates, desc="rl")
     for update in bar:
         with running.one_line_errors(f"update {update + 1}"):
-            lr, clock = set_learning_rates(optimizer, update, config), [time.time()]
+            lr, began = set_learning_rates(optimizer, update, config), time.time()
             turns = collect_turns(policy, processor, conversations, update, config, stop)
             if turns is None:                                       # the rollout is dropped, `state` is from before it
                 stop.leave(save(update, state=state))
-            clock.append(time.time())
+            collected = time.time()
             # the prompts that come next, as turns without a reply: only their values are used
             # differs 10: nothing is generated for the bootstrap
             upcoming = [Turn(conversation.prompt_ids, [], 0, 0.0, False, (conversation.index,), {},
@@ -466,9 +465,8 @@ running.ensure_checkpoint, config.out, policy=policy, processor=processor, optim
             _, next_values = score_turns(policy, upcoming, config)                  # one for each environment
             advantages, returns = estimate_advantages(turns, values, next_values, config)
             stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages, returns, update, config)
-        clock.append(time.time())
-        state = advance(policy, state | {"seconds": state["seconds"] + clock[2] - clock[0]}, turns, upcoming,
-                        conversations, config)
+        updated = time.time()
+        state = advance(policy, state, turns, upcoming, conversations, config, updated - began)
         rollout = rollout_stats(turns, policy.eos_id)
         running.log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout, **stats,
                           value=mean_and_variance(values)[0], tokens_trained=state["tokens_trained"],
@@ -477,8 +475,7 @@ running.ensure_checkpoint, config.out, policy=policy, processor=processor, optim
                           # the paper's estimate: a rollout of lambda tokens for each that is trained
                           gflops_paper=policy.gflops(state["tokens_trained"],
                                                      task.paper_lambda * state["tokens_trained"]),
-                          seconds=state["seconds"], seconds_rollout=clock[1] - clock[0],
-                          seconds_update=clock[2] - clock[1])
+                          seconds=state["seconds"], seconds_rollout=collected - began, seconds_update=updated - collected)
         bar.set_postfix(correct=f"{rollout['step_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}", refresh=False)
         stopping = stop.requested
         if (update + 1) % config.save_every == 0 or update + 1 == config.updates or stopping:

@@ -23,9 +23,8 @@ V-IRL pays the column of appendix B.3:
 
 Nothing here accumulates, and a half-right formula earns nothing. No `eval`: formulas are read by a tokenizer and a
 recursive descent over exact fractions, so 8/(3-8/3) is 24 and 9**9**9 is not a formula. This file knows neither
-torch nor the environments; `python -c "import verify; print(verify.solutions((3, 3, 8, 8)))"` is the way in.
+torch nor the environments; `python envs.py gp-l` is the way to meet it.
 """
-import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -33,9 +32,9 @@ from fractions import Fraction
 from functools import lru_cache
 
 REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal_formula": -3.0}
-MISREAD_CARDS = -1.5
+MISREAD_PENALTY = -1.5
 NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action": -1.0}
-STEP_LIMIT = -1.0
+LAST_TRY_PENALTY = -1.0
 MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the depth of the recursion.
 MAX_SCALARS = 500   # words and numbers in an object that is not JSON
 MAX_WORK = 3000     # about microseconds; after so many false starts a reply counts as holding no object
@@ -233,81 +232,6 @@ def parse_formula(text):
     return value, tuple(numbers)
 
 
-def write(operator, left, right):
-    """The text of `left operator right` without needless brackets, and how tightly it binds.
-
-    An operand is (text, rank): rank 0 a sum or difference, 1 a product or quotient, 2 a number.
-    """
-    rank = 0 if operator in "+-" else 1
-    least_right = rank + (operator in "-/")   # a-(b-c) and a/(b*c) need their brackets, a+(b-c) does not
-    texts = [f"({text})" if bound < least else text for (text, bound), least in ((left, rank), (right, least_right))]
-    return operator.join(texts), rank
-
-
-def add(found, value, operator, lefts, rights):
-    """Enter `left operator right` under its value for every way to write either side."""
-    found.setdefault(value, {}).update(write(operator, x, y) for x in lefts.items() for y in rights.items())
-
-
-def partitions(numbers):
-    """The ways to part a sorted tuple into two non-empty sorted tuples, the smaller first, without repeats."""
-    found = {}
-    for bits in range(1, 2 ** len(numbers) - 1):
-        part = tuple(n for i, n in enumerate(numbers) if bits >> i & 1)
-        rest = tuple(n for i, n in enumerate(numbers) if not bits >> i & 1)
-        if (len(part), part) <= (len(rest), rest):
-            found[part, rest] = None
-    return list(found)
-
-
-@lru_cache(maxsize=None)
-def expressions(numbers):
-    """Every value that a sorted tuple of integers makes, each used once: {value: {text: rank}}."""
-    if len(numbers) == 1:
-        return {Fraction(numbers[0]): {str(numbers[0]): 2}}
-    found = {}
-    for part, rest in partitions(numbers):
-        for (a, lefts), (b, rights) in itertools.product(expressions(part).items(), expressions(rest).items()):
-            for operator, value in [("+", a + b), ("-", a - b), ("*", a * b)] + ([("/", a / b)] if b else []):
-                add(found, value, operator, lefts, rights)
-            for operator, value in [("+", a + b), ("-", b - a), ("*", a * b)] + ([("/", b / a)] if a else []):
-                add(found, value, operator, rights, lefts)
-    return found
-
-
-def last_steps(a, target, others):
-    """The last operation of a solution: yield (operator, a stands left, partner b) such that it makes `target`.
-
-    One b solves a + b = target, and so on; where any does (0 * b = 0, 0 / b = 0), b is each of `others`.
-    """
-    yield from (("+", True, target - a), ("+", False, target - a), ("-", True, a - target), ("-", False, target + a))
-    any_partner = others if a == target == 0 else ()
-    for b in [target / a] if a else any_partner:
-        yield from (("*", True, b), ("*", False, b))
-    for b in [a / target] if a and target else any_partner:
-        if b:
-            yield "/", True, b
-    if a:
-        yield "/", False, target * a
-
-
-@lru_cache(maxsize=None)
-def solve_sorted(numbers, target):
-    found = {target: dict(expressions(numbers).get(target, ()))} if len(numbers) == 1 else {target: {}}
-    for part, rest in partitions(numbers):       # the partner that hits the target is looked up: not every pair is tried
-        others = expressions(rest)
-        for a, texts in expressions(part).items():
-            for operator, is_left, b in last_steps(a, target, others):
-                if b in others:
-                    add(found, target, operator, *((texts, others[b]) if is_left else (others[b], texts)))
-    return tuple(sorted(found[target], key=lambda text: (len(text), text)))
-
-
-def solutions(numbers, target=24):
-    """Every formula that makes `target` of all the `numbers`, as text without needless brackets, shortest first."""
-    return solve_sorted(tuple(sorted(numbers)), Fraction(target))
-
-
 # ---- Judging -----------------------------------------------------------------------------------------------
 
 def is_plain_list(stated):
@@ -333,28 +257,29 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     found = read_reply(reply, "formula")
     cards_read = found is not None and same_multiset(found.get("cards"), cards)
     numbers_right = found is not None and same_multiset(found.get("number"), numbers)
-    status, told = "illegal_formula", {"fault": "it is not text"}
+    status, phrase, values = "illegal_formula", "illegal_formula", {"fault": "it is not text"}
     if found is None:
-        told = None
+        phrase = "no_formula"
     elif isinstance(found["formula"], str):
         try:
             (numerator, denominator), used = parse_formula(found["formula"].split("=", 1)[0])
             if sorted(used) != sorted(numbers):
                 status = "wrong_numbers"
-                told = {"used": ", ".join(map(str, used)), "numbers": ", ".join(map(str, numbers))}
+                values = {"used": ", ".join(map(str, used)), "numbers": ", ".join(map(str, numbers))}
             elif numerator != target * denominator:
-                status, told = "wrong_value", {"value": Fraction(numerator, denominator), "target": target}
+                status, values = "wrong_value", {"value": Fraction(numerator, denominator), "target": target}
             else:
-                status, told = "correct", {}
+                status, values = "correct", {}
+            phrase = status
         except ValueError as fault:
-            told = {"fault": fault}
+            values = {"fault": fault}
     reward = REWARDS[status]                                        # differs 2: one status; theirs adds up penalties
-    message = phrases["no_formula"] if told is None else fill(phrases[status], **told)
+    message = fill(phrases[phrase], **values)
     if vision and not cards_read:                                   # differs 19: theirs pays it instead, and goes on
-        reward += MISREAD_CARDS
+        reward += MISREAD_PENALTY
         stated = found.get("cards") if found else None
-        told = {"read": json.dumps(stated)[:MAX_FORMULA]} if is_plain_list(stated) else None
-        message += " " + (fill(phrases["misread_cards"], **told) if told else phrases["no_cards"])
+        message += " " + (fill(phrases["misread_cards"], read=json.dumps(stated)[:MAX_FORMULA])
+                          if is_plain_list(stated) else phrases["no_cards"])
     if feedback == "plain":
         message = phrases["correct" if status == "correct" else "plain"]
     return Verdict(status, reward, message, cards_read, numbers_right, in_place(found and found.get("cards"), cards))

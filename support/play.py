@@ -113,8 +113,10 @@ def command_line(tasks, make_env, description):
                              "reply and picture of the episode")
     parser.add_argument("--read", metavar="RUN", help="the conversations that rl.py kept of a run")
     parser.add_argument("--html", metavar="FILE", help="with --read: write them as a page")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
+        if args.html and not args.read:
+            raise ValueError(f"--html {args.html}: needs --read RUN")
         if args.read:
             return transcripts.read_run(args.read, args.html, make_env)
         if not args.task:

@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import nn
 from transformers import (LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor,
                           PreTrainedTokenizerFast)
+from transformers import logging as transformers_logging
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil   # needs no torchvision
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # a script in a folder: the repository is above
@@ -49,7 +50,7 @@ def sample_texts(task, num=200, **settings):
     for split, own in envs.TASKS[task].splits.items():
         if own.get("data", "train") != "train":                    # the other data sets may not be there
             continue
-        env = envs.make_env(task, split, **settings)
+        env = envs.make_env(task, split, **settings | {"verify_iter": 2})
         env.picture = lambda: None                                 # only words are needed, and drawing takes time
         yield " ".join(env.atoms() * 2)
         for i in range(num):
@@ -68,8 +69,11 @@ def train_tokenizer(texts, atoms, vocab_size=4096):
     Whatever stands between two atoms may grow into one token however long it is, so the constant wording of a prompt
     costs next to nothing. Any string can be encoded and comes back unchanged.
     """
-    words = sorted({re.escape(a) for a in atoms if a.isalnum()}, key=len, reverse=True)
-    marks = sorted({re.escape(a) for a in atoms if not a.isalnum()}, key=len, reverse=True)
+    def longest_first(atom):
+        return -len(atom), atom                                    # not the order of a set, which differs between processes
+
+    words = sorted({re.escape(a) for a in atoms if a.isalnum()}, key=longest_first)
+    marks = sorted({re.escape(a) for a in atoms if not a.isalnum()}, key=longest_first)
     pattern = "|".join([rf"\b(?:{'|'.join(words)})\b"] * bool(words) + marks)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -126,6 +130,7 @@ def main(config):
         env = envs.make_env(config.task, **settings)
         torch.manual_seed(config.seed)
         backbone, processor = make_tiny(config.size, env.vision, sample_texts(config.task, **settings), env.atoms())
+    transformers_logging.disable_progress_bar()
     backbone.save_pretrained(config.out)
     processor.save_pretrained(config.out)
     print(f"{config.out}: a {type(backbone).__name__} of {sum(p.numel() for p in backbone.parameters()):,} parameters")

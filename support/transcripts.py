@@ -30,6 +30,8 @@ def read_rows(run):
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     if not rows:
         raise ValueError(f"{path}: holds no conversation yet")
+    if not all("verdicts" in row for row in rows):
+        raise ValueError(f"{path}: was written by an earlier version, without verdicts")
     return json.loads(config.read_text()), rows
 
 
@@ -59,7 +61,7 @@ def picture_again(config, row, make_env):
     env = make_env(config["task"], split.name, read_settings(config["env"]), **split.settings)
     if not env.vision:
         return ""
-    env.reset(seed=f"{config['seed']}/rl/{row['env']}/{row['episode']}")
+    env.reset(f"{config['seed']}/rl/{row['env']}/{row['episode']}", row["episode"] * config["num_envs"] + row["env"])
     if "position" in row:
         env.at = row["position"]
     png = io.BytesIO()

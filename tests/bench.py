@@ -52,9 +52,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 import rl
 import verify
-from model import (LlamaDecoder, OneLineParser, Policy, Sight, collate, fail, load_policy, pick_device, sampling_uniforms,
-                   train_tokenizer)
+from model import LlamaDecoder, PictureCache, Policy, collate, sampling_uniforms
 from sft import train_step
+from support import solver, streets, tiny
+from support.cards import draw_hand
+from support.running import OneLineParser, enable_checkpointing, fail, pick_device
 
 MAX_LOAD = 0.5
 MIB = 2 ** 20
@@ -121,7 +123,7 @@ def expect_close(what, ours, baseline):
 def make_policy(args, vocab_size, layers, dtype="float32", **shape):
     """A random-init Llama, 256 wide unless told else, that may sample every token; none of them ends a reply."""
     env = envs.make_env("gp-l", "id")
-    processor = train_tokenizer(envs.sample_texts("gp-l", num=20), env.atoms())
+    processor = tiny.train_tokenizer(tiny.sample_texts("gp-l", num=20), env.atoms())
     shape = dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=8, intermediate_size=672) | shape
     torch.manual_seed(args.seed)
     with args.device:
@@ -277,15 +279,15 @@ def logprob(args, rates):
 # ---- Pictures -----------------------------------------------------------------------------------------------------
 
 def make_vision_policy(args, vocab_size, dtype="float32", text=(), vision=()):
-    """A random-init tiny-vl, 256 wide, that may sample every token but <|image|>; none of them ends a reply.
+    """A random-init vision model, 256 wide, that may sample every token but <|image|>; none of them ends a reply.
 
-    Its tower has more layers than usual, on 256 patches instead of 64: then a picture costs about as much as the
+    Its tower has more layers than that of support/tiny.py, on 256 patches instead of 64: then a picture costs about as much as the
     prompt it stands in, as it does in Llama-3.2-11B-Vision (four tiles of 1601 positions beside some 500 tokens).
     `text` and `vision` change fields of the two configs.
     """
-    texts = envs.sample_texts("gp-vl", num=20, resolution=224)
-    policy, processor = load_policy("tiny-vl:256x4", texts=texts, atoms=envs.make_env("gp-vl", "id").atoms())
-    config = policy.backbone.config
+    texts = tiny.sample_texts("gp-vl", num=20, resolution=224)
+    backbone, processor = tiny.make_tiny("256x4", True, texts, envs.make_env("gp-vl", "id").atoms())
+    config = backbone.config
     for part, changed in ((config.text_config, {"vocab_size": vocab_size, **dict(text)}),
                           (config.vision_config, {"patch_size": 14, "num_hidden_layers": 4, **dict(vision)})):
         for name, value in changed.items():
@@ -316,7 +318,7 @@ def update_functions(args):
     """`logprob_functions` for the five turns of a dialogue in pictures: ours in one row, baseline one after another."""
     vocab_size = 128256
     policy, _ = make_vision_policy(args, vocab_size)
-    picture = envs.draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 224)
+    picture = draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 224)
     rng, turns, ids = random.Random(args.seed), [], [policy.image_id]
     for new in (320, 64, 64, 64, 64):
         prompt, response = ([rng.randrange(policy.image_id + 1, vocab_size) for _ in range(n)] for n in (new, 64))
@@ -338,16 +340,16 @@ def rollout_vision(args):
     with tempfile.TemporaryDirectory() as folder:          # both sides get the prompts of one rollout, played here
         config = rl.Config(out=folder, num_envs=E, turns_per_env=S, max_new_tokens=R, temperature=1.0, thought_coef=1.0,
                            seed=args.seed)
-        players = [rl.Player(i, envs.make_env("gp-vl", "id", resolution=224), processor, config) for i in range(E)]
-        turns = rl.collect_turns(policy, processor, players, 0, config, SimpleNamespace(requested=False))
+        conversations = [rl.Conversation(i, envs.make_env("gp-vl", "id", resolution=224), processor, config) for i in range(E)]
+        turns = rl.collect_turns(policy, processor, conversations, 0, config, SimpleNamespace(requested=False))
     assert {len(turn.response_ids) for turn in turns} == {R} and len(rl.group_dialogues(turns)) == E
     uniforms = sampling_uniforms([(args.seed, i) for i in range(S * E)], R)
-    chosen = [i for i, turn in enumerate(turns) if turn.dialogue[0] < few]
+    chosen = [i for i, turn in enumerate(turns) if turn.dialogue_key[0] < few]
 
-    def ours(sight):
+    def ours(pictures_seen):
         for s in range(0, S * E, E):
             prompts, pictures = zip(*[(turn.prompt_ids, turn.picture) for turn in turns[s:s + E]])
-            policy.generate(prompts, uniforms[s:s + E], R, 1.0, config.generate_tokens, pictures, sight)
+            policy.generate(prompts, uniforms[s:s + E], R, 1.0, config.generate_tokens, pictures, pictures_seen)
         return rl.score_turns(policy, turns, config)[0]
 
     def official():
@@ -361,7 +363,7 @@ def rollout_vision(args):
         return total
 
     def reused():
-        return ours(Sight(policy, config.generate_tokens))
+        return ours(PictureCache(policy, config.generate_tokens))
 
     expect_close("log-prob of a rollout in pictures", float(reused()[chosen].sum()), official())
     t_ours, t_official, t_anew = medians(args, reused, official, lambda: ours(None))
@@ -448,7 +450,7 @@ def make_cases(args, count):
     env, rng, cases = envs.make_env("gp-l", "id"), random.Random(args.seed), {}
     for i in itertools.count():
         env.reset(seed=f"{args.seed}/bench/{i}")
-        known = verify.solutions(env.numbers)
+        known = solver.solutions(env.numbers)
         formula = rng.choice(known)
         extra, slip = f"{formula}+{rng.randint(1, 13)}", rng.choice((f"({formula}", f"{formula}*", f"{formula}!"))
         for reply in (env.flawed_reply(), *map(env.format_reply, (formula, extra, slip))):
@@ -501,9 +503,9 @@ def baseline_reset(seed):
 def environment(args, rates):
     env, few, many = envs.make_env("gp-l", "id"), 3, 10_000
     for numbers in ([3, 3, 8, 8], [1, 5, 5, 5], [1, 1, 1, 1]):
-        expect_close(f"{numbers} can be solved", bool(verify.solutions(numbers)), bool(baseline_solutions(numbers)))
+        expect_close(f"{numbers} can be solved", bool(solver.solutions(numbers)), bool(baseline_solutions(numbers)))
     functions = (lambda: [env.reset(seed=seed) for seed in range(many)]), lambda: list(map(baseline_reset, range(few)))
-    yield from rows_with_caches(args, [verify.solve_sorted, verify.expressions], f"{many} resets, baseline {few}",
+    yield from rows_with_caches(args, [solver.solve_sorted, solver.expressions], f"{many} resets, baseline {few}",
                                 functions, "reset", (many, few))
 
     flawed = [[env.flawed_reply() for _ in range(env.verify_iter)] for seed in range(1000) if env.reset(seed=seed)]
@@ -527,21 +529,21 @@ def baseline_nearest(point, keys):
     half = np.sin((lats - lat) / 2) ** 2 + np.cos(lat) * np.cos(lats) * np.sin((lons - lon) / 2) ** 2
     metres = 2 * 6371e3 * np.arcsin(np.sqrt(half))
     best = int(np.argmin(metres))
-    return tuple(keys[best]) if metres[best] < envs.REACH else None
+    return tuple(keys[best]) if metres[best] < streets.REACH else None
 
 
 def baseline_rail(record, mapping, keys, rng):
     """The panoramas along a route, each leg cut in five and half of the steps left out, as at an official reset."""
     previous, panos = tuple(record["start_place"]["relocated_geocode"]), []
     for i, point in enumerate([previous, *map(tuple, record["route_results"]["geocode_list"])]):
-        length = envs.geodesic(previous, point)
+        length = streets.geodesic(previous, point)
         point = point if point in mapping else baseline_nearest(point, keys)
         for step in range(1, 6) if length > 5 else ():
             if rng.random() < 0.5:
                 continue
             wanted = tuple(p + (q - p) * step / 5 for p, q in zip(previous, point))
             found = wanted if wanted in mapping else baseline_nearest(wanted, keys)
-            if found and min(envs.geodesic(previous, found), envs.geodesic(point, found)) > 8:
+            if found and min(streets.geodesic(previous, found), streets.geodesic(point, found)) > 8:
                 panos.append(mapping[found])
         panos.append(mapping[point])
         previous = point
@@ -574,13 +576,13 @@ def virl(args, rates):
         yield "make a city of 1,000 routes, words only", f"{time.perf_counter() - started:.2f} s", "", None
 
         def load():
-            envs.load_routes.cache_clear()
+            streets.load_routes.cache_clear()
             envs.make_env("virl-l", "id", root=root)
 
         yield "load 1,000 routes", f"{medians(args, load)[0]:.2f} s", "", None
         env = envs.make_env("virl-l", "id", root=root)
         records = json.loads((root / "train" / "route_infos.json").read_text())[0]
-        mapping = envs.Panoramas(root / "train" / "gps_pano_mapping.pkl").ids
+        mapping = streets.Panoramas(root / "train" / "gps_pano_mapping.pkl").ids
     keys, many, few = np.array(list(mapping)), 1000, 20
     env.reset(seed=0)
     at = env.routes.index(next(route for route in env.routes if route.panos[0] == env.rail[0].pano))
@@ -614,7 +616,7 @@ def virl(args, rates):
     packed = np.asarray(Image.fromarray(smooth).convert("RGBX")).view(np.uint32)[..., 0]
     for size in (224, 448):
         ours, baseline = (lambda crop=crop, p=p: [crop(p, 180, 30 + turn, size) for turn in (0, 90, 180, 270)]
-                          for crop, p in ((envs.crop_view, packed), (baseline_view, smooth)))
+                          for crop, p in ((streets.crop_view, packed), (baseline_view, smooth)))
         difference = max(np.abs(a.astype(int) - b).mean() for a, b in zip(ours(), baseline()))
         if difference > 1:
             fail(f"virl: views differ by {difference}")
@@ -731,8 +733,8 @@ def limits(args, rates):
     policy, _ = make_vision_policy(args, vocab_size, dtype, text if large else {}, vision)
     if large:
         policy.image_processor = type(policy.image_processor)(size={"height": 560, "width": 560}, max_image_tiles=4)
-    policy.enable_checkpointing()
-    picture = envs.draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 1120 if large else 224)
+    enable_checkpointing(policy)
+    picture = draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 1120 if large else 224)
     turns = random_dialogues(args, num // 4, vocab_size, picture, [policy.image_id])
     yield from update_rows(args, rates, f"Mllama of {policy.num_params / 1e6:,.0f} M, {dtype}, checkpointing", policy, turns,
                            budget * 2)
@@ -747,15 +749,18 @@ def ranks(args, rates):
 
 
 def ranks_row(args, options, steps=4):
-    seconds = {1: [], 2: []}
+    seconds, repository = {1: [], 2: []}, Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder) / "start"
+        subprocess.run([sys.executable, "support/tiny.py", "--out", start, "--size", "512x6", "--seed", str(args.seed)], check=True,
+                       capture_output=True, cwd=repository)
         for name, processes in itertools.product(range(args.rounds), seconds):
             out = Path(folder) / f"{name}_{processes}"
             launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split() if processes == 2 else []
-            command = (f"sft.py --model tiny:512x6 --out {out} --steps {steps} --save-every {steps} --lr 1e-4 "
-                       f"--device cpu --seed {args.seed} {options}")
-            subprocess.run([sys.executable, *launcher, *command.split()], check=True, capture_output=True,
-                           cwd=Path(__file__).resolve().parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            command = (f"sft.py --model {start} --out {out} --steps {steps} --save-every {steps} --lr 1e-4 "
+                       f"--device cpu --dtype float32 --seed {args.seed} {options}")
+            subprocess.run([sys.executable, *launcher, *command.split()], check=True, capture_output=True, cwd=repository,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
             clock = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             seconds[processes].append((clock[-1]["seconds"] - clock[1]["seconds"]) / (steps - 2) * processes)
             tokens = (clock[-1]["tokens_trained"] - clock[1]["tokens_trained"]) / (steps - 2)

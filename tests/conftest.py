@@ -1,6 +1,8 @@
 """Fixtures shared by the tests: a tiny random-init policy with its tokenizer. DEVICE=cuda runs them on a GPU."""
 import contextlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,6 +77,16 @@ def tiny_vl(device):
     return model.load_policy(tiny_folder(vision=True, size="32x4"), device=device, vision=True)
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """A script that is run in this process takes signals; Ctrl-C on the tests shall stop the tests."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def run_script(tmp_path, device):
     """run_script("sft.py", "--flag", value, ...) in a process of its own; the finished process, output as text."""
@@ -93,6 +105,14 @@ def city(tmp_path_factory):
     subprocess.run([sys.executable, str(ROOT / "data" / "synthetic_city.py"), "--out", str(out), "--routes", "60",
                     "--no-pictures"], check=True, capture_output=True, timeout=120)
     return out
+
+
+def write_conversations(folder, *rows, task="gp-l", **config):
+    """A run folder as `envs.py --read` needs it, with these rows of turns.jsonl."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"task": task, "split": ["id"], "env": [], "seed": 0, **config}))
+    (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 # ---- A GPU that is not there: tensors stay in the CPU's memory, but each is said to be on a device ---------------------

@@ -6,24 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import envs
 import evaluate
 import model
 import rl
 import sft
-from conftest import ROOT
+from conftest import ROOT, tiny_folder
+from support import running
 from test_scripts import flags, metrics
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-SFT = dict(model="tiny:32x2", batch_size=8, lr=1e-3, save_every=1, micro_batch_tokens=300, device="cpu")
+SFT = dict(model=tiny_folder(), batch_size=8, lr=1e-3, save_every=1, micro_batch_tokens=300, device="cpu", dtype="float32")
 RL = dict(num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2, lr=1e-3, max_new_tokens=10, temperature=1.0,
-          verify_iter=4, micro_batch_tokens=200, device="cpu")
+          env=("verify_iter=4",), micro_batch_tokens=200, device="cpu", dtype="float32")
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -44,11 +45,12 @@ def run_all(processes, *jobs):
             SCRIPTS[script].main(SCRIPTS[script].Config(**{name: str(value) if isinstance(value, Path) else value
                                                            for name, value in knobs.items()}))
         return
-    code = ("import json, sys, sft, rl, evaluate, model\n"
+    code = ("import json, sys, sft, rl, evaluate\n"
+            "from support import running\n"
             "for script, arguments in json.loads(sys.argv[1]):\n"
             "    script = {'sft': sft, 'rl': rl, 'evaluate': evaluate}[script]\n"
-            "    script.main(model.parse_config(script.Config, arguments))\n"
-            "model.leave()")
+            "    script.main(running.parse_config(script.Config, arguments))\n"
+            "running.leave()")
     worker = Path(jobs[0][1].get("out") or jobs[0][1]["run_folder"]).parent / "worker.py"
     worker.write_text(code)
     done = subprocess.run([*TORCHRUN, str(worker), json.dumps([(script, flags(**knobs)) for script, knobs in jobs])],
@@ -77,7 +79,7 @@ def assert_same_weights(one, two, tolerance=1e-5):
 
 def untied_in_the_file_only(folder):
     """A model whose config says that its embeddings are tied, and whose file has two: from_pretrained believes the file."""
-    policy, processor = model.load_policy("tiny:32x2", texts=envs.sample_texts("gp-l", 30), atoms=envs.make_env("gp-l", "id").atoms())
+    policy, processor = model.load_policy(tiny_folder())
     policy.backbone.lm_head.weight = torch.nn.Parameter(policy.backbone.lm_head.weight.detach() * 2)
     policy.backbone.config.tie_word_embeddings = False
     policy.backbone.save_pretrained(folder)
@@ -87,24 +89,25 @@ def untied_in_the_file_only(folder):
 
 
 def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_words_and_on_pictures(tmp_path):
-    tasks = {"tiny": dict(task="gp-l"), "tiny-vl": dict(task="gp-vl", resolution=60)}
+    tasks = {"words": dict(task="gp-l"), "pictures": dict(task="gp-vl", env=("resolution=60",))}
     untied_in_the_file_only(tmp_path / "untied")
     for processes, more in (1, {}), (2, {"gradient_checkpointing": True}):          # for sft.py: rl.py goes without
         (tmp_path / str(processes)).mkdir()
         jobs = []
         for name, task in tasks.items():
             out, start = tmp_path / str(processes), tmp_path / "1" / f"sft_{name}" / "step_000003"
-            test = dict(run_folder=out / f"rl_{name}", episodes=5, verify_iter=2, max_new_tokens=10, device="cpu")
-            jobs += [("sft", dict(SFT, out=out / f"sft_{name}", steps=3, model=f"{name}:32x2", **task, **more)),
-                     ("rl", dict(RL, out=out / f"rl_{name}", updates=3, model=start, **task)),
-                     ("evaluate", {**test, **task})]
+            test = dict(run_folder=out / f"rl_{name}", episodes=5, env=("verify_iter=2",), max_new_tokens=10, device="cpu")
+            played = {**task, "env": (*task.get("env", ()), "verify_iter=4")}
+            jobs += [("sft", dict(SFT, out=out / f"sft_{name}", steps=3, model=tiny_folder(name == "pictures"), **task, **more)),
+                     ("rl", {**RL, "out": out / f"rl_{name}", "updates": 3, "model": start, **played}),
+                     ("evaluate", test)]
         jobs.append(("sft", dict(SFT, out=out / "sft_untied", steps=3, model=tmp_path / "untied")))
         run_all(processes, *jobs)
     for run in [f"{script}_{name}" for script in ("sft", "rl") for name in tasks] + ["sft_untied"]:
         one, two = tmp_path / "1" / run, tmp_path / "2" / run
         assert_same(metrics(one), metrics(two))
         assert_same_weights(one / "step_000003", two / "step_000003")
-        rows = [[{**row, "checkpoint": ""} for row in model.read_jsonl(folder / "eval.jsonl")] for folder in (one, two)]
+        rows = [[{**row, "checkpoint": ""} for row in running.read_jsonl(folder / "eval.jsonl")] for folder in (one, two)]
         assert rows[0] == rows[1] and len(rows[0]) == (8 if run.startswith("rl") else 0)
 
 
@@ -163,18 +166,16 @@ def test_a_signal_to_one_process_stops_and_saves_all_and_a_run_of_two_goes_on_al
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_one_line(tmp_path, straight):
     knobs, _, _ = straight
-    code = ("import sys, rl, model; real = rl.ppo_loss\n"
+    code = ("import rl; from support import running; real = rl.ppo_loss\n"
             "def broken(logprobs, *rest):\n"
             "    policy, value, watched = real(logprobs, *rest)\n"
-            "    return (policy * float('nan') if model.RANK else policy), value, watched\n"
-            "rl.ppo_loss = broken; rl.main(model.parse_config(rl.Config))")
+            "    return (policy * float('nan') if running.RANK else policy), value, watched\n"
+            "rl.ppo_loss = broken; rl.main(running.parse_config(rl.Config))")
     script = tmp_path / "broken.py"
     script.write_text(code)
     done = subprocess.run(command(script, 2, out=tmp_path / "run", **knobs), capture_output=True, text=True, timeout=150,
                           env={**ENV, "PYTHONPATH": str(ROOT)})
-    assert done.returncode != 0 and done.stderr.count("error: update 1, epoch 0, minibatch from turn 0, turns [") == 1
-    dumped = [path.name for path in (tmp_path / "run").glob("bad_batch_*.json")]
-    assert dumped == ["bad_batch_00001.json"] and len(json.loads((tmp_path / "run" / dumped[0]).read_text())[0]) == 2
+    assert done.returncode != 0 and done.stderr.count("error: update 1: epoch 0, minibatch from turn 0, turns [") == 1
     assert not metrics(tmp_path / "run") if (tmp_path / "run" / "metrics.jsonl").is_file() else True
 
 
@@ -184,18 +185,19 @@ def test_only_the_first_process_reads_the_weights_and_all_hear_what_is_wrong_wit
     assert {(p.device.type, p.dtype) for p in hollow.backbone.parameters()} == {("meta", torch.bfloat16)}
     assert {b.dtype for b in hollow.backbone.buffers()} == {torch.float32} and len(processor) > 100
     assert not any(module.training for module in hollow.backbone.modules())          # no dropout, as in the first
-    monkeypatch.setattr(model, "WORLD", 2)
-    monkeypatch.setattr(model, "RANK", 1)
-    monkeypatch.setattr(model, "gather", lambda error: ["the weights are torn", error])
+    monkeypatch.setattr(running, "WORLD", 2)
+    monkeypatch.setattr(running, "RANK", 1)
+    monkeypatch.setattr(running, "gather", lambda error: ["the weights are torn", error])
     with pytest.raises(ValueError, match="the weights are torn"):
-        model.load_sharded(str(folder), "float32", torch.device("cpu"))
+        running.load_spread(partial(model.load_policy, str(folder), "float32"), torch.device("cpu"))
 
 
 def test_what_processes_cannot_share_evenly_is_refused(tmp_path, monkeypatch, capsys):
     for script, knobs, told in ((sft, dict(SFT, batch_size=1), "--batch-size 1: must be at least the number of processes, 2"),
-                                (rl, dict(RL, model="tiny:32x2", num_envs=3, minibatch_turns=9), "--num-envs 3: must be a multiple"),
+                                (rl, dict(RL, model=tiny_folder(), num_envs=3, minibatch_turns=9), "--num-envs 3: must be a multiple"),
                                 (evaluate, dict(api_url="http://127.0.0.1:9", api_model="x", out="y"), "--api-url runs in one process")):
-        monkeypatch.setattr(script, "WORLD", 2)
+        monkeypatch.setattr(running, "WORLD", 2)
+        monkeypatch.setattr(running, "start_processes", torch.device)
         monkeypatch.setenv("API_KEY", "x")
         with pytest.raises(SystemExit):
             script.main(script.Config(**{"out": str(tmp_path / "run"), **knobs}))

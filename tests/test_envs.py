@@ -20,7 +20,8 @@ import envs
 from envs import GP_SPLITS, MORE_VALUES, PROMPTS, RANKS, RULES, GeneralPoints, held_out, make_env
 from support import cards
 from support.settings import load_templates
-from verify import FEEDBACK, STEP_LIMIT, solutions
+from support.solver import solutions
+from verify import FEEDBACK, LAST_TRY_PENALTY
 
 ROOT = Path(__file__).resolve().parent.parent
 WRONG = '{"formula": "1"}'    # legal, but never the four cards: wrong_numbers
@@ -292,10 +293,10 @@ def test_verify_iter_replies_are_judged_then_the_episode_is_truncated_with_one_m
     for turn in range(1, verify_iter + 1):
         messages, reward, terminated, truncated, info = env.step(WRONG)
         last = turn == verify_iter
-        assert (reward, terminated, truncated) == (-2 + (STEP_LIMIT if last else 0), False, last)
+        assert (reward, terminated, truncated) == (-2 + (LAST_TRY_PENALTY if last else 0), False, last)
         assert (info["turn"], info["status"], info["success"]) == (turn, "wrong_numbers", False)
         assert (PROMPTS["gp_retry"].removeprefix("{verdict}") in messages[-1]["content"]) is not last
-    assert STEP_LIMIT == -1
+    assert LAST_TRY_PENALTY == -1
     with pytest.raises(RuntimeError, match="reset"):
         env.step(env.expert_reply())
 
@@ -478,6 +479,40 @@ def test_a_setting_that_is_not_allowed_is_an_error_that_names_it_and_what_is(kno
 def test_make_env_refuses_a_setting_that_a_task_has_not():
     with pytest.raises(ValueError, match="root 'city': gp-l has no such setting; it has rule, target"):
         make_env("gp-l", "id", root="city")
+
+
+def test_settings_for_all_splits_fill_what_a_split_leaves_open_and_its_own_change_what_it_says():
+    env = make_env("gp-l", "unseen", {"verify_iter": "3", "target": "36", "face_card": "true"}, fold="all", target="12")
+    assert (env.verify_iter, env.target, env.face_card, env.fold) == (3, 12, True, "all")
+    assert env.settings["target"] == 12 and env.settings["rule"] == "face_cards_as_10" and not env.settings["vision"]
+    assert list(env.settings) == list(make_env("gp-l").settings) and json.dumps(env.settings)
+    for name, there in (("rule", "face_cards_as_11_12_13"), ("face_card", "True")):
+        with pytest.raises(ValueError, match=rf"{name} 'x': split rule_ood has a {name} of its own \({there}\); to change it, "
+                                             f"write rule_ood {name}=x"):
+            make_env("gp-l", "rule_ood", {name: "x"})
+
+
+@pytest.mark.parametrize("knob, value, told", [
+    ("target", "2.5", "target '2.5': must be a whole number"), ("face_card", "yes", "face_card 'yes': allowed are true, false"),
+    ("verify_iter", "0", "verify_iter 0: must be a whole number, 1 or more"), ("vision", "true", "vision 'true': gp-l has no such setting"),
+    ("fold", "", "fold '': allowed are all, train, test"), ("view_headings", "prompt", "gp-l has no such setting")])
+def test_a_text_that_no_setting_can_be_is_an_error_that_names_it(knob, value, told):
+    for common, own in (({knob: value}, {}), ({}, {knob: value})):
+        with pytest.raises(ValueError, match=told):
+            make_env("gp-l", "id", common, **own)
+
+
+MEMBERS = ("answer_key", "kinds", "retry_prompt", "reset", "prompt", "picture", "judge", "format_reply", "expert_reply",
+           "flawed_reply", "atoms")
+
+
+@pytest.mark.parametrize("missing", MEMBERS)
+def test_an_environment_that_lacks_a_member_cannot_be_made(missing):
+    members = {name: getattr(GeneralPoints, name) for name in MEMBERS}
+    assert type("Whole", (envs.Environment,), members)(False, 5, "informative", "").verify_iter == 5
+    del members[missing]
+    with pytest.raises(TypeError, match=rf"Torn.*\b{missing}\b"):
+        type("Torn", (envs.Environment,), members)(False, 5, "informative", "")
 
 
 def test_every_split_can_be_made_and_overrides_win_over_the_split():

@@ -13,19 +13,17 @@ from PIL import Image
 
 import envs
 import evaluate
-import model
+from support import running
+from support.settings import Split
 
 
-class Puppet:
+def puppet(environments, choose):
     """Stands in for a model: replies what `choose(environment)` says."""
-
-    def __init__(self, environments, choose):
-        self.environments, self.choose = environments, choose
-
-    def reply(self, split, seed, turn, conversations):
-        assert list(conversations) == [i for i, env in enumerate(self.environments) if not env.done]
-        assert all(self.environments[i].messages == messages for i, (messages, _) in conversations.items())
-        return [self.choose(self.environments[i]) for i in conversations]
+    def reply(turn, conversations):
+        assert list(conversations) == [i for i, env in enumerate(environments) if not env.done]
+        assert all(environments[i].messages == messages for i, (messages, _) in conversations.items())
+        return [choose(environments[i]) for i in conversations]
+    return reply
 
 
 def choose_expert(env):
@@ -34,7 +32,7 @@ def choose_expert(env):
 
 def played(split, choose, verify_iter=3, episodes=20, task="gp-l", **knobs):
     environments = [envs.make_env(task, split, verify_iter=verify_iter, **knobs) for _ in range(episodes)]
-    infos = evaluate.play_episodes(Puppet(environments, choose), environments, split, 0)
+    infos = evaluate.play_episodes(puppet(environments, choose), environments, 0)
     return evaluate.summarise(infos, verify_iter)
 
 
@@ -70,7 +68,7 @@ def test_the_visual_test_plays_the_routes_in_order_and_tells_the_cities_apart(ci
     def choose(env):
         return env.expert_reply() if env.number < 4 else env.flawed_reply()
     environments = [envs.Navigation(root=city, data="mini", in_order=True, verify_iter=1) for _ in range(36)]
-    row = evaluate.summarise(evaluate.play_episodes(Puppet(environments, choose), environments, "visual_ood", 0), 1)
+    row = evaluate.summarise(evaluate.play_episodes(puppet(environments, choose), environments, 0), 1)
     assert row["success_by_city"] == [1, 1] + [0] * 7 and row["success"] == pytest.approx(4 / 18)
     assert "success_by_city" not in played("id", choose_expert, episodes=2, task="virl-l", root=city)
 
@@ -84,7 +82,7 @@ def test_the_error_of_a_success_is_binomial_and_that_of_steps_is_over_episodes()
 def test_the_paper_plays_234_hands_48_routes_and_18_of_the_visual_test():
     for task, split, expected in (("gp-l", "id", 234), ("virl-l", "rule_ood", 48), ("virl-vl", "visual_ood", 18),
                                   ("gp-vl", "visual_ood", 234)):
-        assert evaluate.num_episodes(SimpleNamespace(paper=True, task=task), split) == expected
+        assert evaluate.num_episodes(SimpleNamespace(paper=True, task=task), Split(split, {})) == expected
 
 
 def test_error_bars_are_binomial_for_one_run_and_over_runs_for_several():
@@ -94,13 +92,13 @@ def test_error_bars_are_binomial_for_one_run_and_over_runs_for_several():
     assert evaluate.mean_and_error(rows, "success") == pytest.approx((40.0, 20 / math.sqrt(3)))
 
 
-def write_run(folder, arm, points, start="start", episodes=100):
+def write_run(folder, arm, points, start="start", episodes=100, **env):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model": start, **({"updates": 1} if arm == "RL" else {"steps": 1})}))
     for step, gflops, success in points:
         for split in ("id", "rule_ood"):
-            model.log_jsonl(folder / "eval.jsonl", step=step, gflops=gflops, split=split, seed=0, success=success,
-                            success_stderr=0.01, settings={"task": "gp-l", "episodes": episodes})
+            running.log_jsonl(folder / "eval.jsonl", step=step, gflops=gflops, split=split, seed=0, success=success,
+                            success_stderr=0.01, settings={"task": "gp-l", "episodes": episodes, "env": {"verify_iter": 5, "target": 24, **env}})
 
 
 def test_the_table_compares_at_equal_compute_beside_the_paper(tmp_path, capsys, monkeypatch):
@@ -127,8 +125,11 @@ def test_runs_of_other_starts_or_settings_are_not_mixed(tmp_path):
     write_run(tmp_path / "few", "RL", [(1, 60.0, 0.12)], episodes=5)
     with pytest.raises(ValueError, match="of start it found SFT, start; these started from start, elsewhere"):
         evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "far")], "")
-    with pytest.raises(ValueError, match="one set of settings"):
+    with pytest.raises(ValueError, match="one set of settings for a split; on id .*sft and .*few differ: episodes 100 and 5$"):
         evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "few")], "")
+    write_run(tmp_path / "short", "RL", [(1, 60.0, 0.12)], verify_iter=3)
+    with pytest.raises(ValueError, match="differ: verify_iter 5 and 3$"):
+        evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "short")], "")
 
 
 def test_errors_are_over_starts_where_every_seed_has_its_own(tmp_path, capsys):
@@ -210,13 +211,13 @@ def api(monkeypatch, tmp_path):
         server = server or Server(statuses)
         server.statuses = list(statuses)
         evaluate.main(evaluate.Config(**{"api_url": server.url, "api_model": "org/some-model", "out": str(tmp_path / "api"), "episodes": 3,
-                                         "verify_iter": 2, "splits": "id", "api_workers": 2, **knobs}))
-        return server, model.read_jsonl(tmp_path / "api" / "eval.jsonl")
+                                         "env": ("verify_iter=2",), "splits": ("id",), "api_workers": 2, **knobs}))
+        return server, running.read_jsonl(tmp_path / "api" / "eval.jsonl")
     return run
 
 
 def test_a_model_behind_an_api_is_asked_with_the_whole_dialogue_and_its_picture(api):
-    server, rows = api(task="gp-vl", resolution=60, max_new_tokens=77)
+    server, rows = api(task="gp-vl", env=("resolution=60", "verify_iter=2"), max_new_tokens=77)
     assert len(server.requests) == 6 and set(server.keys) == {"Bearer secret"}
     path, request = server.requests[0]
     assert path == "/v1/chat/completions" and request["model"] == "org/some-model"
@@ -235,7 +236,7 @@ def test_a_stopped_api_evaluation_asks_only_for_what_is_missing(api, tmp_path, c
         api([200, 200, 401], server, api_workers=1)
     err = capsys.readouterr().err
     assert "401" in err and "org/some-model" in err and "replies so far" in err and err.count("error:") == 1
-    assert len(server.requests) == 3 and len(model.read_jsonl(tmp_path / "api" / "replies.jsonl")) == 2
+    assert len(server.requests) == 3 and len(running.read_jsonl(tmp_path / "api" / "replies.jsonl")) == 2
     _, rows = api((), server, api_workers=1)
     assert len(server.requests) == 3 + 4 and rows[0]["replies"] == 6
     assert api((), server)[1] == rows and len(server.requests) == 7                 # nothing is left to ask
@@ -309,12 +310,20 @@ def test_another_address_is_another_model_and_a_torn_row_is_played_again(api, tm
     assert len(second.requests) == 6 and len(rows) == 2             # the row again, its replies are known
 
 
-def test_a_run_is_evaluated_on_the_task_and_pictures_it_was_trained_on(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model": "x", "task": "gp-vl", "resolution": 112}))
-    with pytest.raises(ValueError, match="was trained with --resolution 112, not 0"):
-        evaluate.evaluate_run(tmp_path, evaluate.Config(task="gp-vl"))
-    with pytest.raises(ValueError, match="was trained with --task gp-vl, not gp-l"):
-        evaluate.evaluate_run(tmp_path, evaluate.Config())
+TRAINED = {"model": "x", "task": "gp-vl", "env": ["resolution=112", "verify_iter=4"], "dtype": "float32"}
+
+
+@pytest.mark.parametrize("flags, task, env, dtype, told", [
+    ({}, "gp-vl", ("resolution=112", "verify_iter=4"), "float32", ""),
+    ({"env": ("verify_iter=4",)}, "gp-vl", ("resolution=112", "verify_iter=4"), "float32", ""),
+    ({"env": ("verify_iter=2", "target=7")}, "gp-vl", ("resolution=112", "verify_iter=2", "target=7"), "float32",
+     " but for verify_iter=2 instead of 4"),
+    ({"task": "gp-vl", "dtype": "bfloat16"}, "gp-vl", ("resolution=112", "verify_iter=4"), "bfloat16", ""),
+    ({"task": "gp-l", "env": ("target=7",)}, "gp-l", ("target=7",), "float32", " but for task gp-l instead of gp-vl")])
+def test_a_run_is_evaluated_as_it_was_trained_but_for_what_flags_say_and_that_is_said(capsys, flags, task, env, dtype, told):
+    config = evaluate.take_settings(evaluate.Config(run_folder="runs/a", **flags), "runs/a", TRAINED)
+    assert (config.task, config.env, config.dtype, config.run_folder) == (task, env, dtype, "runs/a")
+    assert capsys.readouterr().out == f"runs/a: task {' '.join([task, *env])}, as in its training{told}\n"
 
 
 def test_no_request_leaves_without_a_key_of_its_own(api, capsys, monkeypatch):

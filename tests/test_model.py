@@ -341,6 +341,7 @@ def test_num_params_counts_what_multiplies():
         policy = model.Policy(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tied)), tokenizer)
         sizes[tied] = policy.num_params
     assert sizes[True] == sizes[False] == 300 * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
+    assert policy.gflops(10, 4) == 2 * sizes[True] * (3 * 10 + 4) / 1e9 and policy.gflops(10) == 6 * sizes[True] * 10 / 1e9
 
 
 def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):

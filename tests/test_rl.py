@@ -133,7 +133,7 @@ def test_a_route_half_walked_goes_on_and_its_turns_fall_into_dialogues_of_positi
     for i in range(12):
         env = first.env
         wrong = env.at % 2 and not env.tries
-        dialogues.append((first.episode, first.dialogue))
+        dialogues.append((first.episode, first.dialogue_number))
         positions.append((first.episode, env.at))
         reply = env.flawed_reply() if wrong else env.expert_reply()
         first.play(model.encode_reply(processor, reply))
@@ -141,7 +141,18 @@ def test_a_route_half_walked_goes_on_and_its_turns_fall_into_dialogues_of_positi
     assert len(set(dialogues)) < 12 and first.replies
     again = rl.Conversation(0, envs.make_env("virl-l", "id", root=city), processor, CONFIG, first.episode, first.replies)
     assert again.prompt_ids == first.prompt_ids and again.env.at == first.env.at and again.env.rail == first.env.rail
-    assert again.dialogue == first.dialogue
+    assert again.dialogue_number == first.dialogue_number
+
+
+def test_routes_that_are_played_in_order_are_shared_out_over_the_environments(tiny, city):
+    env = envs.make_env("virl-l", root=city, in_order=True, verify_iter=1)
+    played = {}
+    for index in range(CONFIG.num_envs):
+        conversation = rl.Conversation(index, env, tiny[1], CONFIG)
+        for episode in range(3):
+            played[episode, index] = env.number
+            conversation.play([5])
+    assert played == {(episode, index): 4 * episode + index for episode in range(3) for index in range(4)}
 
 
 def test_a_stop_drops_the_rollout(tiny, tmp_path):

@@ -1,6 +1,9 @@
 """The machinery of a run: configs, checkpoints and run folders, the memory estimate, the type that is computed in."""
 import json
+import os
 import re
+import signal
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -23,11 +26,14 @@ class Example:
     lr: float = running.knob(0.1, "100 % of it", low=0, high=1)
     steps: int = running.knob(3, "some", low=1)
     fast: bool = running.knob(False, "or slow")
+    words: tuple = running.knob(("id",), "words up to the next flag")
 
 
 def test_a_config_comes_from_the_command_line():
     assert running.parse_config(Example, []) == Example()
     assert running.parse_config(Example, ["--lr", "0.5", "--fast", "--name", "b"]) == Example("b", 0.5, 3, True)
+    assert running.parse_config(Example, ["--words", "id", "rule=1,2,3", "--steps", "4"]) == Example(
+        steps=4, words=("id", "rule=1,2,3"))
 
 
 @pytest.mark.parametrize("argv, told", [
@@ -37,6 +43,7 @@ def test_a_config_comes_from_the_command_line():
     (["--lr", "1.5"], "--lr 1.5: must be from 0 to 1"),
     (["--lr", "nan"], "--lr nan: must be a finite number"),
     (["--name", "c"], "--name 'c': allowed are a, b"),
+    (["--words", "--fast"], "--words: expected at least one argument"),
 ])
 def test_a_bad_option_ends_with_one_line_that_says_what_is_allowed(argv, told, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -49,6 +56,52 @@ def test_the_learning_rate_warms_up_and_falls_to_its_end():
     rates = [running.learning_rate(step, 100, 1.0, warmup_ratio=0.1, final=0.01) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
     assert 0.01 < rates[-1] < 0.02
+
+
+def press_ctrl_c():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("happens, status, told", [
+    (press_ctrl_c, 130, "\nstopped; the same command goes on with what is saved\n"),
+    (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "\nstopped; the same command goes on with what is saved\n"),
+    (lambda: None, 0, "")])
+def test_a_signal_outside_of_training_ends_a_script_with_its_status_and_one_line(monkeypatch, capsys, happens, status, told):
+    def main(config):
+        happens()
+    monkeypatch.setattr(running.os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)                  # so that a script without a handler goes on
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as exit:
+        running.run(main, Example)
+    assert exit.value.code == status and capsys.readouterr().err == told
+
+
+# ---- The type that is computed in
+
+def measured(float32, bfloat16):
+    return lambda dtype: {torch.float32: float32, torch.bfloat16: bfloat16}[dtype]
+
+
+@pytest.mark.parametrize("float32, bfloat16, chosen", [(1, 2, "float32"), (2, 1, "bfloat16"), (1, 1, "float32")])
+def test_auto_is_the_faster_type_on_a_cpu_and_is_said(monkeypatch, capsys, float32, bfloat16, chosen):
+    monkeypatch.setattr(running, "seconds_of_products", measured(float32, bfloat16))
+    assert running.pick_dtype("auto", torch.device("cpu")) == chosen
+    assert capsys.readouterr().out == f"dtype auto: {chosen}, the faster one on this CPU\n"
+
+
+def test_a_type_that_is_named_or_recorded_or_computed_in_on_a_gpu_is_not_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(running, "seconds_of_products", lambda dtype: 1 / 0)
+    assert [running.pick_dtype(name, torch.device("cpu"), tmp_path) for name in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    assert running.pick_dtype("auto", torch.device("cpu"), tmp_path) == "float32"
+    assert running.pick_dtype("bfloat16", torch.device("cpu"), tmp_path) == "bfloat16" and not capsys.readouterr().out
+    assert running.pick_dtype("auto", torch.device("cuda")) == "bfloat16"
+    assert capsys.readouterr().out == "dtype auto: bfloat16, the faster one on this GPU\n"
+
+
+def test_the_measurement_is_of_seconds():
+    assert 0 < running.seconds_of_products(torch.float32) < 1
 
 
 # ---- Memory

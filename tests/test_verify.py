@@ -14,7 +14,8 @@ from functools import lru_cache
 import pytest
 
 import verify
-from verify import REWARDS, judge_general_points, parse_formula, solutions
+from support.solver import solutions
+from verify import REWARDS, judge_general_points, parse_formula
 
 RANKS = ["A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K"]
 CARDS, NUMBERS = ["3", "3", "8", "8"], [3, 3, 8, 8]
@@ -173,7 +174,7 @@ def test_a_formula_gets_the_one_status_and_reward_that_it_deserves(formula, numb
 def test_the_table_reaches_every_status_and_the_rewards_are_the_papers():
     assert {status for _, _, status in TABLE} == set(REWARDS)
     assert REWARDS == {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal_formula": -3}
-    assert (verify.MISREAD_CARDS, verify.STEP_LIMIT) == (-1.5, -1)
+    assert (verify.MISREAD_PENALTY, verify.LAST_TRY_PENALTY) == (-1.5, -1)
 
 
 def test_a_verdict_cannot_be_changed_afterwards():

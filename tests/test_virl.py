@@ -1,5 +1,7 @@
 """V-IRL: the released file format is read, the rail laid, views cropped and replies judged as the paper has it."""
+import base64
 import copy
+import io
 import itertools
 import json
 import math
@@ -15,10 +17,11 @@ import pytest
 from PIL import Image
 
 import envs
-from conftest import ROOT
+from conftest import ROOT, write_conversations
 from envs import Navigation, make_env, relative_word
+from support import transcripts
 from support.streets import Panoramas, crop_view, geodesic, parse_milestones, read_panorama
-from verify import STEP_LIMIT, judge_navigation
+from verify import LAST_TRY_PENALTY, judge_navigation
 
 EAST, NORTH = np.array([0, 1 / 84_400]), np.array([1 / 111_050, 0])    # a metre, in degrees, at this latitude
 START = np.array([40.72, -74.0])
@@ -244,11 +247,12 @@ def test_a_mapping_that_is_none_is_named(tmp_path, content):
     (dict(root=""), "root ''.*synthetic_city"), (dict(root="nowhere"), "root 'nowhere'.*train or nyc_1k_routes"),
     (dict(action_space="up"), "action_space 'up': allowed are absolute, relative"),
     (dict(view_headings="x"), "view_headings 'x': allowed are prompt, official"),
-    (dict(verify_iter=-1), "verify_iter -1"), (dict(resolution=0.5), "resolution 0.5"),
+    (dict(verify_iter=-1), "verify_iter -1"), (dict(resolution=0.5), "resolution 0.5: must be a whole number, 1 or more"),
     (dict(fold="train"), "fold 'train': virl-l has no such setting"), (dict(feedback="loud"), "feedback 'loud'")])
 def test_a_setting_that_is_not_allowed_is_named(two_routes, knobs, named):
+    task = "virl-vl" if set(knobs) & set(envs.PICTURE_SETTINGS) else "virl-l"
     with pytest.raises(ValueError, match=named):
-        make_env("virl-l", "id", **{"root": two_routes, **knobs})
+        make_env(task, "id", **{"root": two_routes, **knobs})
 
 
 def test_visual_ood_needs_pictures_and_its_data_set(two_routes):
@@ -358,7 +362,7 @@ def test_a_wrong_reply_moves_nobody_and_the_limit_truncates(city):
             reply = env.flawed_reply()
             messages, reward, terminated, truncated, info = env.step(reply)
             assert env.position == before and not terminated and not info["success"] and not info["new_dialogue"]
-            assert reward == (-1.5 if info["status"] == "wrong_observation" else -1.0) + STEP_LIMIT * (tries == 3)
+            assert reward == (-1.5 if info["status"] == "wrong_observation" else -1.0) + LAST_TRY_PENALTY * (tries == 3)
             assert messages[-2] == {"role": "assistant", "content": reply} and len(messages) == 1 + 2 * tries
             assert info["try"] == tries and truncated == (tries == 3)
         with pytest.raises(RuntimeError, match="reset"):
@@ -578,6 +582,22 @@ def test_show_writes_the_views_and_the_prompt_of_every_position(pictures, tmp_pa
     done = subprocess.run([sys.executable, "envs.py", "virl-l", f"root={pictures}", "--show", str(tmp_path / "again")],
                           cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "not a picture" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_the_page_of_a_run_shows_the_views_of_every_position(pictures, tmp_path, in_order):
+    env = make_env("virl-vl", root=str(pictures), resolution=16, in_order=in_order)
+    env.reset("5/rl/1/2", episode=2 * 3 + 1)                        # of 3 environments the second, its third episode
+    rows = [{"step": 1, "env": 1, "episode": 2, "position": at, "done": False, "success": False, "verdicts": [], "messages": []}
+            for at in range(len(env.rail))]
+    run = write_conversations(tmp_path / "run", *rows, task="virl-vl", env=[f"root={pictures}", "resolution=16"],
+                     split=["id", f"in_order={str(in_order).lower()}"], seed=5, num_envs=3)
+    transcripts.read_run(run, tmp_path / "page.html", make_env)
+    shown = re.findall(r'src="data:image/png;base64,([^"]+)"', (tmp_path / "page.html").read_text())
+    assert len(set(shown)) > 2
+    for env.at, data in enumerate(shown):
+        assert Image.open(io.BytesIO(base64.b64decode(data))).tobytes() == env.picture().tobytes()
+    assert env.at_end
 
 
 def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path):

@@ -12,18 +12,21 @@ import evaluate
 import model
 import rl
 import sft
+from conftest import tiny_folder
+from support import running
 from test_scripts import interrupted, metrics
 
 ONE_BATCH = 10 ** 6
-SFT = dict(task="gp-vl", resolution=112, model="tiny-vl:32x2", steps=4, batch_size=8, lr=1e-3, save_every=2)
-RL = dict(task="gp-vl", resolution=112, num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2, updates=6, lr=1e-4,
-          max_new_tokens=10, temperature=1.0, verify_iter=4)
+SFT = dict(task="gp-vl", env=("resolution=112",), model=tiny_folder(vision=True), steps=4, batch_size=8, lr=1e-3, save_every=2,
+           dtype="float32")
+RL = dict(task="gp-vl", env=("resolution=112", "verify_iter=4"), num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2,
+          updates=6, lr=1e-4, max_new_tokens=10, temperature=1.0, dtype="float32")
 
 
 def dialogues(tiny_vl, temperature=0.7, num=4):
     """Two sampled turns about a hand each, prompts of different lengths: ((prompt, response, log-probs) x 2, picture)."""
     policy, processor = tiny_vl
-    found, sight = [], model.Sight(policy, ONE_BATCH)
+    found, seen = [], model.PictureCache(policy, ONE_BATCH)
     for turn in range(2):
         prompts, pictures = [], []
         for i in range(num):
@@ -38,7 +41,7 @@ def dialogues(tiny_vl, temperature=0.7, num=4):
             prompts.append(model.encode(processor, messages, turns[0][0] + turns[0][1] if turn else None))
             pictures.append(picture)
         uniforms = model.sampling_uniforms([(turn, i) for i in range(num)], 12)
-        replies = policy.generate(prompts, uniforms, 12, temperature, ONE_BATCH, pictures, sight)
+        replies = policy.generate(prompts, uniforms, 12, temperature, ONE_BATCH, pictures, seen)
         for (turns, _, _), prompt, (response, logprobs) in zip(found, prompts, replies):
             turns.append((prompt, response, logprobs))
     return [(turns, picture) for turns, picture, _ in found]
@@ -94,7 +97,7 @@ def plain_logits(folder, messages, pictures):
 def test_a_saved_model_gives_the_same_logits_in_plain_transformers(tiny_vl, tmp_path):
     policy, processor = tiny_vl
     optimizer = torch.optim.AdamW(policy.parameters())
-    folder = model.save_checkpoint(tmp_path, 1, policy, processor, optimizer, {})
+    folder = running.ensure_checkpoint(tmp_path, 1, policy, processor, optimizer, {})
     check_against_plain(policy, processor, folder, [150, 240])
     again, _ = model.load_policy(str(folder), device=policy.device, vision=True)
     played = dialogues(tiny_vl)
@@ -133,7 +136,7 @@ def test_pictures_of_several_tiles_are_cut_and_masked_as_in_transformers(tiny_vl
     tiled = MllamaProcessor(images, processor.tokenizer, chat_template=processor.chat_template)
     policy = model.Policy(backbone, tiled).to(device).eval()
     assert policy.picture_tokens == 4 * 5
-    folder = model.save_checkpoint(tmp_path, 1, policy, tiled, torch.optim.AdamW(policy.parameters()), {})
+    folder = running.ensure_checkpoint(tmp_path, 1, policy, tiled, torch.optim.AdamW(policy.parameters()), {})
     check_against_plain(policy, tiled, folder, [60, 112, 200])
     played = dialogues((policy, tiled))
     logprobs, _ = logprobs_of(policy, played, [picture for _, picture in played])
@@ -172,12 +175,12 @@ def test_a_picture_is_looked_at_once_in_a_rollout(tiny_vl, monkeypatch):
     see = model.Policy.see
     monkeypatch.setattr(model.Policy, "see", lambda self, pictures: looked.append(len(pictures)) or see(self, pictures))
     first, second, third = (Image.new("RGB", (60, 60), colour) for colour in ("red", "green", "blue"))
-    sight = model.Sight(policy, 2 * policy.picture_tokens)
-    once, again = sight([first, second, first, third]), sight([third, first])
+    cache = model.PictureCache(policy, 2 * policy.picture_tokens)
+    once, again = cache([first, second, first, third]), cache([third, first])
     assert looked == [2, 1] and once[0] is once[2] is again[1] and once[3] is again[0]
-    sight([second])
+    cache([second])
     assert looked == [2, 1, 1]                                   # it had been dropped when a call did without it
-    assert sight([None, None]) is None
+    assert cache([None, None]) is None
 
 
 def test_words_alone_on_a_vision_model(tiny_vl):
@@ -201,19 +204,19 @@ def test_checkpointing_changes_no_gradient_and_frozen_parts_get_none(tiny_vl, de
     played = dialogues(tiny_vl)
     whole = step_gradients(policy, played)
     assert any("vision_model" in name for name in whole) and any("projector" in name for name in whole)
-    model.save_checkpoint(tmp_path, 1, policy, processor, torch.optim.AdamW(policy.parameters()), {})
+    running.ensure_checkpoint(tmp_path, 1, policy, processor, torch.optim.AdamW(policy.parameters()), {})
     twin, _ = model.load_policy(str(tmp_path / "step_000001"), device=device, vision=True, gradient_checkpointing=True)
     calls = []
-    for layer in twin.layers:
+    for layer in running.layers_of(twin):
         layer.mlp.forward = lambda x, mlp=layer.mlp: calls.append(mlp) or type(mlp).forward(mlp, x)
     checked = step_gradients(twin, played)
-    assert len(twin.layers) == 4 + 2 + 1 and {calls.count(layer.mlp) for layer in twin.layers} == {2}    # the tower's, too
+    assert len(running.layers_of(twin)) == 4 + 2 + 1 and {calls.count(layer.mlp) for layer in running.layers_of(twin)} == {2}    # the tower's, too
     assert checked.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(checked[name], whole[name], atol=1e-5, rtol=1e-4)
     twin.backbone._no_split_modules = None
     with pytest.raises(ValueError, match="gradient_checkpointing: mllama does not name its layers"):
-        twin.enable_checkpointing()
+        running.enable_checkpointing(twin)
     frozen, _ = model.load_policy(str(tmp_path / "step_000001"), device=device, vision=True, freeze="vision,projector")
     kept = step_gradients(frozen, played)
     assert kept and not any("vision_model" in name or "projector" in name for name in kept)
@@ -235,11 +238,11 @@ def test_checkpointing_switches_no_dropout_on(tiny_vl, device, tmp_path):
 
 def test_a_text_that_names_the_image_token_is_refused_before_training(tmp_path, device, capsys):
     (tmp_path / "prompts.json").write_text(json.dumps({"gp_task": "<|image|> Make {target}."}))
-    more = dict(prompt_file=str(tmp_path / "prompts.json"), out=str(tmp_path / "run"), device=device)
+    more = dict(env=(f"prompt_file={tmp_path / 'prompts.json'}", "resolution=112"), out=str(tmp_path / "run"), device=device)
     sft.main(sft.Config(out=str(tmp_path / "sft"), device=device, **{**SFT, "steps": 1, "save_every": 1}))
     for script, knobs in ((sft, SFT), (rl, {**RL, "model": str(tmp_path / "sft" / "step_000001")})):
         with pytest.raises(SystemExit):
-            script.main(script.Config(**knobs, **more))
+            script.main(script.Config(**{**knobs, **more}))
         assert "2 <|image|> tokens in a dialogue with 1 pictures" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
@@ -251,8 +254,6 @@ def test_a_model_that_does_not_fit_the_task_is_refused_by_name(tiny, tiny_vl, tm
         processor.save_pretrained(folder)
     with pytest.raises(ValueError, match="llama reads no pictures; the task needs a vision model"):
         model.load_policy(str(text), vision=True)
-    with pytest.raises(ValueError, match="model 'tiny:32x2' reads no pictures"):
-        model.load_policy("tiny:32x2", vision=True)
     model.load_policy(str(vision))                               # the paper plays in words with a vision model, too
     (vision / "processor_config.json").unlink()
     with pytest.raises(ValueError, match="nor a Llama-3.2-Vision with its processor"):
@@ -267,7 +268,7 @@ def test_a_model_that_does_not_fit_the_task_is_refused_by_name(tiny, tiny_vl, tm
 
 
 def test_a_dump_with_pictures_is_read_back_as_the_same_samples(tmp_path):
-    config = sft.Config(dump=str(tmp_path / "data.json"), num=6, task="gp-vl", resolution=100)
+    config = sft.Config(dump=str(tmp_path / "data.json"), num=6, task="gp-vl", env=("resolution=100",))
     sft.main(config)
     made, read = sft.Samples(config), sft.Samples(sft.Config(task="gp-vl", data=config.dump))
     told = [[(envs.read_text(messages[0]), reply, messages[0]["content"][0]["image"].tobytes())
@@ -295,7 +296,7 @@ def broken(data, tmp_path, change):
     (lambda r: r[1]["conversations"][1].update(value="<image>"), "turn 1 must hold <image> 0 times"),
 ])
 def test_a_data_file_whose_pictures_do_not_fit_is_refused_by_record(tmp_path, change, told):
-    sft.main(sft.Config(dump=str(tmp_path / "data.json"), num=2, task="gp-vl", resolution=100))
+    sft.main(sft.Config(dump=str(tmp_path / "data.json"), num=2, task="gp-vl", env=("resolution=100",)))
     whole = (tmp_path / "data" / "000000.png").read_bytes()
     (tmp_path / "data" / "cut.png").write_bytes(whole[:len(whole) // 2])
     sft.read_conversations(tmp_path / "data.json", vision=True)
@@ -314,15 +315,15 @@ def test_on_pictures_the_chain_runs_and_a_killed_run_goes_on_to_the_same_numbers
     rl.main(rl.Config(out=str(tmp_path / "straight"), **{**knobs, "model": str(start)}))
     row = metrics(tmp_path / "straight")[0]
     assert row["ratio_max_first"] == pytest.approx(1, abs=1e-4) and 0 <= row["cards_read"] <= 1
-    talk = model.read_jsonl(tmp_path / "straight" / "turns.jsonl")[0]["messages"]
+    talk = running.read_jsonl(tmp_path / "straight" / "turns.jsonl")[0]["messages"]
     assert talk[0]["content"].startswith("Make 24") and "picture" in talk[0]["content"]
     assert interrupted("rl.py", knobs, tmp_path / "stopped", signal.SIGKILL, lines=3) == -9
     rl.main(rl.Config(out=str(tmp_path / "stopped"), **{**knobs, "model": str(start)}))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
     ours, theirs = ((tmp_path / run / "step_000006" / "model.safetensors").read_bytes() for run in ("stopped", "straight"))
     assert ours == theirs
-    evaluate.main(evaluate.Config(run_folder=str(tmp_path / "straight"), task="gp-vl", resolution=112, splits="id,visual_ood",
-                                  episodes=4, verify_iter=2, max_new_tokens=8, device=device))
+    evaluate.main(evaluate.Config(run_folder=str(tmp_path / "straight"), splits=("id", "visual_ood"), env=("verify_iter=2",),
+                                  episodes=4, max_new_tokens=8, device=device))
     told = capsys.readouterr().out
     assert "recognition" in told and "visual_ood" in told
 
@@ -330,19 +331,18 @@ def test_on_pictures_the_chain_runs_and_a_killed_run_goes_on_to_the_same_numbers
 def test_recognition_is_read_from_first_replies_and_ranks_from_their_places():
     environments = [envs.make_env("gp-vl", "visual_ood", resolution=60) for _ in range(12)]
 
-    class Reader:
-        def reply(self, split, seed, turn, conversations):
-            told = []
-            for i in conversations:
-                env = environments[i]
-                wrong = env.cards[:2] + ["joker"] * 2
-                cards = env.cards[::-1] if i % 3 == 0 else wrong if i % 3 == 1 else env.cards
-                told.append(json.dumps({"cards": cards if turn == 0 else env.cards, "formula": "1+1"}))
-            return told
+    def read(turn, conversations):
+        told = []
+        for i in conversations:
+            env = environments[i]
+            wrong = env.cards[:2] + ["joker"] * 2
+            cards = env.cards[::-1] if i % 3 == 0 else wrong if i % 3 == 1 else env.cards
+            told.append(json.dumps({"cards": cards if turn == 0 else env.cards, "formula": "1+1"}))
+        return told
 
     for env in environments:
         env.verify_iter = 2
-    infos = evaluate.play_episodes(Reader(), environments, "visual_ood", 0)
+    infos = evaluate.play_episodes(read, environments, 0)
     row = evaluate.summarise(infos, 2)
     assert row["recognition"] == pytest.approx(2 / 3) and row["success"] == 0
     backwards = [sum(a == b for a, b in zip(env.cards, env.cards[::-1])) for env in environments[::3]]

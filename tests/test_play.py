@@ -1,0 +1,128 @@
+"""envs.py as a game: a person plays the model's part."""
+import builtins
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from envs import make_env
+from support import play
+
+
+@pytest.fixture
+def played(monkeypatch, capsys):
+    """played(env, *said, seed=3): what the screen shows to somebody who says this and then Ctrl-D; an exception is raised."""
+    def run(env, *said, seed=3):
+        lines = iter(said)
+
+        def answer(prompt):
+            print(prompt, end="")
+            line = next(lines, EOFError())
+            if isinstance(line, BaseException) or isinstance(line, type):
+                raise line
+            print(line)
+            return line
+        monkeypatch.setattr(builtins, "input", answer)
+        play.play(env, seed)
+        return capsys.readouterr().out
+    return run
+
+
+def solution(env, seed=3):
+    env.reset(seed)
+    return env.expert_reply()
+
+
+def verdicts(shown):
+    return re.findall(r"\[(\w+), reward ([-+\d.]+)(?:, tries left: (\d+))?\]", shown)
+
+
+def envs_py(*arguments, stdin=""):
+    return subprocess.run([sys.executable, "envs.py", *map(str, arguments)], cwd=ROOT, input=stdin, capture_output=True, text=True,
+                          timeout=60)
+
+
+def test_a_person_can_play_with_json_or_bare_formulas_and_stop_at_any_time(played):
+    shown = envs_py("gp-l", "--seed", "3", "--show").stdout
+    reply = json.loads(shown.split("\n> ")[1].splitlines()[0])
+    done = envs_py("gp-l", "--seed", "3", stdin=f"1+1\nwhat?\n{json.dumps(reply)}\nnever read\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    for shown in (done.stdout, *(played(make_env("gp-l"), "1+1", "what?", answer, "never read")
+                                 for answer in (json.dumps(reply), reply["formula"], reply["formula"].removesuffix("=24")))):
+        assert verdicts(shown) == [("wrong_numbers", "-2", "4"), ("illegal_formula", "-3", "3"), ("correct", "+5", "")]
+        assert shown.endswith("Solved after 3 replies, reward +0 in all.\n") and "A right reply" not in shown
+    left = envs_py("gp-l", "--seed", "3", stdin="1\n")
+    assert (left.returncode, left.stderr) == (0, "") and left.stdout.count("wrong_numbers") == 1
+
+
+def test_the_tries_that_are_left_are_counted_down_and_a_solution_is_shown_after_the_last(played):
+    env = make_env("gp-l")
+    right = solution(env)
+    lost = played(env, *["1"] * 9)
+    assert verdicts(lost) == [("wrong_numbers", "-2", str(left)) for left in (4, 3, 2, 1)] + [("wrong_numbers", "-3", "0")]
+    assert lost.endswith(f"tries left: 0]\nA right reply would have been: {right}\nNot solved after 5 replies, reward -11 in all.\n")
+    assert lost.count("A right reply") == 1
+
+
+def test_help_and_prompt_cost_no_try(played):
+    shown = played(make_env("gp-l"), "help", "?", "", "prompt", "PROMPT", "1")
+    assert shown.count("A reply may be the JSON object") == 3 and shown.count("Make 24 from four cards.") == 3
+    assert verdicts(shown) == [("wrong_numbers", "-2", "4")]
+
+
+@pytest.mark.parametrize("word", ["quit", "exit", "q", EOFError(), KeyboardInterrupt()])
+def test_whoever_leaves_is_shown_a_right_reply_and_asked_nothing_more(played, word):
+    env = make_env("gp-l")
+    right = solution(env)
+    shown = played(env, "1", word, "1")
+    assert verdicts(shown) == [("wrong_numbers", "-2", "4")]
+    assert shown.endswith(f"A right reply would have been: {right}\n") and "olved after" not in shown
+    assert played(env, word, "1", seed=None).count("---- episode") == 1
+
+
+def test_a_seed_is_one_episode_and_without_one_there_is_always_another(played):
+    env = make_env("gp-l", verify_iter=1)
+    assert "---- episode 3 (--seed 3 plays it again) ----" in played(env, "1", "1") and env.turn == 1
+    shown = played(env, "1", "1", "quit", seed=None)
+    assert shown.count("---- episode") == 3 and shown.count("Not solved after 1 replies") == 2
+    numbers = re.findall(r"---- episode (\d+) \(--seed \1 plays", shown)
+    assert len(set(numbers)) == 3
+
+
+def test_a_person_can_play_with_bare_actions(city):
+    done = envs_py("virl-l", f"root={city}", stdin="forward()\nstop()\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert verdicts(done.stdout) == [("wrong_action", "-1", "1"), ("wrong_action", "-2", "0")]
+
+
+def test_on_a_route_the_verdict_stands_before_the_next_place_of_which_only_the_news_is_told(played, city):
+    env = make_env("virl-l", root=city)
+    env.reset(3)
+    actions = [position.action for position in env.rail]
+    shown = played(env, *actions)
+    assert verdicts(shown) == [("correct", "+1", "")] * len(actions) and f"Solved after {len(actions)} replies" in shown
+    first, *later = shown.split("\n> ")[1:]
+    for action, part in zip(actions, [first, *later][:-1]):        # what follows an answer: the verdict, then the next place
+        answer, verdict, *news = part.splitlines()
+        assert answer == action and verdict == "Correct.   [correct, reward +1]"
+        assert f"-> {action}" in "\n".join(news)
+    assert shown.count("Walk to a destination") == 1 and shown.count("Instructions:") == 1
+    assert later[-1].splitlines()[1] == "Correct.   [correct, reward +1]"
+
+
+def test_a_hand_in_pictures_is_written_where_the_player_is_told(played, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    env = make_env("gp-vl", resolution=60)
+    shown = played(env, "1", "1")
+    paths = re.findall(r"\(the picture: (.*)\)", shown)
+    assert len(paths) == 1 and Image.open(paths[0]).tobytes() == env.picture().tobytes()
+
+
+def test_one_split_at_a_time_is_played():
+    done = envs_py("gp-l", "id", "rule_ood")
+    assert done.returncode == 2 and "one split at a time, not rule_ood as well" in done.stderr and "Traceback" not in done.stderr
