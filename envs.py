@@ -36,7 +36,7 @@ An environment is a conversation with the verifier (sequential revision, Section
 
 Every setting of an environment (the lists at `GeneralPoints` and `Navigation`) is a word KEY=VALUE, in all scripts:
 
-    --env root=city0 verify_iter=3                        for every split, where the split itself says nothing
+    --env root=city0 verify_iter=3                        for all splits (an error where one sets it itself)
     --split id rule=11,11,11        (rl.py)               words behind a split's name are for it alone, and
     --splits id rule_ood id target=36    (evaluate.py)    also change what the table above says of it
     --mix id:0.7 suits=HD rule_ood:0.3   (sft.py)         the same with weights
@@ -117,15 +117,17 @@ def read_text(message):
 class Environment(ABC):
     """One conversation with the verifier at a time: what all environments share, and what each must have.
 
-    A new one adds a class with the members below (Python refuses one that lacks any) whose constructor has a default for
-    every setting and ends with this one's, its texts in PROMPTS, a row in TASKS, and a judge in verify.py.
+    A new one adds a class with the members below (Python refuses one that lacks any), its texts in PROMPTS, a row in
+    TASKS, and a judge with its texts in verify.py. Its constructor has a default for every setting, vision, verify_iter,
+    feedback and prompt_file among them, which it hands on to this one's.
 
     An episode is a row of positions (GeneralPoints: one, the hand); at each the model has `verify_iter` tries. A correct
     reply leads to the next position, where a new dialogue begins, or terminates the episode at the last; a wrong one is
     answered with the verdict, and after the last try the episode is truncated and that turn charged LAST_TRY_PENALTY on top.
 
     `info` of a step: status of the verdict, success (the episode is solved), turn (replies so far in the episode), kind
-    of the position, try (replies so far at the position), new_dialogue (whether one began), and `details`.
+    of the position (in V-IRL "turn" is one where a direction must be named), try (replies so far at the position),
+    new_dialogue (whether one began), and `details`.
     """
     answer_key: str      # rl.py weighs the tokens of a reply from this text on fully
     kinds: tuple         # of positions; metrics are reported for each apart
@@ -465,6 +467,7 @@ class Navigation(Environment):
         for i, pano in enumerate(route.panos):
             heading = route.headings[i - 1] if i else heading       # of arrival: a turn is taken on leaving
             landmark = route.landmarks[i - 1] if i else ""
+            # differs 20: a sentence belongs to its leg; theirs counts on, and a leg without places shifts the later ones
             for between in route.between[i - 1] if i else ():
                 if self.rng.random() >= DROP_RATE and between is not None:
                     yield Position("forward", "forward()", between, heading, "", False, self.sentences[2 * i - 1])
@@ -597,7 +600,7 @@ def make_env(task, split="id", common=(), /, **own):
                              f"{', '.join(setting for setting in known if setting not in row.fixed)}")
         if name in PICTURE_SETTINGS and not row.fixed["vision"]:
             raise ValueError(f"{name} {value!r}: {task} has no pictures")
-        if name in common and name in row.splits[split]:
+        if name in common and name in row.splits[split] and name not in own:
             raise ValueError(f"{name} {value!r}: split {split} has a {name} of its own ({row.splits[split][name]}); to "
                              f"change it, write {split} {name}={value}")
     chosen = {**known, **row.splits[split], **common, **own, **row.fixed}

@@ -5,7 +5,8 @@ of the route is, up to the stop. The paper reports V-IRL by steps: the share of 
 counted as samples of their own. Most of them are moves that are the same under both rules, so the positions at which a
 direction must be named (kind "turn") are reported apart, and so are first tries. Every episode is played until it is
 solved or out of tries, so one evaluation gives the success within every smaller number of tries as well. The x-axis is
-`gflops` of metrics.jsonl (`model.Policy.gflops`).
+`gflops` of metrics.jsonl, 2 N (3 tokens_trained + tokens_rollout) / 1e9 (`model.Policy.gflops` has N; the tokens are
+counted by `rl.advance`, and in sft.py by `Policy.num_tokens`).
 
     python evaluate.py --model runs/sft/step_000400                  # one checkpoint, printed only
     python evaluate.py --run-folder runs/rl                          # all checkpoints of a run and its start
@@ -172,12 +173,14 @@ class LocalModel:
         self.ids_so_far = {i: prompts[i] + known[i] for i in pending}
         return [decode_reply(self.processor, ids) for ids in known.values()]
 
-    def forget(self):
-        """The split is done and its row written: the files of all processes may go."""
+    def forget(self, of):
+        """This evaluation is done and its row written: its replies may go from the files of all processes."""
         running.gather(None)
         for file in self.path.parent.glob(f"{self.path.stem.rsplit('_', 1)[0]}_*.jsonl") if self.path else ():
-            file.unlink(missing_ok=True)
-        self.known = {}
+            rows = [row for row in running.read_jsonl(file) if row["of"] != of]
+            running.write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+            if not rows and running.RANK == 0:
+                file.unlink()
         running.gather(None)
 
 
@@ -213,7 +216,7 @@ def play_episodes(reply, environments, seed):
 
 
 def evaluate_model(path, called, known, config, write, kept=None):
-    """Evaluate a checkpoint, or the API's model under its name, on every split and seed that `known` rows do not
+    """Evaluate a checkpoint, or the API's model under its name, on every split and seed that its `known` rows do not
     cover; `write` gets each new row. `called` is what to call it, `kept` as in LocalModel."""
     model, common = None, settings.read_settings(config.env)
     names = ("api_url", "task", "episodes", "paper", "temperature", "max_new_tokens", "dtype")
@@ -221,8 +224,7 @@ def evaluate_model(path, called, known, config, write, kept=None):
         env = envs.make_env(config.task, split.name, common, **split.settings)
         chosen = {name: getattr(config, name) for name in names}
         chosen["env"] = {name: value for name, value in env.settings.items() if name != "solution"}   # no expert plays
-        done = {row["seed"] for row in known if row["checkpoint"] == str(path) and row["split"] == split.label
-                and row["settings"] == chosen}
+        done = {row["seed"] for row in known if row["split"] == split.label and row["settings"] == chosen}
         for seed in dict.fromkeys(map(int, config.seeds.split(","))):
             if seed in done:
                 running.say(f"{called}, {split.label}, seed {seed}: already evaluated")
@@ -235,7 +237,7 @@ def evaluate_model(path, called, known, config, write, kept=None):
             row = {"checkpoint": str(path), "split": split.label, "seed": seed,
                    **summarise(infos, env.verify_iter, env.kinds), "settings": chosen}
             write(row)
-            model.forget()
+            model.forget(of)
             found = ", ".join(f"{name.replace('_', ' ')} {100 * row[name]:.1f} +- {100 * row[f'{name}_stderr']:.1f} %"
                               for name in ("first_try", *envs.TASKS[config.task].metrics))
             running.say(f"{called}, {split.label}, seed {seed}: {found}")
@@ -246,10 +248,15 @@ def take_settings(config, run, trained):
     same_task = config.task in ("", trained["task"])
     taken = settings.read_settings(trained.get("env", ())) if same_task else {}
     given = settings.read_settings(config.env)
+    splits = envs.TASKS[config.task or trained["task"]].splits
+    clashing = {name: split.name for split in settings.read_splits(config.splits) for name in taken
+                if name in splits.get(split.name, ())}             # such as fold=train where unseen hands are asked for
+    taken = {name: value for name, value in taken.items() if name not in clashing}
     env = tuple(f"{name}={value}" for name, value in {**taken, **given}.items())
     changed = [f"{name}={given[name]} instead of {value}" for name, value in taken.items()
                if given.get(name, value) != value]
     changed += [] if same_task else [f"task {config.task} instead of {trained['task']}"]
+    changed += [f"{name}, which split {split} has of its own" for name, split in clashing.items()]
     running.say(f"{run}: task {' '.join([config.task or trained['task'], *env])}, as in its training"
                 + (f" but for {', '.join(changed)}" if changed else ""))
     dtype = trained.get("dtype", "auto") if config.dtype == "auto" else config.dtype
@@ -283,7 +290,8 @@ def evaluate_run(run, config):
     running.write_atomically(run / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in known))   # no torn last line
     for step, path in running.progress(points, nested=True, desc=f"checkpoints of {run}"):
         compute = {name: spent[step][name] for name in ("gflops", "gflops_paper")}
-        evaluate_model(path, f"{run} step {step}" if step else f"start {path}", known, config,
+        evaluate_model(path, f"{run} step {step}" if step else f"start {path}",
+                       [row for row in known if row["step"] == step], config,
                        lambda row: running.log_jsonl(run / "eval.jsonl", step=step, **compute, **row),
                        run / "eval_unfinished")
 
@@ -317,13 +325,15 @@ def load_arms(folders):
     was evaluated on, those of several are the starts.
     """
     arms, starts, chosen = defaultdict(list), defaultdict(lambda: defaultdict(set)), {}
-    for run in map(Path, folders):
+    for run in dict.fromkeys(Path(os.path.normpath(folder)) for folder in folders):
         rows = running.read_jsonl(run / "eval.jsonl")
         if not rows:
             raise ValueError(f"run {str(run)!r}: no eval.jsonl; run evaluate.py --run-folder {run} first")
-        config = json.loads((run / "config.json").read_text())
+        config = running.read_run_config(run)
+        config["model"] = os.path.normpath(config["model"])        # one start, however its path was written
         arm = "RL" if "updates" in config else "SFT"               # rl.py counts updates, sft.py steps
-        for row in rows:
+        rows = {(row["step"], row["split"], row["seed"]): row for row in rows}             # the last of equals
+        for row in rows.values():
             first_run, first = chosen.setdefault(row["split"], (run, row["settings"]))
             if differing := difference(first, row["settings"]):
                 raise ValueError(f"--compare needs one set of settings for a split; on {row['split']} {first_run} and {run} "
@@ -380,7 +390,7 @@ def compare(folders, figure):
     task = arms["start"][0]["settings"]["task"]
     metrics = envs.TASKS[task].metrics
     splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
-    budget = min(max(row["gflops"] for row in arms[arm]) for arm in ("SFT", "RL"))
+    budget = min(curve(arms[arm], split, metrics[0])[-1][0] for arm in ("SFT", "RL") for split in splits)
     num_starts = len({row["run"][0] for row in arms["start"]})
     num_runs = {arm: len({row["run"] for row in arms[arm]}) for arm in ("SFT", "RL")}
     print(f"\n{task}: %, at the checkpoints nearest to {budget:,.0f} GFLOPs of post-training "
@@ -457,11 +467,11 @@ def main(config):
             rows = Path(config.out) / "eval.jsonl"
 
             def append(row):                                       # anew, without a torn last line
-                running.write_atomically(rows, "".join(json.dumps(known) + "\n"
-                                                       for known in [*running.read_jsonl(rows), row]))
+                running.write_atomically(rows, "".join(json.dumps(each) + "\n"
+                                                       for each in [*running.read_jsonl(rows), row]))
 
-            evaluate_model(Path(config.api_model), config.api_model, running.read_jsonl(rows), finish_config(config),
-                           append)
+            known = [row for row in running.read_jsonl(rows) if row["checkpoint"] == config.api_model]
+            evaluate_model(config.api_model, config.api_model, known, finish_config(config), append)
         else:
             evaluate_model(Path(config.model), config.model, [], finish_config(config),
                            lambda row: running.say(json.dumps(row)))

@@ -234,8 +234,8 @@ class Policy(nn.Module):
         return self.banned.device
 
     def gflops(self, tokens_trained, tokens_rollout=0):
-        """The x-axis of the paper's figures (C.3): 6 N for a token that is trained, 2 N for one read or sampled without a
-        gradient (sft.py has none of these; `rl.advance` counts both)."""
+        """The x-axis of the figures (paper C.3), with tokens as we count them: 6 N for a token that is trained, 2 N for one
+        read or sampled without a gradient (sft.py has none of these; `rl.advance` counts both)."""
         return 2 * self.num_params * (3 * tokens_trained + tokens_rollout) / 1e9
 
     @property
@@ -448,16 +448,21 @@ def load_folder(path, vision, dtype, hollow):
         raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "
                          "support/tiny.py writes a tiny one")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         is_mllama = config.model_type == "mllama"
         model_class = AutoModelForImageTextToText if is_mllama else AutoModelForCausalLM
         with torch.device("meta") if hollow else contextlib.nullcontext():
-            backbone = (model_class.from_config(config, dtype=dtype) if hollow else
-                        model_class.from_pretrained(folder, dtype=dtype))
-        processor = (AutoProcessor if is_mllama else AutoTokenizer).from_pretrained(folder)
+            backbone, faults = ((model_class.from_config(config, dtype=dtype), {}) if hollow else
+                                model_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False,
+                                                            output_loading_info=True, ignore_mismatched_sizes=True))
+        processor = (AutoProcessor if is_mllama else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"model {path!r}: not a causal language model shaped like Llama with its tokenizer, nor a "
                          f"Llama-3.2-Vision with its processor: {str(error).splitlines()[0]}") from None
+    for kind in ("missing", "unexpected", "mismatched"):            # transformers would fill them with random numbers
+        if names := sorted(map(str, faults.get(f"{kind}_keys", ()))):
+            raise ValueError(f"model {path!r}: its weights do not fill the model: {names[0]} is {kind}"
+                             + (f", and {len(names) - 1} more" if names[1:] else ""))
     if vision and not is_mllama:
         raise ValueError(f"model {path!r}: {config.model_type} reads no pictures; the task needs a vision model, "
                          "supported is mllama (Llama-3.2-Vision)")

@@ -7,7 +7,7 @@ log-prob, the weighted sum over its tokens (`thought_coef` before the answer key
 ratio per reply. A second try sees the first one and the verifier's text in its prompt (sequential revision).
 
     python rl.py --task gp-l --model runs/sft/step_000400 --out runs/rl
-    python rl.py --task gp-l --model PATH --out runs/red --split id suits=HD --env verify_iter=10
+    python rl.py --task gp-vl --model PATH --out runs/red --split id suits=HD --env verify_iter=10     # red cards
 
 The same command continues a run that was stopped, half-played episodes included; Ctrl-C or SIGTERM drops a rollout or
 finishes an update, saves, and exits with 130 or 143. After a stop in mid-rollout the run folder holds the newest
@@ -98,7 +98,7 @@ class Config:
     # PPO
     updates: int = knob(20, "rollouts in all", low=1)
     epochs: int = knob(4, "passes over a rollout", low=1)
-    minibatch_turns: int = knob(1024, "turns per optimizer step; 128 x 8 GPUs", low=1)
+    minibatch_turns: int = knob(1024, "about so many turns per optimizer step; 128 x 8 GPUs", low=1)
     lr: float = knob(1e-6, "Adam learning rate", low=1e-12)
     value_lr: float = knob(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
     lr_warmup: int = knob(0, "updates over which --lr rises to its full height; the value head's does not wait", low=0)
@@ -210,7 +210,7 @@ def collect_turns(policy, processor, conversations, update, config, stop) -> lis
                               s * config.num_envs + conversation.index))
             # The dialogues of two environments are kept to be read: the way to see reward hacking.
             if conversation in conversations[:2] and (done or info["new_dialogue"] or s == last):
-                running.log_jsonl(Path(config.out) / "turns.jsonl", step=update + 1, done=done, **readable, **info)
+                running.log_jsonl(Path(config.out) / "turns.jsonl", **{**info, **readable, "step": update + 1, "done": done})
     return turns
 
 
@@ -346,8 +346,8 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
 def rollout_stats(turns, eos_id):
     """Counts and means over one rollout.
 
-    `success` is over the episodes that ended in it. Short ones end first, so it starts too high, at 1 when a rollout
-    is shorter than an episode: `step_accuracy`, over all replies, has no such bias.
+    `success` is over the episodes that ended in it. Short ones end first, so it is biased while a rollout is shorter
+    than an episode (GeneralPoints: too high, at first 1; V-IRL: too low): `step_accuracy`, over all replies, is not.
     """
     own = [turn.info | {"reward": turn.reward, "done": turn.done, "length": len(turn.response_ids),
                         "cut": turn.response_ids[-1] != eos_id} for turn in turns]
@@ -447,6 +447,7 @@ def main(config):
         config, policy, processor, optimizer, state, conversations = set_up(config)
     running.say_memory(policy, config)
     task, stop, out = envs.TASKS[config.task], running.StopSignal(), Path(config.out)
+    # differs 14: a folder for any tool, with all that is needed to go on; theirs saves the base model alone
     save = partial(running.ensure_checkpoint, out, policy=policy, processor=processor, optimizer=optimizer,
                    keep_resume=config.keep_resume)
     bar = running.progress(range(state["step"], config.updates), initial=state["step"], total=config.updates, desc="rl")

@@ -4,7 +4,7 @@ The paper's SFT data are optimal single-turn pairs (prompt, expert reply) of the
 reply and its end-of-turn, never the prompt.
 
     python sft.py --model PATH --out runs/sft                      # the paper's settings, pairs made on the fly
-    python sft.py --model PATH --out runs/sft --mix id suits=HD    # on red cards (settings: envs.py)
+    python sft.py --task gp-vl --model PATH --out runs/sft --mix id suits=HD       # on red cards (settings: envs.py)
     python sft.py --model PATH --out runs/sft --data data.json     # from a file in the released shape
     python sft.py --model PATH --out runs/base --mix rule_family --failed-tries 4         # see recipes/base.sh
     torchrun --nproc-per-node 8 sft.py --model PATH --out runs/sft            # the same steps on eight GPUs
@@ -150,14 +150,17 @@ class Samples:
 
     def __init__(self, config):
         splits, common = settings.read_splits(config.mix), settings.read_settings(config.env)
-        common["verify_iter"] = config.failed_tries + 1            # so that no failed try ends the episode
+        common.setdefault("verify_iter", config.failed_tries + 1)  # so that no failed try ends the episode
         self.envs = [envs.make_env(config.task, split.name, common, **split.settings) for split in splits]
         self.weights = [split.weight for split in splits]
         for split, env in zip(splits, self.envs):
             if env.verify_iter <= config.failed_tries:
-                raise ValueError(f"--mix {split.label}: verify_iter must be above --failed-tries {config.failed_tries}")
+                raise ValueError(f"--mix {split.label}: verify_iter {env.verify_iter} must be above --failed-tries "
+                                 f"{config.failed_tries}")
         if config.balance and len(self.envs[0].kinds) == 1:
             raise ValueError(f"--balance: {config.task} has one kind of position only")
+        if config.data and (config.failed_tries or config.balance or len(splits) > 1 or splits[0].settings):
+            raise ValueError("--data: --mix, --failed-tries and --balance are for samples that are made on the fly")
         self.pairs = read_conversations(config.data, self.envs[0].vision) if config.data else None
         self.config, self.epoch = config, None
 

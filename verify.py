@@ -21,7 +21,7 @@ V-IRL pays the column of appendix B.3:
     wrong_action        -1     it is not, though the observation is right
     last try failed     -1     as above, with the tries counted anew at every position
 
-Nothing here accumulates, and a half-right formula earns nothing. No `eval`: formulas are read by a tokenizer and a
+A reply has one status, only the two penalties that are "added" come on top, and a half-right formula earns nothing. No `eval`: formulas are read by a tokenizer and a
 recursive descent over exact fractions, so 8/(3-8/3) is 24 and 9**9**9 is not a formula. This file knows neither
 torch nor the environments; `python envs.py gp-l` is the way to meet it.
 """
@@ -83,7 +83,7 @@ def fill(template, **values):
 # ---- Reading a reply ---------------------------------------------------------------------------------------
 
 SCALAR = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|([^{}\[\]:,"'\s][^{}\[\]:,"']*))\s*""", re.S)
-OPEN_LIST, CLOSE_LIST, CLOSE_OBJECT = (re.compile(r"\s*" + re.escape(mark)) for mark in "[]}")
+OPEN_LIST, CLOSE_LIST, CLOSE_OBJECT = (re.compile(rf"\s*{re.escape(mark)}\s*") for mark in "[]}")
 DECODER = json.JSONDecoder()
 
 
@@ -105,7 +105,7 @@ def read_relaxed(text, position):
     found, num_read = {}, 0
     while not CLOSE_OBJECT.match(text, position):
         key, position = read_scalar(text, position)
-        num_read += 2                                              # the key, and its value unless that is a list
+        num_read += 2                                              # the key and a value
         if key is None or text[position:position + 1] != ":" or num_read > MAX_SCALARS:
             return None, num_read
         opening = OPEN_LIST.match(text, position + 1)
@@ -275,7 +275,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
             values = {"fault": fault}
     reward = REWARDS[status]                                        # differs 2: one status; theirs adds up penalties
     message = fill(phrases[phrase], **values)
-    if vision and not cards_read:                                   # differs 19: theirs pays it instead, and goes on
+    if vision and not cards_read:                                   # differs 19: theirs pays -1.5 instead, and the episode goes on
         reward += MISREAD_PENALTY
         stated = found.get("cards") if found else None
         message += " " + (fill(phrases["misread_cards"], read=json.dumps(stated)[:MAX_FORMULA])
@@ -297,8 +297,8 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     """Judge one V-IRL reply (paper B.3; the second table at the top). Any string in, never an exception.
 
     `action` is the expert's, `landmark` the name of the place in sight ("" if there is none), `intersection` whether
-    this is one. Names and the word intersection are found in any spelling of capitals. `feedback` and `phrases` as
-    above: "informative" says what was wrong, and never what would be right.
+    this is one. Names and the word intersection are found in any spelling of capitals. `feedback` "informative" says
+    what was wrong, and never what would be right.
     """
     found = read_reply(reply, "action") or {}
     stated, observed = found.get("action"), found.get("current observation")

@@ -64,7 +64,7 @@ class ApiModel:
                 pool.shutdown(cancel_futures=True)                 # those on their way still come in
         return [self.known[digest] for digest in requests]
 
-    def forget(self):
+    def forget(self, of):
         """Nothing: all replies are kept."""
 
     def ask(self, digest, messages):

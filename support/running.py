@@ -362,7 +362,7 @@ def publish(temporary, final):
 
 def write_checkpoint(folder, policy, processor, optimizer, state, with_value_head):
     """All files of a checkpoint; every process has written its own when this returns."""
-    weights = gather_weights(policy)                     # differs 14: a folder for any tool, and one to go on from
+    weights = gather_weights(policy)
     if RANK == 0:
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "resume").mkdir(parents=True)

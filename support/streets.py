@@ -173,7 +173,6 @@ def read_route(record, panoramas, where):
                              f"{REACH:g} m of {point}")
         fitting = []
         # The last place is the point itself and never fits; but a rail draws for it, as in the official code.
-        # differs 20: a leg too short for places does not shift the later sentences.
         for number in range(1, POINTS_PER_LEG + 1) if length > SHORT_LEG else ():
             share = number / POINTS_PER_LEG
             wanted = tuple(p * (1 - share) + q * share for p, q in zip(previous, place))

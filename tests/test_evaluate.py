@@ -339,3 +339,49 @@ def test_no_request_leaves_without_a_key_of_its_own(api, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         api(out="")
     assert "--api-url needs --api-model and --out" in capsys.readouterr().err
+
+
+def test_settings_of_a_run_give_way_to_a_split_that_has_them_of_its_own(capsys):
+    trained = {**TRAINED, "task": "gp-l", "env": ["fold=train", "verify_iter=3"]}
+    config = evaluate.take_settings(evaluate.Config(splits=("id", "unseen")), "runs/a", trained)
+    assert config.env == ("verify_iter=3",) and "but for fold, which split unseen has of its own" in capsys.readouterr().out
+    assert "fold=train" in evaluate.take_settings(evaluate.Config(splits=("id",)), "runs/a", trained).env
+
+
+def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
+    """A long run beside a short one of the same arm does not move the other arm's column to where the short one never was."""
+    write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08), (20, 200.0, 0.02)])
+    write_run(tmp_path / "long", "RL", [(1, 50.0, 0.12), (4, 200.0, 0.3)])
+    write_run(tmp_path / "short", "RL", [(1, 50.0, 0.14)])
+    evaluate.compare([str(tmp_path / name) for name in ("sft", "long", "short")], "")
+    out = capsys.readouterr().out
+    assert "nearest to 50 GFLOPs" in out and "| 10.0 ± 1.0 | 8.0 ± 1.0 (-2.0) | 13.0 ± 1.0 (+3.0) |" in out
+
+
+def test_a_run_named_twice_and_rows_that_came_twice_count_once(tmp_path):
+    write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08), (5, 50.0, 0.08)])
+    write_run(tmp_path / "rl", "RL", [(1, 60.0, 0.12)], start="./start/")
+    arms = evaluate.load_arms([f"{tmp_path}/sft", f"{tmp_path}/./rl/", f"{tmp_path}/rl"])
+    assert {arm: len(rows) for arm, rows in arms.items()} == {"start": 2, "SFT": 2, "RL": 2}
+
+
+def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_standard_errors(tmp_path, capsys):
+    assert [evaluate.judge_sign("up", change, 1.0) for change in (2.1, 1.9, -1.9, -2.1)] == ["met", "undecided", "undecided", "not met"]
+    assert evaluate.judge_sign("down", -2.1, 1.0) == "met"
+    assert evaluate.paper_metric("virl-vl", "visual_ood") == "success" and evaluate.paper_metric("virl-vl", "id") == "step_accuracy"
+    write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.05)])
+    write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)])
+    evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "rl")], "")
+    told = capsys.readouterr().out.split("Found, in points: ")[1]
+    assert told.startswith("SFT on the training rule -5.0 (paper: up; not met); RL on the training rule +5.0 (paper: up; met); "
+                           "SFT on the other rule -5.0 (paper: down; met); RL on the other rule +5.0 (paper: up; met). ")
+    assert "Of the paper's 4 signs 3 met, 1 not met, 0 undecided" in told
+
+
+def test_only_the_replies_of_what_is_done_are_forgotten(tmp_path):
+    mine, other = tmp_path / "eval_unfinished_7.jsonl", tmp_path / "eval_unfinished_8.jsonl"
+    for of in ("a", "b"):
+        running.append_line(mine, {"of": of, "turn": 0, "replies": {}})
+    running.append_line(other, {"of": "a", "turn": 0, "replies": {}})
+    evaluate.LocalModel.forget(SimpleNamespace(path=mine), "a")
+    assert [row["of"] for row in running.read_jsonl(mine)] == ["b"] and not other.exists()

@@ -1,17 +1,21 @@
 """The policy: encoding, log-probs, sampling, loading."""
 import contextlib
 import itertools
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import envs
 import model
+from conftest import tiny_folder
 from support import running
 from support.tiny import train_tokenizer
 
@@ -350,3 +354,31 @@ def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="not a causal language model"):
         model.load_policy(str(tmp_path))
+
+
+WEIGHT = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda w: {f"_orig_mod.{name}": tensor for name, tensor in w.items()}, r"lm_head.weight is missing, and \d+ more"),
+    (lambda w: {name: tensor for name, tensor in w.items() if name != WEIGHT}, f"{WEIGHT} is missing$"),
+    (lambda w: {**w, "score.weight": torch.zeros(2, 2)}, "score.weight is unexpected$"),
+    (lambda w: {**w, WEIGHT: w[WEIGHT][:, :-1].contiguous()}, f"{WEIGHT}.* is mismatched$"),
+])
+def test_a_folder_whose_weights_do_not_fill_the_model_is_refused_by_the_first_of_them(tmp_path, change, told):
+    shutil.copytree(tiny_folder(), tmp_path / "model")
+    save_file(change(load_file(tmp_path / "model" / "model.safetensors")), tmp_path / "model" / "model.safetensors",
+              metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"weights do not fill the model: .*{told}"):
+        model.load_policy(str(tmp_path / "model"))
+
+
+def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(tmp_path):
+    shutil.copytree(tiny_folder(), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "other", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match="not a causal language model shaped like Llama"):
+        model.load_policy(str(tmp_path / "model"))
+    assert not (tmp_path / "ran").exists()

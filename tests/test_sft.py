@@ -147,3 +147,14 @@ def test_a_dump_overwrites_nothing(tmp_path, capsys):
 def test_a_bad_mix_is_refused(mix):
     with pytest.raises(ValueError, match="must be a number above 0|elsewhere"):
         sft.Samples(sft.Config(mix=(mix,)))
+
+
+def test_settings_that_a_data_file_or_failed_tries_would_ignore_are_refused(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps([record("q", "a")]))
+    for knobs in (dict(failed_tries=2), dict(mix=("id", "suits=S")), dict(mix=("id", "rule_ood"))):
+        with pytest.raises(ValueError, match="--data: --mix, --failed-tries and --balance are for samples"):
+            sft.Samples(sft.Config(data=str(tmp_path / "data.json"), **knobs))
+    for knobs in (dict(mix=("id", "verify_iter=2")), dict(env=("verify_iter=2",))):
+        with pytest.raises(ValueError, match="verify_iter 2 must be above --failed-tries 2"):
+            sft.Samples(sft.Config(failed_tries=2, **knobs))
+    assert sft.Samples(sft.Config(failed_tries=2, env=("verify_iter=3",))).envs[0].verify_iter == 3

@@ -303,6 +303,7 @@ READABLE = {
     "lists over several lines with trailing commas":
         '{\n "cards": [\n  "3",\n  "3",\n  "8",\n  "8",\n ],\n "number": [\n  3,\n  3,\n  8,\n  8,\n ],\n'
         ' "formula": "8/(3-8/3)",\n}',
+    "a space before a comma": "{'cards': ['3', '3', '8', '8'] , 'number': [3, 3, 8, 8] , 'formula': '8/(3-8/3)=24' }",
     "single quotes": "{'cards': ['3', '3', '8', '8'], 'number': [3, 3, 8, 8], 'formula': '8/(3-8/3)=24'}",
     "the official code's mixture":
         "{\n\"cards\": ['3', '3', '8', '8'],\n\"number\": [3, 3, 8, 8],\n\"formula\": \"8/(3-8/3)=24\",\n}",
