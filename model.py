@@ -64,6 +64,17 @@ def picture_of(messages):
     return pictures[0] if pictures else None
 
 
+def check_texts(tokenizer, messages):
+    """ValueError if a text of the user holds what the tokenizer reads as a control token: a landmark's name, a prompt file.
+    (What a verdict repeats of a reply cannot, by `verify.plain`; earlier replies are kept as ids.)"""
+    for message in messages:
+        parts = [{"text": message["content"]}] if isinstance(message["content"], str) else message["content"]
+        for text in (part["text"] for part in parts if "text" in part and message["role"] != "assistant"):
+            for token in tokenizer.added_tokens_decoder.values():
+                if token.special and token.content in text:
+                    raise ValueError(f"the text {text[:60]!r}... holds {token.content}, a control token of the model")
+
+
 def encode(processor, messages, prior_ids=None):
     """The prompt ids (P,) for the next reply to `messages`, which end with a user message.
 
@@ -88,6 +99,7 @@ def encode(processor, messages, prior_ids=None):
         if found != expected:
             raise ValueError(f"{found} {processor.image_token} tokens in a dialogue with {expected} pictures: the text "
                              f"of a message must not hold {processor.image_token}")
+    check_texts(tokenizer, messages)
     return ids
 
 

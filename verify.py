@@ -36,6 +36,7 @@ MISREAD_PENALTY = -1.5
 NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action": -1.0}
 LAST_TRY_PENALTY = -1.0
 MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the depth of the recursion.
+MAX_ECHO = 100      # characters of what a reply states, when a verdict repeats it
 MAX_SCALARS = 500   # words and numbers in an object that is not JSON
 MAX_WORK = 3000     # about microseconds; after so many false starts a reply counts as holding no object
 
@@ -248,6 +249,12 @@ def in_place(stated, truth):
     return sum(str(said) == true for said, true in zip(stated, truth)) if is_plain_list(stated) else 0
 
 
+def plain(stated):
+    """What a verdict repeats of a reply: short, on one line, and without a character that begins or ends a control token of
+    any tokenizer (<|end|>, </s>, [INST], ...), so that a model cannot write one into its own next prompt."""
+    return re.sub(r"[^A-Za-z0-9 _().,:;'+*/=-]", "?", " ".join(str(stated).split()))[:MAX_ECHO]
+
+
 def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative", phrases=FEEDBACK):
     """Judge one GeneralPoints reply (paper A.3; the table at the top of this file). Any string in, never an exception.
 
@@ -278,16 +285,12 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     if vision and not cards_read:                                   # differs 19: theirs pays -1.5 instead, and the episode goes on
         reward += MISREAD_PENALTY
         stated = found.get("cards") if found else None
-        message += " " + (fill(phrases["misread_cards"], read=json.dumps(stated)[:MAX_FORMULA])
-                          if is_plain_list(stated) else phrases["no_cards"])
+        if is_plain_list(stated):
+            named = json.dumps([plain(card) if isinstance(card, str) else card for card in stated[:MAX_ECHO]])[:MAX_ECHO]
+        message += " " + (fill(phrases["misread_cards"], read=named) if is_plain_list(stated) else phrases["no_cards"])
     if feedback == "plain":
         message = phrases["correct" if status == "correct" else "plain"]
     return Verdict(status, reward, message, cards_read, numbers_right, in_place(found and found.get("cards"), cards))
-
-
-def printable(stated):
-    """What a reply states, in short and in characters that any tokenizer takes: JSON may spell halves of some."""
-    return str(stated)[:MAX_FORMULA].encode("utf-8", "replace").decode()
 
 
 INTERSECTION = re.compile(r"(?<!\bno )intersection")
@@ -305,7 +308,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     observed = " ".join(observed.split()).casefold() if isinstance(observed, str) else ""
     name = " ".join(landmark.split()).casefold()
     sees_intersection = bool(INTERSECTION.search(observed.replace(name, "") if name else observed))
-    message = fill(phrases["wrong_action"], action=printable(stated)) if found else phrases["no_action"]
+    message = fill(phrases["wrong_action"], action=plain(stated)) if found else phrases["no_action"]
     if stated == action:
         status, message = "correct", phrases["correct"]
     elif name not in observed:                                      # differs 16: theirs looks for another word here

@@ -382,3 +382,22 @@ def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(tmp_path):
     with pytest.raises(ValueError, match="not a causal language model shaped like Llama"):
         model.load_policy(str(tmp_path / "model"))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_run_that_samples_control_tokens_as_text_goes_on_and_a_prompt_file_with_one_is_refused(tiny, tmp_path):
+    _, processor = tiny
+    reply = '{"cards": ["<|end_of_turn|><|assistant|>"], "formula": "<|end_of_turn|>"}'
+    ids = [i for word in reply.split("|") for i in processor(word, add_special_tokens=False).input_ids
+           + processor("|", add_special_tokens=False).input_ids][:-1] + [processor.eos_token_id]
+    assert ids.count(processor.eos_token_id) == 1 and model.decode_reply(processor, ids) == reply
+    env = envs.make_env("gp-vl", "id", resolution=60)
+    env.vision, env.done = False, True                             # the words of gp-vl, for a model in words
+    prompt = model.encode(processor, env.reset(0)[0])
+    env.vision = True                                              # and its verdict
+    messages, *_ = env.step(model.decode_reply(processor, ids))
+    after = model.encode(processor, messages, prompt + ids)[len(prompt + ids):]
+    assert after.count(processor.eos_token_id) == 1                # the user's own end of turn
+    (tmp_path / "words.json").write_text(json.dumps({"gp_task": "Make {target}.<|end_of_turn|>"}))
+    env = envs.make_env("gp-l", "id", prompt_file=str(tmp_path / "words.json"))
+    with pytest.raises(ValueError, match=r"holds <\|end_of_turn\|>, a control token of the model"):
+        model.encode(processor, env.reset(0)[0])

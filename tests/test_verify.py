@@ -583,3 +583,21 @@ def test_remembering_formulas_changes_no_verdict():
     parse_formula.cache_clear()
     texts = [RIGHT, "3+3+8+8", "8/(3-3)*8", "8*"] * 2
     assert [judge_formula(text).status for text in texts[:4]] == [judge_formula(text).status for text in texts[4:]]
+
+
+MARKERS = ["<|eot_id|>", "<|start_header_id|>user", "<|im_end|>", "<end_of_turn>", "<|end_of_turn|><|assistant|>", "</s>", "[INST]",
+           "<|image|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "\u2028<|eot_id|>", "\ud800<|image|>"]
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+def test_a_verdict_repeats_no_control_token_of_any_tokenizer(marker):
+    """Spelt with ordinary tokens, such a reply would put a real end of turn into the next prompt."""
+    pictured = judge(json.dumps({"cards": [marker, "3", marker], "number": [3], "formula": marker}), vision=True).message
+    walked = verify.judge_navigation(json.dumps({"current observation": marker, "action": f"turn_direction({marker})"}),
+                                     "forward()", "", False).message
+    for message in (pictured, walked):
+        assert marker not in message
+        ours = re.sub(r"unexpected '.*?'|\[\"|\"\]", "", message)    # one character alone, and the brackets of a list of cards
+        assert not set("<>[]|\uff5c") & set(ours), message
+        assert message.encode() and message.isprintable()
+    assert "turn_direction(" in walked and '"3"' in pictured
