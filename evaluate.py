@@ -151,6 +151,8 @@ class LocalModel:
         rows = [row for file in sorted(kept.parent.glob(f"{kept.name}_*.jsonl")) for row in running.read_jsonl(file)
                 ] if kept else []
         self.known = {(row["of"], row["turn"], int(i)): ids for row in rows for i, ids in row["replies"].items()}
+        if self.known:
+            running.say(f"goes on with {len(self.known)} replies that an evaluation before it left")
 
     def reply(self, of, split, seed, turn, pending):
         """The texts of the next replies to {episode: (messages, whether they begin a dialogue)}, in order; `of` says
@@ -255,6 +257,7 @@ def take_settings(config, run, trained):
     env = tuple(f"{name}={value}" for name, value in {**taken, **given}.items())
     changed = [f"{name}={given[name]} instead of {value}" for name, value in taken.items()
                if given.get(name, value) != value]
+    changed += [f"{name}={value} given here" for name, value in given.items() if name not in taken]
     changed += [] if same_task else [f"task {config.task} instead of {trained['task']}"]
     changed += [f"{name}, which split {split} has of its own" for name, split in clashing.items()]
     running.say(f"{run}: task {' '.join([config.task or trained['task'], *env])}, as in its training"
@@ -327,6 +330,8 @@ def load_arms(folders):
     arms, starts, chosen = defaultdict(list), defaultdict(lambda: defaultdict(set)), {}
     for run in dict.fromkeys(Path(os.path.normpath(folder)) for folder in folders):
         rows = running.read_jsonl(run / "eval.jsonl")
+        if not run.is_dir():
+            raise ValueError(f"run {str(run)!r}: there is no such folder; --compare takes run folders: SFT_RUN,RL_RUN")
         if not rows:
             raise ValueError(f"run {str(run)!r}: no eval.jsonl; run evaluate.py --run-folder {run} first")
         config = running.read_run_config(run)
@@ -411,7 +416,8 @@ def compare(folders, figure):
             paper = PAPER.get((task, split, metric), ())
             cells += [f"{p} ({p - paper[0]:+.1f})" if i else f"{p}" for i, p in enumerate(paper)] or ["-"] * 3
             print(f"| {metric.replace('_', ' ')} | {split} | {' | '.join(cells)} |")
-    print(f"\nFound, in points: {'; '.join(found)}. Of the paper's {len(found)} signs {verdicts['met']} met, "
+    judged = dict.fromkeys(paper_metric(task, split).replace("_", " ") for split in splits if split in SIGNS)
+    print(f"\nFound, in points of {' and '.join(judged)}: {'; '.join(found)}. Of the paper's {len(found)} signs {verdicts['met']} met, "
           f"{verdicts['not met']} not met, {verdicts['undecided']} undecided: within two standard errors of no change.")
     if figure:
         draw(arms, task, splits, figure)

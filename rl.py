@@ -483,6 +483,7 @@ def main(config):
             saved = save(update + 1, state=state)
         if stopping:
             stop.leave(saved)
+    running.say_finished(out)
 
 
 if __name__ == "__main__":

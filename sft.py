@@ -268,6 +268,7 @@ def main(config):
                                               with_value_head=False)
         if stopping:
             stop.leave(saved)
+    running.say_finished(out)
 
 
 if __name__ == "__main__":

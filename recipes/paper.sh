@@ -10,7 +10,7 @@
 #
 # Relative paths are relative to the repository. Every step goes on where it was stopped when the script is called again.
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/$task${SMOKE:+-smoke}}
+OUT=${OUT:-runs/$task${SMOKE:+-smoke${MODEL:+-$(basename "$MODEL")}}}
 SEED=${SEED:-0}
 [[ $task == *-vl ]] && vision=1 || vision=""
 env=("verify_iter=$verify_iter") sample=(--max-new-tokens 512)
@@ -21,7 +21,8 @@ if [ -n "${SMOKE:-}" ]; then
     sft=(--batch-size 8)
     rl=(--num-envs 8 --turns-per-env 2 --minibatch-turns 16)
     test=(--episodes 8)
-    sample=(--max-new-tokens 24 --generate-tokens 4096)
+    [ -n "${MODEL:-}" ] && sample=(--max-new-tokens 64) || sample=(--max-new-tokens 24)    # a blank model never ends
+    sample+=(--generate-tokens 4096)
     [ -z "$vision" ] || env+=(resolution=112)
     if [[ $task == virl-* && -z "${DATA:-}" ]]; then
         DATA=$OUT/city
@@ -32,8 +33,10 @@ else
     sft=(--batch-size 128)                  # 16 x 8 GPUs (official sft/sft_scripts/gp_l.sh)
     rl=(--num-envs 256 --turns-per-env 8 --minibatch-turns 1024 --epochs 4 --clip 0.1 --temperature 0.2)   # rl/configs
     test=(--paper --dtype bfloat16 --max-new-tokens 256)    # 234 hands, 48 routes, 18 routes of visual_ood
-    : "${MODEL:?set MODEL to the model folder, or SMOKE=1}"
+    [ -n "${MODEL:-}" ] || { echo "set MODEL to a model folder, or SMOKE=1 to see that everything runs" >&2; exit 2; }
 fi
+[ -z "${MODEL:-}" ] || [ -f "$MODEL/config.json" ] ||
+    { echo "MODEL=$MODEL: no such model folder (it would have a config.json)" >&2; exit 2; }
 [[ $task != virl-* ]] || env+=("root=${DATA:?set DATA to the folder with train/ and mini/, or SMOKE=1}")
 if [ -z "${MODEL:-}" ]; then
     MODEL=$OUT/blank

@@ -2,6 +2,7 @@
 import argparse
 import os
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -57,6 +58,8 @@ def ask(env, text, answer):
             print(HELP.format(example=answer))
         elif said.lower() == "prompt":
             print(text)
+        elif env.kinds == ("formula",) and "{" not in said and re.search(r"\b[AJQK]\b", said):
+            print("Write the number that a card counts as, not its letter. (No try is lost.)")
         else:
             return said if "{" in said else env.format_reply(said.split("=")[0].strip())
 
@@ -121,8 +124,8 @@ def command_line(tasks, make_env, description):
             return transcripts.read_run(args.read, args.html, make_env)
         if not args.task:
             raise ValueError(f"a task is required: {', '.join(tasks)}")
-        named = args.words and "=" not in args.words[0]
-        split, *more = settings.read_splits(args.words if named else ["id", *args.words])
+        named = [word for word in args.words if "=" not in word] or ["id"]           # before or behind its settings
+        split, *more = settings.read_splits([*named, *(word for word in args.words if "=" in word)])
         if more:
             raise ValueError(f"one split at a time, not {more[0].name} as well")
         env = make_env(args.task, split.name, **split.settings)

@@ -152,6 +152,11 @@ def say(text):
         tqdm.write(text)
 
 
+def say_finished(out):
+    """The last line of a run, also of one that had been finished before."""
+    say(f"{out}: finished; to test its checkpoints: python evaluate.py --run-folder {out}")
+
+
 def write_atomically(path, text):
     """Replace a file's content in one move, so that no reader and no crash ever sees half of it."""
     if RANK > 0:

@@ -209,7 +209,8 @@ def load_routes(folder, vision):
             checked.add(pano)
             for file in (picture := folder / "street_views" / f"{pano}.jpg", picture.with_suffix(".metadata.json")):
                 if not file.is_file():
-                    raise ValueError(f"{path}, route {i}: {file} is missing")
+                    raise ValueError(f"{path}, route {i}: {file} is missing; a city made with --no-pictures "
+                                     "is for words only")
             open_panorama(picture), read_rotation(picture)
     return routes
 

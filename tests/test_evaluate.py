@@ -317,9 +317,9 @@ TRAINED = {"model": "x", "task": "gp-vl", "env": ["resolution=112", "verify_iter
     ({}, "gp-vl", ("resolution=112", "verify_iter=4"), "float32", ""),
     ({"env": ("verify_iter=4",)}, "gp-vl", ("resolution=112", "verify_iter=4"), "float32", ""),
     ({"env": ("verify_iter=2", "target=7")}, "gp-vl", ("resolution=112", "verify_iter=2", "target=7"), "float32",
-     " but for verify_iter=2 instead of 4"),
+     " but for verify_iter=2 instead of 4, target=7 given here"),
     ({"task": "gp-vl", "dtype": "bfloat16"}, "gp-vl", ("resolution=112", "verify_iter=4"), "bfloat16", ""),
-    ({"task": "gp-l", "env": ("target=7",)}, "gp-l", ("target=7",), "float32", " but for task gp-l instead of gp-vl")])
+    ({"task": "gp-l", "env": ("target=7",)}, "gp-l", ("target=7",), "float32", " but for target=7 given here, task gp-l instead of gp-vl")])
 def test_a_run_is_evaluated_as_it_was_trained_but_for_what_flags_say_and_that_is_said(capsys, flags, task, env, dtype, told):
     config = evaluate.take_settings(evaluate.Config(run_folder="runs/a", **flags), "runs/a", TRAINED)
     assert (config.task, config.env, config.dtype, config.run_folder) == (task, env, dtype, "runs/a")
@@ -372,7 +372,7 @@ def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_sta
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.05)])
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)])
     evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "rl")], "")
-    told = capsys.readouterr().out.split("Found, in points: ")[1]
+    told = capsys.readouterr().out.split("Found, in points of success: ")[1]
     assert told.startswith("SFT on the training rule -5.0 (paper: up; not met); RL on the training rule +5.0 (paper: up; met); "
                            "SFT on the other rule -5.0 (paper: down; met); RL on the other rule +5.0 (paper: up; met). ")
     assert "Of the paper's 4 signs 3 met, 1 not met, 0 undecided" in told
