@@ -761,9 +761,13 @@ def write_pictures(needed, seed, width, workers):
     done = pool.imap_unordered(write_picture, jobs, chunksize=16) if pool else map(write_picture, jobs)
     try:
         num_bytes = sum(tqdm(done, total=len(jobs), desc="street views", unit="picture"))
-    finally:
+        if pool:
+            pool.close()                          # not terminate(): it may kill a worker that holds the queue's lock, and wait
+            pool.join()                           # for that lock for ever
+    except BaseException:
         if pool:
             pool.terminate()
+        raise
     return sum(map(len, folders.values())), num_bytes
 
 
