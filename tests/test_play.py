@@ -129,11 +129,7 @@ def test_one_split_at_a_time_is_played():
 
 
 def test_a_card_s_letter_in_a_formula_costs_no_try_and_a_split_may_stand_behind_its_settings():
-    def python(*words, told=""):
-        return subprocess.run([sys.executable, "envs.py", "gp-l", *words], cwd=ROOT, input=told, capture_output=True, text=True,
-                              timeout=60).stdout
-
-    told = python("--seed", "3", told="(J-1)*8\n1+1\nquit\n")
+    told = envs_py("gp-l", "--seed", "3", stdin="(J-1)*8\n1+1\nquit\n").stdout
     assert "not its letter" in told and told.count("tries left: 4") == 1
-    one, other = (python(*words, "--show") for words in (("rule_ood", "target=10"), ("target=10", "rule_ood")))
+    one, other = (envs_py("gp-l", *words, "--show").stdout for words in (("rule_ood", "target=10"), ("target=10", "rule_ood")))
     assert one == other and "K counts as 13" in one and "Make 10" in one
