@@ -1,6 +1,6 @@
 """A city that does not exist, written in the file format of the V-IRL navigation data (paper Section 4.2, B.1).
 
-    python data/synthetic_city.py --out city0                  # 1,000 routes, 155 MB: under a minute on two cores
+    python data/synthetic_city.py --out city0                  # 1,000 routes, 140 MB: under a minute on two cores
     python data/synthetic_city.py --out city0 --no-pictures    # the words only: a second
 
     city0/train/     --routes routes of city 0                 training, in-distribution and rule tests
