@@ -33,7 +33,7 @@ from pathlib import Path
 
 import envs
 from model import EVALUATION, PictureCache, decode_reply, encode, load_policy, picture_of, sampling_uniforms
-from support import running, settings
+from support import run_folder, running, settings
 from support.api import ApiModel
 from support.running import knob
 
@@ -288,7 +288,7 @@ def evaluate_run(run, config):
     if config.start and not Path(start).is_dir():
         raise ValueError(f"run {str(run)!r} started from {start!r}, which is no folder: use --no-start")
     points = [(0, Path(start))] if config.start else []
-    points += [(running.checkpoint_step(path), path) for path in running.checkpoints(run) if running.checkpoint_step(path)]
+    points += [(run_folder.checkpoint_step(path), path) for path in run_folder.checkpoints(run) if run_folder.checkpoint_step(path)]
     known = running.read_jsonl(run / "eval.jsonl")
     running.write_atomically(run / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in known))   # no torn last line
     for step, path in running.progress(points, nested=True, desc=f"checkpoints of {run}"):

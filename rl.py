@@ -37,7 +37,7 @@ import torch
 import envs
 from model import (FREEZABLE, SAMPLES, SHUFFLES, PictureCache, aligned_micro_batches, collate, decode_reply, encode,
                    load_policy, picture_of, sampling_uniforms)
-from support import running, settings
+from support import run_folder, running, settings
 from support.running import knob
 
 # ---- The maths ---------------------------------------------------------------------------------------------
@@ -415,7 +415,7 @@ def set_up(config):
     written."""
     device, environments = running.start_processes(config.device), make_environments(config)
     config = replace(config, dtype=running.pick_dtype(config.dtype, device, config.out))
-    newest = running.newest_checkpoint(config)
+    newest = run_folder.newest_checkpoint(config)
     torch.manual_seed(config.seed)
     load = partial(load_policy, str(newest or config.model), config.dtype, vision=environments[0].vision,
                    freeze=config.freeze, gradient_checkpointing=config.gradient_checkpointing,
@@ -425,10 +425,10 @@ def set_up(config):
                                  lr=config.lr, eps=1e-7)
     state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
              "conversations": [[0, []]] * config.num_envs}
-    state = running.load_resume(newest, policy, optimizer) if newest else state
+    state = run_folder.load_resume(newest, policy, optimizer) if newest else state
     conversations = [Conversation(i, env, processor, config, *state["conversations"][i])
                      for i, env in zip(running.own_part(range(config.num_envs)), environments)]
-    running.open_run(config, newest)
+    run_folder.open_run(config, newest)
     return config, policy, processor, optimizer, state, conversations
 
 
@@ -448,7 +448,7 @@ def main(config):
     running.say_memory(policy, config)
     task, stop, out = envs.TASKS[config.task], running.StopSignal(), Path(config.out)
     # differs 14: a folder for any tool, with all that is needed to go on; theirs saves the base model alone
-    save = partial(running.ensure_checkpoint, out, policy=policy, processor=processor, optimizer=optimizer,
+    save = partial(run_folder.ensure_checkpoint, out, policy=policy, processor=processor, optimizer=optimizer,
                    keep_resume=config.keep_resume)
     bar = running.progress(range(state["step"], config.updates), initial=state["step"], total=config.updates, desc="rl")
     for update in bar:

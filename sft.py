@@ -29,7 +29,7 @@ import torch
 
 import envs
 from model import FREEZABLE, IMAGE_TOKEN, aligned_micro_batches, collate, encode, encode_reply, load_policy, picture_of
-from support import running, settings
+from support import run_folder, running, settings
 from support.cards import open_picture
 from support.running import knob
 
@@ -223,7 +223,7 @@ def set_up(config):
         raise ValueError(f"--batch-size {config.batch_size}: must be at least the number of processes, {running.WORLD}")
     device, samples = running.start_processes(config.device), Samples(config)
     config = replace(config, dtype=running.pick_dtype(config.dtype, device, config.out))
-    newest = running.newest_checkpoint(config)
+    newest = run_folder.newest_checkpoint(config)
     torch.manual_seed(config.seed)
     load = partial(load_policy, str(newest or config.model), config.dtype, vision=samples.envs[0].vision,
                    freeze=config.freeze, gradient_checkpointing=config.gradient_checkpointing,
@@ -232,8 +232,8 @@ def set_up(config):
     encode(processor, samples[0][0])                               # a text that does not fit the model fails here
     optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=1e-7,
                                   weight_decay=config.weight_decay)
-    state = running.load_resume(newest, policy, optimizer) if newest else {"step": 0, "tokens": 0, "seconds": 0.0}
-    running.open_run(config, newest)
+    state = run_folder.load_resume(newest, policy, optimizer) if newest else {"step": 0, "tokens": 0, "seconds": 0.0}
+    run_folder.open_run(config, newest)
     return config, samples, policy, processor, optimizer, state
 
 
@@ -264,7 +264,7 @@ def main(config):
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         stopping = stop.requested
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
-            saved = running.ensure_checkpoint(out, step + 1, policy, processor, optimizer, state, config.keep_resume,
+            saved = run_folder.ensure_checkpoint(out, step + 1, policy, processor, optimizer, state, config.keep_resume,
                                               with_value_head=False)
         if stopping:
             stop.leave(saved)

@@ -1,14 +1,7 @@
-"""What a run needs and the paper does not mention: configs, errors of one line, the log, checkpoints, signals, processes.
+"""What a run needs and the paper does not mention: configs, errors of one line, files, memory, signals, processes.
 
 The scripts are written as if there were one process. torchrun starts one per device: what they have to agree on goes
 through `gather` and `total`, which every process calls at the same point and which cost nothing in a single one.
-
-A run folder:
-
-    config.json        the settings; a run goes on only with the same ones
-    metrics.jsonl      one line per optimizer step (sft.py) or update (rl.py); turns.jsonl: whole conversations
-    step_000400/       a Hugging Face folder, value_head.safetensors, and resume/ with the optimizer's state
-    step_000500.tmp/   a checkpoint that was never finished: it is skipped
 
 The last section is the one that the paper's scale needs: weights, gradients and optimizer state spread over the
 processes with FSDP2.
@@ -20,11 +13,10 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
-from dataclasses import MISSING, asdict, field, fields
+from dataclasses import field, fields
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -173,6 +163,20 @@ def read_jsonl(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+def read_run_config(run):
+    """config.json of a run folder, {} if there is none; ValueError if it is no JSON object."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
 def log_jsonl(path, **row):
     """Append a row to a log, in the first process."""
     if RANK > 0:
@@ -267,161 +271,7 @@ def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-# ---- Run folders and checkpoints ---------------------------------------------------------------------------
-
-# Fields that say how a run is executed, not what it computes: they may differ when it is continued.
-MAY_DIFFER = {"out", "device", "micro_batch_tokens", "generate_tokens", "save_every", "keep_resume",
-              "gradient_checkpointing"}
-
-
-def read_run_config(run):
-    """config.json of a run folder, {} if there is none; ValueError if it is no JSON object."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
-
-
-def checkpoint_step(folder):
-    return int(Path(folder).name.removeprefix("step_"))
-
-
-def checkpoints(out):
-    """The complete checkpoints of a run folder, oldest first."""
-    return sorted((p for p in Path(out).glob("step_*") if not p.suffix), key=checkpoint_step)
-
-
-def newest_checkpoint(config):
-    """The newest complete checkpoint of the run folder, from which it goes on, or None; writes nothing.
-
-    ValueError names the fields in which the folder's config differs from this one, or says that it holds no run.
-    """
-    out = Path(config.out)
-    if (out / "config.json").is_file():
-        theirs, ours = read_run_config(out), json.loads(json.dumps(asdict(config)))
-        differing = [k for k in {**theirs, **ours}
-                     if k not in MAY_DIFFER and theirs.get(k, MISSING) != ours.get(k, MISSING)]
-        if differing:
-            listed = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differing)
-            raise ValueError(f"out folder {config.out} belongs to another config ({listed}): choose another --out (OUT= "
-                             "of a recipe)")
-    elif out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
-        raise ValueError(f"out folder {config.out} is not empty and holds no run: choose another --out")
-    for torn in sorted(out.glob("step_*.tmp")):
-        say(f"{torn} was never finished: skipped")
-    resumable = [p for p in checkpoints(out) if (p / "resume" / "state.json").is_file()]
-    if checkpoints(out) and not resumable:
-        raise ValueError(f"out folder {config.out} has checkpoints but none with its resume/ folder: "
-                         f"go on with --model {checkpoints(out)[-1]} and another --out")
-    return resumable[-1] if resumable else None
-
-
-def open_run(config, newest):
-    """Make the run folder with its config.json, or cut its log back to the checkpoint it goes on from."""
-    gather(None)                                         # all have looked at the folder
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-    last_step = checkpoint_step(newest) if newest else 0
-    for name in ("metrics.jsonl", "turns.jsonl"):
-        if (out / name).is_file():
-            rows = [row for row in read_jsonl(out / name) if row["step"] <= last_step]
-            write_atomically(out / name, "".join(json.dumps(row) + "\n" for row in rows))
-    if newest:
-        say(f"{out}: goes on after step {last_step}")
-    gather(None)
-
-
-def gather_weights(policy):
-    """{"backbone": {name: tensor}, "value_head": ...} in the memory of the first process, put together one by one."""
-    weights, known = {"backbone": {}, "value_head": {}}, {}
-    for name, tensor in policy.state_dict(keep_vars=True).items():
-        part, _, rest = name.partition(".")
-        if id(tensor) not in known:                      # tied weights are one tensor with two names
-            values = tensor.detach()
-            if isinstance(values, DTensor):
-                values = values.full_tensor()
-                values = values.cpu() if RANK == 0 else None
-            known[id(tensor)] = values
-        weights[part][rest] = known[id(tensor)]
-    return weights
-
-
-def publish(temporary, final):
-    """Give a complete folder its final name, once all of it is on the disk."""
-    for path in [*temporary.rglob("*"), temporary]:
-        file = os.open(path, os.O_RDONLY)
-        os.fsync(file)
-        os.close(file)
-    os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
-def write_checkpoint(folder, policy, processor, optimizer, state, with_value_head):
-    """All files of a checkpoint; every process has written its own when this returns."""
-    weights = gather_weights(policy)
-    if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "resume").mkdir(parents=True)
-        policy.backbone.save_pretrained(folder, state_dict=weights["backbone"])
-        processor.save_pretrained(folder)
-        if with_value_head:
-            save_file(weights["value_head"], folder / "value_head.safetensors")
-        (folder / "resume" / "state.json").write_text(json.dumps(state))
-    gather(None)                                         # the folder is there
-    names = {p: name for name, p in policy.named_parameters()}
-    parts = {f"{names[p]}.{key}": value.to_local().contiguous() if isinstance(value, DTensor) else value
-             for p, entry in optimizer.state.items() for key, value in entry.items()}
-    save_file(parts, folder / "resume" / f"optimizer_{RANK:05d}.safetensors")
-    gather(None)
-
-
-def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resume=2, with_value_head=True):
-    """Write step_000400/, unless it is there: a Hugging Face folder, value_head.safetensors, and resume/ (optimizer and
-    `state`).
-
-    It is written as step_000400.tmp/ and renamed when it is complete. Weights stay; resume/ is kept for the newest
-    `keep_resume` checkpoints. Every process writes its part of the optimizer state; the first writes all the rest.
-    """
-    final = Path(out) / f"step_{step:06d}"
-    temporary = final.with_suffix(".tmp")
-    if any(gather(final.exists())):
-        return final
-    try:
-        write_checkpoint(temporary, policy, processor, optimizer, state, with_value_head)
-        if RANK == 0:
-            publish(temporary, final)
-            for old in checkpoints(out)[:-keep_resume]:
-                shutil.rmtree(old / "resume", ignore_errors=True)
-    except (OSError, SafetensorError) as error:          # such as a full disk
-        fail(f"{temporary}: {error}; the checkpoints before it are whole, and the same command goes on", alone=True)
-    gather(None)
-    return final
-
-
-def load_resume(folder, policy, optimizer):
-    """Put the optimizer state of a checkpoint back and return its `state`; the weights come with load_policy.
-
-    Each tensor is put together from the parts of the processes that wrote it and cut anew for those that read it.
-    """
-    files = [safe_open(path, "pt") for path in sorted((folder / "resume").glob("optimizer_*.safetensors"))]
-    names = set(files[0].keys())
-    for name, p in policy.named_parameters():
-        if f"{name}.step" in names:
-            optimizer.state[p] = {"step": files[0].get_tensor(f"{name}.step")}
-            for key in ("exp_avg", "exp_avg_sq"):
-                parts = [file.get_tensor(f"{name}.{key}") for file in files]
-                optimizer.state[p][key] = shard_like(p, torch.cat(parts) if len(parts) > 1 else parts[0])
-    return json.loads((folder / "resume" / "state.json").read_text())
-
+# ---- Signals -----------------------------------------------------------------------------------------------
 
 class StopSignal:
     """Turns Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loops look at together; a second one exits at once."""

@@ -19,7 +19,7 @@ import model
 import rl
 import sft
 from conftest import ROOT, tiny_folder
-from support import running, tiny
+from support import run_folder, running, tiny
 from verify import Verdict
 
 SFT = dict(model=tiny_folder(), steps=4, batch_size=8, lr=1e-3, save_every=2, dtype="float32")
@@ -49,7 +49,7 @@ def start(tmp_path_factory, device):
 
 
 def test_sft_then_rl_then_evaluate_on_the_command_line(start, tmp_path, device, run_script):
-    assert [p.name for p in running.checkpoints(start)] == ["step_000002", "step_000004"]
+    assert [p.name for p in run_folder.checkpoints(start)] == ["step_000002", "step_000004"]
     done = run_script("rl.py", *flags(model=start / "step_000004", out="rl", device=device, **{**RL, "updates": 2}))
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in metrics(tmp_path / "rl")] == [1, 2]
@@ -134,7 +134,7 @@ STOPS = [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 def assert_saved(run):
     """What a signal stops is saved as far as it came."""
-    assert running.checkpoint_step(running.checkpoints(run)[-1]) == metrics(run)[-1]["step"]
+    assert run_folder.checkpoint_step(run_folder.checkpoints(run)[-1]) == metrics(run)[-1]["step"]
 
 
 @pytest.mark.parametrize("how, status", STOPS)

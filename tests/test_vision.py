@@ -13,7 +13,7 @@ import model
 import rl
 import sft
 from conftest import tiny_folder
-from support import running
+from support import run_folder, running
 from test_scripts import interrupted, metrics
 
 ONE_BATCH = 10 ** 6
@@ -97,7 +97,7 @@ def plain_logits(folder, messages, pictures):
 def test_a_saved_model_gives_the_same_logits_in_plain_transformers(tiny_vl, tmp_path):
     policy, processor = tiny_vl
     optimizer = torch.optim.AdamW(policy.parameters())
-    folder = running.ensure_checkpoint(tmp_path, 1, policy, processor, optimizer, {})
+    folder = run_folder.ensure_checkpoint(tmp_path, 1, policy, processor, optimizer, {})
     check_against_plain(policy, processor, folder, [150, 240])
     again, _ = model.load_policy(str(folder), device=policy.device, vision=True)
     played = dialogues(tiny_vl)
@@ -136,7 +136,7 @@ def test_pictures_of_several_tiles_are_cut_and_masked_as_in_transformers(tiny_vl
     tiled = MllamaProcessor(images, processor.tokenizer, chat_template=processor.chat_template)
     policy = model.Policy(backbone, tiled).to(device).eval()
     assert policy.picture_tokens == 4 * 5
-    folder = running.ensure_checkpoint(tmp_path, 1, policy, tiled, torch.optim.AdamW(policy.parameters()), {})
+    folder = run_folder.ensure_checkpoint(tmp_path, 1, policy, tiled, torch.optim.AdamW(policy.parameters()), {})
     check_against_plain(policy, tiled, folder, [60, 112, 200])
     played = dialogues((policy, tiled))
     logprobs, _ = logprobs_of(policy, played, [picture for _, picture in played])
@@ -204,7 +204,7 @@ def test_checkpointing_changes_no_gradient_and_frozen_parts_get_none(tiny_vl, de
     played = dialogues(tiny_vl)
     whole = step_gradients(policy, played)
     assert any("vision_model" in name for name in whole) and any("projector" in name for name in whole)
-    running.ensure_checkpoint(tmp_path, 1, policy, processor, torch.optim.AdamW(policy.parameters()), {})
+    run_folder.ensure_checkpoint(tmp_path, 1, policy, processor, torch.optim.AdamW(policy.parameters()), {})
     twin, _ = model.load_policy(str(tmp_path / "step_000001"), device=device, vision=True, gradient_checkpointing=True)
     calls = []
     for layer in running.layers_of(twin):
