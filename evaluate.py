@@ -148,8 +148,8 @@ class LocalModel:
         self.config, self.pictures_seen = config, PictureCache(self.policy, config.generate_tokens)
         self.ids_so_far = {}                                       # episode -> ids of its dialogue
         self.path = kept and Path(f"{kept}_{os.getpid()}.jsonl")   # every start of every process has one of its own
-        rows = [row for file in sorted(kept.parent.glob(f"{kept.name}_*.jsonl")) for row in running.read_jsonl(file)
-                ] if kept else []
+        rows = [row for file in sorted(kept.parent.glob(f"{kept.name}_*.jsonl"))
+                for row in running.read_jsonl(file, "of", "turn", "replies")] if kept else []
         self.known = {(row["of"], row["turn"], int(i)): ids for row in rows for i, ids in row["replies"].items()}
         if self.known:
             running.say(f"goes on with {len(self.known)} replies that an evaluation before it left")
@@ -179,7 +179,7 @@ class LocalModel:
         """This evaluation is done and its row written: its replies may go from the files of all processes."""
         running.gather(None)
         for file in self.path.parent.glob(f"{self.path.stem.rsplit('_', 1)[0]}_*.jsonl") if self.path else ():
-            rows = [row for row in running.read_jsonl(file) if row["of"] != of]
+            rows = [row for row in running.read_jsonl(file, "of") if row["of"] != of]
             running.write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
             if not rows and running.RANK == 0:
                 file.unlink()
@@ -232,6 +232,8 @@ def evaluate_model(path, called, known, config, write, kept=None):
                 running.say(f"{called}, {split.label}, seed {seed}: already evaluated")
                 continue
             model = model or (ApiModel(config) if config.api_url else LocalModel(path, env.vision, config, kept))
+            if config.api_url:
+                run_folder.hold(config.out, "evaluating")          # the folder is there now
             of = json.dumps([str(path), split.label, seed, chosen])
             environments = [envs.make_env(config.task, split.name, common, **split.settings)
                             for _ in range(num_episodes(config, split))]
@@ -282,14 +284,14 @@ def evaluate_run(run, config):
     if not {"task", "model"} <= trained.keys():
         raise ValueError(f"run {str(run)!r}: no run folder (it would have a config.json that names task and model)")
     config = finish_config(take_settings(config, run, trained))
-    spent = {0: {"gflops": 0.0, "gflops_paper": 0.0}}
-    spent |= {row["step"]: row for row in running.read_jsonl(run / "metrics.jsonl")}
+    run_folder.hold(run, "evaluating")
     start = trained["model"]
     if config.start and not Path(start).is_dir():
         raise ValueError(f"run {str(run)!r} started from {start!r}, which is no folder: use --no-start")
     points = [(0, Path(start))] if config.start else []
     points += [(run_folder.checkpoint_step(path), path) for path in run_folder.checkpoints(run) if run_folder.checkpoint_step(path)]
-    known = running.read_jsonl(run / "eval.jsonl")
+    spent = run_folder.read_metrics(run, [step for step, _ in points if step]) | {0: {"gflops": 0.0, "gflops_paper": 0.0}}
+    known = running.read_jsonl(run / "eval.jsonl", "step", "split", "seed", "settings")
     running.write_atomically(run / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in known))   # no torn last line
     for step, path in running.progress(points, nested=True, desc=f"checkpoints of {run}"):
         compute = {name: spent[step][name] for name in ("gflops", "gflops_paper")}
@@ -317,7 +319,7 @@ def difference(one, two):
     """In words, in what two settings of an evaluation differ; "" if in nothing."""
     one, two = ({**given, **given.get("env", {})} for given in (one, two))
     return ", ".join(f"{name} {one.get(name)!r} and {two.get(name)!r}" for name in {**one, **two}
-                     if name != "env" and one.get(name) != two.get(name))
+                     if name != "env" and run_folder.resolved(one.get(name)) != run_folder.resolved(two.get(name)))
 
 
 def load_arms(folders):
@@ -327,15 +329,17 @@ def load_arms(folders):
     one start with runs of many seeds, or many starts with one run each. The "runs" of a single start are the seeds it
     was evaluated on, those of several are the starts.
     """
-    arms, starts, chosen = defaultdict(list), defaultdict(lambda: defaultdict(set)), {}
-    for run in dict.fromkeys(Path(os.path.normpath(folder)) for folder in folders):
-        rows = running.read_jsonl(run / "eval.jsonl")
+    arms, starts, chosen, spellings = defaultdict(list), defaultdict(lambda: defaultdict(set)), {}, {}
+    for run in {os.path.realpath(folder): Path(folder) for folder in folders}.values():   # one run, however it is spelt
+        rows = running.read_jsonl(run / "eval.jsonl", "step", "split", "seed", "settings")
         if not run.is_dir():
             raise ValueError(f"run {str(run)!r}: there is no such folder; --compare takes run folders: SFT_RUN,RL_RUN")
         if not rows:
             raise ValueError(f"run {str(run)!r}: no eval.jsonl; run evaluate.py --run-folder {run} first")
         config = running.read_run_config(run)
-        config["model"] = os.path.normpath(config["model"])        # one start, however its path was written
+        if "model" not in config:
+            raise ValueError(f"run {str(run)!r}: its config.json is gone, or names no model that it started from")
+        config["model"] = spellings.setdefault(os.path.realpath(config["model"]), os.path.normpath(config["model"]))
         arm = "RL" if "updates" in config else "SFT"               # rl.py counts updates, sft.py steps
         rows = {(row["step"], row["split"], row["seed"]): row for row in rows}             # the last of equals
         for row in rows.values():
@@ -476,7 +480,8 @@ def main(config):
                 running.write_atomically(rows, "".join(json.dumps(each) + "\n"
                                                        for each in [*running.read_jsonl(rows), row]))
 
-            known = [row for row in running.read_jsonl(rows) if row["checkpoint"] == config.api_model]
+            known = [row for row in running.read_jsonl(rows, "checkpoint", "split", "seed", "settings")
+                     if row["checkpoint"] == config.api_model]
             evaluate_model(config.api_model, config.api_model, known, finish_config(config), append)
         else:
             evaluate_model(Path(config.model), config.model, [], finish_config(config),

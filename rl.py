@@ -420,12 +420,13 @@ def set_up(config):
     load = partial(load_policy, str(newest or config.model), config.dtype, vision=environments[0].vision,
                    freeze=config.freeze, gradient_checkpointing=config.gradient_checkpointing,
                    param_dtype=config.param_dtype)
-    policy, processor = running.load_spread(load, device)
+    with run_folder.damage_advice(newest):
+        policy, processor = running.load_spread(load, device)
     optimizer = torch.optim.Adam([{"params": policy.backbone.parameters()}, {"params": policy.value_head.parameters()}],
                                  lr=config.lr, eps=1e-7)
     state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
              "conversations": [[0, []]] * config.num_envs}
-    state = run_folder.load_resume(newest, policy, optimizer) if newest else state
+    state = run_folder.load_resume(newest, policy, optimizer, state) if newest else state
     conversations = [Conversation(i, env, processor, config, *state["conversations"][i])
                      for i, env in zip(running.own_part(range(config.num_envs)), environments)]
     run_folder.open_run(config, newest)

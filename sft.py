@@ -77,7 +77,7 @@ class Config:
     # optimisation
     steps: int = knob(400, "optimizer steps (the paper's RL starts from step 400)", low=1)
     batch_size: int = knob(128, "samples per optimizer step: 16 x 8 GPUs in the paper", low=1)
-    lr: float = knob(1e-6, "peak learning rate (5e-7 for the vision tasks)", low=0)
+    lr: float = knob(1e-6, "peak learning rate (5e-7 for the vision tasks)", low=1e-12)
     warmup_ratio: float = knob(0.03, "share of the steps with linear warm-up, then cosine to 0", low=0, high=1)
     freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)} (Fig. 16)")
     weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
@@ -228,11 +228,13 @@ def set_up(config):
     load = partial(load_policy, str(newest or config.model), config.dtype, vision=samples.envs[0].vision,
                    freeze=config.freeze, gradient_checkpointing=config.gradient_checkpointing,
                    param_dtype=config.param_dtype)
-    policy, processor = running.load_spread(load, device)
+    with run_folder.damage_advice(newest):
+        policy, processor = running.load_spread(load, device)
     encode(processor, samples[0][0])                               # a text that does not fit the model fails here
     optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=config.lr, betas=(0.9, config.beta2), eps=1e-7,
                                   weight_decay=config.weight_decay)
-    state = run_folder.load_resume(newest, policy, optimizer) if newest else {"step": 0, "tokens": 0, "seconds": 0.0}
+    state = {"step": 0, "tokens": 0, "seconds": 0.0}
+    state = run_folder.load_resume(newest, policy, optimizer, state) if newest else state
     run_folder.open_run(config, newest)
     return config, samples, policy, processor, optimizer, state
 

@@ -4,10 +4,17 @@
     metrics.jsonl      one line per optimizer step (sft.py) or update (rl.py); turns.jsonl: whole conversations
     step_000400/       a Hugging Face folder, value_head.safetensors, and resume/ with the optimizer's state
     step_000500.tmp/   a checkpoint that was never finished: it is skipped
+    .training.lock     locked by the process that trains here; evaluate.py has one of its own
+
+Whatever else lies there is left alone: step_000400-best, notes, links.
 """
+import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
+import socket
 from dataclasses import MISSING, asdict
 from pathlib import Path
 
@@ -23,38 +30,116 @@ MAY_DIFFER = {"out", "device", "micro_batch_tokens", "generate_tokens", "save_ev
               "gradient_checkpointing"}
 
 
+LOGS = ("metrics.jsonl", "turns.jsonl")
+HELD = set()   # the locks of this process
+
+
 def checkpoint_step(folder):
     return int(Path(folder).name.removeprefix("step_"))
 
 
 def checkpoints(out):
     """The complete checkpoints of a run folder, oldest first."""
-    return sorted((p for p in Path(out).glob("step_*") if not p.suffix), key=checkpoint_step)
+    return sorted((path for path in Path(out).glob("step_*") if re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", path.name)
+                   and path.is_dir() and not path.is_symlink()), key=checkpoint_step)
 
 
-def newest_checkpoint(config):
-    """The newest complete checkpoint of the run folder, from which it goes on, or None; writes nothing.
+def resolved(setting):
+    """A setting in which two spellings of a path are equal, also behind a word's `root=`."""
+    if isinstance(setting, (list, tuple)):
+        return [resolved(word) for word in setting]
+    if not isinstance(setting, str) or not setting:
+        return setting
+    name, _, path = setting.rpartition("=")
+    return name, os.path.realpath(path)
 
-    ValueError names the fields in which the folder's config differs from this one, or says that it holds no run.
+
+def hold(folder, use):
+    """Lock a folder for this use until the process ends; ValueError names the process that has the lock.
+
+    The kernel takes it back, whatever ends the process. Nothing happens where there is no such folder yet, or where
+    the file system has no locks.
     """
+    path, holder = Path(folder).resolve() / f".{use}.lock", None
+    if running.RANK == 0 and path not in HELD:
+        with contextlib.suppress(OSError):
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)   # stays open, for the lock is lost with it
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                HELD.add(path)
+                os.truncate(file, 0)
+                os.write(file, f"{os.getpid()} on {socket.gethostname()}".encode())
+            except BlockingIOError:
+                holder = os.read(file, 1000).decode(errors="replace").removesuffix(f" on {socket.gethostname()}") or "?"
+    holder = running.gather(holder)[0]
+    if holder:
+        raise ValueError(f"{folder}: process {holder} is {use} here; wait for its end, or stop it")
+
+
+def check_owner(config):
+    """ValueError unless --out is new or holds a run with this config: it names the fields that differ, or the file
+    that a run would write over."""
     out = Path(config.out)
     if (out / "config.json").is_file():
         theirs, ours = running.read_run_config(out), json.loads(json.dumps(asdict(config)))
-        differing = [k for k in {**theirs, **ours}
-                     if k not in MAY_DIFFER and theirs.get(k, MISSING) != ours.get(k, MISSING)]
+        if "out" not in theirs:
+            raise ValueError(f"out folder {config.out} has a config.json that is none of a run, such as a model's: choose "
+                             "another --out")
+        differing = [k for k in {**theirs, **ours} if k not in MAY_DIFFER
+                     and resolved(theirs.get(k, MISSING)) != resolved(ours.get(k, MISSING))]
         if differing:
             listed = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differing)
             raise ValueError(f"out folder {config.out} belongs to another config ({listed}): choose another --out (OUT= "
                              "of a recipe)")
-    elif out.exists() and (not out.is_dir() or any(p.suffix != ".tmp" for p in out.iterdir())):
-        raise ValueError(f"out folder {config.out} is not empty and holds no run: choose another --out")
+    elif out.is_dir():
+        written = r"metrics\.jsonl|turns\.jsonl|eval\.jsonl|step_[0-9]+|.*\.safetensors"
+        if found := sorted(path.name for path in out.iterdir() if re.fullmatch(written, path.name)):
+            raise ValueError(f"out folder {config.out} has {found[0]} but no config.json of a run: choose another --out")
+    elif out.exists():
+        raise ValueError(f"out folder {config.out} is a file: choose another --out")
+
+
+def read_metrics(run, steps):
+    """{step: row} of metrics.jsonl; ValueError unless each of these steps has one."""
+    path = Path(run) / "metrics.jsonl"
+    rows = {row["step"]: row for row in running.read_jsonl(path, "step")}
+    if lost := sorted(set(steps) - rows.keys()):
+        raise ValueError(f"{path} has no row of step {lost[0]}: put the log back from a copy; without it the checkpoints "
+                         "behind that step serve as --model of evaluate.py or of a run with another --out, no more")
+    return rows
+
+
+@contextlib.contextmanager
+def damage_advice(newest):
+    """Around the reading of the checkpoint that a run goes on from, or None: an error ends with how to go on without."""
+    try:
+        yield
+    except ValueError as error:
+        if newest is None:
+            raise
+        older = [path for path in checkpoints(newest.parent)[:-1] if (path / "resume").is_dir()]
+        raise ValueError(f"{error}; " + (f"move {newest} away to go on from {older[-1].name}" if older else
+                                         f"{newest} is the only checkpoint to go on from: start anew with another --out, "
+                                         "with it as --model if its weights are whole")) from None
+
+
+def newest_checkpoint(config):
+    """The newest complete checkpoint of the run folder, from which it goes on, or None; writes nothing but the lock.
+
+    ValueError if the folder is not this run's, another process trains in it, or the log or the checkpoint is not whole.
+    """
+    check_owner(config)
+    out = Path(config.out)
+    hold(out, "training")
     for torn in sorted(out.glob("step_*.tmp")):
         running.say(f"{torn} was never finished: skipped")
-    resumable = [p for p in checkpoints(out) if (p / "resume" / "state.json").is_file()]
-    if checkpoints(out) and not resumable:
-        raise ValueError(f"out folder {config.out} has checkpoints but none with its resume/ folder: "
-                         f"go on with --model {checkpoints(out)[-1]} and another --out")
-    return resumable[-1] if resumable else None
+    newest = (checkpoints(out) or [None])[-1]
+    if newest:
+        read_metrics(out, range(1, checkpoint_step(newest) + 1))
+        with damage_advice(newest):
+            if not (newest / "resume" / "state.json").is_file():
+                raise ValueError(f"{newest}/resume/state.json is missing")
+    return newest
 
 
 def open_run(config, newest):
@@ -62,12 +147,13 @@ def open_run(config, newest):
     running.gather(None)                                         # all have looked at the folder
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    hold(out, "training")                                        # if it was not there before
     running.write_atomically(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     last_step = checkpoint_step(newest) if newest else 0
-    for name in ("metrics.jsonl", "turns.jsonl"):
-        if (out / name).is_file():
-            rows = [row for row in running.read_jsonl(out / name) if row["step"] <= last_step]
-            running.write_atomically(out / name, "".join(json.dumps(row) + "\n" for row in rows))
+    for path in (out / name for name in LOGS):
+        if path.is_file():
+            rows = [row for row in running.read_jsonl(path, "step") if row["step"] <= last_step]
+            running.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     if newest:
         running.say(f"{out}: goes on after step {last_step}")
     running.gather(None)
@@ -88,16 +174,20 @@ def gather_weights(policy):
     return weights
 
 
+def sync(path):
+    """Wait until a file or a folder's list of files is on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
+
+
 def publish(temporary, final):
-    """Give a complete folder its final name, once all of it is on the disk."""
-    for path in [*temporary.rglob("*"), temporary]:
-        file = os.open(path, os.O_RDONLY)
-        os.fsync(file)
-        os.close(file)
+    """Give a complete folder its final name, once all of it is on the disk, and the log that leads to it as well."""
+    logs = (final.parent / name for name in LOGS)
+    for path in [*filter(Path.is_file, logs), *temporary.rglob("*"), temporary]:
+        sync(path)
     os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(final.parent)
 
 
 def write_checkpoint(folder, policy, processor, optimizer, state, with_value_head):
@@ -128,7 +218,7 @@ def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resum
     """
     final = Path(out) / f"step_{step:06d}"
     temporary = final.with_suffix(".tmp")
-    if any(running.gather(final.exists())):
+    if any(running.gather(final in checkpoints(out))):
         return final
     try:
         write_checkpoint(temporary, policy, processor, optimizer, state, with_value_head)
@@ -142,17 +232,35 @@ def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resum
     return final
 
 
-def load_resume(folder, policy, optimizer):
+def load_resume(folder, policy, optimizer, keys=("step",)):
     """Put the optimizer state of a checkpoint back and return its `state`; the weights come with load_policy.
 
     Each tensor is put together from the parts of the processes that wrote it and cut anew for those that read it.
+    ValueError if a file is missing or damaged, or the state lacks one of these keys.
     """
-    files = [safe_open(path, "pt") for path in sorted((folder / "resume").glob("optimizer_*.safetensors"))]
-    names = set(files[0].keys())
-    for name, p in policy.named_parameters():
-        if f"{name}.step" in names:
-            optimizer.state[p] = {"step": files[0].get_tensor(f"{name}.step")}
-            for key in ("exp_avg", "exp_avg_sq"):
-                parts = [file.get_tensor(f"{name}.{key}") for file in files]
-                optimizer.state[p][key] = running.shard_like(p, torch.cat(parts) if len(parts) > 1 else parts[0])
-    return json.loads((folder / "resume" / "state.json").read_text())
+    with damage_advice(folder):
+        resume, files = folder / "resume", []
+        state = running.read_object(resume / "state.json")
+        if lacking := [key for key in keys if key not in state]:
+            raise ValueError(f"{resume}/state.json: has no {lacking[0]!r}")
+        for path in sorted(resume.glob("optimizer_*.safetensors")):
+            try:
+                files.append(safe_open(path, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path}: {error}") from None
+        if not files:
+            raise ValueError(f"{resume}/optimizer_00000.safetensors is missing")
+        names = set(files[0].keys())
+        if any(name.startswith("value_head.") for name in names) and not (folder / "value_head.safetensors").is_file():
+            raise ValueError(f"{folder}/value_head.safetensors is missing")   # load_policy made a new one
+        for name, p in policy.named_parameters():
+            if f"{name}.step" in names:
+                optimizer.state[p] = {"step": files[0].get_tensor(f"{name}.step")}
+                for key in ("exp_avg", "exp_avg_sq"):
+                    parts = [file.get_tensor(f"{name}.{key}") for file in files]
+                    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+                    if whole.shape != p.shape:
+                        raise ValueError(f"{resume}: its {len(files)} optimizer_*.safetensors hold {tuple(whole.shape)} of "
+                                         f"{name}, which is {tuple(p.shape)}: one is missing or of another run")
+                    optimizer.state[p][key] = running.shard_like(p, whole)
+    return state

@@ -51,7 +51,7 @@ class OneLineParser(argparse.ArgumentParser):
 def fail(message, alone=False):
     """Say one line and exit with 2: the ending for the user's mistakes. `alone`: this process says it even if it is not
     the first, since the others do not come here."""
-    sys.stdout.flush()
+    flush_stdout()
     if RANK == 0 or alone:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -109,30 +109,59 @@ def memory_advice(knobs):
              alone=True)
 
 
+def flush_stdout():
+    """Print what waits to be printed; if nobody reads it any more, it and what follows goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main, config_class):
     """A script: its command line, `main`, and an end that all processes reach together.
 
-    Ctrl-C and SIGTERM end it with one line; in a training loop StopSignal takes them, and saves first.
+    Ctrl-C and SIGTERM end it with one line; in a training loop StopSignal takes them, and saves first. So do a full
+    disk and a folder that may not be written; a reader who has gone (`| head`) ends it without one, as other tools.
     """
     def terminate(*_):
         raise KeyboardInterrupt("terminated")
 
     signal.signal(signal.SIGTERM, terminate)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))   # of a daemon
     try:
         main(parse_config(config_class))
-    except KeyboardInterrupt as stop:
         sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        flush_stdout()
         print("\nstopped; the same command goes on with what is saved", file=sys.stderr)
         os._exit(143 if stop.args else 130)              # the other processes have been told as well
+    except BrokenPipeError:                              # a result is saved before it is printed
+        os._exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        fail(f"{error}; what was saved before is whole, and the same command goes on with it", alone=True)
+    finally:
+        flush_stdout()                                   # else Python ends with a complaint of its own
     leave()
 
 
 # ---- Console and files -------------------------------------------------------------------------------------
 
+class LogStream:
+    """stderr that leads to a file or a program: if that is gone, bars are not shown, and the work goes on."""
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
 def progress(iterable=None, nested=False, **kwargs):
     """A progress bar, shown by the first process; in a log that nobody watches rarely, and a nested one not at all."""
     watched = sys.stderr.isatty()
-    return tqdm(iterable, disable=RANK > 0 or nested and not watched, leave=not nested,
+    return tqdm(iterable, disable=RANK > 0 or nested and not watched, leave=not nested, file=None if watched else LogStream(),
                 mininterval=0.1 if watched else 30, miniters=None if watched else 1, **kwargs)
 
 
@@ -147,34 +176,63 @@ def say_finished(out):
     say(f"{out}: finished; to test its checkpoints: python evaluate.py --run-folder {out}")
 
 
+@contextlib.contextmanager
+def naming(path):
+    """Errors of writing, such as a full disk, name the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_atomically(path, text):
-    """Replace a file's content in one move, so that no reader and no crash ever sees half of it."""
+    """Replace a file's content in one move, so that no reader, crash or power loss ever shows half of it."""
     if RANK > 0:
         return
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text)
+    with naming(path), open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def read_jsonl(path):
-    """The rows of a log; a last line that was never finished is left out, and a file that is not there is empty."""
+def read_jsonl(path, *keys):
+    """The rows of a log; a last line that was never finished is left out, and a file that is not there is empty.
+
+    ValueError names file and line of what is no JSON object with these keys; blank lines are none.
+    """
+    rows, lines = [], Path(path).read_bytes().split(b"\n")[:-1] if Path(path).is_file() else ()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        if not isinstance(row, dict) or not row.keys() >= set(keys):
+            raise ValueError(f"{path}, line {number}: expected a JSON object{' with ' * bool(keys)}{', '.join(keys)}")
+        rows.append(row)
+    return rows
+
+
+def read_object(path):
+    """A JSON object from a file, {} if there is none; ValueError names a file that holds anything else."""
     if not Path(path).is_file():
-        return []
-    return [json.loads(line) for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return {}
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
 
 
 def read_run_config(run):
     """config.json of a run folder, {} if there is none; ValueError if it is no JSON object."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
+    return read_object(Path(run) / "config.json")
 
 
 def log_jsonl(path, **row):
@@ -185,9 +243,15 @@ def log_jsonl(path, **row):
 
 
 def append_line(path, row):
-    """Append a row to a file, in any process."""
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Append a row to a file, in any process; on a full disk all of it or nothing."""
+    size = Path(path).stat().st_size if Path(path).exists() else 0
+    try:
+        with naming(path), open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)                      # half a line would spoil the next one
+        raise
 
 
 # ---- Device, type and memory -------------------------------------------------------------------------------
@@ -286,7 +350,8 @@ class StopSignal:
             os._exit(self.status)
         self.status = 130 if number == signal.SIGINT else 143
         if RANK == 0:
-            os.write(2, b"\nstopping: saves first; a second signal leaves at once\n")
+            with contextlib.suppress(OSError):           # Ctrl-C has ended a `| tee` as well
+                os.write(2, b"\nstopping: saves first; a second signal leaves at once\n")
 
     @property
     def requested(self):
@@ -317,10 +382,10 @@ def start_processes(name):
 
 def leave(status=0):
     """End of a script: exit with this status, all processes together."""
+    flush_stdout()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        sys.stdout.flush()
         os._exit(status)   # torch's threads sometimes crash a normal exit
     sys.exit(status)
 

@@ -1,12 +1,24 @@
 """Run folders: whose they are, logs, checkpoints, what is damaged in them."""
+import contextlib
+import errno
+import fcntl
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model
+from conftest import ROOT
 from support import run_folder, running
 from test_model import some_prompts
 
@@ -95,13 +107,250 @@ def test_a_run_goes_on_from_the_newest_complete_checkpoint_and_drops_later_log_l
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
-def test_an_out_folder_of_another_config_or_with_foreign_files_is_refused_untouched(tmp_path):
+def test_an_out_folder_of_another_config_is_refused_untouched(tmp_path):
     run_folder.open_run(make_run(tmp_path), None)
     before = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(ValueError, match="lr 1.0 there, 2.0 here"):
         run_folder.newest_checkpoint(make_run(tmp_path, lr=2.0))
     assert (tmp_path / "run" / "config.json").read_text() == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("!")
-    with pytest.raises(ValueError, match="not empty"):
-        run_folder.newest_checkpoint(make_run(tmp_path, out=str(tmp_path / "mine")))
+
+
+def write_checkpoint(run, step, policy, processor, steps=1, **state):
+    """A checkpoint as a training step would leave it, with moments in the optimizer."""
+    optimizer = torch.optim.Adam(policy.parameters())
+    for p in policy.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    return run_folder.ensure_checkpoint(run, step, policy, processor, optimizer, {"step": step, **state})
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A run folder of two checkpoints, and its config."""
+    config = make_run(tmp_path_factory.mktemp("whole"))
+    run_folder.open_run(config, None)
+    for step in (1, 2):
+        running.log_jsonl(f"{config.out}/metrics.jsonl", step=step)
+        write_checkpoint(config.out, step, *tiny)
+    return config
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of it that may be damaged."""
+    return shutil.copytree(whole.out, tmp_path / "run")
+
+
+def resume(run, **config):
+    """What sft.py and rl.py do when they go on."""
+    config = make_run(run.parent, **config)
+    newest = run_folder.newest_checkpoint(config)
+    with run_folder.damage_advice(newest):
+        policy, _ = running.load_spread(partial(model.load_policy, str(newest), "float32"), torch.device("cpu"))
+    optimizer = torch.optim.Adam(policy.parameters())
+    return newest.name, run_folder.load_resume(newest, policy, optimizer)
+
+
+def test_paths_of_a_config_are_compared_however_they_are_spelt(tmp_path, monkeypatch):
+    @dataclass
+    class Config:
+        out: str = "run"
+        model: str = "start/step_000004"
+        data: str = ""
+        env: tuple = ("root=city", "target=24")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("start")
+    run_folder.open_run(Config(), None)
+    for spelling in ("start/step_000004/", "./start/step_000004", "link/step_000004", f"{tmp_path}/start//step_000004"):
+        assert run_folder.newest_checkpoint(Config(model=spelling)) is None
+    assert run_folder.newest_checkpoint(Config(env=("root=./city/", "target=24"))) is None
+    for other in (dict(model="start/step_000005"), dict(data="."), dict(env=("root=city", "target=36")), dict(env=("root=city",))):
+        with pytest.raises(ValueError, match=f"belongs to another config .{next(iter(other))} "):
+            run_folder.newest_checkpoint(Config(**other))
+
+
+# ---- What else lies in a folder
+
+def test_only_whole_folders_with_the_name_of_a_checkpoint_are_checkpoints(run, capsys):
+    for name in ("step_000002-best", "step_000002 copy", "step_final", "step_3", "step_0000004", "step_000009.tmp"):
+        shutil.copytree(run / "step_000002", run / name)
+    (run / "step_000007").symlink_to("step_000001")
+    (run / "step_000008").write_text("notes")
+    assert [path.name for path in run_folder.checkpoints(run)] == ["step_000001", "step_000002"]
+    assert resume(run) == ("step_000002", {"step": 2})
+    (run / "step_1000000").mkdir()
+    assert run_folder.checkpoints(run)[-1].name == "step_1000000"
+
+
+def test_a_new_run_may_begin_beside_files_that_are_none_of_its_own(tmp_path):
+    config = make_run(tmp_path)
+    (tmp_path / "run" / "step_final").mkdir(parents=True)
+    for name in (".DS_Store", "train.log", "thesis.txt", "metrics.jsonl.tmp"):
+        (tmp_path / "run" / name).write_text("!")
+    assert run_folder.newest_checkpoint(config) is None
+    run_folder.open_run(config, None)
+    assert run_folder.newest_checkpoint(config) is None and (tmp_path / "run" / "thesis.txt").read_text() == "!"
+
+
+@pytest.mark.parametrize("name, told", [
+    ("metrics.jsonl", "has metrics.jsonl but no config.json of a run"), ("turns.jsonl", "has turns.jsonl but"),
+    ("eval.jsonl", "has eval.jsonl but"), ("step_000100", "has step_000100 but"), ("model.safetensors", "has model.safetensors but"),
+    ("config.json", "has a config.json that is none of a run, such as a model's: choose another --out")])
+def test_a_folder_in_which_a_run_would_write_over_something_is_refused_untouched(tmp_path, name, told):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text('{"model_type": "llama"}\n')
+    with pytest.raises(ValueError, match=told):
+        run_folder.newest_checkpoint(make_run(tmp_path))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+    with pytest.raises(ValueError, match=f"{name} is a file: choose another --out"):
+        run_folder.newest_checkpoint(make_run(tmp_path, out=str(tmp_path / "run" / name)))
+
+
+# ---- The log
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_has_its_name(tiny, tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def watched_fsync(file):
+        done.append((os.fstat(file).st_ino, os.fstat(file).st_size))
+        return fsync(file)
+
+    def watched_replace(source, target):
+        done.append(Path(target).name)
+        return replace(source, target)
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    logs = [tmp_path / name for name in ("metrics.jsonl", "turns.jsonl")]
+    for log in logs:
+        running.log_jsonl(log, step=1)
+    write_checkpoint(tmp_path, 1, *tiny)
+    for log in logs:
+        assert done.index((log.stat().st_ino, log.stat().st_size)) < done.index("step_000001")
+    done.clear()
+    running.write_atomically(tmp_path / "config.json", "{}")            # so are a config and a log that was cut
+    assert done == [((tmp_path / "config.json").stat().st_ino, 2), "config.json"]
+
+
+@pytest.mark.parametrize("log, lost", [("", 1), ('{"step": 2}\n', 1), ('{"step": 1}\n{"step": 2', 2), (None, 1)])
+def test_a_run_does_not_go_on_with_a_log_that_lacks_a_step(run, log, lost):
+    path = run / "metrics.jsonl"
+    path.unlink() if log is None else path.write_text(log)
+    with pytest.raises(ValueError, match=f"run/metrics.jsonl has no row of step {lost}: put the log back from a copy; without it"):
+        run_folder.newest_checkpoint(make_run(run.parent))
+    assert log is None or path.read_text() == log
+    shutil.rmtree(run / "step_000002")
+    if lost == 2:
+        assert run_folder.newest_checkpoint(make_run(run.parent)).name == "step_000001"
+
+
+# ---- Two processes on one folder
+
+HOLDER = "import fcntl, os, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); \
+file.write(f'{os.getpid()} on {sys.argv[2]}'); file.flush(); print(flush=True); time.sleep(60)"
+
+
+@contextlib.contextmanager
+def held(path, host=None):
+    """Another process that holds a lock; it is killed in the end."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path), host or socket.gethostname()], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield process.pid
+        process.kill()
+
+
+def test_a_second_process_in_a_run_folder_is_refused_until_the_first_has_ended_however(run):
+    config = make_run(run.parent)
+    for host in (None, "elsewhere"):
+        with held(run / ".training.lock", host) as pid:
+            with pytest.raises(ValueError, match=rf"run: process {pid}{' on elsewhere' if host else ''} is training here; wait for its end"):
+                run_folder.newest_checkpoint(config)
+            run_folder.hold(run, "evaluating")                     # is another matter
+    assert run_folder.newest_checkpoint(config).name == "step_000002"    # SIGKILL leaves no lock
+    code = "import sys; from support import run_folder; run_folder.hold(sys.argv[1], 'training')"
+    done = subprocess.run([sys.executable, "-c", code, str(run)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert f"process {os.getpid()} is training here" in done.stderr       # and ours is there
+    assert run_folder.newest_checkpoint(config).name == "step_000002"    # we may, twice
+
+
+def test_two_processes_that_begin_one_new_folder_do_not_both_write_to_it(tmp_path):
+    config = make_run(tmp_path)
+    assert run_folder.newest_checkpoint(config) is None and not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    with held(tmp_path / "run" / ".training.lock"):
+        with pytest.raises(ValueError, match="is training here"):
+            run_folder.open_run(config, None)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".training.lock"]
+    run_folder.open_run(config, None)
+
+
+def test_a_file_system_without_locks_is_no_obstacle(run, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert run_folder.newest_checkpoint(make_run(run.parent)).name == "step_000002"
+
+
+def test_the_other_processes_of_a_run_learn_who_holds_it_and_lock_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "RANK", 1)
+    monkeypatch.setattr(running, "gather", lambda holder: [f"4 on node{holder or ''}", holder])
+    with pytest.raises(ValueError, match="process 4 on node is training here"):
+        run_folder.hold(tmp_path, "training")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Damage
+
+WHOLE = ("resume/state.json", "resume/optimizer_00000.safetensors", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("damage", ["half", "empty", "missing", "{}"])
+def test_a_damaged_newest_checkpoint_is_named_with_the_way_on(run, name, damage):
+    path = run / "step_000002" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"half": content[:len(content) // 2], "empty": b"", "{}": b"{}"}[damage])
+    with pytest.raises(ValueError) as told:
+        resume(run)
+    words = str(told.value)
+    assert "\n" not in words and words.endswith(f"; move {run}/step_000002 away to go on from step_000001")
+    assert str(path if name.startswith("resume") else path.parent) in words
+    shutil.move(run / "step_000002", run / "step_000002-damaged")
+    assert resume(run) == ("step_000001", {"step": 1})
+
+
+def test_without_an_older_checkpoint_the_way_on_is_a_new_run(run):
+    shutil.rmtree(run / "step_000001" / "resume")
+    (run / "step_000002" / "resume" / "state.json").write_text("[]")
+    with pytest.raises(ValueError, match="state.json: expected a JSON object, got list; .*step_000002 is the only checkpoint to go on "
+                                         "from: start anew with another --out, with it as --model if"):
+        resume(run)
+    shutil.rmtree(run / "step_000002" / "resume")
+    with pytest.raises(ValueError, match="step_000002/resume/state.json is missing; .* start anew with another --out"):
+        resume(run)
+
+
+def test_a_state_without_its_keys_and_a_value_head_that_is_gone_are_noticed(run, tiny):
+    newest, policy = run / "step_000002", tiny[0]
+    with pytest.raises(ValueError, match="state.json: has no 'seconds'; move"):
+        run_folder.load_resume(newest, policy, torch.optim.Adam(policy.parameters()), {"step": 0, "seconds": 0.0})
+    (newest / "value_head.safetensors").unlink()
+    with pytest.raises(ValueError, match="step_000002/value_head.safetensors is missing; move"):
+        resume(run)
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_part_of_the_optimizer_that_is_gone_is_noticed(run, tiny, gone):
+    """Two processes have written two."""
+    folder = run / "step_000002" / "resume"
+    parts = load_file(folder / "optimizer_00000.safetensors")
+    for rank in (0, 1):
+        own = {name: tensor if name.endswith(".step") else tensor.chunk(2)[rank].clone() if len(tensor) > 1 else tensor[rank:].clone()
+               for name, tensor in parts.items()}
+        save_file(own, folder / f"optimizer_{rank:05d}.safetensors")
+    assert resume(run)[0] == "step_000002"
+    (folder / f"optimizer_{gone:05d}.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"resume: its 1 optimizer_\*.safetensors hold .* one is missing or of another run; move"):
+        resume(run)
