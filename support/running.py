@@ -51,7 +51,7 @@ class OneLineParser(argparse.ArgumentParser):
 def fail(message, alone=False):
     """Say one line and exit with 2: the ending for the user's mistakes. `alone`: this process says it even if it is not
     the first, since the others do not come here."""
-    flush_stdout()
+    flush_console()
     if RANK == 0 or alone:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -109,12 +109,13 @@ def memory_advice(knobs):
              alone=True)
 
 
-def flush_stdout():
+def flush_console():
     """Print what waits to be printed; if nobody reads it any more, it and what follows goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run(main, config_class):
@@ -132,7 +133,7 @@ def run(main, config_class):
         main(parse_config(config_class))
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
-        flush_stdout()
+        flush_console()
         print("\nstopped; the same command goes on with what is saved", file=sys.stderr)
         os._exit(143 if stop.args else 130)              # the other processes have been told as well
     except BrokenPipeError:                              # a result is saved before it is printed
@@ -140,7 +141,7 @@ def run(main, config_class):
     except OSError as error:
         fail(f"{error}; what was saved before is whole, and the same command goes on with it", alone=True)
     finally:
-        flush_stdout()                                   # else Python ends with a complaint of its own
+        flush_console()                                  # else Python ends with a complaint of its own
     leave()
 
 
@@ -382,7 +383,7 @@ def start_processes(name):
 
 def leave(status=0):
     """End of a script: exit with this status, all processes together."""
-    flush_stdout()
+    flush_console()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

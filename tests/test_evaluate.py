@@ -15,6 +15,7 @@ import envs
 import evaluate
 from support import running
 from support.settings import Split
+from test_run_folder import held
 
 
 def puppet(environments, choose):
@@ -144,6 +145,25 @@ def test_errors_are_over_starts_where_every_seed_has_its_own(tmp_path, capsys):
         evaluate.load_arms([tmp_path / name for name in ("sft0", "rl0", "sft1", "rl1", "again")])
 
 
+def test_one_start_and_one_run_under_several_spellings_are_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "city").mkdir()
+    (tmp_path / "link").symlink_to("city")
+    (tmp_path / "again").symlink_to("rl")
+    starts = ["start/step_000004", "./start/step_000004/", f"{tmp_path}/start/step_000004"]
+    write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)], starts[0], root="city")
+    write_run(tmp_path / "sft2", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)], starts[1], root="link")
+    write_run(tmp_path / "rl", "RL", [(0, 0.0, 0.1), (1, 60.0, 0.12)], starts[2], root="./city/")
+    arms = evaluate.load_arms(["sft", "sft2/", "rl", f"{tmp_path}/rl", "again"])
+    assert {arm: len(rows) for arm, rows in arms.items()} == {"start": 2, "SFT": 4, "RL": 2}
+    assert {row["run"] for row in arms["start"]} == {("start/step_000004", 0)}
+    evaluate.compare(["sft", "rl"], "")
+    assert "(1 SFT and 1 RL runs, starts: 1)" in capsys.readouterr().out
+    (tmp_path / "rl" / "config.json").unlink()
+    with pytest.raises(ValueError, match="run 'rl': its config.json is gone, or names no model"):
+        evaluate.load_arms(["sft", "rl"])
+
+
 def test_a_start_that_two_runs_hold_counts_once(tmp_path):
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
     write_run(tmp_path / "rl", "RL", [(0, 0.0, 0.1), (1, 60.0, 0.12)])
@@ -242,6 +262,16 @@ def test_a_stopped_api_evaluation_asks_only_for_what_is_missing(api, tmp_path, c
     assert api((), server)[1] == rows and len(server.requests) == 7                 # nothing is left to ask
     _, rows = api((), server, seeds="0,1")                        # another seed is; what is known stays known
     assert len(server.requests) == 7 + 6 and [row["seed"] for row in rows] == [0, 1]
+
+
+def test_two_evaluations_of_one_folder_are_refused(api, tmp_path, capsys):
+    (tmp_path / "api").mkdir()
+    server = Server()
+    with held(tmp_path / "api" / ".evaluating.lock") as pid:
+        with pytest.raises(SystemExit):
+            api((), server)
+    assert f"api: process {pid} is evaluating here; wait for its end" in capsys.readouterr().err and not server.requests
+    assert len(api((), server)[1]) == 1
 
 
 def test_a_busy_or_failing_server_is_asked_again_and_a_dead_one_named(api, capsys, monkeypatch):

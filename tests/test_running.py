@@ -1,7 +1,11 @@
-"""The machinery of a run: configs, the memory estimate, the type that is computed in."""
+"""The machinery of a run: configs, the memory estimate, the type that is computed in, files and the console."""
+import contextlib
+import json
 import os
 import re
+import resource
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -11,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import model
+from conftest import ROOT
 from support import running
 from support.tiny import train_tokenizer
 
@@ -121,3 +126,103 @@ def test_the_memory_estimate_counts_bytes_per_parameter(monkeypatch, param_dtype
     assert told[:2] == [f"{stays * billions:.1f}", f"{copy * billions + fused:.1f}"]
     config.gradient_checkpointing = True
     assert float(re.findall(r"([\d.]+) GB", running.memory_estimate(policy, config))[2]) < float(told[2]) / 2
+
+
+# ---- Files and the console
+
+@pytest.mark.parametrize("line, told", [("garbage", "Expecting value"), ("[1]", "expected a JSON object with step, split"),
+                                        ('{"step": 1}', "expected a JSON object with step, split"), ("\0" * 9, "Expecting value"),
+                                        ("\udcff", "can't decode byte 0xff"), ("[" * 100_000, "recursion")])
+def test_garbage_in_a_log_is_named_with_file_and_line_and_blank_lines_are_none(tmp_path, line, told):
+    path, rows = tmp_path / "eval.jsonl", [{"step": 1, "split": "id"}, {"step": 2, "split": "id"}]
+    one, two = map(json.dumps, rows)
+    path.write_text(f"\n{one}\r\n  \n{two}\n\n" + '{"step": 3, "sp')
+    assert running.read_jsonl(path, "step", "split") == running.read_jsonl(path) == rows
+    path.write_bytes(f"{one}\n\n{line}\n{two}\n".encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=f"eval.jsonl, line 3: .*{told}"):
+        running.read_jsonl(path, "step", "split")
+    assert running.read_jsonl(tmp_path / "none.jsonl") == []
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file grows beyond this size; what fits of a text is written, as on a real one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_on_a_full_disk_a_log_gets_a_whole_line_or_none_and_the_file_is_named(tmp_path):
+    log, config = tmp_path / "metrics.jsonl", tmp_path / "config.json"
+    running.log_jsonl(log, step=1)
+    running.write_atomically(config, "{}")
+    for path, write in ((log, lambda: running.log_jsonl(log, step=2, text="x" * 100)),
+                        (tmp_path / "new.jsonl", lambda: running.append_line(tmp_path / "new.jsonl", {"text": "x" * 100})),
+                        (config, lambda: running.write_atomically(config, "{" + " " * 100 + "}"))):
+        with full_disk(40), pytest.raises(OSError) as error:
+            write()
+        assert f"'{path}'" in str(error.value)
+    assert (tmp_path / "new.jsonl").read_text() == "" and config.read_text() == "{}"
+    running.log_jsonl(log, step=2)
+    assert running.read_jsonl(log) == [{"step": 1}, {"step": 2}]
+
+
+def test_what_cannot_be_written_ends_a_script_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    (tmp_path / "file").write_text("")
+    for write in (lambda: running.log_jsonl(tmp_path / "file" / "metrics.jsonl", step=1),
+                  lambda: running.write_atomically(tmp_path / "none" / "config.json", "")):
+        with pytest.raises(SystemExit) as exit:
+            running.run(lambda config: write(), Example)
+        err = capsys.readouterr().err
+        assert exit.value.code == 2 and re.match(r"script.py: error: \[Errno \d+\] .*'/.*; what was saved before is whole", err)
+        assert err.count("\n") == 1
+
+
+SCRIPT = """
+import os, signal
+from dataclasses import dataclass
+from support import running
+
+@dataclass
+class Config:
+    how: str = running.knob("", "x" * 10_000)
+
+def main(config):
+    stop = running.StopSignal()
+    for _ in running.progress(range(3)):
+        if config.how == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+            config.how = ""
+        running.say("a line")
+    open("saved", "w").close()
+    if stop.requested:
+        stop.leave("it")
+    if config.how == "fail":
+        running.fail("a mistake")
+
+running.run(main, Config)
+"""
+
+
+def test_a_reader_who_has_gone_ends_a_script_quietly_and_not_before_its_work_is_saved(tmp_path):
+    """`| head`, and `2>&1 | tee log` that Ctrl-C has ended before us."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    processes = {}
+    for name, words, err, status in (("plain", (), subprocess.PIPE, 141), ("stop", ("--how", "stop"), writer, 143),
+                                     ("fail", ("--how", "fail"), subprocess.PIPE, 2), ("help", ("--help",), subprocess.PIPE, 0)):
+        (tmp_path / name).mkdir()
+        processes[name] = status, subprocess.Popen([sys.executable, "-c", SCRIPT, *words], cwd=tmp_path / name, stdout=writer,
+                                                   stderr=err, text=True,
+                                                   env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
+    os.close(writer)
+    told = {name: (process.communicate(timeout=60)[1] or "").replace("\r", "\n") for name, (_, process) in processes.items()}
+    for name, (status, process) in processes.items():
+        assert process.returncode == status, name
+        assert not re.search("Traceback|Exception|BrokenPipe", told[name])
+        assert (tmp_path / name / "saved").exists() == (name != "help")
+    assert told["fail"].endswith("error: a mistake\n") and told["help"] == "" and "3/3" in told["plain"]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import rl
 import sft
 from conftest import ROOT, tiny_folder
 from support import run_folder, running, tiny
+from test_run_folder import held
 from verify import Verdict
 
 SFT = dict(model=tiny_folder(), steps=4, batch_size=8, lr=1e-3, save_every=2, dtype="float32")
@@ -208,6 +210,49 @@ def test_an_interrupted_evaluation_goes_on_within_a_split(start, tmp_path, devic
     assert (run / "eval.jsonl").read_text() == expected and not list(run.glob("eval_unfinished_*"))
 
 
+def test_an_evaluation_needs_a_whole_log_and_a_folder_for_itself(start, tmp_path, device, capsys):
+    run = shutil.copytree(start, tmp_path / "run")
+    config = evaluate.Config(run_folder=str(run), start=False, splits=("id",), episodes=2, max_new_tokens=4, device=device)
+    with held(run / ".evaluating.lock") as pid:
+        with pytest.raises(SystemExit):
+            evaluate.main(config)
+    assert f"error: {run}: process {pid} is evaluating here; wait for its end" in capsys.readouterr().err
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(rows[:3]))
+    with pytest.raises(SystemExit):
+        evaluate.main(config)
+    assert f"error: {run}/metrics.jsonl has no row of step 4: put the log back from a copy" in capsys.readouterr().err
+    (run / "metrics.jsonl").write_text("".join(rows))
+    (run / "eval.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit):
+        evaluate.main(config)
+    assert "eval.jsonl, line 1: expected a JSON object with step, split, seed, settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [sft, rl])
+def test_a_run_goes_on_under_another_spelling_of_its_model_but_neither_damaged_nor_without_its_log(start, tmp_path, device, capsys, script):
+    run = tmp_path / "run"
+    knobs = {sft: dict(SFT, steps=2, save_every=1), rl: dict(RL, updates=2, model=str(start / "step_000004"))}[script]
+    config = script.Config(out=str(run), device=device, **knobs)
+    script.main(config)
+    expected = metrics(run)
+    shutil.rmtree(run / "step_000002")
+    script.main(replace(config, model=f"{os.path.relpath(config.model)}/"))
+    assert metrics(run) == expected and "goes on after step 1" in capsys.readouterr().out
+    for name, damage, told in (("model.safetensors", b"{}", "run/step_000002"), ("resume/state.json", b'{"step": 2}', "state.json: has no '")):
+        content = (run / "step_000002" / name).read_bytes()
+        (run / "step_000002" / name).write_bytes(damage)
+        with pytest.raises(SystemExit):
+            script.main(config)
+        err = capsys.readouterr().err
+        assert told in err and err.endswith(f"; move {run}/step_000002 away to go on from step_000001\n") and err.count("\n") == 1
+        (run / "step_000002" / name).write_bytes(content)
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        script.main(config)
+    assert f"error: {run}/metrics.jsonl has no row of step 1" in capsys.readouterr().err
+
+
 class Echo(envs.Environment):
     """Say the number that you are told: the least that an environment has."""
     answer_key, kinds, retry_prompt = '"said"', ("word",), "gp_retry"
@@ -267,6 +312,8 @@ BAD = [
     ("sft.py", dict(model=tiny_folder(), out="new", stepz=3), "unknown option --stepz; --help lists them all"),
     ("sft.py", dict(model=tiny_folder(), out="new", steps="many"), "--steps: invalid int value: 'many'"),
     ("sft.py", dict(model=tiny_folder(), out="new", data="none.json"), "data file none.json"),
+    ("sft.py", dict(model=tiny_folder(), out="new", lr=0), "--lr 0.0: must be at least 1e-12"),
+    ("sft.py", dict(model=tiny_folder(), out=tiny_folder()), "has a config.json that is none of a run, such as a model's"),
     ("sft.py", dict(model="nowhere", out="new"), "model 'nowhere': no such model folder"),
     ("rl.py", dict(model="nowhere", out="new"), "model 'nowhere': no such model folder"),
     ("rl.py", dict(model="nowhere", out="new", clip=-1), "--clip -1.0: must be at least 0"),
