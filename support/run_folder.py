@@ -40,8 +40,9 @@ def checkpoint_step(folder):
 
 def checkpoints(out):
     """The complete checkpoints of a run folder, oldest first."""
-    return sorted((path for path in Path(out).glob("step_*") if re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", path.name)
-                   and path.is_dir() and not path.is_symlink()), key=checkpoint_step)
+    found = (path for path in Path(out).glob("step_*") if re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", path.name)
+             and path.is_dir() and not path.is_symlink())
+    return sorted(found, key=checkpoint_step)
 
 
 def resolved(setting):
@@ -60,7 +61,7 @@ def hold(folder, use):
     The kernel takes it back, whatever ends the process. Nothing happens where there is no such folder yet, or where
     the file system has no locks.
     """
-    path, holder = Path(folder).resolve() / f".{use}.lock", None
+    path, holder, host = Path(folder).resolve() / f".{use}.lock", None, f" on {socket.gethostname()}"
     if running.RANK == 0 and path not in HELD:
         with contextlib.suppress(OSError):
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)   # stays open, for the lock is lost with it
@@ -68,9 +69,9 @@ def hold(folder, use):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 HELD.add(path)
                 os.truncate(file, 0)
-                os.write(file, f"{os.getpid()} on {socket.gethostname()}".encode())
+                os.write(file, f"{os.getpid()}{host}".encode())
             except BlockingIOError:
-                holder = os.read(file, 1000).decode(errors="replace").removesuffix(f" on {socket.gethostname()}") or "?"
+                holder = os.read(file, 1000).decode(errors="replace").removesuffix(host) or "?"
     holder = running.gather(holder)[0]
     if holder:
         raise ValueError(f"{folder}: process {holder} is {use} here; wait for its end, or stop it")

@@ -162,8 +162,9 @@ class LogStream:
 def progress(iterable=None, nested=False, **kwargs):
     """A progress bar, shown by the first process; in a log that nobody watches rarely, and a nested one not at all."""
     watched = sys.stderr.isatty()
-    return tqdm(iterable, disable=RANK > 0 or nested and not watched, leave=not nested, file=None if watched else LogStream(),
-                mininterval=0.1 if watched else 30, miniters=None if watched else 1, **kwargs)
+    return tqdm(iterable, disable=RANK > 0 or nested and not watched, leave=not nested,
+                mininterval=0.1 if watched else 30, miniters=None if watched else 1,
+                file=None if watched else LogStream(), **kwargs)
 
 
 def say(text):

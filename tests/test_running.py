@@ -189,7 +189,7 @@ from support import running
 
 @dataclass
 class Config:
-    how: str = running.knob("", "x" * 10_000)
+    how: str = running.knob("", "a word")
 
 def main(config):
     stop = running.StopSignal()
