@@ -66,8 +66,8 @@ from verify import FEEDBACK, LAST_TRY_PENALTY, fill, judge_general_points, judge
 # Our words for the paper's prompt structure (A.2: task, input, output; B.2: task, instruction, what an observation is,
 # actions, history, output). A prompt file may replace each by name.
 PROMPTS = {                                  # differs 15: ours; theirs by a prompt file
-    "gp_task": "Make {target} from four cards. Combine their values with addition, subtraction, multiplication, "
-               "division and parentheses, and use every card exactly once. An ace counts as 1, J counts as {J}, "
+    "gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, and use every card "
+               "exactly once. An ace counts as 1, J counts as {J}, "
                "Q counts as {Q} and K counts as {K}.",
     "gp_input_text": "\nCards: {cards}",
     "gp_input_picture": "\nThe picture shows the four cards.",
@@ -127,14 +127,13 @@ class Environment(ABC):
 
     `info` of a step: status of the verdict, success (the episode is solved), turn (replies so far in the episode), kind
     of the position (in V-IRL "turn" is one where a direction must be named), try (replies so far at the position),
-    new_dialogue (whether one began), and `details`.
+    new_dialogue (whether one began), answer_at (where in the reply the answer begins), and `details`.
     """
-    answer_key: str      # rl.py weighs the tokens of a reply from this text on fully
     kinds: tuple         # of positions; metrics are reported for each apart
     retry_prompt: str    # the template around a verdict that asks for another try
 
     def __init_subclass__(cls):
-        for name in ("answer_key", "kinds", "retry_prompt"):
+        for name in ("kinds", "retry_prompt"):
             if not hasattr(cls, name):
                 raise TypeError(f"environment {cls.__name__} has no {name}")
 
@@ -144,12 +143,12 @@ class Environment(ABC):
         self.vision, self.verify_iter, self.feedback = vision, verify_iter, feedback
         self.prompts = settings.load_templates(prompt_file, PROMPTS, MORE_VALUES)
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
-        self.done = True
+        self.rng, self.done = random.Random("0"), True
 
     @abstractmethod
-    def reset(self, seed, episode=0):
-        """Begin an episode that the seed (an int or text) fixes; returns `self.begin_episode()`. `episode` is the number
-        of a test episode, for data that are played in order."""
+    def lay_out(self, episode):
+        """Draw an episode from `self.rng` and stand at its first position. `episode` is the number of a test episode, for
+        data that are played in order."""
 
     @abstractmethod
     def prompt(self):
@@ -197,8 +196,11 @@ class Environment(ABC):
 
     # The conversation.
 
-    def begin_episode(self):
-        """Begin at the present position: what `reset` returns."""
+    def reset(self, seed=None, episode=0):
+        """Begin the episode that a seed (an int or text) fixes, or the next one of the generator: (messages, info)."""
+        if seed is not None:
+            self.rng = random.Random(str(seed))                    # as text: numbers would lose their sign
+        self.lay_out(episode)
         self.turn, self.done = 0, False
         self.begin_dialogue()
         return self.messages, {"status": "", "success": False, "turn": 0, "new_dialogue": True}
@@ -220,7 +222,8 @@ class Environment(ABC):
         truncated = not correct and self.tries == self.verify_iter
         self.done = terminated or truncated
         info = {"status": verdict.status, "success": terminated, "turn": self.turn, "kind": self.kind,
-                "try": self.tries, "new_dialogue": correct and not terminated, **self.details(verdict)}
+                "try": self.tries, "new_dialogue": correct and not terminated, "answer_at": verdict.answer_at,
+                **self.details(verdict)}
         if info["new_dialogue"]:
             self.move_on()
         else:
@@ -260,7 +263,7 @@ class GeneralPoints(Environment):
 
     rule          "face_cards_as_10", "face_cards_as_11_12_13", "random", or the values of J,Q,K such as "3,12,7"
     target        what the formula must make
-    face_card     deal only hands with at least one of J, Q, K (the paper's OOD sampling)
+    face_card     one card at least is J, Q or K (the paper's OOD sampling)
     suits         the suits of the deck, a subset of "SHDC"
     fold          "all", or value multisets in ("test") or out of ("train") the held-out tenth
     solution      the expert's formula: "fixed" (the shortest) or "random" (seeded, any of them)
@@ -271,7 +274,6 @@ class GeneralPoints(Environment):
     feedback      "informative" names the fault, "plain" only says the try failed
     prompt_file   JSON object of templates that replace those of PROMPTS
     """
-    answer_key = '"formula"'
     kinds = ("formula",)
     retry_prompt = "gp_retry"
 
@@ -297,28 +299,30 @@ class GeneralPoints(Environment):
             pass
         return jqk
 
+    def draw_hand(self):
+        """Four cards as (index of the rank, suit); with `face_card` one is drawn among J, Q, K, three from the rest."""
+        if not self.face_card:
+            return self.rng.sample(self.deck, 4)                   # differs 4: theirs draws with replacement
+        face = self.rng.choice([card for card in self.deck if card[0] > 9])
+        return self.rng.sample([face, *self.rng.sample([card for card in self.deck if card != face], 3)], 4)
+
     def deal(self):
-        """Draw hands until one fits, a face card if asked for, a solution, the right fold: [(rank, suit)], numbers."""
+        """Draw hands until one fits: there is a solution, and the fold is the right one; [(rank, suit)], numbers."""
         for _ in range(100_000):
-            hand = self.rng.sample(self.deck, 4)                   # differs 4: theirs draws with replacement
-            ranks = [rank for rank, _ in hand]
-            numbers = [self.jqk[rank - 10] if rank > 9 else rank + 1 for rank in ranks]
-            if self.face_card and max(ranks) < 10 or not solutions(numbers, self.target):
-                continue
-            if self.fold == "all" or held_out(numbers) == (self.fold == "test"):
+            hand = self.draw_hand()
+            numbers = [self.jqk[rank - 10] if rank > 9 else rank + 1 for rank, _ in hand]
+            if solutions(numbers, self.target) and self.fold in ("all", "test" if held_out(numbers) else "train"):
                 return [(RANKS[rank], suit) for rank, suit in hand], numbers
         raise ValueError(f"no hand makes {self.target} with J,Q,K = {self.jqk}, fold {self.fold}, suits and "
                          f"face_card as given (100,000 deals tried): try another target")
 
-    def reset(self, seed, episode=0):
+    def lay_out(self, episode):
         """Deal a hand."""
-        self.rng = random.Random(str(seed))   # as text: numbers would lose their sign
         self.jqk = self.rule_jqk or self.draw_rule()
         self.hand, self.numbers = self.deal()
         self.cards = [rank for rank, _ in self.hand]
         found = solutions(self.numbers, self.target)
         self.formula = found[0] if self.solution == "fixed" else self.rng.choice(found)
-        return self.begin_episode()
 
     def picture(self):
         return cards.draw_hand(self.hand, self.resolution, self.card_dir)
@@ -411,7 +415,6 @@ class Navigation(Environment):
     verify_iter   judged replies per position (2 in the paper)
     feedback, prompt_file   as in GeneralPoints
     """
-    answer_key = '"action"'
     kinds = ("turn", "forward", "stop")
     retry_prompt = "nav_retry"
 
@@ -432,13 +435,12 @@ class Navigation(Environment):
         self.view_headings, self.resolution = VIEW_HEADINGS[view_headings], resolution
         self.actions = ["forward()", *(f"turn_direction({word})" for word in ACTION_SPACES[action_space]), "stop()"]
 
-    def reset(self, seed, episode=0):
+    def lay_out(self, episode):
         """Draw a route and its rail.
 
         The draws come in the order of the official code, though not from its seeds: route, heading, then one for each
         place of each leg.
         """
-        self.rng = random.Random(str(seed))
         self.number = episode % len(self.routes) if self.in_order else None
         route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
         heading = route.init_heading or self.rng.randint(0, 359)        # 0 in a file means: any
@@ -446,7 +448,6 @@ class Navigation(Environment):
         self.sentences = self.instruct(route, words)
         self.rail = list(self.lay_rail(route, heading, words))
         self.at = 0
-        return self.begin_episode()
 
     def instruct(self, route, words):
         """Two sentences for every milestone: turn, then go on; the turn is named in both vocabularies."""

@@ -179,14 +179,10 @@ class Conversation:
         return reward, terminated or truncated, info, readable
 
 
-def find_answer(processor, response_ids, answer_key):
-    """The index of the token in which the answer key begins; len(response_ids) if the key is not there."""
-    # differs 7: by the text, theirs by fixed token ids. The last one, since the verifier reads the last object.
-    position = decode_reply(processor, response_ids).rfind(answer_key)
-    if position < 0:
-        return len(response_ids)
-    # the first token by whose end the text is longer than `position`
-    return bisect_right(range(len(response_ids) - 1), position,
+def find_answer(processor, response_ids, answer_at):
+    """The index of the token in which the text of a reply passes `answer_at` characters; len(response_ids) if none does."""
+    # differs 7: where the verifier read the answer; theirs by fixed token ids
+    return bisect_right(range(len(response_ids)), answer_at,
                         key=lambda token: len(decode_reply(processor, response_ids[:token + 1])))
 
 
@@ -205,7 +201,7 @@ def collect_turns(policy, processor, conversations, update, config, stop) -> lis
         for conversation, prompt_ids, picture, (response_ids, _) in zip(conversations, prompts, pictures, replies):
             key = conversation.index, conversation.episode, conversation.dialogue_number
             reward, done, info, readable = conversation.play(response_ids)
-            answer_start = find_answer(processor, response_ids, conversation.env.answer_key)
+            answer_start = find_answer(processor, response_ids, info["answer_at"])
             turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, key, info, picture,
                               s * config.num_envs + conversation.index))
             # The dialogues of two environments are kept to be read: the way to see reward hacking.

@@ -389,10 +389,31 @@ def test_atoms_hold_every_rank_value_and_sign_of_prompts_and_replies(knobs):
         assert set(written) <= set(atoms)
 
 
-def test_the_answer_key_stands_once_in_an_expert_reply():
+def test_a_step_tells_where_in_the_reply_the_answer_begins():
     env = make_env("gp-l", "id")
     env.reset(seed=0)
-    assert env.expert_reply().count(env.answer_key) == 1
+    reply = env.expert_reply()
+    assert env.step(reply)[-1]["answer_at"] == reply.index('"formula"')
+
+
+def test_reset_without_a_seed_deals_one_hand_after_the_other():
+    hands = []
+    for _ in range(2):
+        env = make_env("gp-l", "id")
+        hands.append([env.reset()[0][0]["content"] for _ in range(3)])
+    assert hands[0] == hands[1] and len(set(hands[0])) == 3
+
+
+def test_hands_of_the_other_rule_have_one_card_drawn_among_the_face_cards():
+    """The official distribution, without replacement: about half of the hands have two face cards or more."""
+    env, faces, first = make_env("gp-l", "rule_ood"), [], 0
+    for seed in range(2000):
+        env.reset(seed)
+        faces.append(sum(rank in "JQK" for rank in env.cards))
+        first += env.cards[0] in "JQK"
+        assert len(set(env.hand)) == 4
+    assert min(faces) == 1 and 0.45 < sum(count > 1 for count in faces) / 2000 < 0.52
+    assert abs(first - sum(faces) / 4) < 120                       # in any place
 
 
 # ---- Prompt files -----------------------------------------------------------------------------------------------
@@ -502,7 +523,7 @@ def test_a_text_that_no_setting_can_be_is_an_error_that_names_it(knob, value, to
             make_env("gp-l", "id", common, **own)
 
 
-MEMBERS = ("answer_key", "kinds", "retry_prompt", "reset", "prompt", "picture", "judge", "format_reply", "expert_reply",
+MEMBERS = ("kinds", "retry_prompt", "lay_out", "prompt", "picture", "judge", "format_reply", "expert_reply",
            "flawed_reply", "atoms")
 
 

@@ -210,16 +210,14 @@ def test_an_interrupted_evaluation_goes_on_within_a_split(start, tmp_path, devic
 
 class Echo(envs.Environment):
     """Say the number that you are told: the least that an environment has."""
-    answer_key, kinds, retry_prompt = '"said"', ("word",), "gp_retry"
+    kinds, retry_prompt = ("word",), "gp_retry"
 
     def __init__(self, most=9, vision=False, verify_iter=3, feedback="informative", prompt_file=""):
         super().__init__(vision, verify_iter, feedback, prompt_file)
         self.most = most
 
-    def reset(self, seed, episode=0):
-        self.rng = random.Random(str(seed))
+    def lay_out(self, episode):
         self.number = self.rng.randint(self.most // 2, self.most)
-        return self.begin_episode()
 
     def prompt(self):
         return f"Say {self.number}."

@@ -632,7 +632,11 @@ def reply(action, observation):
     ("stop()", "intersection", "wrong_observation", -1.5),
     ("stop()", "Marn Cafe, no intersection", "wrong_observation", -1.5),
     ("forward", "Marn Cafe; intersection", "wrong_action", -1.0),
-    ("Forward()", "Marn Cafe; intersection", "wrong_action", -1.0),
+    ("Forward()", "Marn Cafe; intersection", "correct", 1.0),              # in any spelling
+    (" forward ( ). ", "", "correct", 1.0),
+    ("'forward()'", "", "correct", 1.0),
+    ("stop()", "Marn Cafe, not an intersection", "wrong_observation", -1.5),
+    ("stop()", "No landmark but Marn Cafe at this intersection", "wrong_action", -1.0),
     (["forward()"], "Marn Cafe; intersection", "wrong_action", -1.0),
     (None, "Marn Cafe; intersection", "wrong_action", -1.0),
     ("stop()", None, "wrong_observation", -1.5),
@@ -645,9 +649,33 @@ def test_every_row_of_the_papers_table(stated, observed, status, reward):
 
 def test_an_intersection_where_there_is_none_is_a_wrong_observation():
     for observed, status in (("No landmark", "wrong_action"), ("no intersection", "wrong_action"),
-                             ("an intersection", "wrong_observation")):
+                             ("I am not at an intersection", "wrong_action"), ("there isn\u2019t an intersection", "wrong_action"),
+                             ("I do not see any intersection", "wrong_action"), ("no sign of an intersection", "wrong_action"),
+                             ("no landmark at this intersection", "wrong_observation"),
+                             ("not far; intersection", "wrong_observation"), ("an intersection", "wrong_observation")):
         assert judge_navigation(reply("stop()", observed), "forward()", "", False).status == status
     assert judge_navigation(reply("stop()", "The Intersection Bar"), "forward()", "The Intersection Bar", False).status == "wrong_action"
+
+
+@pytest.mark.parametrize("stated, action", [("Turn_Direction( Slightly  Left )", "turn_direction(slightly left)"),
+                                            ('turn_direction("north").', "turn_direction(north)"), ("STOP()", "stop()")])
+def test_an_action_is_read_in_any_spelling(stated, action):
+    assert judge_navigation(reply(stated, ""), action, "", False).status == "correct"
+    assert judge_navigation(reply(stated, ""), "turn_direction(left)", "", False).status == "wrong_action"
+
+
+@pytest.mark.parametrize("observed", ["Cafe\u0301 d\u2019Or is on your left", "CAFÉ D'OR"])
+def test_a_name_is_read_in_any_spelling_of_its_accents_and_apostrophes(observed):
+    for name in ("Caf\u00e9 d'Or", "Cafe\u0301 d\u2019Or"):
+        assert judge_navigation(reply("stop()", observed), "forward()", name, False).status == "wrong_action"
+
+
+def test_an_action_is_read_from_an_object_that_is_not_whole():
+    whole = reply("forward()", "Marn Cafe")
+    for text in (whole[:-1], whole[1:-1], whole.replace(",", ""), whole.replace("Marn Cafe", 'the "Marn" Cafe'),
+                 whole.replace("{", "{ // where am I?\n")):
+        verdict = judge_navigation(text, "forward()", "Marn Cafe", False)
+        assert verdict.status == "correct" and text[verdict.answer_at:].startswith('"action"')
 
 
 def test_the_verdict_says_what_was_wrong_and_never_what_is_right():
