@@ -572,11 +572,11 @@ NAVIGATION_SPLITS = {
 }
 NAVIGATION_PICTURE_SPLITS = NAVIGATION_SPLITS | {"visual_ood": dict(data="mini", in_order=True)}
 PICTURE_SETTINGS = ("resolution", "card_dir", "view_headings")
-NAVIGATION_METRICS = ("step_accuracy", "step_accuracy_turn", "success")
+NAVIGATION_METRICS = ("paper_step_accuracy", "step_accuracy_turn", "step_accuracy", "success")
 TASKS = {
     "gp-l": Task(GeneralPoints, {"vision": False}, GP_SPLITS, ("success",), 6.0, {"": 234}),
-    "gp-vl": Task(GeneralPoints, {"vision": True}, GP_PICTURE_SPLITS, ("success", "recognition", "rank_accuracy"), 6.0,
-                  {"": 234}),
+    "gp-vl": Task(GeneralPoints, {"vision": True}, GP_PICTURE_SPLITS,
+                  ("solved_and_read", "recognition", "success", "rank_accuracy"), 6.0, {"": 234}),
     "virl-l": Task(Navigation, {"vision": False}, NAVIGATION_SPLITS, NAVIGATION_METRICS, 5.1, {"": 48}),
     "virl-vl": Task(Navigation, {"vision": True}, NAVIGATION_PICTURE_SPLITS, NAVIGATION_METRICS, 5.1,
                     {"": 48, "visual_ood": 18}),

@@ -52,10 +52,13 @@ def summarise(infos, verify_iter, kinds=()):
 
     success             episodes solved
     step_accuracy       replies that are correct, retries included (paper C.3)
+    paper_step_accuracy the same with one wrong reply more for an episode that was cut short: the official code has the
+                        model write it, unread, and counts it
     first_try           first replies to a hand or at a position that are correct
     recognition         hands whose four cards the first reply names, in any order (paper Fig. 8); it must be a reply
                         that can be judged, with a formula
     rank_accuracy       cards that the first reply names in their place; by chance, one in thirteen
+    solved_and_read     episodes solved by a reply that also names the cards: the official code counts no other
     ..._turn and so on  the same for one kind of position
     ..._stderr          standard error of each, over episodes
     success_by_city     V-IRL, visual_ood: of each city, two routes in file order; the first is the training city or
@@ -68,6 +71,8 @@ def summarise(infos, verify_iter, kinds=()):
     turns = [info for episode in infos for info in episode]
     shares = {"success": share([episode[-1]["success"] for episode in infos], [1] * len(infos)),
               "step_accuracy": accuracy(lambda info: True),
+              "paper_step_accuracy": share([sum(info["status"] == "correct" for info in episode) for episode in infos],
+                                           [len(episode) + (not episode[-1]["success"]) for episode in infos]),
               "first_try": accuracy(lambda info: info["try"] == 1)}
     kinds = sorted({*kinds, *(info["kind"] for info in turns)})
     for kind in kinds if len(kinds) > 1 else ():
@@ -76,6 +81,8 @@ def summarise(infos, verify_iter, kinds=()):
     if "ranks_right" in turns[0]:
         shares["recognition"] = share([episode[0]["cards_read"] for episode in infos], [1] * len(infos))
         shares["rank_accuracy"] = share([episode[0]["ranks_right"] for episode in infos], [4] * len(infos))
+        shares["solved_and_read"] = share([episode[-1]["success"] and episode[-1]["cards_read"] for episode in infos],
+                                          [1] * len(infos))
     row = {"episodes": len(infos), "replies": len(turns)}
     for name, (mean, error) in shares.items():
         row |= {name: mean, f"{name}_stderr": error}
@@ -97,9 +104,10 @@ def summarise(infos, verify_iter, kinds=()):
 
 # Paper Fig. 6 and 7, Section 5.1 and 5.2: (%) at the start, after SFT and after RL, at equal compute.
 PAPER = {("gp-l", "rule_ood", "success"): (11.5, 3.4, 15.0),
-         ("virl-l", "rule_ood", "step_accuracy"): (80.8, 1.3, 91.8),
-         ("gp-vl", "rule_ood", "success"): (11.2, 5.6, 14.2), ("gp-vl", "visual_ood", "success"): (23.6, 13.7, 41.2),
-         ("virl-vl", "rule_ood", "step_accuracy"): (35.7, 2.5, 45.0),
+         ("virl-l", "rule_ood", "paper_step_accuracy"): (80.8, 1.3, 91.8),
+         ("gp-vl", "rule_ood", "solved_and_read"): (11.2, 5.6, 14.2),
+         ("gp-vl", "visual_ood", "solved_and_read"): (23.6, 13.7, 41.2),
+         ("virl-vl", "rule_ood", "paper_step_accuracy"): (35.7, 2.5, 45.0),
          ("virl-vl", "visual_ood", "success"): (16.7, 11.1, 77.8)}
 # Which way the paper's curves go on a split, and what it is called in a figure.
 SIGNS = {"id": {"SFT": "up", "RL": "up"}, "rule_ood": {"SFT": "down", "RL": "up"},
@@ -126,7 +134,8 @@ class Config:
     episodes: int = knob(1000, "per split and seed", low=1)
     paper: bool = knob(False, "the paper's sample size instead: 234 hands, 48 routes, 18 for V-IRL's visual_ood")
     seeds: str = knob("0", "evaluation seeds, comma-separated; never those of training, though a hand may come again")
-    temperature: float = knob(0.0, "0 is greedy", low=0)
+    temperature: float = knob(0.0, "0 is greedy; theirs samples as the checkpoint says, a stock Llama-3.2 at 0.6", low=0)
+    top_p: float = knob(1.0, "sample from the likeliest tokens that have this share (theirs: 0.9)", low=0.01, high=1)
     max_new_tokens: int = knob(256, "a reply is cut here", low=1)
     generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
     dtype: str = knob("auto", "compute in this type; auto: the run's, else the faster one",
@@ -167,7 +176,7 @@ class LocalModel:
             with running.memory_advice("--generate-tokens"):
                 replies = self.policy.generate([prompts[i] for i in missing], uniforms, config.max_new_tokens,
                                                config.temperature, config.generate_tokens, pictures,
-                                               self.pictures_seen)
+                                               self.pictures_seen, config.top_p)
             new = {i: ids for i, (ids, _) in zip(missing, replies)}
             known |= new
             if self.path:
@@ -221,12 +230,13 @@ def evaluate_model(path, called, known, config, write, kept=None):
     """Evaluate a checkpoint, or the API's model under its name, on every split and seed that its `known` rows do not
     cover; `write` gets each new row. `called` is what to call it, `kept` as in LocalModel."""
     model, common = None, settings.read_settings(config.env)
-    names = ("api_url", "task", "episodes", "paper", "temperature", "max_new_tokens", "dtype")
+    names = ("api_url", "task", "episodes", "paper", "temperature", "top_p", "max_new_tokens", "dtype")
     for split in settings.read_splits(config.splits):
         env = envs.make_env(config.task, split.name, common, **split.settings)
         chosen = {name: getattr(config, name) for name in names}
         chosen["env"] = {name: value for name, value in env.settings.items() if name != "solution"}   # no expert plays
-        done = {row["seed"] for row in known if row["split"] == split.label and row["settings"] == chosen}
+        done = {row["seed"] for row in known if row["split"] == split.label and row["settings"] == chosen
+                and row.keys() >= set(envs.TASKS[config.task].metrics)}
         for seed in dict.fromkeys(map(int, config.seeds.split(","))):
             if seed in done:
                 running.say(f"{called}, {split.label}, seed {seed}: already evaluated")
@@ -339,6 +349,9 @@ def load_arms(folders):
         arm = "RL" if "updates" in config else "SFT"               # rl.py counts updates, sft.py steps
         rows = {(row["step"], row["split"], row["seed"]): row for row in rows}             # the last of equals
         for row in rows.values():
+            if lacking := set(envs.TASKS[row["settings"]["task"]].metrics) - row.keys():
+                raise ValueError(f"run {str(run)!r}: its eval.jsonl is from an earlier version, without {min(lacking)}; run "
+                                 f"evaluate.py --run-folder {run} again")
             first_run, first = chosen.setdefault(row["split"], (run, row["settings"]))
             if differing := difference(first, row["settings"]):
                 raise ValueError(f"--compare needs one set of settings for a split; on {row['split']} {first_run} and {run} "

@@ -78,7 +78,9 @@ class Config:
     steps: int = knob(400, "optimizer steps (the paper's RL starts from step 400)", low=1)
     batch_size: int = knob(128, "samples per optimizer step: 16 x 8 GPUs in the paper", low=1)
     lr: float = knob(1e-6, "peak learning rate (5e-7 for the vision tasks)", low=0)
-    warmup_ratio: float = knob(0.03, "share of the steps with linear warm-up, then cosine to 0", low=0, high=1)
+    warmup_ratio: float = knob(0.03, "share of the steps with linear warm-up", low=0, high=1)
+    schedule: str = knob("cosine", "after the warm-up: cosine to 0, as the official script says, or constant, as it ran",
+                         choices=("cosine", "constant"))
     freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)} (Fig. 16)")
     weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
     beta2: float = knob(0.98, "AdamW beta 2; beta 1 is 0.9, eps 1e-7", low=0, high=0.999999)
@@ -248,7 +250,8 @@ def main(config):
     for step in bar:
         first, end = step * config.batch_size, (step + 1) * config.batch_size       # samples of this step
         with running.one_line_errors(f"step {step + 1}, samples {first} to {end - 1}"):
-            lr = running.learning_rate(step, config.steps, config.lr, config.warmup_ratio)
+            lr = running.learning_rate(step, config.steps, config.lr, config.warmup_ratio,
+                                       final=config.lr if config.schedule == "constant" else 0.0)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = [(encode(processor, messages), encode_reply(processor, reply), picture_of(messages))
