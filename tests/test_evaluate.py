@@ -17,7 +17,7 @@ def puppet(environments, choose):
     def reply(turn, conversations):
         assert list(conversations) == [i for i, env in enumerate(environments) if not env.done]
         assert all(environments[i].messages == messages for i, (messages, _) in conversations.items())
-        return [choose(environments[i]) for i in conversations]
+        return [(choose(environments[i]), "stop") for i in conversations]
     return reply
 
 
