@@ -34,7 +34,7 @@ from pathlib import Path
 import envs
 from model import EVALUATION, PictureCache, decode_reply, encode, load_policy, picture_of, sampling_uniforms
 from support import running, settings
-from support.api import ApiModel
+from support.api import ApiModel, read_extra
 from support.running import knob
 
 
@@ -63,6 +63,8 @@ def summarise(infos, verify_iter, kinds=()):
     ..._stderr          standard error of each, over episodes
     success_by_city     V-IRL, visual_ood: of each city, two routes in file order; the first is the training city or
                         looks like it
+    endings             replies by why they ended: "stop", "length" if cut at the limit, or another word of an API
+    replies_empty       replies without any text
     """
     def accuracy(wanted):
         picked = [[info["status"] == "correct" for info in episode if wanted(info)] for episode in infos]
@@ -97,7 +99,9 @@ def summarise(infos, verify_iter, kinds=()):
             cities[episode[-1]["route"] // 2].append(episode[-1]["success"])
     if cities:
         row["success_by_city"] = [sum(solved) / len(solved) for _, solved in sorted(cities.items())]
-    return row | {"statuses": dict(sorted(Counter(info["status"] for info in turns).items()))}
+    row |= {name: dict(sorted(Counter(info[key] for info in turns).items()))
+            for name, key in (("statuses", "status"), ("endings", "ending"))}
+    return row | {"replies_empty": sum(info["empty"] for info in turns)}
 
 
 # ---- Settings ----------------------------------------------------------------------------------------------
@@ -126,6 +130,8 @@ class Config:
     figure: str = knob("", "with --compare: write the figure here (needs matplotlib)")
     api_url: str = knob("", "evaluate a model behind this OpenAI-style API; its key stands in the variable API_KEY")
     api_model: str = knob("", "with --api-url: the model's name there")
+    api_extra: str = knob("", 'with --api-url: JSON with more fields for the request; null leaves one out, as in '
+                          '{"max_tokens": null, "max_completion_tokens": 4096}')
     api_workers: int = knob(8, "with --api-url: requests at the same time", low=1)
     out: str = knob("", "with --api-url: folder for the replies and for eval.jsonl, new or stopped half-way")
     task: str = knob("", "which environment; empty: the run's, else gp-l", choices=("", *envs.TASKS))
@@ -164,8 +170,8 @@ class LocalModel:
             running.say(f"goes on with {len(self.known)} replies that an evaluation before it left")
 
     def reply(self, of, split, seed, turn, pending):
-        """The texts of the next replies to {episode: (messages, whether they begin a dialogue)}, in order; `of` says
-        for whom they are kept."""
+        """The next replies to {episode: (messages, whether they begin a dialogue)}, in order: pairs of the text and why
+        it ended, "stop", or "length" if it was cut at the limit. `of` says for whom they are kept."""
         config, known = self.config, {i: self.known.get((of, turn, i)) for i in pending}
         prompts = {i: encode(self.processor, messages, None if new else self.ids_so_far[i])
                    for i, (messages, new) in pending.items()}
@@ -182,7 +188,8 @@ class LocalModel:
             if self.path:
                 running.append_line(self.path, {"of": of, "turn": turn, "replies": new})
         self.ids_so_far = {i: prompts[i] + known[i] for i in pending}
-        return [decode_reply(self.processor, ids) for ids in known.values()]
+        return [(decode_reply(self.processor, ids), "stop" if ids[-1] == self.policy.eos_id else "length")
+                for ids in known.values()]
 
     def forget(self, of):
         """This evaluation is done and its row written: its replies may go from the files of all processes."""
@@ -203,8 +210,8 @@ def num_episodes(config, split):
 def play_episodes(reply, environments, seed):
     """Play one episode in each environment, all side by side; the list of infos, one per turn, of each episode.
 
-    reply(turn, {episode: (messages, whether they begin a dialogue)}) gives the texts. Every process plays its part of
-    them, and gets the infos of all.
+    reply(turn, {episode: (messages, whether they begin a dialogue)}) gives (text, ending) pairs as LocalModel.reply
+    does. Every process plays its part of them, and gets the infos of all.
     """
     pending, turn = {}, 0
     for i in running.own_part(range(len(environments))):
@@ -213,9 +220,9 @@ def play_episodes(reply, environments, seed):
     infos, bar = {i: [] for i in pending}, running.progress(total=len(pending), nested=True, desc="episodes")
     while pending:
         replies, going = reply(turn, pending), {}
-        for i, text in zip(pending, replies):
+        for i, (text, ending) in zip(pending, replies):
             messages, reward, _, _, info = environments[i].step(text)
-            infos[i].append(info | {"reward": reward})
+            infos[i].append(info | {"reward": reward, "ending": ending, "empty": not text.strip()})
             if environments[i].done:
                 bar.update()
             else:
@@ -224,6 +231,15 @@ def play_episodes(reply, environments, seed):
     bar.close()
     everyones = running.gather(list(infos.items()))
     return [episode for _, episode in sorted((pair for part in everyones for pair in part), key=lambda pair: pair[0])]
+
+
+def odd_replies(row):
+    """In words, how many replies of an evaluation were cut, refused, filtered or empty; "" if none was."""
+    limit = "their limit" if "api_extra" in row["settings"] else f"--max-new-tokens {row['settings']['max_new_tokens']}"
+    odd = [f"{count} cut at {limit}" if ending == "length" else f"{count} ended with {ending}"
+           for ending, count in row["endings"].items() if ending != "stop"]
+    odd += [f"{row['replies_empty']} empty"] if row["replies_empty"] else []
+    return f"of {row['replies']} replies, {', '.join(odd)}" if odd else ""
 
 
 def evaluate_model(path, called, known, config, write, kept=None):
@@ -235,6 +251,8 @@ def evaluate_model(path, called, known, config, write, kept=None):
         env = envs.make_env(config.task, split.name, common, **split.settings)
         chosen = {name: getattr(config, name) for name in names}
         chosen["env"] = {name: value for name, value in env.settings.items() if name != "solution"}   # no expert plays
+        if config.api_url and (extra := read_extra(config.api_extra)):
+            chosen["api_extra"] = extra
         done = {row["seed"] for row in known if row["split"] == split.label and row["settings"] == chosen
                 and row.keys() >= set(envs.TASKS[config.task].metrics)}
         for seed in dict.fromkeys(map(int, config.seeds.split(","))):
@@ -253,6 +271,8 @@ def evaluate_model(path, called, known, config, write, kept=None):
             found = ", ".join(f"{name.replace('_', ' ')} {100 * row[name]:.1f} +- {100 * row[f'{name}_stderr']:.1f} %"
                               for name in ("first_try", *envs.TASKS[config.task].metrics))
             running.say(f"{called}, {split.label}, seed {seed}: {found}")
+            if odd := odd_replies(row):
+                running.say(f"{called}, {split.label}, seed {seed}: {odd}")
 
 
 def take_settings(config, run, trained):

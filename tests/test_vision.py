@@ -337,7 +337,7 @@ def test_recognition_is_read_from_first_replies_and_ranks_from_their_places():
             env = environments[i]
             wrong = env.cards[:2] + ["joker"] * 2
             cards = env.cards[::-1] if i % 3 == 0 else wrong if i % 3 == 1 else env.cards
-            told.append(json.dumps({"cards": cards if turn == 0 else env.cards, "formula": "1+1"}))
+            told.append((json.dumps({"cards": cards if turn == 0 else env.cards, "formula": "1+1"}), "stop"))
         return told
 
     for env in environments:
