@@ -42,6 +42,7 @@ class ApiModel:
             raise ValueError(f"--out {config.out}: must be a new folder or one of an earlier evaluation, not "
                              f"{'a run folder' if out.is_dir() else 'a file'}")
         self.config, self.url, self.extra = config, completions_url(config.api_url), read_extra(config.api_extra)
+        self.extra = {"top_p": config.top_p, **self.extra} if config.top_p < 1 else self.extra
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         try:
             self.client = httpx.Client(headers=headers, timeout=120)   # follows no redirect: the key goes nowhere else

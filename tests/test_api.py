@@ -77,7 +77,7 @@ def test_a_model_behind_an_api_is_asked_with_the_whole_dialogue_and_its_picture(
     assert len(server.requests) == 6 and set(server.keys) == {"Bearer secret"}
     path, request = server.requests[0]
     assert path == "/v1/chat/completions" and request["model"] == "org/some-model"
-    assert request["max_tokens"] == 77 and request["temperature"] == 0
+    assert request["max_tokens"] == 77 and request["temperature"] == 0 and "top_p" not in request
     picture, text = request["messages"][0]["content"]
     data = base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,"))
     assert Image.open(io.BytesIO(data)).size == (60, 60) and text["text"].startswith("Make 24")
@@ -236,6 +236,13 @@ def test_a_local_reply_that_was_cut_is_told_from_one_that_ended(monkeypatch, tmp
     evaluate.evaluate_model("x", "x", [], config, rows.append)
     assert rows[0]["endings"] == {"length": 4} and rows[0]["replies_empty"] == 4
     assert "x, id, seed 0: of 4 replies, 4 cut at --max-new-tokens 256, 4 empty\n" in capsys.readouterr().out
+
+
+def test_top_p_is_sent_where_it_is_given(api):
+    server, _ = api(top_p=0.9)
+    assert all(request["top_p"] == 0.9 for _, request in server.requests)
+    requests = len(server.requests)
+    assert len(api((), server)[0].requests) == 2 * requests                          # without it: another evaluation
 
 
 def test_fields_of_the_request_are_added_and_left_out(api, capsys):

@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,33 @@ def test_v_irl_counts_replies_turns_apart_and_routes(city):
     assert late["first_try"] < late["step_accuracy"] and late["step_accuracy_stderr"] > 0
     straight = played("rule_ood", lambda env: env.format_reply("forward()"), verify_iter=2, task="virl-l", root=city)
     assert straight["success"] == straight["step_accuracy"] == 0 and straight["replies"] == 40   # it begins with a turn
+
+
+def test_the_papers_step_accuracy_counts_a_wrong_reply_more_where_an_episode_was_cut_short(city):
+    """Half of the routes are walked as the expert walks, half fail at the first position, in two replies."""
+    environments = [envs.make_env("virl-l", root=city) for _ in range(20)]
+    fails = environments[::2]
+    infos = evaluate.play_episodes(puppet(environments, lambda env: env.flawed_reply() if env in fails else env.expert_reply()), environments, 0)
+    row, right = evaluate.summarise(infos, 2), sum(len(env.rail) for env in environments[1::2])
+    assert row["step_accuracy"] == pytest.approx(right / (right + 20))
+    assert row["paper_step_accuracy"] == pytest.approx(right / (right + 30)) and row["paper_step_accuracy_stderr"] > 0
+    assert row["success"] == 0.5
+
+
+def test_a_hand_is_solved_and_read_only_if_the_solving_reply_names_its_cards():
+    def choose(env):
+        return env.expert_reply() if env in seeing else env.format_reply(env.formula).replace('"cards": [', '"cards": ["7", ')
+    environments = [envs.make_env("gp-vl", resolution=48) for _ in range(8)]
+    seeing = environments[:2]
+    row = evaluate.summarise(evaluate.play_episodes(puppet(environments, choose), environments, 0), 5)
+    assert (row["success"], row["solved_and_read"], row["recognition"]) == (1, 0.25, 0.25)
+
+
+def test_rows_without_todays_measures_are_evaluated_again_and_not_compared(tmp_path, monkeypatch):
+    write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
+    monkeypatch.setitem(envs.TASKS, "gp-l", replace(envs.TASKS["gp-l"], metrics=("success", "novelty")))
+    with pytest.raises(ValueError, match="eval.jsonl is from an earlier version, without novelty; run evaluate.py --run-folder .*sft again"):
+        evaluate.compare([str(tmp_path / "sft")], "")
 
 
 def test_the_visual_test_plays_the_routes_in_order_and_tells_the_cities_apart(city):
@@ -201,7 +229,7 @@ def test_a_run_named_twice_and_rows_that_came_twice_count_once(tmp_path):
 def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_standard_errors(tmp_path, capsys):
     assert [evaluate.judge_sign("up", change, 1.0) for change in (2.1, 1.9, -1.9, -2.1)] == ["met", "undecided", "undecided", "not met"]
     assert evaluate.judge_sign("down", -2.1, 1.0) == "met"
-    assert evaluate.paper_metric("virl-vl", "visual_ood") == "success" and evaluate.paper_metric("virl-vl", "id") == "step_accuracy"
+    assert evaluate.paper_metric("virl-vl", "visual_ood") == "success" and evaluate.paper_metric("virl-vl", "id") == "paper_step_accuracy"
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.05)])
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)])
     evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "rl")], "")

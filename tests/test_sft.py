@@ -9,6 +9,8 @@ import torch
 import envs
 import model
 import sft
+from conftest import tiny_folder
+from support import running
 
 
 def some_samples(processor, num=6):
@@ -158,3 +160,11 @@ def test_settings_that_a_data_file_or_failed_tries_would_ignore_are_refused(tmp_
         with pytest.raises(ValueError, match="verify_iter 2 must be above --failed-tries 2"):
             sft.Samples(sft.Config(failed_tries=2, **knobs))
     assert sft.Samples(sft.Config(failed_tries=2, env=("verify_iter=3",))).envs[0].verify_iter == 3
+
+
+def test_the_learning_rate_falls_to_0_or_stays(tmp_path):
+    for schedule in ("cosine", "constant"):
+        sft.main(sft.Config(out=str(tmp_path / schedule), model=tiny_folder(), steps=4, batch_size=2, lr=1e-3, warmup_ratio=0.25,
+                            schedule=schedule, dtype="float32", device="cpu"))
+        rates = [row["lr"] for row in running.read_jsonl(tmp_path / schedule / "metrics.jsonl")]
+        assert rates[0] == rates[1] == 1e-3 and (rates[3] == 1e-3 if schedule == "constant" else rates[3] < 0.3e-3)
