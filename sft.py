@@ -151,7 +151,7 @@ class Samples:
     """Sample i of the run as (messages, expert reply): made by an environment, or read from a file in seeded order."""
 
     def __init__(self, config):
-        splits, common = settings.read_splits(config.mix), settings.read_settings(config.env)
+        splits, common = settings.read_splits(config.mix, weighted=True), settings.read_settings(config.env)
         common.setdefault("verify_iter", config.failed_tries + 1)  # so that no failed try ends the episode
         self.envs = [envs.make_env(config.task, split.name, common, **split.settings) for split in splits]
         self.weights = [split.weight for split in splits]

@@ -26,9 +26,9 @@ def test_a_setting_without_a_key_or_a_value_is_named(word):
 
 
 def test_settings_behind_a_split_are_for_it_alone():
-    assert read_splits(("id:0.75", "rule=11,11,11", "target=36", "rule_ood", "id:2")) == [
+    assert read_splits(("id:0.75", "rule=11,11,11", "target=36", "rule_ood", "id:2"), weighted=True) == [
         Split("id", {"rule": "11,11,11", "target": "36"}, 0.75), Split("rule_ood", {}, 1.0), Split("id", {}, 2.0)]
-    assert [split.label for split in read_splits(("id:0.75", "rule=11,11,11", "target=36", "rule_ood"))] == [
+    assert [split.label for split in read_splits(("id:0.75", "rule=11,11,11", "target=36", "rule_ood"), weighted=True)] == [
         "id rule=11,11,11 target=36", "rule_ood"]
 
 
@@ -40,8 +40,13 @@ def test_settings_behind_a_split_are_for_it_alone():
     (("id:nan",), "weight 'nan'"), (("id:inf",), "weight 'inf'")])
 def test_a_split_that_cannot_be_read_is_named(words, told):
     with pytest.raises(ValueError) as error:
-        read_splits(words)
+        read_splits(words, weighted=True)
     assert told in str(error.value)
+
+
+def test_a_weight_without_a_mix_is_named():
+    with pytest.raises(ValueError, match="split 'id:0.5': only --mix has weights"):
+        read_splits(("rule_ood", "id:0.5"))
 
 
 @pytest.mark.parametrize("value, default, read", [
