@@ -93,13 +93,18 @@ TOKEN = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^{}\[\]:,"'\s][^{
 DECODER = json.JSONDecoder()
 
 
+def unescape(word):
+    """A quoted word without its backslashes, read as in JSON where they mean something there."""
+    return re.sub(r"""\\(?:u([0-9a-fA-F]{4})|(["'/\\]))""", lambda found: chr(int(found[1], 16)) if found[1] else found[2],
+                  word) if "\\" in word else word
+
+
 def read_scalar(text, position):
     """A quoted string or a run of bare words: (its text, where it ends); the text is None where there is neither."""
     match = SCALAR.match(text, position)
     if match is None:
         return None, position
-    word = match[match.lastindex].strip()
-    return re.sub(r"\\([\"'/\\])", r"\1", word) if "\\" in word else word, match.end()
+    return unescape(match[match.lastindex].strip()), match.end()
 
 
 def read_relaxed(text, position):
@@ -188,7 +193,7 @@ def last_value(text, key):
     """(the last quoted text or list behind `key:`, where that key stands); (None, -1) if there is none."""
     value, at = None, -1
     for match in re.finditer(rf"""(["']?)\b{key}\1\s*:\s*(?:(["'])((?:\\.|(?!\2)[^\\])*)\2|\[+([^\[\]]*)\])""", text, re.S):
-        value, at = match[3] if match[2] else re.findall(r"""[^\s,"']+""", match[4]), match.start()
+        value, at = unescape(match[3]) if match[2] else re.findall(r"""[^\s,"']+""", match[4]), match.start()
     return value, at
 
 
