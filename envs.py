@@ -322,6 +322,7 @@ class GeneralPoints(Environment):
         self.hand, self.numbers = self.deal()
         self.cards = [rank for rank, _ in self.hand]
         found = solutions(self.numbers, self.target)
+        # differs 23: the shortest by default; theirs any
         self.formula = found[0] if self.solution == "fixed" else self.rng.choice(found)
 
     def picture(self):

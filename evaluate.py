@@ -73,6 +73,7 @@ def summarise(infos, verify_iter, kinds=()):
     turns = [info for episode in infos for info in episode]
     shares = {"success": share([episode[-1]["success"] for episode in infos], [1] * len(infos)),
               "step_accuracy": accuracy(lambda info: True),
+              # differs 22: theirs has no other, and solved_and_read below for success
               "paper_step_accuracy": share([sum(info["status"] == "correct" for info in episode) for episode in infos],
                                            [len(episode) + (not episode[-1]["success"]) for episode in infos]),
               "first_try": accuracy(lambda info: info["try"] == 1)}
@@ -122,7 +123,7 @@ TITLES = {"id": "the training rule", "rule_ood": "the other rule", "visual_ood":
 
 @dataclass
 class Config:
-    """Defaults are ours: the paper does not say how it decodes in its tests."""
+    """Defaults are ours: the paper does not say how it decodes in its tests."""     # differs 25: greedy, theirs samples
     model: str = knob("", "evaluate this one checkpoint")
     run_folder: str = knob("", "evaluate all checkpoints of this run folder, and the model it started from")
     start: bool = knob(True, "with --run-folder: evaluate the model it started from as well")

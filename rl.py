@@ -91,6 +91,7 @@ class Config:
     split: tuple = knob(("id",), "the rule to train on, and settings of its own, such as: id rule=11,11,11 fold=train")
     env: tuple = knob((), "settings of the environment, such as: root=city0 verify_iter=3 (envs.py lists them)")
     # rollout
+    # differs 26: many environments, few turns; theirs 8 x 256
     num_envs: int = knob(256, "environments played side by side", low=1)
     turns_per_env: int = knob(8, "turns of each per update; 256 x 8 = 2048 as on the paper's 8 GPUs", low=1)
     max_new_tokens: int = knob(512, "a reply is cut here", low=1)

@@ -79,6 +79,7 @@ class Config:
     batch_size: int = knob(128, "samples per optimizer step: 16 x 8 GPUs in the paper", low=1)
     lr: float = knob(1e-6, "peak learning rate (5e-7 for the vision tasks)", low=0)
     warmup_ratio: float = knob(0.03, "share of the steps with linear warm-up", low=0, high=1)
+    # differs 24: the default is what their script asks for, not what ran
     schedule: str = knob("cosine", "after the warm-up: cosine to 0, as the official script says, or constant, as it ran",
                          choices=("cosine", "constant"))
     freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)} (Fig. 16)")

@@ -204,6 +204,7 @@ def read_reply(reply, keys):
     It is read as a person would. Usually it holds an object (`last_object`). Where a quoted answer stands behind the last
     of these, in an object that is cut, lacks a brace or a comma or holds a comment, each key has the last value behind it.
     """
+    # differs 21: theirs reads the first object, and only in few forms
     found, start = last_object(reply, keys[0])
     at, end = find_key(reply, start, keys[0]) if found is not None else (len(reply), 0)
     if reply.find(keys[0], end) >= 0:
