@@ -59,7 +59,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from support import cards, play, settings, streets
+from support import cards, demonstrator, play, settings, streets
+from support.chat import user_message
 from support.solver import solutions
 from verify import FEEDBACK, LAST_TRY_PENALTY, fill, judge_general_points, judge_navigation
 
@@ -100,26 +101,14 @@ PROMPTS = {                                  # differs 15: ours; theirs by a pro
 MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"}}   # what a prompt file may use beside the {names} above
 
 
-def user_message(text, picture=None):
-    """A user's message in the Hugging Face chat format, the picture before the text if there is one."""
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}] if picture else text
-    return {"role": "user", "content": content}
-
-
-def read_text(message):
-    """The text of a message, its picture left out."""
-    content = message["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
-
-
 # ---- What an environment must have -------------------------------------------------------------------------
 
 class Environment(ABC):
     """One conversation with the verifier at a time: what all environments share, and what each must have.
 
     A new one adds a class with the members below (Python refuses one that lacks any), its texts in PROMPTS, a row in
-    TASKS, and a judge with its texts in verify.py. Its constructor has a default for every setting, vision, verify_iter,
-    feedback and prompt_file among them, which it hands on to this one's.
+    TASKS, and a judge with its texts in verify.py. Its constructor has a default for every setting; what it does not use
+    itself it hands on to this one's.
 
     An episode is a row of positions (GeneralPoints: one, the hand); at each the model has `verify_iter` tries. A correct
     reply leads to the next position, where a new dialogue begins, or terminates the episode at the last; a wrong one is
@@ -131,18 +120,20 @@ class Environment(ABC):
     """
     kinds: tuple         # of positions; metrics are reported for each apart
     retry_prompt: str    # the template around a verdict that asks for another try
+    known_faults = ()    # what an imperfect demonstrator may do (the setting `faults`)
 
     def __init_subclass__(cls):
         for name in ("kinds", "retry_prompt"):
             if not hasattr(cls, name):
                 raise TypeError(f"environment {cls.__name__} has no {name}")
 
-    def __init__(self, vision, verify_iter, feedback, prompt_file):
+    def __init__(self, vision=False, verify_iter=5, feedback="informative", prompt_file="", faults=""):
         settings.check_whole("verify_iter", verify_iter, 1)
         settings.check_choice("feedback", feedback, ("informative", "plain"))
         self.vision, self.verify_iter, self.feedback = vision, verify_iter, feedback
         self.prompts = settings.load_templates(prompt_file, PROMPTS, MORE_VALUES)
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
+        self.shares = demonstrator.parse_faults(faults, self.known_faults)
         self.rng, self.done = random.Random("0"), True
 
     @abstractmethod
@@ -168,7 +159,7 @@ class Environment(ABC):
 
     @abstractmethod
     def expert_reply(self):
-        """A correct reply at the present position, as valid JSON: what SFT learns from."""
+        """A correct reply at the present position, as valid JSON."""
 
     @abstractmethod
     def flawed_reply(self):
@@ -193,6 +184,19 @@ class Environment(ABC):
     def details(self, verdict):
         """What `info` tells beside the common keys."""
         return {}
+
+    def faulty_reply(self, fault):
+        """A reply with one of `known_faults`; the expert's where it cannot be made here."""
+        raise NotImplementedError
+
+    def demonstrate(self):
+        """What SFT learns from: the expert's reply, or with their shares the faulty ones of an imperfect demonstrator."""
+        draw = self.rng.random() if self.shares else 1.0
+        for fault, share in self.shares.items():
+            if draw < share:
+                return self.faulty_reply(fault)
+            draw -= share
+        return self.expert_reply()
 
     # The conversation.
 
@@ -237,7 +241,6 @@ class Environment(ABC):
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 SUITS = "SHDC"
 RULES = {"face_cards_as_10": (10, 10, 10), "face_cards_as_11_12_13": (11, 12, 13)}
-FOLDS = ("all", "train", "test")
 
 
 def parse_rule(rule):
@@ -273,14 +276,16 @@ class GeneralPoints(Environment):
     verify_iter   judged replies per episode (5 in the paper)
     feedback      "informative" names the fault, "plain" only says the try failed
     prompt_file   JSON object of templates that replace those of PROMPTS
+    faults        of an imperfect demonstrator: leave_out (a card), ten (J, Q, K count ten whatever the rule), with shares
     """
     kinds = ("formula",)
     retry_prompt = "gp_retry"
+    known_faults, faulty_reply = ("leave_out", "ten"), demonstrator.faulty_hand
 
     def __init__(self, rule="face_cards_as_10", target=24, face_card=False, suits=SUITS, fold="all", solution="fixed",
-                 resolution=1200, card_dir="", vision=False, verify_iter=5, feedback="informative", prompt_file=""):
+                 resolution=1200, card_dir="", **common):
         self.rule_jqk = parse_rule(rule)
-        settings.check_choice("fold", fold, FOLDS)
+        settings.check_choice("fold", fold, ("all", "train", "test"))
         settings.check_choice("solution", solution, ("fixed", "random"))
         if not isinstance(suits, str) or not suits or set(suits) - set(SUITS) or len(set(suits)) < len(suits):
             raise ValueError(f"suits {suits!r}: allowed are letters of {SUITS}, each once")
@@ -291,7 +296,7 @@ class GeneralPoints(Environment):
         self.deck = [(rank, suit) for suit in suits for rank in range(13)]
         for rank, suit in self.deck if card_dir else ():           # a bad file is an error now, not in mid-training
             cards.card_picture(RANKS[rank], suit, *cards.CARD, card_dir)
-        super().__init__(vision, verify_iter, feedback, prompt_file)
+        super().__init__(**common)
 
     def draw_rule(self):
         """Values for J, Q, K that are neither rule of the paper."""
@@ -341,27 +346,15 @@ class GeneralPoints(Environment):
         return {"numbers_right": verdict.numbers_right, "cards_read": verdict.cards_read,
                 "ranks_right": verdict.ranks_right}
 
-    def format_reply(self, answer):
-        return json.dumps({"cards": self.cards, "number": self.numbers, "formula": f"{answer}={self.target}"})
+    def format_reply(self, answer, numbers=None):
+        return json.dumps({"cards": self.cards, "number": numbers or self.numbers, "formula": f"{answer}={self.target}"})
 
     def expert_reply(self):
         return self.format_reply(self.formula)
 
     def flawed_reply(self):
-        """Wrong value (mostly), wrong number, or broken formula."""
         while True:
-            numbers = self.rng.sample(self.numbers, 4)
-            fault = self.rng.choices(("value", "number", "form"), weights=(6, 2, 1))[0]
-            if fault == "number":
-                numbers[0] = self.rng.randint(1, 13)
-            a, b, c, d = numbers
-            o, p, q = self.rng.choices("+-*/", weights=(3, 3, 3, 1), k=3)
-            formula = self.rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}{c}{q}{d}",
-                                       f"{a}{o}({b}{p}{c}){q}{d}", f"({a}{o}{b}){p}({c}{q}{d})",
-                                       f"({a}{o}{b}{p}{c}){q}{d}"))
-            if fault == "form":
-                formula = f"({formula}"
-            reply = self.format_reply(formula)
+            reply = self.format_reply(demonstrator.flawed_formula(self.rng, self.numbers))
             if self.judge(reply).status != "correct":
                 return reply
 
@@ -385,6 +378,7 @@ class Position:
     """One place on the rail: what the expert sees there, does there, and which instruction is current."""
     kind: str            # "turn", "forward" or "stop"
     action: str
+    other_action: str    # by the other rule
     pano: str
     heading: int
     landmark: str        # "Aldo Cafe is on your left", or ""
@@ -412,26 +406,27 @@ class Navigation(Environment):
     view_headings where the four views look, relative to the agent: "prompt" (front, right, back, left, as the prompt
                   says) or "official" (what the official code crops)
     resolution    pixels of a view; the grid of four is 2 * resolution + 5 wide
-    vision        show four views of the place instead of the landmark's name (set by the task)
     verify_iter   judged replies per position (2 in the paper)
-    feedback, prompt_file   as in GeneralPoints
+    vision, feedback, prompt_file   as in GeneralPoints
+    faults        of an imperfect demonstrator: walk_past (an intersection), other_word (of the other rule), with shares
     """
     kinds = ("turn", "forward", "stop")
     retry_prompt = "nav_retry"
+    known_faults, faulty_reply = ("walk_past", "other_word"), demonstrator.faulty_step
 
     def __init__(self, root="", data="train", in_order=False, action_space="absolute", view_headings="prompt",
-                 resolution=448, vision=False, verify_iter=2, feedback="informative", prompt_file=""):
+                 resolution=448, verify_iter=2, **common):
         settings.check_choice("data", data, FOLDERS)
         settings.check_choice("action_space", action_space, ACTION_SPACES)
         settings.check_choice("view_headings", view_headings, VIEW_HEADINGS)
         settings.check_whole("resolution", resolution, 1, cards.MAX_SIZE)
-        super().__init__(vision, verify_iter, feedback, prompt_file)
+        super().__init__(verify_iter=verify_iter, **common)
         folders = [Path(root) / name for name in FOLDERS[data]]
         self.folder = next((folder for folder in folders if folder.is_dir()), None)
         if not root or self.folder is None:
             raise ValueError(f"root {str(root)!r}: V-IRL needs a folder that holds {' or '.join(FOLDERS[data])}; "
                              "data/synthetic_city.py makes one")
-        self.routes = streets.load_routes(self.folder, vision)
+        self.routes = streets.load_routes(self.folder, self.vision)
         self.in_order, self.action_space = in_order, action_space
         self.view_headings, self.resolution = VIEW_HEADINGS[view_headings], resolution
         self.actions = ["forward()", *(f"turn_direction({word})" for word in ACTION_SPACES[action_space]), "stop()"]
@@ -472,12 +467,13 @@ class Navigation(Environment):
             # differs 20: a sentence belongs to its leg; theirs counts on, and a leg without places shifts the later ones
             for between in route.between[i - 1] if i else ():
                 if self.rng.random() >= DROP_RATE and between is not None:
-                    yield Position("forward", "forward()", between, heading, "", False, self.sentences[2 * i - 1])
+                    yield Position("forward", *2 * ["forward()"], between, heading, "", False, self.sentences[2 * i - 1])
             if i == len(words):
-                yield Position("stop", "stop()", pano, heading, landmark, False, self.sentences[-1])
+                yield Position("stop", *2 * ["stop()"], pano, heading, landmark, False, self.sentences[-1])
             else:
-                word = words[i] if self.action_space == "relative" else route.directions[i]
-                yield Position("turn", f"turn_direction({word})", pano, heading, landmark, i > 0, self.sentences[2 * i])
+                actions = [f"turn_direction({word})" for word in (route.directions[i], words[i])]
+                yield Position("turn", *actions[::-1 if self.action_space == "relative" else 1], pano, heading, landmark,
+                               i > 0, self.sentences[2 * i])
 
     position = property(lambda self: self.rail[self.at])
     kind = property(lambda self: self.position.kind)
@@ -525,10 +521,10 @@ class Navigation(Environment):
     def details(self, verdict):
         return {"route": self.number, "position": self.at}
 
-    def format_reply(self, answer, position=None):
-        """`position`: where the observation is of, if not here."""
+    def format_reply(self, answer, position=None, sentence=None):
+        """`position`: where the observation is of, if not here; `sentence`: another instruction than the current one."""
         return json.dumps({"current observation": self.observation(position or self.position),
-                           "current instruction": self.position.sentence, "action": answer})
+                           "current instruction": sentence or self.position.sentence, "action": answer})
 
     def expert_reply(self):
         return self.format_reply(self.position.action)
@@ -595,7 +591,8 @@ def make_env(task, split="id", common=(), /, **own):
     row, common = TASKS[task], dict(common)
     if split not in row.splits:
         raise ValueError(f"split {split!r}: {task} has {', '.join(row.splits)}")
-    known = {name: parameter.default for name, parameter in inspect.signature(row.environment).parameters.items()}
+    known = {name: parameter.default for kind in (Environment, row.environment)        # its own default counts
+             for name, parameter in inspect.signature(kind).parameters.items() if name != "common"}
     for name, value in {**common, **own}.items():
         if name not in known or name in row.fixed:
             raise ValueError(f"{name} {value!r}: {task} has no such setting; it has "

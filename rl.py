@@ -38,6 +38,7 @@ import envs
 from model import (FREEZABLE, SAMPLES, SHUFFLES, PictureCache, aligned_micro_batches, collate, decode_reply, encode,
                    load_policy, picture_of, sampling_uniforms)
 from support import running, settings
+from support.chat import read_text
 from support.running import knob
 
 # ---- The maths ---------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ class Conversation:
         self.verdicts = [*self.verdicts, [info["status"], reward]]
         dialogue = [*before, {"role": "assistant", "content": reply}] if info["new_dialogue"] else messages
         readable = {"env": self.index, "episode": self.episode, "verdicts": self.verdicts,
-                    "messages": [message | {"content": envs.read_text(message)} for message in dialogue]}
+                    "messages": [message | {"content": read_text(message)} for message in dialogue]}
         if terminated or truncated:
             self.begin(self.episode + 1)
         else:

@@ -31,6 +31,7 @@ import envs
 from model import FREEZABLE, IMAGE_TOKEN, aligned_micro_batches, collate, encode, encode_reply, load_policy, picture_of
 from support import running, settings
 from support.cards import open_picture
+from support.chat import read_text, user_message
 from support.running import knob
 
 
@@ -144,7 +145,7 @@ def read_conversations(path, vision):
                 messages = messages + [{"role": "assistant", "content": text}]
             else:
                 text = text.replace("<image>\n", "").replace("<image>", "")
-                messages = messages + [envs.user_message(text, image if slots else None)]
+                messages = messages + [user_message(text, image if slots else None)]
     return pairs
 
 
@@ -177,14 +178,14 @@ class Samples:
             messages, reply = self.pairs[self.order[at]]
             path = picture_of(messages)
             if path:
-                messages = [envs.user_message(envs.read_text(messages[0]), open_picture(path)), *messages[1:]]
+                messages = [user_message(read_text(messages[0]), open_picture(path)), *messages[1:]]
             return messages, reply
         env = rng.choices(self.envs, self.weights)[0]
         env.reset(f"{seed}/sft/{i}", episode=i)
         messages = env.skip_ahead(rng, self.config.balance)
         for _ in range(rng.randint(0, self.config.failed_tries)):
             messages, *_ = env.step(env.flawed_reply())
-        return messages, env.expert_reply()
+        return messages, env.demonstrate()
 
 
 def dump(samples, config):
@@ -203,7 +204,7 @@ def dump(samples, config):
         messages, reply = samples[i]
         record, turns = {}, []
         for message in [*messages, {"role": "assistant", "content": reply}]:
-            text, slots = envs.read_text(message), ""
+            text, slots = read_text(message), ""
             if "<image>" in text:
                 raise ValueError("--dump: a text holds <image>, which marks the picture in the released shape")
             if not isinstance(message["content"], str):

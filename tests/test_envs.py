@@ -18,7 +18,7 @@ from PIL import Image
 
 import envs
 from envs import GP_SPLITS, MORE_VALUES, PROMPTS, RANKS, RULES, GeneralPoints, held_out, make_env
-from support import cards
+from support import cards, demonstrator
 from support.settings import load_templates
 from support.solver import solutions
 from verify import FEEDBACK, LAST_TRY_PENALTY
@@ -498,7 +498,7 @@ def test_a_setting_that_is_not_allowed_is_an_error_that_names_it_and_what_is(kno
 
 
 def test_make_env_refuses_a_setting_that_a_task_has_not():
-    with pytest.raises(ValueError, match="root 'city': gp-l has no such setting; it has rule, target"):
+    with pytest.raises(ValueError, match="root 'city': gp-l has no such setting; it has .*, rule, target"):
         make_env("gp-l", "id", root="city")
 
 
@@ -687,3 +687,39 @@ def test_pictures_are_settings_of_the_picture_tasks_only():
         make_env("gp-vl", "id", resolution=100_000)
     with pytest.raises(ValueError, match="gp-l has id, rule_ood, unseen, rule_family"):
         make_env("gp-l", "visual_ood")
+
+
+# ---- Demonstrators ------------------------------------------------------------------------------------------------
+
+def test_an_imperfect_demonstrator_has_its_faults_as_often_as_said_and_the_expert_none():
+    env, seen = make_env("gp-l", "rule_ood", faults="leave_out:0.4,ten:0.25"), []
+    for seed in range(600):
+        env.reset(seed)
+        reply = env.demonstrate()
+        read, verdict = json.loads(reply), env.judge(reply)
+        assert read["cards"] == env.cards
+        if verdict.status == "correct":
+            seen.append("right")
+        elif read["number"] == env.numbers:
+            assert 1 <= len(re.findall(r"\d+", read["formula"].split("=")[0])) <= 3
+            seen.append("leave_out")
+        else:
+            assert read["number"] == [10 if card in "JQK" else number for card, number in zip(env.cards, env.numbers)]
+            assert env.judge(env.format_reply(read["formula"].split("=")[0])).status == "wrong_numbers"
+            seen.append("ten")
+    assert 0.35 < seen.count("leave_out") / 600 < 0.45 and 0.12 < seen.count("ten") / 600 < 0.28     # some hands have no ten
+    plain, imperfect = make_env("gp-l", "id"), make_env("gp-l", "id", faults="leave_out:1")
+    for seed in range(50):
+        assert plain.reset(seed) == imperfect.reset(seed)
+        assert plain.demonstrate() == plain.expert_reply() == imperfect.expert_reply() != imperfect.demonstrate()
+
+
+@pytest.mark.parametrize("formula, rest", [("(10-4)*3+6", "(10-4)*3"), ("3*8*(2-1)", "3*8"), ("8/(3-8/3)", "(3-8/3)"), ("1+2-3", "1+2")])
+def test_without_its_last_step_a_formula_lacks_a_card(formula, rest):
+    assert demonstrator.without_last_step(formula) == rest
+
+
+@pytest.mark.parametrize("faults", ["ten", "ten:2", "tens:0.1", "ten:0.6,leave_out:0.6", "walk_past:0.1", "ten:nan"])
+def test_faults_that_cannot_be_read_are_named(faults):
+    with pytest.raises(ValueError, match=f"faults '{faults}': (allowed are leave_out, ten|the shares)"):
+        make_env("gp-l", "id", faults=faults)

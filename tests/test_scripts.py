@@ -212,8 +212,8 @@ class Echo(envs.Environment):
     """Say the number that you are told: the least that an environment has."""
     kinds, retry_prompt = ("word",), "gp_retry"
 
-    def __init__(self, most=9, vision=False, verify_iter=3, feedback="informative", prompt_file=""):
-        super().__init__(vision, verify_iter, feedback, prompt_file)
+    def __init__(self, most=9, verify_iter=3, **common):
+        super().__init__(verify_iter=verify_iter, **common)
         self.most = most
 
     def lay_out(self, episode):

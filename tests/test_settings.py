@@ -9,6 +9,7 @@ import rl
 import sft
 from conftest import tiny_folder
 from support import running
+from support.chat import read_text
 from support.settings import Split, read_settings, read_splits, read_value
 from test_scripts import RL, flags
 
@@ -76,7 +77,7 @@ def test_a_setting_in_the_mix_of_sft_holds_for_its_split_and_no_other():
     samples = sft.Samples(config_of(sft, mix=("id", "suits=HD", "rule_ood:0.5"), env=("feedback=plain",)))
     suits = {}
     for i in range(300):
-        told = envs.read_text(samples[i][0][0])
+        told = read_text(samples[i][0][0])
         env = samples.envs["K counts as 13" in told]
         assert json.dumps(env.cards) in told
         suits.setdefault("K counts as 13" in told, set()).update(suit for _, suit in env.hand)

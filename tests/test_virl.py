@@ -20,6 +20,7 @@ import envs
 from conftest import ROOT, write_conversations
 from envs import Navigation, make_env, relative_word
 from support import transcripts
+from support.chat import read_text
 from support.streets import Panoramas, crop_view, geodesic, parse_milestones, read_panorama
 from verify import LAST_TRY_PENALTY, judge_navigation
 
@@ -611,8 +612,8 @@ def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path
         assert json.loads(gpt["value"])["action"]
     samples = sft.Samples(sft.Config(task="virl-vl", env=(f"root={pictures}",)))
     pairs = sft.read_conversations(tmp_path / "sft.json", vision=True)
-    assert [(envs.read_text(messages[0]), reply) for messages, reply in pairs] == [
-        (envs.read_text(messages[0]), reply) for messages, reply in (samples[i] for i in range(3))]
+    assert [(read_text(messages[0]), reply) for messages, reply in pairs] == [
+        (read_text(messages[0]), reply) for messages, reply in (samples[i] for i in range(3))]
     with pytest.raises(ValueError, match="record 0: key 'image': a task with pictures needs one file per record, another"):
         sft.read_conversations(tmp_path / "sft.json", vision=False)
 
@@ -714,3 +715,23 @@ def test_any_string_is_judged(city):
     env = make_env("virl-l", "id", root=city)
     env.reset(seed=0)
     assert env.step("")[1] == -1.0 and env.step("{" * 10_000)[1] == -2.0
+
+
+def test_an_imperfect_demonstrator_walks_past_intersections_and_takes_the_other_rules_word(city):
+    env, seen = make_env("virl-l", "rule_ood", root=str(city), faults="walk_past:0.5,other_word:0.2"), []
+    for seed in range(200):
+        env.reset(seed)
+        while not env.done:
+            reply, here = json.loads(env.demonstrate()), env.position
+            if reply["action"] != here.action:
+                assert here.kind == "turn"
+                seen.append("past" if reply["action"] == "forward()" else "word")
+                if seen[-1] == "past":
+                    assert here.intersection and reply["current instruction"] == env.sentences[env.sentences.index(here.sentence) + 1]
+                else:
+                    assert reply["action"][15:-1] in envs.COMPASS and env.format_reply(reply["action"]) == json.dumps(reply)
+            elif here.intersection:
+                seen.append("right")
+            env.step(env.expert_reply())
+    at_intersections = seen.count("past") / (seen.count("past") + seen.count("right"))
+    assert 0.5 < at_intersections < 0.7 and 20 < seen.count("word")

@@ -14,6 +14,7 @@ import rl
 import sft
 from conftest import tiny_folder
 from support import running
+from support.chat import read_text, user_message
 from test_scripts import interrupted, metrics
 
 ONE_BATCH = 10 ** 6
@@ -111,7 +112,7 @@ def check_against_plain(policy, processor, folder, sizes):
     for i, size in enumerate(sizes):
         env = envs.make_env("gp-vl", ("id", "rule_ood")[i % 2], resolution=size)
         pictures.append(env.reset(i) and env.picture().crop((0, 0, size, size // (i % 2 + 1))))   # also one twice as wide
-        messages.append([envs.user_message("12 " * i + env.prompt(), pictures[-1])])
+        messages.append([user_message("12 " * i + env.prompt(), pictures[-1])])
     logits, ids = plain_logits(folder, messages, pictures)
     prompts = [model.encode(processor, m) for m in messages]
     assert [[i for i in row if i != processor.tokenizer.pad_token_id] for row in ids.tolist()] == prompts
@@ -160,9 +161,9 @@ def test_image_tokens_and_pictures_that_do_not_match_are_refused(tiny_vl):
     policy, processor = tiny_vl
     picture = Image.new("RGB", (50, 50))
     with pytest.raises(ValueError, match="2 <|image|> tokens in a dialogue with 1 pictures"):
-        model.encode(processor, [envs.user_message("see <|image|>", picture)])
+        model.encode(processor, [user_message("see <|image|>", picture)])
     with pytest.raises(ValueError, match="1 <|image|> tokens in a dialogue with 0 pictures"):
-        model.encode(processor, [envs.user_message("see <|image|>")])
+        model.encode(processor, [user_message("see <|image|>")])
     two = {"role": "user", "content": [{"type": "image", "image": picture}] * 2}
     with pytest.raises(ValueError, match="2 pictures in one dialogue"):
         model.encode(processor, [two])
@@ -271,7 +272,7 @@ def test_a_dump_with_pictures_is_read_back_as_the_same_samples(tmp_path):
     config = sft.Config(dump=str(tmp_path / "data.json"), num=6, task="gp-vl", env=("resolution=100",))
     sft.main(config)
     made, read = sft.Samples(config), sft.Samples(sft.Config(task="gp-vl", data=config.dump))
-    told = [[(envs.read_text(messages[0]), reply, messages[0]["content"][0]["image"].tobytes())
+    told = [[(read_text(messages[0]), reply, messages[0]["content"][0]["image"].tobytes())
              for messages, reply in (samples[i] for i in range(6))] for samples in (made, read)]
     assert sorted(told[0]) == sorted(told[1]) and len(set(told[0])) == 6
 
