@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from support.cards import open_picture
+from support.cards import is_turned, open_picture
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 NO_LANDMARK = "No landmark nearby"           # as the files spell it
@@ -243,21 +243,21 @@ def load_routes(folder, vision):
                 if not file.is_file():
                     raise ValueError(f"{path}, route {i}: {file} is missing; a city made with --no-pictures "
                                      "is for words only")
-            open_panorama(picture), read_rotation(picture)
+            check_panorama(picture), read_rotation(picture)
     return routes
 
 
 # ---- V-IRL: views ------------------------------------------------------------------------------------------
 
-def open_panorama(path):
-    """An equirectangular picture, not yet decoded; ValueError if it is none."""
+def check_panorama(path):
+    """ValueError if a file is no picture twice as wide as high; it is decoded only if it is shown turned."""
     try:
-        picture = Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
+        with Image.open(path) as picture:
+            width, height = open_picture(path).size if is_turned(picture) else picture.size
+    except Exception as error:   # a broken file can raise anything
         raise ValueError(f"{path}: not a picture: {error}") from None
-    if picture.width != 2 * picture.height:
-        raise ValueError(f"{path}: a panorama must be twice as wide as high, not {picture.width}x{picture.height}")
-    return picture
+    if width != 2 * height:
+        raise ValueError(f"{path}: a panorama must be twice as wide as high, not {width}x{height}")
 
 
 def read_rotation(path):
@@ -275,7 +275,7 @@ def read_rotation(path):
 @lru_cache(maxsize=64)
 def read_panorama(path):
     """(the panorama (H, W), the four bytes of a pixel as one number; its rotation in degrees)."""
-    open_panorama(path).close()                                     # names a wrong shape
+    check_panorama(path)
     pixels = np.asarray(open_picture(path).convert("RGBX"))
     return pixels.view(np.uint32)[..., 0], read_rotation(path)
 

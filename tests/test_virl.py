@@ -16,12 +16,12 @@ from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import envs
 from conftest import ROOT, write_conversations
 from envs import Navigation, make_env, relative_word
-from support import transcripts
+from support import streets, transcripts
 from support.streets import Panoramas, crop_view, geodesic, parse_milestones, read_panorama
 from verify import LAST_TRY_PENALTY, judge_navigation
 
@@ -632,6 +632,20 @@ def test_a_spoilt_picture_is_named_at_load_time(pictures, spoil, named):
     with pytest.raises(ValueError, match=named):
         make_env("virl-vl", "id", root=pictures)
     make_env("virl-l", "id", root=pictures)                       # words do not mind
+
+
+def test_a_panorama_that_is_shown_turned_is_measured_and_cropped_as_it_is_shown(pictures):
+    path, exif = pictures / "train" / "street_views" / "pano16.jpg", Image.Exif()
+    upright, exif[ExifTags.Base.Orientation] = Image.open(path), 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=100, subsampling=0)
+    make_env("virl-vl", "id", root=pictures)
+    streets.read_panorama.cache_clear()
+    pixels = read_panorama(path)[0]
+    assert pixels.shape == (256, 512) and np.abs(pixels.view(np.uint8).reshape(256, 512, 4)[..., :3] - np.asarray(upright, int)).max() < 30
+    upright.save(path, exif=exif)                                   # 2:1 in the file, 1:2 on the screen
+    streets.load_routes.cache_clear()
+    with pytest.raises(ValueError, match="pano16.jpg: a panorama must be twice as wide as high, not 256x512"):
+        make_env("virl-vl", "id", root=pictures)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "7", '{"rotation": null}', '{"rotation": NaN}', '{"rotation": [1]}'])
