@@ -22,6 +22,7 @@ import envs
 from conftest import ROOT, write_conversations
 from envs import Navigation, make_env, relative_word
 from support import streets, transcripts
+from support.conversations import read_conversations
 from support.streets import Panoramas, crop_view, geodesic, parse_milestones, read_panorama
 from verify import LAST_TRY_PENALTY, judge_navigation
 
@@ -702,11 +703,11 @@ def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path
         assert human["from"] == "human" and human["value"].startswith("<image>\nWalk to") and gpt["from"] == "gpt"
         assert json.loads(gpt["value"])["action"]
     samples = sft.Samples(sft.Config(task="virl-vl", env=(f"root={pictures}",)))
-    pairs = sft.read_conversations(tmp_path / "sft.json", vision=True)
+    pairs = read_conversations(tmp_path / "sft.json", True, "<|image|>")
     assert [(envs.read_text(messages[0]), reply) for messages, reply in pairs] == [
         (envs.read_text(messages[0]), reply) for messages, reply in (samples[i] for i in range(3))]
     with pytest.raises(ValueError, match="record 0: key 'image': a task with pictures needs one file per record, another"):
-        sft.read_conversations(tmp_path / "sft.json", vision=False)
+        read_conversations(tmp_path / "sft.json", False, "<|image|>")
 
 
 # ---- Judging -------------------------------------------------------------------------------------------------------
