@@ -5,7 +5,7 @@ reply and its end-of-turn, never the prompt.
 
     python sft.py --model PATH --out runs/sft                      # the paper's settings, pairs made on the fly
     python sft.py --task gp-vl --model PATH --out runs/sft --mix id suits=HD       # on red cards (settings: envs.py)
-    python sft.py --model PATH --out runs/sft --data data.json     # from a file in the released shape
+    python sft.py --model PATH --out runs/sft --data data.json     # from a file (shapes: support/conversations.py)
     python sft.py --model PATH --out runs/base --mix rule_family --failed-tries 4         # see recipes/base.sh
     torchrun --nproc-per-node 8 sft.py --model PATH --out runs/sft            # the same steps on eight GPUs
     python sft.py --task gp-vl --dump data.json --num 1000     # write such a file, with its pictures; train nothing
@@ -111,8 +111,7 @@ class Samples:
             raise ValueError(f"--balance: {config.task} has one kind of position only")
         if config.data and (config.failed_tries or config.balance or len(splits) > 1 or splits[0].settings):
             raise ValueError("--data: --mix, --failed-tries and --balance are for samples that are made on the fly")
-        self.pairs = (conversations.read_conversations(config.data, self.envs[0].vision, IMAGE_TOKEN) if config.data
-                      else None)
+        self.pairs = config.data and conversations.read_conversations(config.data, self.envs[0].vision, IMAGE_TOKEN)
         self.config, self.epoch = config, None
 
     def __getitem__(self, i):

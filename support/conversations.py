@@ -19,16 +19,17 @@ from support.cards import open_picture
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
          "system": "system"}
+WRITTEN = {"user": "human", "assistant": "gpt", "system": "system"}
 MARKS = ("loss", "train", "weight")              # of a reply: whether it is learnt
 FOREIGN = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking",
            "system_prompt", "chosen", "rejected", "video", "videos", "audio", "audios")
 
 
-def refuse_foreign(record, keys):
+def refuse_foreign(record, keys, of=""):
     """ValueError names a key that holds something and would change what is learnt."""
     for key in keys:
         if record.get(key):
-            raise ValueError(f"key {key!r} is not understood, and without it another thing would be learnt")
+            raise ValueError(f"key {key!r}{of} is not understood, and without it another thing would be learnt")
 
 
 def read_records(path):
@@ -79,12 +80,12 @@ def read_text(value, name, slots, image_token):
     return re.sub(r"\s*<image>\n?", "", value) if slots else value
 
 
-def is_learnt(turn, role):
+def is_learnt(turn, role, of):
     """Whether a turn is a target; ValueError if it is marked as something that only a reply can be."""
     marks = {key: turn[key] for key in MARKS if turn.get(key) is not None}
     for key, mark in marks.items():
         if mark not in (0, 1) or mark and role != "assistant":
-            raise ValueError(f"key {key!r}: expected false or true, and true of a reply only, got {mark!r}")
+            raise ValueError(f"key {key!r}{of} must be false or true, and true of a reply only, got {mark!r}")
     return role == "assistant" and all(marks.values())
 
 
@@ -104,23 +105,18 @@ def read_record(record, folder, vision, image_token):
         if not isinstance(turn, dict):
             raise ValueError(f"turn {at} must be an object such as {{'from': 'human', 'value': 'PROMPT'}}")
         who, what = "from" if "from" in turn else "role", "value" if "value" in turn else "content"
-        role, awaited = ROLES.get(str(turn.get(who))), "user"
-        if messages and messages[-1]["role"] == "user":
-            awaited = "assistant"
+        role, answers = ROLES.get(str(turn.get(who))), messages and messages[-1]["role"] == "user"
+        awaited = "assistant" if answers else "user"
         if role != awaited and (role != "system" or messages):
             names = " or ".join(repr(name) for name in ROLES if ROLES[name] == awaited)
             raise ValueError(f"key {who!r} of turn {at} must be {names}, got {str(turn.get(who))[:40]!r}")
+        refuse_foreign(turn, FOREIGN + ("image", "images"), f" of turn {at}")
         slots = int(vision and role == "user" and not any(message["role"] == "user" for message in messages))
         content = text = read_text(turn.get(what), f"key {what!r} of turn {at}", slots, image_token)
-        try:
-            refuse_foreign(turn, FOREIGN + ("image", "images"))
-            learnt = is_learnt(turn, role)
-        except ValueError as error:
-            raise ValueError(f"turn {at}, {error}") from None
+        if is_learnt(turn, role, f" of turn {at}"):
+            pairs.append((messages, text))
         if slots:
             content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
-        if learnt:
-            pairs.append((messages, text))
         messages = messages + [{"role": role, "content": content}]
     if messages[-1]["role"] != "assistant":
         raise ValueError("key 'conversations' or 'messages' must be a list of human and gpt turns in pairs")
@@ -182,7 +178,7 @@ def dump(samples, config):
                     picture.save(partial / "pictures" / f"{i:06d}.png")
                 if "<image>" in text:
                     raise ValueError("--dump: a text holds <image>, which marks the picture in the released shape")
-                turns.append({"from": {"assistant": "gpt", "user": "human"}.get(message["role"], message["role"]), "value": slots + text})
+                turns.append({"from": WRITTEN[message["role"]], "value": slots + text})
             records.append({**record, "conversations": turns})
         (partial / "data.json").write_text(json.dumps(records, indent=1) + "\n")
         if any((partial / "pictures").iterdir()):
