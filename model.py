@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -60,8 +59,11 @@ def template_of(processor):
 
 def render(processor, messages, **kwargs):
     # The date is fixed because some templates (Llama 3.2) print today's, and prompts must not change overnight.
-    return tokenizer_of(processor).apply_chat_template(messages, chat_template=template_of(processor), tokenize=False,
-                                                       date_string="01 Jan 2025", **kwargs)
+    try:
+        return tokenizer_of(processor).apply_chat_template(messages, chat_template=template_of(processor), tokenize=False,
+                                                           date_string="01 Jan 2025", **kwargs)
+    except Exception as error:                                     # a template is a program, and can raise anything
+        raise ValueError(f"the chat template cannot write this dialogue: {str(error).strip() or repr(error)}") from None
 
 
 def picture_of(messages):
@@ -468,8 +470,8 @@ def check_template(path, processor, vision):
     try:
         first = encode(processor, messages[:1])
         encode(processor, messages, first + encode_reply(processor, "2"))
-    except Exception as error:                                      # a template is a program, and can raise anything
-        raise ValueError(f"model {path!r}: its chat template cannot be used: {str(error).strip() or repr(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"model {path!r}: its chat template cannot be used: {error}") from None
     if tokenizer.bos_token and first[:2] == 2 * [tokenizer.bos_token_id]:
         raise ValueError(f"model {path!r}: its chat template must write {tokenizer.bos_token} once, not twice")
     return first

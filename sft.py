@@ -5,7 +5,7 @@ reply and its end-of-turn, never the prompt.
 
     python sft.py --model PATH --out runs/sft                      # the paper's settings, pairs made on the fly
     python sft.py --task gp-vl --model PATH --out runs/sft --mix id suits=HD       # on red cards (settings: envs.py)
-    python sft.py --model PATH --out runs/sft --data data.json     # from a file in the released shape
+    python sft.py --model PATH --out runs/sft --data data.json     # from a file (shapes: support/conversations.py)
     python sft.py --model PATH --out runs/base --mix rule_family --failed-tries 4         # see recipes/base.sh
     torchrun --nproc-per-node 8 sft.py --model PATH --out runs/sft            # the same steps on eight GPUs
     python sft.py --task gp-vl --dump data.json --num 1000     # write such a file, with its pictures; train nothing
@@ -17,7 +17,6 @@ many wrong replies, each with its verdict, before the expert's (paper Fig. 15).
 
 Left out: packing (samples of like length share a micro-batch instead), LoRA.
 """
-import json
 import math
 import random
 import time
@@ -29,9 +28,7 @@ import torch
 
 import envs
 from model import FREEZABLE, IMAGE_TOKEN, aligned_micro_batches, collate, encode, encode_reply, load_policy, picture_of
-from support import running, settings
-from support.cards import open_picture
-from support.chat import read_text, user_message
+from support import conversations, running, settings
 from support.running import knob
 
 
@@ -101,54 +98,6 @@ class Config:
 
 # ---- Samples -----------------------------------------------------------------------------------------------
 
-def read_conversations(path, vision):
-    """(messages, reply) pairs from a file in the released data.json shape, one for every reply in it.
-
-    Shape: [{"image": file, "conversations": [{"from": "human" | "gpt", "value": text}, ...]}, ...]. With `vision`
-    every record has one picture, its path relative to the data file's folder, and one <image> in its first text;
-    without, none has. In the messages stands the path. ValueError names file, record and key.
-    """
-    try:
-        records = json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"data file {path}: {error}") from None
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"data file {path}: expected a non-empty list of records, got {type(records).__name__}")
-    pairs, roles = [], ("human", "gpt")
-    for index, record in enumerate(running.progress(records, nested=True, desc="pictures") if vision else records):
-        where = f"data file {path}, record {index}"
-        turns = record.get("conversations") if isinstance(record, dict) else None
-        if not isinstance(turns, list) or not turns or len(turns) % 2:
-            raise ValueError(f"{where}: key 'conversations' must be a list of human and gpt turns in pairs")
-        image = record.get("image")
-        if not (isinstance(image, str) and image if vision else image in (None, "")):
-            raise ValueError(f"{where}: key 'image': a task with pictures needs one file per record, another none; "
-                             f"got {image!r}")
-        if vision:
-            image = Path(path).parent / image
-            try:
-                open_picture(image)
-            except ValueError as error:
-                raise ValueError(f"{where}: key 'image': {error}") from None
-        messages = []
-        for at, turn in enumerate(turns):
-            if not isinstance(turn, dict) or turn.get("from") != roles[at % 2]:
-                raise ValueError(f"{where}: key 'from' of turn {at} must be {roles[at % 2]!r}")
-            if not isinstance(turn.get("value"), str):
-                raise ValueError(f"{where}: key 'value' of turn {at} must be text")
-            text, slots = turn["value"], int(vision and at == 0)
-            if text.count("<image>") != slots or IMAGE_TOKEN in text:
-                raise ValueError(f"{where}: key 'value' of turn {at} must hold <image> {slots} times and no "
-                                 f"{IMAGE_TOKEN}; it has {text.count('<image>')} and {text.count(IMAGE_TOKEN)}")
-            if at % 2:
-                pairs.append((messages, text))
-                messages = messages + [{"role": "assistant", "content": text}]
-            else:
-                text = text.replace("<image>\n", "").replace("<image>", "")
-                messages = messages + [user_message(text, image if slots else None)]
-    return pairs
-
-
 class Samples:
     """Sample i of the run as (messages, expert reply): made by an environment, or read from a file in seeded order."""
 
@@ -165,7 +114,7 @@ class Samples:
             raise ValueError(f"--balance: {config.task} has one kind of position only")
         if config.data and (config.failed_tries or config.balance or len(splits) > 1 or splits[0].settings):
             raise ValueError("--data: --mix, --failed-tries and --balance are for samples that are made on the fly")
-        self.pairs = read_conversations(config.data, self.envs[0].vision) if config.data else None
+        self.pairs = config.data and conversations.read_conversations(config.data, self.envs[0].vision, IMAGE_TOKEN)
         self.config, self.epoch = config, None
 
     def __getitem__(self, i):
@@ -176,44 +125,13 @@ class Samples:
                 order = random.Random(f"{seed}/order/{epoch}").sample(range(len(self.pairs)), len(self.pairs))
                 self.epoch, self.order = epoch, order
             messages, reply = self.pairs[self.order[at]]
-            path = picture_of(messages)
-            if path:
-                messages = [user_message(read_text(messages[0]), open_picture(path)), *messages[1:]]
-            return messages, reply
+            return conversations.open_pictures(messages), reply
         env = rng.choices(self.envs, self.weights)[0]
         env.reset(f"{seed}/sft/{i}", episode=i)
         messages = env.skip_ahead(rng, self.config.balance)
         for _ in range(rng.randint(0, self.config.failed_tries)):
             messages, *_ = env.step(env.flawed_reply())
         return messages, env.demonstrate()
-
-
-def dump(samples, config):
-    """Write the first `num` samples in the released shape, pictures in a folder beside the file."""
-    path, folder = Path(config.dump), Path(config.dump).with_suffix("")
-    if config.failed_tries:
-        raise ValueError(f"--dump with --failed-tries {config.failed_tries}: in the released shape every reply is a "
-                         "target, failed ones would be learnt; make such dialogues on the fly")
-    if path.exists() or folder.exists() or path == folder:
-        raise ValueError(f"--dump {config.dump}: must be a new file with a suffix, such as data.json, and no folder "
-                         f"{folder} may be there yet")
-    if not path.parent.is_dir():
-        raise ValueError(f"--dump {config.dump}: there is no folder {path.parent}")
-    records = []
-    for i in running.progress(range(config.num), desc="dump"):
-        messages, reply = samples[i]
-        record, turns = {}, []
-        for message in [*messages, {"role": "assistant", "content": reply}]:
-            text, slots = read_text(message), ""
-            if "<image>" in text:
-                raise ValueError("--dump: a text holds <image>, which marks the picture in the released shape")
-            if not isinstance(message["content"], str):
-                record["image"], slots = f"{folder.name}/{i:06d}.png", "<image>\n"
-                folder.mkdir(exist_ok=True)
-                message["content"][0]["image"].save(folder / f"{i:06d}.png")
-            turns.append({"from": "gpt" if message["role"] == "assistant" else "human", "value": slots + text})
-        records.append({**record, "conversations": turns})
-    running.write_atomically(path, json.dumps(records, indent=1) + "\n")
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
@@ -244,7 +162,7 @@ def set_up(config):
 def main(config):
     with running.one_line_errors():
         if config.dump:
-            return dump(Samples(config), config)
+            return conversations.dump(Samples(config), config)
         config, samples, policy, processor, optimizer, state = set_up(config)
     running.say_memory(policy, config)
     stop, out, started, earlier = running.StopSignal(), Path(config.out), time.time(), state["seconds"]

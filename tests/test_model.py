@@ -449,7 +449,7 @@ def test_a_template_that_writes_earlier_replies_otherwise_keeps_the_sampled_ids(
     (TURNS.replace("REPLY", "{{ m['content'] + 1 }}"), "cannot be used: "),
     (TURNS.replace("REPLY", "{{ ''.__class__.__mro__ }}"), "cannot be used: .*unsafe"),
     ("{% for m in messages %}", "cannot be used: "),
-    ("{{ '<|begin_of_text|>' }}" + TURNS.replace("REPLY", "{{ m['content'] }}"), r"must write <\|bos\|> once, not twice"),
+    ("{{ '<|begin_of_text|>' }}" + TURNS.replace("REPLY", "{{ m['content'] }}"), "must write <|begin_of_text|> once, not twice"),
     (TURNS.replace("REPLY", "{% for i in range(90000) %}{% for j in range(400) %}{% endfor %}{% endfor %}"), "does not come to an end"),
 ])
 def test_a_template_that_cannot_be_used_is_refused_when_the_model_is_loaded(tmp_path, monkeypatch, template, told):

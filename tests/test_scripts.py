@@ -1,7 +1,6 @@
 """The scripts as a user runs them: the chain, stopping and going on, bad input."""
 import json
 import os
-import random
 import re
 import shutil
 import signal

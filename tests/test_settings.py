@@ -3,7 +3,6 @@ import json
 
 import pytest
 
-import envs
 import evaluate
 import rl
 import sft

@@ -15,6 +15,7 @@ import sft
 from conftest import tiny_folder
 from support import running
 from support.chat import read_text, user_message
+from support.conversations import read_conversations
 from test_scripts import interrupted, metrics
 
 ONE_BATCH = 10 ** 6
@@ -300,11 +301,11 @@ def test_a_data_file_whose_pictures_do_not_fit_is_refused_by_record(tmp_path, ch
     sft.main(sft.Config(dump=str(tmp_path / "data.json"), num=2, task="gp-vl", env=("resolution=100",)))
     whole = (tmp_path / "data" / "000000.png").read_bytes()
     (tmp_path / "data" / "cut.png").write_bytes(whole[:len(whole) // 2])
-    sft.read_conversations(tmp_path / "data.json", vision=True)
+    read_conversations(tmp_path / "data.json", True, model.IMAGE_TOKEN)
     with pytest.raises(ValueError, match="broken.json.*" + told):
-        sft.read_conversations(broken(tmp_path / "data.json", tmp_path, change), vision=True)
+        read_conversations(broken(tmp_path / "data.json", tmp_path, change), True, model.IMAGE_TOKEN)
     with pytest.raises(ValueError, match="record 0: key 'image': a task with pictures needs one file per record, another"):
-        sft.read_conversations(tmp_path / "data.json", vision=False)
+        read_conversations(tmp_path / "data.json", False, model.IMAGE_TOKEN)
 
 
 def test_on_pictures_the_chain_runs_and_a_killed_run_goes_on_to_the_same_numbers(tmp_path, device, capsys):
