@@ -190,8 +190,8 @@ class Environment(ABC):
         raise NotImplementedError
 
     def demonstrate(self):
-        """What SFT learns from: the expert's reply, or with their shares the faulty ones of an imperfect demonstrator."""
-        draw = self.rng.random() if self.shares else 1.0
+        """What SFT learns from: the expert's reply, or at a first try, with their shares, those of an imperfect demonstrator."""
+        draw = self.rng.random() if self.shares and not self.tries else 1.0
         for fault, share in self.shares.items():
             if draw < share:
                 return self.faulty_reply(fault)

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, tiny_folder
+from support.conversations import read_conversations
 
 sys.path.insert(0, str(ROOT / "data"))
 import synthetic_city  # noqa: E402
@@ -273,3 +275,25 @@ def test_no_panorama_stands_so_close_to_a_crossing_that_it_looks_like_one():
     for street in city.streets:
         for pano in street.panos:
             assert min(math.dist(city.panos[pano], city.panos[node]) for node in street.ends) > 15
+
+
+# ---- Dialogues with a model's own failures -----------------------------------------------------------------------
+
+def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt(tmp_path):
+    import own_failures
+    config = own_failures.Config(out=str(tmp_path / "own.json"), model=tiny_folder(), num=20, failed_tries=2, max_new_tokens=6,
+                                 mix=("id", "rule_ood"), dtype="float32", device="cpu", side_by_side=16)
+    own_failures.main(config)
+    records = json.loads((tmp_path / "own.json").read_text())
+    tries = [len(record["conversations"]) // 2 - 1 for record in records]
+    assert set(tries) == {0, 1, 2} and len(records) == 20                    # a blank model always fails
+    for record in records:
+        *earlier, last = record["conversations"]
+        assert all(turn["loss"] is False for turn in earlier if turn["role"] == "assistant") and "loss" not in last
+        assert '"formula": "' in last["content"] and all("No JSON object" in turn["content"] for turn in earlier[2::2])
+    pairs = read_conversations(tmp_path / "own.json", False, "<|image|>")
+    assert [reply for _, reply in pairs] == [record["conversations"][-1]["content"] for record in records]
+    own_failures.main(replace(config, out=str(tmp_path / "again.json")))
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "own.json").read_bytes()
+    with pytest.raises(SystemExit):
+        own_failures.main(config)
