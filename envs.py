@@ -59,15 +59,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from support import cards, play, settings, streets
+from support import cards, demonstrator, play, settings, streets
+from support.chat import user_message
 from support.solver import solutions
 from verify import FEEDBACK, LAST_TRY_PENALTY, fill, judge_general_points, judge_navigation
 
 # Our words for the paper's prompt structure (A.2: task, input, output; B.2: task, instruction, what an observation is,
 # actions, history, output). A prompt file may replace each by name.
 PROMPTS = {                                  # differs 15: ours; theirs by a prompt file
-    "gp_task": "Make {target} from four cards. Combine their values with addition, subtraction, multiplication, "
-               "division and parentheses, and use every card exactly once. An ace counts as 1, J counts as {J}, "
+    "gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, and use every card "
+               "exactly once. An ace counts as 1, J counts as {J}, "
                "Q counts as {Q} and K counts as {K}.",
     "gp_input_text": "\nCards: {cards}",
     "gp_input_picture": "\nThe picture shows the four cards.",
@@ -100,26 +101,14 @@ PROMPTS = {                                  # differs 15: ours; theirs by a pro
 MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"}}   # what a prompt file may use beside the {names} above
 
 
-def user_message(text, picture=None):
-    """A user's message in the Hugging Face chat format, the picture before the text if there is one."""
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}] if picture else text
-    return {"role": "user", "content": content}
-
-
-def read_text(message):
-    """The text of a message, its picture left out."""
-    content = message["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
-
-
 # ---- What an environment must have -------------------------------------------------------------------------
 
 class Environment(ABC):
     """One conversation with the verifier at a time: what all environments share, and what each must have.
 
     A new one adds a class with the members below (Python refuses one that lacks any), its texts in PROMPTS, a row in
-    TASKS, and a judge with its texts in verify.py. Its constructor has a default for every setting, vision, verify_iter,
-    feedback and prompt_file among them, which it hands on to this one's.
+    TASKS, and a judge with its texts in verify.py. Its constructor has a default for every setting; what it does not use
+    itself it hands on to this one's.
 
     An episode is a row of positions (GeneralPoints: one, the hand); at each the model has `verify_iter` tries. A correct
     reply leads to the next position, where a new dialogue begins, or terminates the episode at the last; a wrong one is
@@ -127,29 +116,30 @@ class Environment(ABC):
 
     `info` of a step: status of the verdict, success (the episode is solved), turn (replies so far in the episode), kind
     of the position (in V-IRL "turn" is one where a direction must be named), try (replies so far at the position),
-    new_dialogue (whether one began), and `details`.
+    new_dialogue (whether one began), answer_at (where in the reply the answer begins), and `details`.
     """
-    answer_key: str      # rl.py weighs the tokens of a reply from this text on fully
     kinds: tuple         # of positions; metrics are reported for each apart
     retry_prompt: str    # the template around a verdict that asks for another try
+    known_faults = ()    # what an imperfect demonstrator may do (the setting `faults`)
 
     def __init_subclass__(cls):
-        for name in ("answer_key", "kinds", "retry_prompt"):
+        for name in ("kinds", "retry_prompt"):
             if not hasattr(cls, name):
                 raise TypeError(f"environment {cls.__name__} has no {name}")
 
-    def __init__(self, vision, verify_iter, feedback, prompt_file):
+    def __init__(self, vision=False, verify_iter=5, feedback="informative", prompt_file="", faults=""):
         settings.check_whole("verify_iter", verify_iter, 1)
         settings.check_choice("feedback", feedback, ("informative", "plain"))
         self.vision, self.verify_iter, self.feedback = vision, verify_iter, feedback
         self.prompts = settings.load_templates(prompt_file, PROMPTS, MORE_VALUES)
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
-        self.done = True
+        self.shares = demonstrator.parse_faults(faults, self.known_faults)
+        self.rng, self.done = random.Random("0"), True
 
     @abstractmethod
-    def reset(self, seed, episode=0):
-        """Begin an episode that the seed (an int or text) fixes; returns `self.begin_episode()`. `episode` is the number
-        of a test episode, for data that are played in order."""
+    def lay_out(self, episode):
+        """Draw an episode from `self.rng` and stand at its first position. `episode` is the number of a test episode, for
+        data that are played in order."""
 
     @abstractmethod
     def prompt(self):
@@ -169,7 +159,7 @@ class Environment(ABC):
 
     @abstractmethod
     def expert_reply(self):
-        """A correct reply at the present position, as valid JSON: what SFT learns from."""
+        """A correct reply at the present position, as valid JSON."""
 
     @abstractmethod
     def flawed_reply(self):
@@ -195,10 +185,26 @@ class Environment(ABC):
         """What `info` tells beside the common keys."""
         return {}
 
+    def faulty_reply(self, fault):
+        """A reply with one of `known_faults`; the expert's where it cannot be made here."""
+        raise NotImplementedError
+
+    def demonstrate(self):
+        """What SFT learns from: the expert's reply, or at a first try, with their shares, those of an imperfect demonstrator."""
+        draw = self.rng.random() if self.shares and not self.tries else 1.0
+        for fault, share in self.shares.items():
+            if draw < share:
+                return self.faulty_reply(fault)
+            draw -= share
+        return self.expert_reply()
+
     # The conversation.
 
-    def begin_episode(self):
-        """Begin at the present position: what `reset` returns."""
+    def reset(self, seed=None, episode=0):
+        """Begin the episode that a seed (an int or text) fixes, or the next one of the generator: (messages, info)."""
+        if seed is not None:
+            self.rng = random.Random(str(seed))                    # as text: numbers would lose their sign
+        self.lay_out(episode)
         self.turn, self.done = 0, False
         self.begin_dialogue()
         return self.messages, {"status": "", "success": False, "turn": 0, "new_dialogue": True}
@@ -220,7 +226,8 @@ class Environment(ABC):
         truncated = not correct and self.tries == self.verify_iter
         self.done = terminated or truncated
         info = {"status": verdict.status, "success": terminated, "turn": self.turn, "kind": self.kind,
-                "try": self.tries, "new_dialogue": correct and not terminated, **self.details(verdict)}
+                "try": self.tries, "new_dialogue": correct and not terminated, "answer_at": verdict.answer_at,
+                **self.details(verdict)}
         if info["new_dialogue"]:
             self.move_on()
         else:
@@ -234,7 +241,6 @@ class Environment(ABC):
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 SUITS = "SHDC"
 RULES = {"face_cards_as_10": (10, 10, 10), "face_cards_as_11_12_13": (11, 12, 13)}
-FOLDS = ("all", "train", "test")
 
 
 def parse_rule(rule):
@@ -260,7 +266,7 @@ class GeneralPoints(Environment):
 
     rule          "face_cards_as_10", "face_cards_as_11_12_13", "random", or the values of J,Q,K such as "3,12,7"
     target        what the formula must make
-    face_card     deal only hands with at least one of J, Q, K (the paper's OOD sampling)
+    face_card     one card at least is J, Q or K (the paper's OOD sampling)
     suits         the suits of the deck, a subset of "SHDC"
     fold          "all", or value multisets in ("test") or out of ("train") the held-out tenth
     solution      the expert's formula: "fixed" (the shortest) or "random" (seeded, any of them)
@@ -270,15 +276,16 @@ class GeneralPoints(Environment):
     verify_iter   judged replies per episode (5 in the paper)
     feedback      "informative" names the fault, "plain" only says the try failed
     prompt_file   JSON object of templates that replace those of PROMPTS
+    faults        of an imperfect demonstrator: leave_out (a card), ten (J, Q, K count ten whatever the rule), with shares
     """
-    answer_key = '"formula"'
     kinds = ("formula",)
     retry_prompt = "gp_retry"
+    known_faults, faulty_reply = ("leave_out", "ten"), demonstrator.faulty_hand
 
     def __init__(self, rule="face_cards_as_10", target=24, face_card=False, suits=SUITS, fold="all", solution="fixed",
-                 resolution=1200, card_dir="", vision=False, verify_iter=5, feedback="informative", prompt_file=""):
+                 resolution=1200, card_dir="", **common):
         self.rule_jqk = parse_rule(rule)
-        settings.check_choice("fold", fold, FOLDS)
+        settings.check_choice("fold", fold, ("all", "train", "test"))
         settings.check_choice("solution", solution, ("fixed", "random"))
         if not isinstance(suits, str) or not suits or set(suits) - set(SUITS) or len(set(suits)) < len(suits):
             raise ValueError(f"suits {suits!r}: allowed are letters of {SUITS}, each once")
@@ -289,7 +296,7 @@ class GeneralPoints(Environment):
         self.deck = [(rank, suit) for suit in suits for rank in range(13)]
         for rank, suit in self.deck if card_dir else ():           # a bad file is an error now, not in mid-training
             cards.card_picture(RANKS[rank], suit, *cards.CARD, card_dir)
-        super().__init__(vision, verify_iter, feedback, prompt_file)
+        super().__init__(**common)
 
     def draw_rule(self):
         """Values for J, Q, K that are neither rule of the paper."""
@@ -297,28 +304,31 @@ class GeneralPoints(Environment):
             pass
         return jqk
 
+    def draw_hand(self):
+        """Four cards as (index of the rank, suit); with `face_card` one is drawn among J, Q, K, three from the rest."""
+        if not self.face_card:
+            return self.rng.sample(self.deck, 4)                   # differs 4: theirs draws with replacement
+        face = self.rng.choice([card for card in self.deck if card[0] > 9])
+        return self.rng.sample([face, *self.rng.sample([card for card in self.deck if card != face], 3)], 4)
+
     def deal(self):
-        """Draw hands until one fits, a face card if asked for, a solution, the right fold: [(rank, suit)], numbers."""
+        """Draw hands until one fits: there is a solution, and the fold is the right one; [(rank, suit)], numbers."""
         for _ in range(100_000):
-            hand = self.rng.sample(self.deck, 4)                   # differs 4: theirs draws with replacement
-            ranks = [rank for rank, _ in hand]
-            numbers = [self.jqk[rank - 10] if rank > 9 else rank + 1 for rank in ranks]
-            if self.face_card and max(ranks) < 10 or not solutions(numbers, self.target):
-                continue
-            if self.fold == "all" or held_out(numbers) == (self.fold == "test"):
+            hand = self.draw_hand()
+            numbers = [self.jqk[rank - 10] if rank > 9 else rank + 1 for rank, _ in hand]
+            if solutions(numbers, self.target) and self.fold in ("all", "test" if held_out(numbers) else "train"):
                 return [(RANKS[rank], suit) for rank, suit in hand], numbers
         raise ValueError(f"no hand makes {self.target} with J,Q,K = {self.jqk}, fold {self.fold}, suits and "
                          f"face_card as given (100,000 deals tried): try another target")
 
-    def reset(self, seed, episode=0):
+    def lay_out(self, episode):
         """Deal a hand."""
-        self.rng = random.Random(str(seed))   # as text: numbers would lose their sign
         self.jqk = self.rule_jqk or self.draw_rule()
         self.hand, self.numbers = self.deal()
         self.cards = [rank for rank, _ in self.hand]
         found = solutions(self.numbers, self.target)
+        # differs 23: the shortest by default; theirs any
         self.formula = found[0] if self.solution == "fixed" else self.rng.choice(found)
-        return self.begin_episode()
 
     def picture(self):
         return cards.draw_hand(self.hand, self.resolution, self.card_dir)
@@ -336,27 +346,15 @@ class GeneralPoints(Environment):
         return {"numbers_right": verdict.numbers_right, "cards_read": verdict.cards_read,
                 "ranks_right": verdict.ranks_right}
 
-    def format_reply(self, answer):
-        return json.dumps({"cards": self.cards, "number": self.numbers, "formula": f"{answer}={self.target}"})
+    def format_reply(self, answer, numbers=None):
+        return json.dumps({"cards": self.cards, "number": numbers or self.numbers, "formula": f"{answer}={self.target}"})
 
     def expert_reply(self):
         return self.format_reply(self.formula)
 
     def flawed_reply(self):
-        """Wrong value (mostly), wrong number, or broken formula."""
         while True:
-            numbers = self.rng.sample(self.numbers, 4)
-            fault = self.rng.choices(("value", "number", "form"), weights=(6, 2, 1))[0]
-            if fault == "number":
-                numbers[0] = self.rng.randint(1, 13)
-            a, b, c, d = numbers
-            o, p, q = self.rng.choices("+-*/", weights=(3, 3, 3, 1), k=3)
-            formula = self.rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}{c}{q}{d}",
-                                       f"{a}{o}({b}{p}{c}){q}{d}", f"({a}{o}{b}){p}({c}{q}{d})",
-                                       f"({a}{o}{b}{p}{c}){q}{d}"))
-            if fault == "form":
-                formula = f"({formula}"
-            reply = self.format_reply(formula)
+            reply = self.format_reply(demonstrator.flawed_formula(self.rng, self.numbers))
             if self.judge(reply).status != "correct":
                 return reply
 
@@ -380,6 +378,7 @@ class Position:
     """One place on the rail: what the expert sees there, does there, and which instruction is current."""
     kind: str            # "turn", "forward" or "stop"
     action: str
+    other_action: str    # by the other rule
     pano: str
     heading: int
     landmark: str        # "Aldo Cafe is on your left", or ""
@@ -407,38 +406,37 @@ class Navigation(Environment):
     view_headings where the four views look, relative to the agent: "prompt" (front, right, back, left, as the prompt
                   says) or "official" (what the official code crops)
     resolution    pixels of a view; the grid of four is 2 * resolution + 5 wide
-    vision        show four views of the place instead of the landmark's name (set by the task)
     verify_iter   judged replies per position (2 in the paper)
-    feedback, prompt_file   as in GeneralPoints
+    vision, feedback, prompt_file   as in GeneralPoints
+    faults        of an imperfect demonstrator: walk_past (an intersection), other_word (of the other rule), with shares
     """
-    answer_key = '"action"'
     kinds = ("turn", "forward", "stop")
     retry_prompt = "nav_retry"
+    known_faults, faulty_reply = ("walk_past", "other_word"), demonstrator.faulty_step
 
     def __init__(self, root="", data="train", in_order=False, action_space="absolute", view_headings="prompt",
-                 resolution=448, vision=False, verify_iter=2, feedback="informative", prompt_file=""):
+                 resolution=448, verify_iter=2, **common):
         settings.check_choice("data", data, FOLDERS)
         settings.check_choice("action_space", action_space, ACTION_SPACES)
         settings.check_choice("view_headings", view_headings, VIEW_HEADINGS)
         settings.check_whole("resolution", resolution, 1, cards.MAX_SIZE)
-        super().__init__(vision, verify_iter, feedback, prompt_file)
+        super().__init__(verify_iter=verify_iter, **common)
         folders = [Path(root) / name for name in FOLDERS[data]]
         self.folder = next((folder for folder in folders if folder.is_dir()), None)
         if not root or self.folder is None:
             raise ValueError(f"root {str(root)!r}: V-IRL needs a folder that holds {' or '.join(FOLDERS[data])}; "
                              "data/synthetic_city.py makes one")
-        self.routes = streets.load_routes(self.folder, vision)
+        self.routes = streets.load_routes(self.folder, self.vision)
         self.in_order, self.action_space = in_order, action_space
         self.view_headings, self.resolution = VIEW_HEADINGS[view_headings], resolution
         self.actions = ["forward()", *(f"turn_direction({word})" for word in ACTION_SPACES[action_space]), "stop()"]
 
-    def reset(self, seed, episode=0):
+    def lay_out(self, episode):
         """Draw a route and its rail.
 
         The draws come in the order of the official code, though not from its seeds: route, heading, then one for each
         place of each leg.
         """
-        self.rng = random.Random(str(seed))
         self.number = episode % len(self.routes) if self.in_order else None
         route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
         heading = route.init_heading or self.rng.randint(0, 359)        # 0 in a file means: any
@@ -446,7 +444,6 @@ class Navigation(Environment):
         self.sentences = self.instruct(route, words)
         self.rail = list(self.lay_rail(route, heading, words))
         self.at = 0
-        return self.begin_episode()
 
     def instruct(self, route, words):
         """Two sentences for every milestone: turn, then go on; the turn is named in both vocabularies."""
@@ -470,12 +467,13 @@ class Navigation(Environment):
             # differs 20: a sentence belongs to its leg; theirs counts on, and a leg without places shifts the later ones
             for between in route.between[i - 1] if i else ():
                 if self.rng.random() >= DROP_RATE and between is not None:
-                    yield Position("forward", "forward()", between, heading, "", False, self.sentences[2 * i - 1])
+                    yield Position("forward", *2 * ["forward()"], between, heading, "", False, self.sentences[2 * i - 1])
             if i == len(words):
-                yield Position("stop", "stop()", pano, heading, landmark, False, self.sentences[-1])
+                yield Position("stop", *2 * ["stop()"], pano, heading, landmark, False, self.sentences[-1])
             else:
-                word = words[i] if self.action_space == "relative" else route.directions[i]
-                yield Position("turn", f"turn_direction({word})", pano, heading, landmark, i > 0, self.sentences[2 * i])
+                actions = [f"turn_direction({word})" for word in (route.directions[i], words[i])]
+                yield Position("turn", *actions[::-1 if self.action_space == "relative" else 1], pano, heading, landmark,
+                               i > 0, self.sentences[2 * i])
 
     position = property(lambda self: self.rail[self.at])
     kind = property(lambda self: self.position.kind)
@@ -523,10 +521,10 @@ class Navigation(Environment):
     def details(self, verdict):
         return {"route": self.number, "position": self.at}
 
-    def format_reply(self, answer, position=None):
-        """`position`: where the observation is of, if not here."""
+    def format_reply(self, answer, position=None, sentence=None):
+        """`position`: where the observation is of, if not here; `sentence`: another instruction than the current one."""
         return json.dumps({"current observation": self.observation(position or self.position),
-                           "current instruction": self.position.sentence, "action": answer})
+                           "current instruction": sentence or self.position.sentence, "action": answer})
 
     def expert_reply(self):
         return self.format_reply(self.position.action)
@@ -571,11 +569,11 @@ NAVIGATION_SPLITS = {
 }
 NAVIGATION_PICTURE_SPLITS = NAVIGATION_SPLITS | {"visual_ood": dict(data="mini", in_order=True)}
 PICTURE_SETTINGS = ("resolution", "card_dir", "view_headings")
-NAVIGATION_METRICS = ("step_accuracy", "step_accuracy_turn", "success")
+NAVIGATION_METRICS = ("paper_step_accuracy", "step_accuracy_turn", "step_accuracy", "success")
 TASKS = {
     "gp-l": Task(GeneralPoints, {"vision": False}, GP_SPLITS, ("success",), 6.0, {"": 234}),
-    "gp-vl": Task(GeneralPoints, {"vision": True}, GP_PICTURE_SPLITS, ("success", "recognition", "rank_accuracy"), 6.0,
-                  {"": 234}),
+    "gp-vl": Task(GeneralPoints, {"vision": True}, GP_PICTURE_SPLITS,
+                  ("solved_and_read", "recognition", "success", "rank_accuracy"), 6.0, {"": 234}),
     "virl-l": Task(Navigation, {"vision": False}, NAVIGATION_SPLITS, NAVIGATION_METRICS, 5.1, {"": 48}),
     "virl-vl": Task(Navigation, {"vision": True}, NAVIGATION_PICTURE_SPLITS, NAVIGATION_METRICS, 5.1,
                     {"": 48, "visual_ood": 18}),
@@ -593,7 +591,8 @@ def make_env(task, split="id", common=(), /, **own):
     row, common = TASKS[task], dict(common)
     if split not in row.splits:
         raise ValueError(f"split {split!r}: {task} has {', '.join(row.splits)}")
-    known = {name: parameter.default for name, parameter in inspect.signature(row.environment).parameters.items()}
+    known = {name: parameter.default for kind in (Environment, row.environment)        # its own default counts
+             for name, parameter in inspect.signature(kind).parameters.items() if name != "common"}
     for name, value in {**common, **own}.items():
         if name not in known or name in row.fixed:
             raise ValueError(f"{name} {value!r}: {task} has no such setting; it has "

@@ -34,7 +34,7 @@ from pathlib import Path
 import envs
 from model import EVALUATION, PictureCache, decode_reply, encode, load_policy, picture_of, sampling_uniforms
 from support import run_folder, running, settings
-from support.api import ApiModel
+from support.api import ApiModel, read_extra
 from support.running import knob
 
 
@@ -52,14 +52,19 @@ def summarise(infos, verify_iter, kinds=()):
 
     success             episodes solved
     step_accuracy       replies that are correct, retries included (paper C.3)
+    paper_step_accuracy the same with one wrong reply more for an episode that was cut short: the official code has the
+                        model write it, unread, and counts it
     first_try           first replies to a hand or at a position that are correct
     recognition         hands whose four cards the first reply names, in any order (paper Fig. 8); it must be a reply
                         that can be judged, with a formula
     rank_accuracy       cards that the first reply names in their place; by chance, one in thirteen
+    solved_and_read     episodes solved by a reply that also names the cards: the official code counts no other
     ..._turn and so on  the same for one kind of position
     ..._stderr          standard error of each, over episodes
     success_by_city     V-IRL, visual_ood: of each city, two routes in file order; the first is the training city or
                         looks like it
+    endings             replies by why they ended: "stop", "length" if cut at the limit, or another word of an API
+    replies_empty       replies without any text
     """
     def accuracy(wanted):
         picked = [[info["status"] == "correct" for info in episode if wanted(info)] for episode in infos]
@@ -68,6 +73,9 @@ def summarise(infos, verify_iter, kinds=()):
     turns = [info for episode in infos for info in episode]
     shares = {"success": share([episode[-1]["success"] for episode in infos], [1] * len(infos)),
               "step_accuracy": accuracy(lambda info: True),
+              # differs 22: theirs has no other, and solved_and_read below for success
+              "paper_step_accuracy": share([sum(info["status"] == "correct" for info in episode) for episode in infos],
+                                           [len(episode) + (not episode[-1]["success"]) for episode in infos]),
               "first_try": accuracy(lambda info: info["try"] == 1)}
     kinds = sorted({*kinds, *(info["kind"] for info in turns)})
     for kind in kinds if len(kinds) > 1 else ():
@@ -76,6 +84,8 @@ def summarise(infos, verify_iter, kinds=()):
     if "ranks_right" in turns[0]:
         shares["recognition"] = share([episode[0]["cards_read"] for episode in infos], [1] * len(infos))
         shares["rank_accuracy"] = share([episode[0]["ranks_right"] for episode in infos], [4] * len(infos))
+        shares["solved_and_read"] = share([episode[-1]["success"] and episode[-1]["cards_read"] for episode in infos],
+                                          [1] * len(infos))
     row = {"episodes": len(infos), "replies": len(turns)}
     for name, (mean, error) in shares.items():
         row |= {name: mean, f"{name}_stderr": error}
@@ -90,16 +100,19 @@ def summarise(infos, verify_iter, kinds=()):
             cities[episode[-1]["route"] // 2].append(episode[-1]["success"])
     if cities:
         row["success_by_city"] = [sum(solved) / len(solved) for _, solved in sorted(cities.items())]
-    return row | {"statuses": dict(sorted(Counter(info["status"] for info in turns).items()))}
+    row |= {name: dict(sorted(Counter(info[key] for info in turns).items()))
+            for name, key in (("statuses", "status"), ("endings", "ending"))}
+    return row | {"replies_empty": sum(info["empty"] for info in turns)}
 
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 
 # Paper Fig. 6 and 7, Section 5.1 and 5.2: (%) at the start, after SFT and after RL, at equal compute.
 PAPER = {("gp-l", "rule_ood", "success"): (11.5, 3.4, 15.0),
-         ("virl-l", "rule_ood", "step_accuracy"): (80.8, 1.3, 91.8),
-         ("gp-vl", "rule_ood", "success"): (11.2, 5.6, 14.2), ("gp-vl", "visual_ood", "success"): (23.6, 13.7, 41.2),
-         ("virl-vl", "rule_ood", "step_accuracy"): (35.7, 2.5, 45.0),
+         ("virl-l", "rule_ood", "paper_step_accuracy"): (80.8, 1.3, 91.8),
+         ("gp-vl", "rule_ood", "solved_and_read"): (11.2, 5.6, 14.2),
+         ("gp-vl", "visual_ood", "solved_and_read"): (23.6, 13.7, 41.2),
+         ("virl-vl", "rule_ood", "paper_step_accuracy"): (35.7, 2.5, 45.0),
          ("virl-vl", "visual_ood", "success"): (16.7, 11.1, 77.8)}
 # Which way the paper's curves go on a split, and what it is called in a figure.
 SIGNS = {"id": {"SFT": "up", "RL": "up"}, "rule_ood": {"SFT": "down", "RL": "up"},
@@ -110,7 +123,7 @@ TITLES = {"id": "the training rule", "rule_ood": "the other rule", "visual_ood":
 
 @dataclass
 class Config:
-    """Defaults are ours: the paper does not say how it decodes in its tests."""
+    """Defaults are ours: the paper does not say how it decodes in its tests."""     # differs 25: greedy, theirs samples
     model: str = knob("", "evaluate this one checkpoint")
     run_folder: str = knob("", "evaluate all checkpoints of this run folder, and the model it started from")
     start: bool = knob(True, "with --run-folder: evaluate the model it started from as well")
@@ -118,6 +131,8 @@ class Config:
     figure: str = knob("", "with --compare: write the figure here (needs matplotlib)")
     api_url: str = knob("", "evaluate a model behind this OpenAI-style API; its key stands in the variable API_KEY")
     api_model: str = knob("", "with --api-url: the model's name there")
+    api_extra: str = knob("", 'with --api-url: JSON with more fields for the request; null leaves one out, as in '
+                          '{"max_tokens": null, "max_completion_tokens": 4096}')
     api_workers: int = knob(8, "with --api-url: requests at the same time", low=1)
     out: str = knob("", "with --api-url: folder for the replies and for eval.jsonl, new or stopped half-way")
     task: str = knob("", "which environment; empty: the run's, else gp-l", choices=("", *envs.TASKS))
@@ -126,7 +141,8 @@ class Config:
     episodes: int = knob(1000, "per split and seed", low=1)
     paper: bool = knob(False, "the paper's sample size instead: 234 hands, 48 routes, 18 for V-IRL's visual_ood")
     seeds: str = knob("0", "evaluation seeds, comma-separated; never those of training, though a hand may come again")
-    temperature: float = knob(0.0, "0 is greedy", low=0)
+    temperature: float = knob(0.0, "0 is greedy; theirs samples as the checkpoint says, a stock Llama-3.2 at 0.6", low=0)
+    top_p: float = knob(1.0, "sample from the likeliest tokens that have this share (theirs: 0.9)", low=0.01, high=1)
     max_new_tokens: int = knob(256, "a reply is cut here", low=1)
     generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
     dtype: str = knob("auto", "compute in this type; auto: the run's, else the faster one",
@@ -155,8 +171,8 @@ class LocalModel:
             running.say(f"goes on with {len(self.known)} replies that an evaluation before it left")
 
     def reply(self, of, split, seed, turn, pending):
-        """The texts of the next replies to {episode: (messages, whether they begin a dialogue)}, in order; `of` says
-        for whom they are kept."""
+        """The next replies to {episode: (messages, whether they begin a dialogue)}, in order: pairs of the text and why
+        it ended, "stop", or "length" if it was cut at the limit. `of` says for whom they are kept."""
         config, known = self.config, {i: self.known.get((of, turn, i)) for i in pending}
         prompts = {i: encode(self.processor, messages, None if new else self.ids_so_far[i])
                    for i, (messages, new) in pending.items()}
@@ -167,13 +183,14 @@ class LocalModel:
             with running.memory_advice("--generate-tokens"):
                 replies = self.policy.generate([prompts[i] for i in missing], uniforms, config.max_new_tokens,
                                                config.temperature, config.generate_tokens, pictures,
-                                               self.pictures_seen)
+                                               self.pictures_seen, config.top_p)
             new = {i: ids for i, (ids, _) in zip(missing, replies)}
             known |= new
             if self.path:
                 running.append_line(self.path, {"of": of, "turn": turn, "replies": new})
         self.ids_so_far = {i: prompts[i] + known[i] for i in pending}
-        return [decode_reply(self.processor, ids) for ids in known.values()]
+        return [(decode_reply(self.processor, ids), "stop" if ids[-1] == self.policy.eos_id else "length")
+                for ids in known.values()]
 
     def forget(self, of):
         """This evaluation is done and its row written: its replies may go from the files of all processes."""
@@ -194,8 +211,8 @@ def num_episodes(config, split):
 def play_episodes(reply, environments, seed):
     """Play one episode in each environment, all side by side; the list of infos, one per turn, of each episode.
 
-    reply(turn, {episode: (messages, whether they begin a dialogue)}) gives the texts. Every process plays its part of
-    them, and gets the infos of all.
+    reply(turn, {episode: (messages, whether they begin a dialogue)}) gives (text, ending) pairs as LocalModel.reply
+    does. Every process plays its part of them, and gets the infos of all.
     """
     pending, turn = {}, 0
     for i in running.own_part(range(len(environments))):
@@ -204,9 +221,9 @@ def play_episodes(reply, environments, seed):
     infos, bar = {i: [] for i in pending}, running.progress(total=len(pending), nested=True, desc="episodes")
     while pending:
         replies, going = reply(turn, pending), {}
-        for i, text in zip(pending, replies):
+        for i, (text, ending) in zip(pending, replies):
             messages, reward, _, _, info = environments[i].step(text)
-            infos[i].append(info | {"reward": reward})
+            infos[i].append(info | {"reward": reward, "ending": ending, "empty": not text.strip()})
             if environments[i].done:
                 bar.update()
             else:
@@ -217,16 +234,28 @@ def play_episodes(reply, environments, seed):
     return [episode for _, episode in sorted((pair for part in everyones for pair in part), key=lambda pair: pair[0])]
 
 
+def odd_replies(row):
+    """In words, how many replies of an evaluation were cut, refused, filtered or empty; "" if none was."""
+    limit = "their limit" if "api_extra" in row["settings"] else f"--max-new-tokens {row['settings']['max_new_tokens']}"
+    odd = [f"{count} cut at {limit}" if ending == "length" else f"{count} ended with {ending}"
+           for ending, count in row["endings"].items() if ending != "stop"]
+    odd += [f"{row['replies_empty']} empty"] if row["replies_empty"] else []
+    return f"of {row['replies']} replies, {', '.join(odd)}" if odd else ""
+
+
 def evaluate_model(path, called, known, config, write, kept=None):
     """Evaluate a checkpoint, or the API's model under its name, on every split and seed that its `known` rows do not
     cover; `write` gets each new row. `called` is what to call it, `kept` as in LocalModel."""
     model, common = None, settings.read_settings(config.env)
-    names = ("api_url", "task", "episodes", "paper", "temperature", "max_new_tokens", "dtype")
+    names = ("api_url", "task", "episodes", "paper", "temperature", "top_p", "max_new_tokens", "dtype")
     for split in settings.read_splits(config.splits):
         env = envs.make_env(config.task, split.name, common, **split.settings)
         chosen = {name: getattr(config, name) for name in names}
-        chosen["env"] = {name: value for name, value in env.settings.items() if name != "solution"}   # no expert plays
-        done = {row["seed"] for row in known if row["split"] == split.label and row["settings"] == chosen}
+        chosen["env"] = {name: value for name, value in env.settings.items() if name not in ("solution", "faults")}   # no expert plays
+        if config.api_url and (extra := read_extra(config.api_extra)):
+            chosen["api_extra"] = extra
+        done = {row["seed"] for row in known if row["split"] == split.label and row["settings"] == chosen
+                and row.keys() >= set(envs.TASKS[config.task].metrics)}
         for seed in dict.fromkeys(map(int, config.seeds.split(","))):
             if seed in done:
                 running.say(f"{called}, {split.label}, seed {seed}: already evaluated")
@@ -245,6 +274,8 @@ def evaluate_model(path, called, known, config, write, kept=None):
             found = ", ".join(f"{name.replace('_', ' ')} {100 * row[name]:.1f} +- {100 * row[f'{name}_stderr']:.1f} %"
                               for name in ("first_try", *envs.TASKS[config.task].metrics))
             running.say(f"{called}, {split.label}, seed {seed}: {found}")
+            if odd := odd_replies(row):
+                running.say(f"{called}, {split.label}, seed {seed}: {odd}")
 
 
 def take_settings(config, run, trained):
@@ -343,6 +374,9 @@ def load_arms(folders):
         arm = "RL" if "updates" in config else "SFT"               # rl.py counts updates, sft.py steps
         rows = {(row["step"], row["split"], row["seed"]): row for row in rows}             # the last of equals
         for row in rows.values():
+            if lacking := set(envs.TASKS[row["settings"]["task"]].metrics) - row.keys():
+                raise ValueError(f"run {str(run)!r}: its eval.jsonl is from an earlier version, without {min(lacking)}; run "
+                                 f"evaluate.py --run-folder {run} again")
             first_run, first = chosen.setdefault(row["split"], (run, row["settings"]))
             if differing := difference(first, row["settings"]):
                 raise ValueError(f"--compare needs one set of settings for a split; on {row['split']} {first_run} and {run} "

@@ -22,24 +22,26 @@ import contextlib
 import itertools
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers import logging as transformers_logging
 
 from support import running
-from support.decoder import CacheDecoder, LlamaDecoder
+from support.decoder import CacheDecoder, LlamaDecoder, wide_product
 
 transformers_logging.set_verbosity_error()         # no bars and no hints of the library among our lines
 transformers_logging.disable_progress_bar()
 
 IMAGE_TOKEN = "<|image|>"
+REPLY_MARKER = "(the last reply)"                  # stands for it where a template is asked what follows
+TEMPLATE_SECONDS = 20                              # for three prompts at load: a template can loop for ever
 
 # ---- Messages <-> tokens -----------------------------------------------------------------------------------
 
@@ -49,10 +51,19 @@ def tokenizer_of(processor):
     return getattr(processor, "tokenizer", processor)
 
 
+def template_of(processor):
+    """The chat template; of several named ones "default", and None if there is none."""
+    template = processor.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
 def render(processor, messages, **kwargs):
     # The date is fixed because some templates (Llama 3.2) print today's, and prompts must not change overnight.
-    return tokenizer_of(processor).apply_chat_template(messages, chat_template=processor.chat_template, tokenize=False,
-                                                       date_string="01 Jan 2025", **kwargs)
+    try:
+        return tokenizer_of(processor).apply_chat_template(messages, chat_template=template_of(processor), tokenize=False,
+                                                           date_string="01 Jan 2025", **kwargs)
+    except Exception as error:                                     # a template is a program, and can raise anything
+        raise ValueError(f"the chat template cannot write this dialogue: {str(error).strip() or repr(error)}") from None
 
 
 def picture_of(messages):
@@ -79,21 +90,23 @@ def encode(processor, messages, prior_ids=None):
     """The prompt ids (P,) for the next reply to `messages`, which end with a user message.
 
     `prior_ids` are the ids of the dialogue up to and including the last reply, as it was sampled. With them, only what
-    follows that reply is tokenized: sampled ids are never decoded and encoded again. A reply that was cut at the
-    limit is closed with an end-of-turn, which belongs to the prompt and so to no loss. A picture is one token here.
+    follows that reply is tokenized: sampled ids are never decoded and encoded again, though a template may write earlier
+    turns otherwise later on. A reply that was cut at the limit is closed with an end-of-turn, which belongs to the prompt
+    and so to no loss. A picture is one token here.
     """
     tokenizer, prior = tokenizer_of(processor), prior_ids or []     # differs 12: sampled ids are kept, never encoded again
-    text = render(processor, messages, add_generation_prompt=True)
     if prior:
         last_reply = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        before = render(processor, messages[:last_reply + 1])
-        cut = before.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
-        if text[:cut] != before[:cut]:
-            raise ValueError("the chat template rewrites earlier turns, so sampled ids cannot be kept: use another "
-                             "model")
-        text = text[cut:]
-        prior = prior + ([] if prior[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id])
-    ids = prior + tokenizer(text, add_special_tokens=False).input_ids
+        marked = [message | {"content": REPLY_MARKER} if i == last_reply else message for i, message in enumerate(messages)]
+        _, marker, rest = render(processor, marked, add_generation_prompt=True).partition(REPLY_MARKER)
+        if not marker or not rest.lstrip().startswith(tokenizer.eos_token):
+            raise ValueError(f"the chat template must show the last reply and end it with {tokenizer.eos_token!r}, the "
+                             "\"eos_token\" of tokenizer_config.json: that must be the token which ends a turn")
+        # behind the end-of-turn, which some tokenizers need to know that no text begins here
+        ids = prior[:-1] if prior[-1] == tokenizer.eos_token_id else prior
+        ids = ids + tokenizer(rest.lstrip(), add_special_tokens=False).input_ids
+    else:
+        ids = tokenizer(render(processor, messages, add_generation_prompt=True), add_special_tokens=False).input_ids
     if processor is not tokenizer:
         found, expected = ids.count(processor.image_token_id), int(picture_of(messages) is not None)
         if found != expected:
@@ -184,32 +197,42 @@ def aligned_micro_batches(lengths, token_budget):
     return [[order[i] for i in group if i < len(order)] for group in groups if group[0] < len(order)]
 
 
+def context_of(config):
+    """How many tokens a row may have: beyond its sliding window a model would see other tokens in a padded row than alone."""
+    window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = window and (layer_types is None or "sliding_attention" in layer_types)
+    return min(config.max_position_embeddings, window if slides else config.max_position_embeddings)
+
+
 # ---- The policy --------------------------------------------------------------------------------------------
 
 class TokenLogprobs(torch.autograd.Function):
-    """log_softmax of hidden @ weight.T, without the ids in `ban`, at the targets: (n, D), (V, D), ids, (n,) -> (n,).
+    """log_softmax of hidden @ weight.T / temperature, without the ids in `ban`, at the targets:
+    (n, D), (V, D), ids, (n,), number -> (n,).
 
     What autograd makes of the same formula holds four (n, V) tensors. Here one is overwritten: logits become
     probabilities, and these, less 1 at the target, are the gradient but for its sign.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, ban, targets):
-        # differs 8: float32 from here on; theirs round each log-prob to bfloat16 before they sum
-        logits = F.linear(hidden, weight).float().index_fill_(1, ban, -math.inf)                   # (n, V)
+    def forward(ctx, hidden, weight, ban, targets, temperature):
+        # differs 8: float32 from the product on; theirs round each log-prob to bfloat16 before they sum
+        logits = wide_product(hidden, weight).div_(temperature).index_fill_(1, ban, -math.inf)     # (n, V)
         picked, peak = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)            # (n, 1)
         probs = torch.softmax(logits, 1, out=logits)
         logprobs = picked - peak + probs.amax(1, keepdim=True).log()    # not log(probs), which may have underflowed
         ctx.save_for_backward(hidden, weight)
+        ctx.temperature = temperature
         ctx.slope = probs.scatter_add_(1, targets[:, None], -torch.ones_like(picked))
         return logprobs[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight = ctx.saved_tensors
-        slope, scale, ctx.slope = ctx.slope.to(hidden.dtype), -grad[:, None], None   # used up: no second backward
+        slope, scale = ctx.slope.to(hidden.dtype), -grad[:, None] / ctx.temperature
+        ctx.slope = None                                           # used up: no second backward
         grad_hidden, grad_weight = scale * (slope @ weight), slope.T @ (scale * hidden).to(hidden.dtype)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
 class Policy(nn.Module):
@@ -234,7 +257,7 @@ class Policy(nn.Module):
         banned[list(special - {self.eos_id})] = True
         banned[len(tokenizer):] = True
         self.register_buffer("banned", banned, persistent=False)
-        self.dtype = getattr(torch, dtype)
+        self.dtype, self.context = getattr(torch, dtype), context_of(backbone.config.get_text_config())
         self.image_processor, self.picture_tokens = None, 0
         if processor is not tokenizer:
             self.image_processor, self.image_id = processor.image_processor, processor.image_token_id
@@ -257,6 +280,11 @@ class Policy(nn.Module):
         tied = embedding is self.backbone.lm_head.weight           # then it is the output projection, and counts
         return sum(p.numel() for p in self.backbone.parameters()) - (0 if tied else embedding.numel())
 
+    def check_length(self, num_tokens):
+        if num_tokens > self.context:
+            raise ValueError(f"a dialogue of {num_tokens} tokens, its reply's limit included, does not fit the model's context "
+                             f"of {self.context} (or its sliding window): lower --max-new-tokens, or take another model")
+
     def autocast(self):
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
@@ -274,6 +302,7 @@ class Policy(nn.Module):
         is_token = offsets < lengths[:, None]                                       # (B, R)
         # differs 6: every token of a reply counts, its end-of-turn too; theirs leaves the first two out
         rows, columns = row[:, None].expand_as(is_token)[is_token], (first[:, None] + offsets)[is_token]   # (n,)
+        self.check_length(batch["input_ids"].shape[1])
         vision = self.picture_tensors(batch["pictures"]) if batch["pictures"] else {}
         if vision:
             vision["cross_attention_mask"] = self.cross_attention_mask(batch["input_ids"], vision["aspect_ratio_mask"])
@@ -287,12 +316,10 @@ class Policy(nn.Module):
         return logprobs, values[:, 0].float()
 
     def token_logprobs(self, hidden, targets, temperature):
-        """Log-probs (n,) of target ids (n,) that follow hidden states (n, D). The temperature enters before the
-        product, where it is free: dividing the logits would pass twice more over (n, V)."""
-        ban = self.banned.new_zeros(0, dtype=torch.long)
-        if temperature is not None:
-            hidden, ban = hidden / temperature, self.banned.nonzero()[:, 0]
-        return TokenLogprobs.apply(hidden.to(self.dtype), self.backbone.lm_head.weight.to(self.dtype), ban, targets)
+        """Log-probs (n,) of target ids (n,) that follow hidden states (n, D)."""
+        ban = self.banned.new_zeros(0, dtype=torch.long) if temperature is None else self.banned.nonzero()[:, 0]
+        return TokenLogprobs.apply(hidden.to(self.dtype), self.backbone.lm_head.weight.to(self.dtype), ban, targets,
+                                   temperature or 1.0)
 
     def num_tokens(self, prompt_ids, response_ids, picture):
         """The tokens of one pass over a turn, those of its picture included: what `gflops` counts."""
@@ -320,19 +347,20 @@ class Policy(nn.Module):
         return list(zip(states.flatten(1, -2), tensors["aspect_ratio_mask"]))
 
     @torch.no_grad()
-    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536, pictures=None, pictures_seen=None):
+    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536, pictures=None, pictures_seen=None,
+                 top_p=1.0):
         """Sample one reply to each prompt: (response_ids, the log-probs (R,) seen while sampling) per prompt.
 
         `uniforms` (number of prompts, max_new_tokens) in [0, 1) decide the tokens, one row a reply, so but for
-        rounding a reply does not depend on the rows beside it. Temperature 0 takes the likeliest token. Rows that
-        end leave the batch. `pictures` has one for each prompt, or None for each; `pictures_seen`, a PictureCache, remembers what
+        rounding a reply does not depend on the rows beside it. Temperature 0 takes the likeliest token; `top_p` (evaluation
+        alone) samples from the likeliest ones that have this share together. Rows that end leave the batch. `pictures` has one for each prompt, or None for each; `pictures_seen`, a PictureCache, remembers what
         was seen of them in earlier turns. The log-probs serve only to check those of `forward`.
         """
         with running.unsharded(self), self.autocast():                # around it all: weights are cast once, not per token
             seen = (pictures_seen or PictureCache(self, token_budget))(pictures or [None])
-            return self.sample(prompts, uniforms, max_new_tokens, temperature, token_budget, seen)
+            return self.sample(prompts, uniforms, max_new_tokens, temperature, token_budget, seen, top_p)
 
-    def sample(self, prompts, uniforms, max_new_tokens, temperature, token_budget, seen):
+    def sample(self, prompts, uniforms, max_new_tokens, temperature, token_budget, seen, top_p=1.0):
         """`generate` on whole weights; `seen` is what `see` makes of the pictures, or None."""
         replies, seen_tokens = [None] * len(prompts), self.picture_tokens if seen else 0
         uniforms = torch.as_tensor(uniforms, device=self.device)
@@ -345,6 +373,7 @@ class Policy(nn.Module):
         for rows in micro_batches(lengths, token_budget, group_cost=len(prompts) * token_budget):
             chosen = [prompts[row] for row in rows]
             P = max(map(len, chosen))
+            self.check_length(P + max_new_tokens)
             # What all prompts begin with is read once, and padding follows it; behind a picture nothing is the same.
             common = 0 if seen or len(rows) == 1 else min(len(os.path.commonprefix(chosen)), min(map(len, chosen)) - 1)
             padded = [prompt[:common] + [-1] * (P - len(prompt)) + prompt[common:] for prompt in chosen]
@@ -356,7 +385,7 @@ class Policy(nn.Module):
             going = torch.ones_like(prompt_of_row, dtype=torch.bool)
             drawn_ids, drawn_logprobs = [], []
             for position in range(max_new_tokens):
-                ids, logprobs = self.pick(logits, uniforms[prompt_of_row, position], temperature)
+                ids, logprobs = self.pick(logits, uniforms[prompt_of_row, position], temperature, top_p)
                 for drawn, new, empty in ((drawn_ids, ids, -1), (drawn_logprobs, logprobs, 0.0)):
                     drawn.append(torch.full((len(prompts),), empty, dtype=new.dtype, device=self.device)
                                  .scatter(0, prompt_of_row, torch.where(going, new, empty)))
@@ -376,15 +405,20 @@ class Policy(nn.Module):
                 replies[row] = response, all_logprobs[row][:len(response)]
         return replies
 
-    def pick(self, logits, uniforms, temperature):
+    def pick(self, logits, uniforms, temperature, top_p=1.0):
         """One token for each row of logits (B, V), by inverse CDF at its uniform: ids (B,), log-probs (B,)."""
         # differs 9: the softmax of the update; theirs samples with top-p and top-k, which its log-probs ignore
-        logits = logits.float().masked_fill(self.banned, -math.inf)
+        logits = logits.masked_fill(self.banned, -math.inf)
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
         if temperature == 0:
             ids = logits.argmax(-1)
         else:
-            cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+            probs = logprobs.exp()
+            if top_p < 1:
+                likeliest, order = probs.sort(-1, descending=True)
+                beyond = likeliest.cumsum(-1) - likeliest >= top_p         # the share of those before is there already
+                probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
+            cumulative = probs.cumsum(-1, dtype=torch.float64)
             ids = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
@@ -425,29 +459,44 @@ def sampling_uniforms(keys, max_new_tokens):
 FREEZABLE = {"vision": "model.vision_model", "projector": "model.multi_modal_projector"}   # paper Fig. 16
 
 
+def check_template(path, processor, vision):
+    """The ids (P,) of a first prompt; ValueError unless `encode` can do with this chat template what it must."""
+    tokenizer = tokenizer_of(processor)
+    if template_of(processor) is None or tokenizer.eos_token is None:
+        raise ValueError(f"model {path!r}: its tokenizer has no chat template (or none called default), or no "
+                         "end-of-sequence token")
+    contents = [[{"type": "image", "image": "a picture"}, {"type": "text", "text": "1"}] if vision else "1", "2", "3"]
+    messages = [{"role": role, "content": content} for role, content in zip(("user", "assistant", "user"), contents)]
+    try:
+        first = encode(processor, messages[:1])
+        encode(processor, messages, first + encode_reply(processor, "2"))
+    except ValueError as error:
+        raise ValueError(f"model {path!r}: its chat template cannot be used: {error}") from None
+    if tokenizer.bos_token and first[:2] == 2 * [tokenizer.bos_token_id]:
+        raise ValueError(f"model {path!r}: its chat template must write {tokenizer.bos_token} once, not twice")
+    return first
+
+
 def check_model(path, backbone, processor, vision):
     """ValueError unless this model and its chat template behave as `encode` and `Policy` take for granted."""
-    tokenizer = tokenizer_of(processor)
-    if processor.chat_template is None or tokenizer.eos_token is None:
-        raise ValueError(f"model {path!r}: its tokenizer has no chat template or no end-of-sequence token")
-    contents = [[{"type": "image", "image": None}, {"type": "text", "text": "1"}] if vision else "1", "2", "3"]
-    messages = [{"role": role, "content": content} for role, content in zip(("user", "assistant", "user"), contents)]
-    first = render(processor, messages[:1], add_generation_prompt=True)
-    whole = render(processor, messages, add_generation_prompt=True)
-    if not whole.startswith(f"{first}2{tokenizer.eos_token}"):
-        raise ValueError(f"model {path!r}: its chat template must keep earlier turns as they were and end a reply with "
-                         f"{tokenizer.eos_token!r}; allowed are models whose template does")
-    ids = tokenizer(first, add_special_tokens=False).input_ids
-    for token, least in [(tokenizer.bos_token, 0), *([(IMAGE_TOKEN, 1)] if vision else [])]:
-        if token and not least <= ids.count(tokenizer.convert_tokens_to_ids(token)) <= 1:
-            raise ValueError(f"model {path!r}: its chat template must write {token} once, not {whole.count(token)} "
-                             "times")
+    ids = running.within_seconds(TEMPLATE_SECONDS, partial(check_template, path, processor, vision),
+                                 f"model {path!r}: its chat template does not come to an end")
+    rows, embeddings = (table.weight.shape[0] for table in (backbone.lm_head, backbone.get_input_embeddings()))
+    if max(ids) >= embeddings or tokenizer_of(processor).eos_token_id >= rows:
+        raise ValueError(f"model {path!r}: its tokenizer has more tokens ({len(tokenizer_of(processor))}) than the model "
+                         f"({rows}): resize the model's embeddings")
     with torch.no_grad():
-        text = torch.tensor([[i for i in ids if tokenizer.convert_ids_to_tokens(i) != IMAGE_TOKEN]])
+        text = torch.tensor([[i for i in ids if i < rows]])        # without <|image|>, which has no row
         expected, product = backbone(text).logits, backbone.lm_head(backbone.model(text).last_hidden_state)
-        if backbone.lm_head.bias is not None or not torch.allclose(expected, product, atol=1e-4):
-            raise ValueError(f"model {path!r}: its logits are not plain products of hidden states and lm_head "
-                             f"({backbone.config.model_type}), which is not supported")
+    if not torch.isfinite(expected).all():
+        raise ValueError(f"model {path!r}: its weights give logits that are no finite numbers")
+    if backbone.lm_head.bias is not None or not torch.allclose(expected, product, atol=1e-4):
+        raise ValueError(f"model {path!r}: its logits are not plain products of hidden states and lm_head "
+                         f"({backbone.config.model_type}), which is not supported")
+    tiles = getattr(getattr(processor, "image_processor", None), "max_image_tiles", 0)
+    if tiles and tiles > backbone.config.vision_config.max_num_tiles:
+        raise ValueError(f"model {path!r}: its processor cuts a picture into up to {tiles} tiles, the model takes "
+                         f"{backbone.config.vision_config.max_num_tiles} (max_image_tiles of its preprocessor)")
 
 
 def load_folder(path, vision, dtype, hollow):
@@ -457,10 +506,13 @@ def load_folder(path, vision, dtype, hollow):
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "
-                         "support/tiny.py writes a tiny one")
+        adapter = (folder / "adapter_config.json").is_file()
+        raise ValueError(f"model {path!r}: " + ("an adapter (PEFT) without its model: merge it into the model first" if adapter else
+                         "no such model folder (it would have a config.json); support/tiny.py writes a tiny one"))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are quantized (quantization_config); take the model as it was before")
         is_mllama = config.model_type == "mllama"
         model_class = AutoModelForImageTextToText if is_mllama else AutoModelForCausalLM
         with torch.device("meta") if hollow else contextlib.nullcontext():
@@ -468,9 +520,11 @@ def load_folder(path, vision, dtype, hollow):
                                 model_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False,
                                                             output_loading_info=True, ignore_mismatched_sizes=True))
         processor = (AutoProcessor if is_mllama else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:                                      # the libraries raise anything on files that are odd
         raise ValueError(f"model {path!r}: not a causal language model shaped like Llama with its tokenizer, nor a "
-                         f"Llama-3.2-Vision with its processor: {str(error).splitlines()[0]}") from None
+                         f"Llama-3.2-Vision with its processor: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
     for kind in ("missing", "unexpected", "mismatched"):            # transformers would fill them with random numbers
         if names := sorted(map(str, faults.get(f"{kind}_keys", ()))):
             raise ValueError(f"model {path!r}: its weights do not fill the model: {names[0]} is {kind}"
@@ -509,5 +563,8 @@ def load_policy(path, dtype="float32", device="cpu", vision=False, freeze="", gr
         running.enable_checkpointing(policy)
     value_head = Path(path) / "value_head.safetensors"
     if value_head.is_file():
-        policy.value_head.load_state_dict(load_file(value_head))
+        try:
+            policy.value_head.load_state_dict(load_file(value_head))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{value_head}: not this model's value head: {' '.join(str(error).split())}") from None
     return policy if hollow else policy.to(device), processor

@@ -38,6 +38,7 @@ import envs
 from model import (FREEZABLE, SAMPLES, SHUFFLES, PictureCache, aligned_micro_batches, collate, decode_reply, encode,
                    load_policy, picture_of, sampling_uniforms)
 from support import run_folder, running, settings
+from support.chat import read_text
 from support.running import knob
 
 # ---- The maths ---------------------------------------------------------------------------------------------
@@ -91,6 +92,7 @@ class Config:
     split: tuple = knob(("id",), "the rule to train on, and settings of its own, such as: id rule=11,11,11 fold=train")
     env: tuple = knob((), "settings of the environment, such as: root=city0 verify_iter=3 (envs.py lists them)")
     # rollout
+    # differs 26: many environments, few turns; theirs 8 x 256
     num_envs: int = knob(256, "environments played side by side", low=1)
     turns_per_env: int = knob(8, "turns of each per update; 256 x 8 = 2048 as on the paper's 8 GPUs", low=1)
     max_new_tokens: int = knob(512, "a reply is cut here", low=1)
@@ -170,7 +172,7 @@ class Conversation:
         self.verdicts = [*self.verdicts, [info["status"], reward]]
         dialogue = [*before, {"role": "assistant", "content": reply}] if info["new_dialogue"] else messages
         readable = {"env": self.index, "episode": self.episode, "verdicts": self.verdicts,
-                    "messages": [message | {"content": envs.read_text(message)} for message in dialogue]}
+                    "messages": [message | {"content": read_text(message)} for message in dialogue]}
         if terminated or truncated:
             self.begin(self.episode + 1)
         else:
@@ -179,14 +181,10 @@ class Conversation:
         return reward, terminated or truncated, info, readable
 
 
-def find_answer(processor, response_ids, answer_key):
-    """The index of the token in which the answer key begins; len(response_ids) if the key is not there."""
-    # differs 7: by the text, theirs by fixed token ids. The last one, since the verifier reads the last object.
-    position = decode_reply(processor, response_ids).rfind(answer_key)
-    if position < 0:
-        return len(response_ids)
-    # the first token by whose end the text is longer than `position`
-    return bisect_right(range(len(response_ids) - 1), position,
+def find_answer(processor, response_ids, answer_at):
+    """The index of the token in which the text of a reply passes `answer_at` characters; len(response_ids) if none does."""
+    # differs 7: where the verifier read the answer; theirs by fixed token ids
+    return bisect_right(range(len(response_ids)), answer_at,
                         key=lambda token: len(decode_reply(processor, response_ids[:token + 1])))
 
 
@@ -205,7 +203,7 @@ def collect_turns(policy, processor, conversations, update, config, stop) -> lis
         for conversation, prompt_ids, picture, (response_ids, _) in zip(conversations, prompts, pictures, replies):
             key = conversation.index, conversation.episode, conversation.dialogue_number
             reward, done, info, readable = conversation.play(response_ids)
-            answer_start = find_answer(processor, response_ids, conversation.env.answer_key)
+            answer_start = find_answer(processor, response_ids, info["answer_at"])
             turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, key, info, picture,
                               s * config.num_envs + conversation.index))
             # The dialogues of two environments are kept to be read: the way to see reward hacking.

@@ -5,7 +5,7 @@ reply and its end-of-turn, never the prompt.
 
     python sft.py --model PATH --out runs/sft                      # the paper's settings, pairs made on the fly
     python sft.py --task gp-vl --model PATH --out runs/sft --mix id suits=HD       # on red cards (settings: envs.py)
-    python sft.py --model PATH --out runs/sft --data data.json     # from a file in the released shape
+    python sft.py --model PATH --out runs/sft --data data.json     # from a file (shapes: support/conversations.py)
     python sft.py --model PATH --out runs/base --mix rule_family --failed-tries 4         # see recipes/base.sh
     torchrun --nproc-per-node 8 sft.py --model PATH --out runs/sft            # the same steps on eight GPUs
     python sft.py --task gp-vl --dump data.json --num 1000     # write such a file, with its pictures; train nothing
@@ -17,7 +17,6 @@ many wrong replies, each with its verdict, before the expert's (paper Fig. 15).
 
 Left out: packing (samples of like length share a micro-batch instead), LoRA.
 """
-import json
 import math
 import random
 import time
@@ -29,8 +28,7 @@ import torch
 
 import envs
 from model import FREEZABLE, IMAGE_TOKEN, aligned_micro_batches, collate, encode, encode_reply, load_policy, picture_of
-from support import run_folder, running, settings
-from support.cards import open_picture
+from support import conversations, run_folder, running, settings
 from support.running import knob
 
 
@@ -78,7 +76,10 @@ class Config:
     steps: int = knob(400, "optimizer steps (the paper's RL starts from step 400)", low=1)
     batch_size: int = knob(128, "samples per optimizer step: 16 x 8 GPUs in the paper", low=1)
     lr: float = knob(1e-6, "peak learning rate (5e-7 for the vision tasks)", low=1e-12)
-    warmup_ratio: float = knob(0.03, "share of the steps with linear warm-up, then cosine to 0", low=0, high=1)
+    warmup_ratio: float = knob(0.03, "share of the steps with linear warm-up", low=0, high=1)
+    # differs 24: the default is what their script asks for, not what ran
+    schedule: str = knob("cosine", "after the warm-up: cosine to 0, as the official script says, or constant, as it ran",
+                         choices=("cosine", "constant"))
     freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)} (Fig. 16)")
     weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
     beta2: float = knob(0.98, "AdamW beta 2; beta 1 is 0.9, eps 1e-7", low=0, high=0.999999)
@@ -97,59 +98,11 @@ class Config:
 
 # ---- Samples -----------------------------------------------------------------------------------------------
 
-def read_conversations(path, vision):
-    """(messages, reply) pairs from a file in the released data.json shape, one for every reply in it.
-
-    Shape: [{"image": file, "conversations": [{"from": "human" | "gpt", "value": text}, ...]}, ...]. With `vision`
-    every record has one picture, its path relative to the data file's folder, and one <image> in its first text;
-    without, none has. In the messages stands the path. ValueError names file, record and key.
-    """
-    try:
-        records = json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"data file {path}: {error}") from None
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"data file {path}: expected a non-empty list of records, got {type(records).__name__}")
-    pairs, roles = [], ("human", "gpt")
-    for index, record in enumerate(running.progress(records, nested=True, desc="pictures") if vision else records):
-        where = f"data file {path}, record {index}"
-        turns = record.get("conversations") if isinstance(record, dict) else None
-        if not isinstance(turns, list) or not turns or len(turns) % 2:
-            raise ValueError(f"{where}: key 'conversations' must be a list of human and gpt turns in pairs")
-        image = record.get("image")
-        if not (isinstance(image, str) and image if vision else image in (None, "")):
-            raise ValueError(f"{where}: key 'image': a task with pictures needs one file per record, another none; "
-                             f"got {image!r}")
-        if vision:
-            image = Path(path).parent / image
-            try:
-                open_picture(image)
-            except ValueError as error:
-                raise ValueError(f"{where}: key 'image': {error}") from None
-        messages = []
-        for at, turn in enumerate(turns):
-            if not isinstance(turn, dict) or turn.get("from") != roles[at % 2]:
-                raise ValueError(f"{where}: key 'from' of turn {at} must be {roles[at % 2]!r}")
-            if not isinstance(turn.get("value"), str):
-                raise ValueError(f"{where}: key 'value' of turn {at} must be text")
-            text, slots = turn["value"], int(vision and at == 0)
-            if text.count("<image>") != slots or IMAGE_TOKEN in text:
-                raise ValueError(f"{where}: key 'value' of turn {at} must hold <image> {slots} times and no "
-                                 f"{IMAGE_TOKEN}; it has {text.count('<image>')} and {text.count(IMAGE_TOKEN)}")
-            if at % 2:
-                pairs.append((messages, text))
-                messages = messages + [{"role": "assistant", "content": text}]
-            else:
-                text = text.replace("<image>\n", "").replace("<image>", "")
-                messages = messages + [envs.user_message(text, image if slots else None)]
-    return pairs
-
-
 class Samples:
     """Sample i of the run as (messages, expert reply): made by an environment, or read from a file in seeded order."""
 
     def __init__(self, config):
-        splits, common = settings.read_splits(config.mix), settings.read_settings(config.env)
+        splits, common = settings.read_splits(config.mix, weighted=True), settings.read_settings(config.env)
         common.setdefault("verify_iter", config.failed_tries + 1)  # so that no failed try ends the episode
         self.envs = [envs.make_env(config.task, split.name, common, **split.settings) for split in splits]
         self.weights = [split.weight for split in splits]
@@ -161,7 +114,7 @@ class Samples:
             raise ValueError(f"--balance: {config.task} has one kind of position only")
         if config.data and (config.failed_tries or config.balance or len(splits) > 1 or splits[0].settings):
             raise ValueError("--data: --mix, --failed-tries and --balance are for samples that are made on the fly")
-        self.pairs = read_conversations(config.data, self.envs[0].vision) if config.data else None
+        self.pairs = config.data and conversations.read_conversations(config.data, self.envs[0].vision, IMAGE_TOKEN)
         self.config, self.epoch = config, None
 
     def __getitem__(self, i):
@@ -172,44 +125,13 @@ class Samples:
                 order = random.Random(f"{seed}/order/{epoch}").sample(range(len(self.pairs)), len(self.pairs))
                 self.epoch, self.order = epoch, order
             messages, reply = self.pairs[self.order[at]]
-            path = picture_of(messages)
-            if path:
-                messages = [envs.user_message(envs.read_text(messages[0]), open_picture(path)), *messages[1:]]
-            return messages, reply
+            return conversations.open_pictures(messages), reply
         env = rng.choices(self.envs, self.weights)[0]
         env.reset(f"{seed}/sft/{i}", episode=i)
         messages = env.skip_ahead(rng, self.config.balance)
         for _ in range(rng.randint(0, self.config.failed_tries)):
             messages, *_ = env.step(env.flawed_reply())
-        return messages, env.expert_reply()
-
-
-def dump(samples, config):
-    """Write the first `num` samples in the released shape, pictures in a folder beside the file."""
-    path, folder = Path(config.dump), Path(config.dump).with_suffix("")
-    if config.failed_tries:
-        raise ValueError(f"--dump with --failed-tries {config.failed_tries}: in the released shape every reply is a "
-                         "target, failed ones would be learnt; make such dialogues on the fly")
-    if path.exists() or folder.exists() or path == folder:
-        raise ValueError(f"--dump {config.dump}: must be a new file with a suffix, such as data.json, and no folder "
-                         f"{folder} may be there yet")
-    if not path.parent.is_dir():
-        raise ValueError(f"--dump {config.dump}: there is no folder {path.parent}")
-    records = []
-    for i in running.progress(range(config.num), desc="dump"):
-        messages, reply = samples[i]
-        record, turns = {}, []
-        for message in [*messages, {"role": "assistant", "content": reply}]:
-            text, slots = envs.read_text(message), ""
-            if "<image>" in text:
-                raise ValueError("--dump: a text holds <image>, which marks the picture in the released shape")
-            if not isinstance(message["content"], str):
-                record["image"], slots = f"{folder.name}/{i:06d}.png", "<image>\n"
-                folder.mkdir(exist_ok=True)
-                message["content"][0]["image"].save(folder / f"{i:06d}.png")
-            turns.append({"from": "gpt" if message["role"] == "assistant" else "human", "value": slots + text})
-        records.append({**record, "conversations": turns})
-    running.write_atomically(path, json.dumps(records, indent=1) + "\n")
+        return messages, env.demonstrate()
 
 
 # ---- The run -----------------------------------------------------------------------------------------------
@@ -242,7 +164,7 @@ def set_up(config):
 def main(config):
     with running.one_line_errors():
         if config.dump:
-            return dump(Samples(config), config)
+            return conversations.dump(Samples(config), config)
         config, samples, policy, processor, optimizer, state = set_up(config)
     running.say_memory(policy, config)
     stop, out, started, earlier = running.StopSignal(), Path(config.out), time.time(), state["seconds"]
@@ -250,7 +172,8 @@ def main(config):
     for step in bar:
         first, end = step * config.batch_size, (step + 1) * config.batch_size       # samples of this step
         with running.one_line_errors(f"step {step + 1}, samples {first} to {end - 1}"):
-            lr = running.learning_rate(step, config.steps, config.lr, config.warmup_ratio)
+            lr = running.learning_rate(step, config.steps, config.lr, config.warmup_ratio,
+                                       final=config.lr if config.schedule == "constant" else 0.0)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = [(encode(processor, messages), encode_reply(processor, reply), picture_of(messages))

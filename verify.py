@@ -27,6 +27,7 @@ torch nor the environments; `python envs.py gp-l` is the way to meet it.
 """
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -62,6 +63,8 @@ FEEDBACK = {
 class Verdict:
     """What the verifier found in one reply.
 
+    `answer_at` is where in the reply the key of the answer stands, at its end if there is none: rl.py weighs what comes
+    before otherwise.
     `cards_read` and `numbers_right` say whether the reply's "cards" and "number" lists match the deal as multisets,
     `ranks_right` how many of the "cards" are right in their place; they are measured in every reply, and only
     `cards_read` is ever paid for (with pictures).
@@ -69,6 +72,7 @@ class Verdict:
     status: str
     reward: float
     message: str
+    answer_at: int = 0
     cards_read: bool | None = None
     numbers_right: bool | None = None
     ranks_right: int | None = None
@@ -85,7 +89,14 @@ def fill(template, **values):
 
 SCALAR = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|([^{}\[\]:,"'\s][^{}\[\]:,"']*))\s*""", re.S)
 OPEN_LIST, CLOSE_LIST, CLOSE_OBJECT = (re.compile(rf"\s*{re.escape(mark)}\s*") for mark in "[]}")
+TOKEN = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^{}\[\]:,"'\s][^{}\[\]:,"']*)(\s*:)?|[{}\[\]]""", re.S)
 DECODER = json.JSONDecoder()
+
+
+def unescape(word):
+    """A quoted word without its backslashes, read as in JSON where they mean something there."""
+    return re.sub(r"""\\(?:u([0-9a-fA-F]{4})|(["'/\\]))""", lambda found: chr(int(found[1], 16)) if found[1] else found[2],
+                  word) if "\\" in word else word
 
 
 def read_scalar(text, position):
@@ -93,8 +104,7 @@ def read_scalar(text, position):
     match = SCALAR.match(text, position)
     if match is None:
         return None, position
-    word = match[match.lastindex].strip()
-    return re.sub(r"\\([\"'/\\])", r"\1", word) if "\\" in word else word, match.end()
+    return unescape(match[match.lastindex].strip()), match.end()
 
 
 def read_relaxed(text, position):
@@ -142,8 +152,8 @@ def read_json(text, position):
         return None, len(text)
 
 
-def read_reply(reply, key):
-    """The last complete object of a reply that has `key`, as a dict; None if there is none.
+def last_object(reply, key):
+    """(the last complete object of a reply that has `key`, as a dict, and where it begins); (None, 0) if there is none.
 
     Each object is read as JSON first, then as models really write it: trailing commas, single quotes, unquoted card
     names; prose and code fences may surround it. An object that JSON finds around the last one is preferred: its
@@ -152,7 +162,7 @@ def read_reply(reply, key):
     if reply.startswith("{"):                                       # the common case: nothing but one JSON object
         found, end = read_json(reply, 0)
         if found is not None and key in found and not reply[end:].strip():
-            return found
+            return found, 0
     work, position = 0, reply.rfind("{", 0, max(0, reply.rfind(key)))
     last, last_start = None, len(reply)
     while position >= 0 and work < MAX_WORK:
@@ -164,11 +174,49 @@ def read_reply(reply, key):
         if found is not None and key in found and (last is None or end > last_start):
             last, last_start = found, position
         position = reply.rfind("{", 0, position)
-    return last
+    return last, last_start
+
+
+def find_key(text, start, key):
+    """Where in the object that begins at `start` its (last) `key` stands, and where the object ends."""
+    at, depth = start, 0
+    for token in TOKEN.finditer(text, start):
+        depth += (token[0] in "{[") - (token[0] in "}]")
+        if depth == 0:
+            return at, token.end()
+        if depth == 1 and token[1] and token[0][:-len(token[1])].strip("\"' ") == key:
+            at = token.start()
+    return at, len(text)
+
+
+def last_value(text, key):
+    """(the last quoted text or list behind `key:`, where that key stands); (None, -1) if there is none."""
+    value, at = None, -1
+    for match in re.finditer(rf"""(["']?)\b{key}\1\s*:\s*(?:(["'])((?:\\.|(?!\2)[^\\])*)\2|\[+([^\[\]]*)\])""", text, re.S):
+        value, at = unescape(match[3]) if match[2] else re.findall(r"""[^\s,"']+""", match[4]), match.start()
+    return value, at
+
+
+def read_reply(reply, keys):
+    """What a reply says of `keys`, the answer's first: (a dict, or None without an answer; where the answer's key stands,
+    at the reply's end without one).
+
+    It is read as a person would. Usually it holds an object (`last_object`). Where a quoted answer stands behind the last
+    of these, in an object that is cut, lacks a brace or a comma or holds a comment, each key has the last value behind it.
+    """
+    # differs 21: theirs reads the first object, and only in few forms
+    found, start = last_object(reply, keys[0])
+    at, end = find_key(reply, start, keys[0]) if found is not None else (len(reply), 0)
+    if reply.find(keys[0], end) >= 0:
+        answer, answer_at = last_value(reply, keys[0])
+        if isinstance(answer, str) and answer_at >= end:
+            return {key: last_value(reply, key)[0] for key in keys}, answer_at
+    return found, at
 
 
 # ---- Arithmetic --------------------------------------------------------------------------------------------
 
+SYMBOLS = str.maketrans("×·÷−", "**/-")   # as people write them
 LEGAL_TEXT = re.compile(r"[-+*/()0-9\s]*")
 FORMULA_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 
@@ -179,6 +227,7 @@ def parse_formula(text):
 
     Raises ValueError with a short reason if it is not a legal formula or divides by zero.
     """
+    text = text.translate(SYMBOLS)
     if len(text) > MAX_FORMULA:
         raise ValueError(f"it is longer than {MAX_FORMULA} characters")
     legal = LEGAL_TEXT.match(text).end()
@@ -261,7 +310,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     `cards` are ranks as text ("A", "10", "K"), `numbers` their values under the rule in force. `feedback`
     "informative" names the fault and its values, "plain" only says that the try failed; `phrases` are the words.
     """
-    found = read_reply(reply, "formula")
+    found, answer_at = read_reply(reply, ("formula", "cards", "number"))
     cards_read = found is not None and same_multiset(found.get("cards"), cards)
     numbers_right = found is not None and same_multiset(found.get("number"), numbers)
     status, phrase, values = "illegal_formula", "illegal_formula", {"fault": "it is not text"}
@@ -290,10 +339,22 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
         message += " " + (fill(phrases["misread_cards"], read=named) if is_plain_list(stated) else phrases["no_cards"])
     if feedback == "plain":
         message = phrases["correct" if status == "correct" else "plain"]
-    return Verdict(status, reward, message, cards_read, numbers_right, in_place(found and found.get("cards"), cards))
+    return Verdict(status, reward, message, answer_at, cards_read, numbers_right,
+                   in_place(found and found.get("cards"), cards))
 
 
-INTERSECTION = re.compile(r"(?<!\bno )intersection")
+NO_INTERSECTION = re.compile(r"(?:\bnot?|n't|\bnever|\bwithout|\bcannot see)"
+                             r"(?: (?:an?|any|at|the|to|be|see|near|yet|sign|of|really|is|visible))* intersections?")
+
+
+def plain_name(text):
+    """A text for comparison: blanks, capitals, accents' spelling and curly apostrophes make no difference."""
+    return " ".join(unicodedata.normalize("NFKC", text).replace("\u2019", "'").split()).casefold()
+
+
+def plain_action(text):
+    """An action for comparison: nor do blanks, capitals, quotes and a full stop."""
+    return re.sub(r"[\s\"'.;]", "", plain_name(text))
 
 
 def judge_navigation(reply, action, landmark, intersection, feedback="informative", phrases=FEEDBACK):
@@ -303,13 +364,14 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     this is one. Names and the word intersection are found in any spelling of capitals. `feedback` "informative" says
     what was wrong, and never what would be right.
     """
-    found = read_reply(reply, "action") or {}
-    stated, observed = found.get("action"), found.get("current observation")
-    observed = " ".join(observed.split()).casefold() if isinstance(observed, str) else ""
-    name = " ".join(landmark.split()).casefold()
-    sees_intersection = bool(INTERSECTION.search(observed.replace(name, "") if name else observed))
+    found, answer_at = read_reply(reply, ("action", "current observation"))
+    found = found or {}
+    stated, observed, name = found.get("action"), found.get("current observation"), plain_name(landmark)
+    observed = plain_name(observed) if isinstance(observed, str) else ""
+    beside_name = observed.replace(name, "") if name else observed
+    sees_intersection = "intersection" in NO_INTERSECTION.sub("", beside_name)
     message = fill(phrases["wrong_action"], action=plain(stated)) if found else phrases["no_action"]
-    if stated == action:
+    if isinstance(stated, str) and plain_action(stated) == plain_action(action):
         status, message = "correct", phrases["correct"]
     elif name not in observed:                                      # differs 16: theirs looks for another word here
         status, message = "wrong_observation", f"{message} {phrases['missed_landmark']}"
@@ -320,4 +382,4 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
         status = "wrong_action"
     if feedback == "plain":
         message = phrases["correct" if status == "correct" else "plain"]
-    return Verdict(status, NAVIGATION_REWARDS[status], message)
+    return Verdict(status, NAVIGATION_REWARDS[status], message, answer_at)

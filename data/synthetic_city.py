@@ -364,21 +364,6 @@ def visited(city, routes):
     return sorted({pano for route in routes for a, b in zip(route.points, route.points[1:]) for pano in city.leg(a, b)})
 
 
-def announced(city, route):
-    """(place, panorama, heading of arrival) for every board that the route's text promises."""
-    for a, b in zip(route.points, route.points[1:]):
-        place = route.last.place if b == route.points[-1] else city.landmarks[b]
-        if place:
-            yield place, b, direction(city.panos[a], city.panos[b])
-
-
-def is_cut(city, place, pano, heading):
-    """Whether an edge between two of the four views runs through a board."""
-    here = city.panos[pano]
-    half = math.degrees(math.atan(BOARD_WIDTH / 2 / math.dist(here, place.at)))
-    return abs((direction(here, place.at) - heading) % 90 - 45) < half
-
-
 # ---- What stands in the streets ----------------------------------------------------------------------------
 
 EYE, NEAR = 2.6, 0.4                       # metres: the camera above the ground; nearer parts of a piece are clipped
@@ -824,9 +809,6 @@ def main(argv=None):
     for name, parts in sets.items():
         num_routes = sum(len(routes) for _, routes in parts)
         print(f"{out / name}: {num_routes} routes, {len(needed[partial / name])} panoramas")
-    cuts = [is_cut(city, *board) for parts in sets.values() for city, routes in parts for route in routes
-            for board in announced(city, route)]
-    print(f"{len(cuts)} boards announced, {100 * sum(cuts) / len(cuts):.1f} % of them cut by the edge of a view")
     print(f"{pictures[0]} pictures, {pictures[1] / 1e6:.0f} MB, {time.time() - began:.1f} seconds")
 
 

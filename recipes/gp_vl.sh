@@ -17,4 +17,5 @@ updates=20          # of 2,048 turns (official scripts/gp_training)
 rl_lr=1e-6          # Fig. 17 has 2e-6 as well
 lr_horizon=100
 verify_iter=5       # paper A.3
+settings=solution=random   # SFT learns any of a hand's solutions, as in the official data
 source "$(dirname "$0")/paper.sh"

@@ -48,6 +48,8 @@ gp-vl)
     test="--episodes 200 --splits id rule_ood visual_ood" ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
+# data/base/gp-l and gp-vl were trained when the prompt named the operations in words, and are told so still.
+[ ! -f "$MODEL/prompts.json" ] || env+=("prompt_file=$MODEL/prompts.json")
 rl="$rl ${MORE_RL:-}"; sft="$sft ${MORE_SFT:-}"; test="$test ${MORE_TEST:-}"   # the last of two equal options counts
 if [ -n "${SMOKE:-}" ]; then
     rl="--updates 2 --save-every 1 --num-envs 16 --turns-per-env 2 --minibatch-turns 16 --lr 3e-5 --epochs 1"

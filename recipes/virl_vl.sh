@@ -17,4 +17,5 @@ updates=15          # of 2,048 turns (official scripts/virl_training)
 rl_lr=1e-7          # Fig. 19 has 2e-7 as well
 lr_horizon=20
 verify_iter=2       # paper B.3
+settings=resolution=560    # of a view: the official pictures reach the model at about 559
 source "$(dirname "$0")/paper.sh"

@@ -6,16 +6,45 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageDraw
+from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageOps
 
 
-def open_picture(path):
-    """A picture file as RGB, read to its end; ValueError names one that is missing or broken."""
+def is_turned(picture):
+    """Whether a viewer turns or mirrors a picture, as its EXIF block says; a broken one says nothing."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    except Exception:   # it can raise anything
+        return False
+
+
+def to_8_bits(picture):
+    """A picture with 16 bits a level, which `convert` would cut at 255; ValueError where it is not said what is white."""
+    if picture.mode[0] not in "IF":
+        return picture
+    known = picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM")
+    bits = getattr(picture, "tag_v2", {}).get(258, (16,))           # a TIFF of 12 bits has the same mode
+    if not known or bits != (16,) or picture.has_transparency_data:
+        raise ValueError(f"nothing says which of its levels ({picture.mode}, {picture.format}) is white: save it with 8 "
+                         "bits a channel")
+    return picture.convert("I").point(lambda level: level / 256).convert("L")
+
+
+def open_picture(path, ground="white"):
+    """A picture file as a viewer shows it, in RGB: upright, on a ground where it is transparent, the first of its frames.
+
+    It is read to its end; ValueError names one that is missing, broken or of levels that could mean anything.
+    """
     try:
         with Image.open(path) as picture:
+            picture.load()
+            picture = to_8_bits(picture)
+            if is_turned(picture):
+                picture = ImageOps.exif_transpose(picture)
+            if picture.has_transparency_data:
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture.convert("RGBA"))
             return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, NotImplementedError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a picture that can be read: {error}") from None   # PIL's decoders raise them all
+    except Exception as error:   # a broken file can raise anything
+        raise ValueError(f"{path}: not a picture that can be read: {error}") from None
 
 
 # ---- Shapes ------------------------------------------------------------------------------------------------
@@ -122,7 +151,8 @@ def draw_card(rank, suit):
 def card_picture(rank, suit, width, height, card_dir=""):
     """A card scaled to width x height: ours, or the file of a directory with the official names (HT.png: H 10)."""
     name = f"{suit}{'T' if rank == '10' else rank}.png"
-    picture = open_picture(Path(card_dir, name)) if card_dir else draw_card(rank, suit)
+    # The official code pastes a card without its mask, so outside of the round corners it is black.
+    picture = open_picture(Path(card_dir, name), "black") if card_dir else draw_card(rank, suit)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 

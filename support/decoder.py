@@ -18,6 +18,15 @@ from transformers import DynamicCache
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def wide_product(hidden, weight):
+    """Logits in float32 of hidden states (n, D) and lm_head's weight (V, D), whatever the type of both: bfloat16 would round
+    a logit of 25 to a multiple of 1/8."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.is_cuda and hidden.dtype == weight.dtype != torch.float32:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return F.linear(hidden.float(), weight.float())            # a CPU has no such product of mixed types
+
+
 class CacheDecoder:
     """Decode any causal LM over the Hugging Face cache, which also keeps the keys and values of pictures."""
 
@@ -25,6 +34,8 @@ class CacheDecoder:
 
     def __init__(self, policy):
         self.policy, self.model = policy, policy.backbone
+        weight = self.model.lm_head.weight.to(policy.dtype)
+        self.lm_head = weight if weight.is_cuda else weight.float()    # as `wide_product` needs it, once
 
     def prefill(self, input_ids, attention_mask, max_new_tokens, common=0, seen=None):
         """Read padded prompts (B, P), and pictures as `see` made them; logits (B, V) of a reply's first token.
@@ -58,7 +69,7 @@ class CacheDecoder:
         with self.policy.autocast():
             hidden = self.model.model(input_ids=input_ids, attention_mask=self.mask, position_ids=position_ids,
                                       past_key_values=self.cache, use_cache=True, **vision).last_hidden_state
-            return self.model.lm_head(hidden[:, -1])
+        return wide_product(hidden[:, -1].to(self.policy.dtype), self.lm_head)
 
     def keep(self, rows):
         """Drop all rows but these."""
@@ -89,7 +100,7 @@ class LlamaDecoder(CacheDecoder):
             "norm_1": layer.input_layernorm.weight.float(),
             "norm_2": layer.post_attention_layernorm.weight.float(),
         } for layer in self.model.model.layers for a, m in [(layer.self_attn, layer.mlp)]]
-        self.last_norm, self.lm_head = self.model.model.norm.weight.float(), self.model.lm_head.weight.to(dtype)
+        self.last_norm, self.dtype = self.model.model.norm.weight.float(), dtype
         if self.model.model.rotary_emb.rope_type in ("dynamic", "longrope"):    # they look at positions: no graph can
             self.graphs = False
 
@@ -101,12 +112,12 @@ class LlamaDecoder(CacheDecoder):
         for layer in self.cache.layers:
             for buffers, filled in ((self.keys, layer.keys), (self.values, layer.values)):
                 shape = B, self.kv_heads, self.capacity, self.head_dim
-                buffers.append(filled.new_zeros(shape, dtype=self.lm_head.dtype))
+                buffers.append(filled.new_zeros(shape, dtype=self.dtype))
                 buffers[-1][:, :, :P] = filled
         del self.cache
         torch.clear_autocast_cache()                               # `append` has weights of its own
         visible = F.pad(attention_mask, (0, self.capacity - P)).bool()[:, None, None]              # (B, 1, 1, capacity)
-        self.bias = torch.zeros_like(visible, dtype=self.lm_head.dtype).masked_fill_(~visible, -math.inf)
+        self.bias = torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, -math.inf)
         # Padding stands before the end, so all rows write to one column, but each counts positions of its own.
         self.column = attention_mask.new_tensor([P])               # (1,)
         self.position = attention_mask.sum(-1, keepdim=True)       # (B, 1)
@@ -150,10 +161,10 @@ class LlamaDecoder(CacheDecoder):
             x = x + F.linear(F.silu(gate) * up, weights["down"])
         self.column += 1
         self.position += 1
-        return F.linear(self.norm(x, self.last_norm), self.lm_head)
+        return wide_product(self.norm(x, self.last_norm), self.lm_head)
 
     def norm(self, x, weight):
-        return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(self.lm_head.dtype)
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(self.dtype)
 
     def keep(self, rows):
         self.bias, self.position = self.bias[rows], self.position[rows]

@@ -8,15 +8,11 @@ import tempfile
 from pathlib import Path
 
 from support import settings, transcripts
+from support.chat import read_text
 
 HELP = """A reply may be the JSON object that the prompt asks for, or just the answer:
     {example}
 help   this text       prompt   the whole prompt again       quit   leave (also Ctrl-D, Ctrl-C)"""
-
-
-def text_of(message):
-    content = message["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
 
 
 def has_picture(env):
@@ -29,12 +25,12 @@ def show(env, seed, folder):
     messages, _ = env.reset(seed=seed)
     if folder:
         Path(folder).mkdir(parents=True)
-    print(text_of(messages[-1]))
+    print(read_text(messages[-1]))
     while not env.done:
         reply = env.expert_reply()
         if folder:
             file = Path(folder) / f"{env.turn:02d}.txt"
-            file.write_text(f"{text_of(messages[-1])}\n\n> {reply}\n")
+            file.write_text(f"{read_text(messages[-1])}\n\n> {reply}\n")
             if has_picture(env):
                 env.picture().save(file.with_suffix(".png"))
         message = env.judge(reply).message
@@ -71,7 +67,7 @@ def play_episode(env, seed, pictures):
     example = "(1+2)*8*1" if env.kinds == ("formula",) else "forward()"
     while not env.done:
         if env.tries == 0:
-            text = text_of(messages[-1])
+            text = read_text(messages[-1])
             old = os.path.commonprefix([shown, text]).rpartition("\n")[0]      # whole lines that were shown before
             print(text.removeprefix(old).split("\nReply with a JSON")[0] if shown else f"\n{text}")
             shown = text

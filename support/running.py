@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from dataclasses import field, fields
 from functools import partial
@@ -97,6 +98,25 @@ def one_line_errors(where=None):
         fail(f"{begun}{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
     except ValueError as error:                          # in a run such as a picture that cannot be read
         fail(f"{begun}{error}{'; the last checkpoint is whole' if begun else ''}", alone=bool(begun))
+
+
+def within_seconds(seconds, function, fault):
+    """The value of function(), in which code from a file runs (a chat template); ValueError(fault) if it takes longer."""
+    outcome = []
+
+    def call():
+        try:
+            outcome.append((function(), None))
+        except ValueError as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)  # one that goes on for ever does not keep the program
+    thread.start()
+    thread.join(seconds)
+    value, error = outcome[0] if outcome else (None, ValueError(fault))
+    if error:
+        raise error
+    return value
 
 
 @contextlib.contextmanager

@@ -31,8 +31,9 @@ def read_settings(words):
     return settings
 
 
-def read_splits(words):
-    """("id:0.7", "rule=11,11,11", "rule_ood") -> [Split("id", {"rule": "11,11,11"}, 0.7), Split("rule_ood", {}, 1.0)]."""
+def read_splits(words, weighted=False):
+    """("id:0.7", "rule=11,11,11", "rule_ood") -> [Split("id", {"rule": "11,11,11"}, 0.7), Split("rule_ood", {}, 1.0)]; a weight only if
+    `weighted`."""
     splits = []
     for word in words:
         if "=" in word:
@@ -41,6 +42,8 @@ def read_splits(words):
             splits[-1].settings.update(read_settings([word]))
             continue
         name, colon, weight = word.partition(":")
+        if colon and not weighted:
+            raise ValueError(f"split {word!r}: only --mix has weights")
         try:
             if not 0 < float(weight or 1) < float("inf"):
                 raise ValueError("it must be above 0")

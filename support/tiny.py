@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # a script in
 
 import envs
 from support import running
+from support.chat import read_text
 from support.settings import read_settings
 
 IMAGE_TOKEN = "<|image|>"
@@ -56,11 +57,11 @@ def sample_texts(task, num=200, **settings):
         for i in range(num):
             env.reset(seed=f"texts/{i}")
             messages = env.skip_ahead(env.rng, balance=False)
-            yield envs.read_text(messages[-1])
+            yield read_text(messages[-1])
             for reply in (env.flawed_reply(), env.expert_reply()):
                 messages, *_ = env.step(reply)
                 yield reply
-                yield envs.read_text(messages[-1])
+                yield read_text(messages[-1])
 
 
 def train_tokenizer(texts, atoms, vocab_size=4096):

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, tiny_folder
+from support.conversations import read_conversations
 
 sys.path.insert(0, str(ROOT / "data"))
 import synthetic_city  # noqa: E402
@@ -178,12 +180,27 @@ def test_every_panorama_has_its_picture_twice_as_wide_as_high(drawn):
             assert json.loads((views / f"{pano}.metadata.json").read_text()) == {"rotation": 180}
 
 
+def announced(city, route):
+    """(place, panorama, heading of arrival) for every board that the route's text promises."""
+    for a, b in zip(route.points, route.points[1:]):
+        place = route.last.place if b == route.points[-1] else city.landmarks[b]
+        if place:
+            yield place, b, synthetic_city.direction(city.panos[a], city.panos[b])
+
+
+def is_cut(city, place, pano, heading):
+    """Whether an edge between two of the four views runs through a board."""
+    here = city.panos[pano]
+    half = math.degrees(math.atan(synthetic_city.BOARD_WIDTH / 2 / math.dist(here, place.at)))
+    return abs((synthetic_city.direction(here, place.at) - heading) % 90 - 45) < half
+
+
 def test_no_house_hides_an_announced_board_and_no_view_edge_cuts_it():
     sets = synthetic_city.make_sets(0, 60, 1, 8)
     for city, routes in sets["train"] + sets["mini"][:4]:
         scene = synthetic_city.scene_of(0, city.number)
-        for place, pano, heading in (board for route in routes for board in synthetic_city.announced(city, route)):
-            assert scene.in_sight(city.panos[pano], place) and not synthetic_city.is_cut(city, place, pano, heading)
+        for place, pano, heading in (board for route in routes for board in announced(city, route)):
+            assert scene.in_sight(city.panos[pano], place) and not is_cut(city, place, pano, heading)
             assert math.dist(city.panos[pano], place.at) < 16
 
 
@@ -258,3 +275,25 @@ def test_no_panorama_stands_so_close_to_a_crossing_that_it_looks_like_one():
     for street in city.streets:
         for pano in street.panos:
             assert min(math.dist(city.panos[pano], city.panos[node]) for node in street.ends) > 15
+
+
+# ---- Dialogues with a model's own failures -----------------------------------------------------------------------
+
+def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt(tmp_path):
+    import own_failures
+    config = own_failures.Config(out=str(tmp_path / "own.json"), model=tiny_folder(), num=20, failed_tries=2, max_new_tokens=6,
+                                 mix=("id", "rule_ood"), dtype="float32", device="cpu", side_by_side=16)
+    own_failures.main(config)
+    records = json.loads((tmp_path / "own.json").read_text())
+    tries = [len(record["conversations"]) // 2 - 1 for record in records]
+    assert set(tries) == {0, 1, 2} and len(records) == 20                    # a blank model always fails
+    for record in records:
+        *earlier, last = record["conversations"]
+        assert all(turn["loss"] is False for turn in earlier if turn["role"] == "assistant") and "loss" not in last
+        assert '"formula": "' in last["content"] and all("No JSON object" in turn["content"] for turn in earlier[2::2])
+    pairs = read_conversations(tmp_path / "own.json", False, "<|image|>")
+    assert [reply for _, reply in pairs] == [record["conversations"][-1]["content"] for record in records]
+    own_failures.main(replace(config, out=str(tmp_path / "again.json")))
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "own.json").read_bytes()
+    with pytest.raises(SystemExit):
+        own_failures.main(config)

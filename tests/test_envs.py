@@ -18,7 +18,7 @@ from PIL import Image
 
 import envs
 from envs import GP_SPLITS, MORE_VALUES, PROMPTS, RANKS, RULES, GeneralPoints, held_out, make_env
-from support import cards
+from support import cards, demonstrator
 from support.settings import load_templates
 from support.solver import solutions
 from verify import FEEDBACK, LAST_TRY_PENALTY
@@ -389,10 +389,31 @@ def test_atoms_hold_every_rank_value_and_sign_of_prompts_and_replies(knobs):
         assert set(written) <= set(atoms)
 
 
-def test_the_answer_key_stands_once_in_an_expert_reply():
+def test_a_step_tells_where_in_the_reply_the_answer_begins():
     env = make_env("gp-l", "id")
     env.reset(seed=0)
-    assert env.expert_reply().count(env.answer_key) == 1
+    reply = env.expert_reply()
+    assert env.step(reply)[-1]["answer_at"] == reply.index('"formula"')
+
+
+def test_reset_without_a_seed_deals_one_hand_after_the_other():
+    hands = []
+    for _ in range(2):
+        env = make_env("gp-l", "id")
+        hands.append([env.reset()[0][0]["content"] for _ in range(3)])
+    assert hands[0] == hands[1] and len(set(hands[0])) == 3
+
+
+def test_hands_of_the_other_rule_have_one_card_drawn_among_the_face_cards():
+    """The official distribution, without replacement: about half of the hands have two face cards or more."""
+    env, faces, first = make_env("gp-l", "rule_ood"), [], 0
+    for seed in range(2000):
+        env.reset(seed)
+        faces.append(sum(rank in "JQK" for rank in env.cards))
+        first += env.cards[0] in "JQK"
+        assert len(set(env.hand)) == 4
+    assert min(faces) == 1 and 0.45 < sum(count > 1 for count in faces) / 2000 < 0.52
+    assert abs(first - sum(faces) / 4) < 120                       # in any place
 
 
 # ---- Prompt files -----------------------------------------------------------------------------------------------
@@ -477,7 +498,7 @@ def test_a_setting_that_is_not_allowed_is_an_error_that_names_it_and_what_is(kno
 
 
 def test_make_env_refuses_a_setting_that_a_task_has_not():
-    with pytest.raises(ValueError, match="root 'city': gp-l has no such setting; it has rule, target"):
+    with pytest.raises(ValueError, match="root 'city': gp-l has no such setting; it has .*, rule, target"):
         make_env("gp-l", "id", root="city")
 
 
@@ -502,7 +523,7 @@ def test_a_text_that_no_setting_can_be_is_an_error_that_names_it(knob, value, to
             make_env("gp-l", "id", common, **own)
 
 
-MEMBERS = ("answer_key", "kinds", "retry_prompt", "reset", "prompt", "picture", "judge", "format_reply", "expert_reply",
+MEMBERS = ("kinds", "retry_prompt", "lay_out", "prompt", "picture", "judge", "format_reply", "expert_reply",
            "flawed_reply", "atoms")
 
 
@@ -666,3 +687,39 @@ def test_pictures_are_settings_of_the_picture_tasks_only():
         make_env("gp-vl", "id", resolution=100_000)
     with pytest.raises(ValueError, match="gp-l has id, rule_ood, unseen, rule_family"):
         make_env("gp-l", "visual_ood")
+
+
+# ---- Demonstrators ------------------------------------------------------------------------------------------------
+
+def test_an_imperfect_demonstrator_has_its_faults_as_often_as_said_and_the_expert_none():
+    env, seen = make_env("gp-l", "rule_ood", faults="leave_out:0.4,ten:0.25"), []
+    for seed in range(600):
+        env.reset(seed)
+        reply = env.demonstrate()
+        read, verdict = json.loads(reply), env.judge(reply)
+        assert read["cards"] == env.cards
+        if verdict.status == "correct":
+            seen.append("right")
+        elif read["number"] == env.numbers:
+            assert 1 <= len(re.findall(r"\d+", read["formula"].split("=")[0])) <= 3
+            seen.append("leave_out")
+        else:
+            assert read["number"] == [10 if card in "JQK" else number for card, number in zip(env.cards, env.numbers)]
+            assert env.judge(env.format_reply(read["formula"].split("=")[0])).status == "wrong_numbers"
+            seen.append("ten")
+    assert 0.35 < seen.count("leave_out") / 600 < 0.45 and 0.12 < seen.count("ten") / 600 < 0.28     # some hands have no ten
+    plain, imperfect = make_env("gp-l", "id"), make_env("gp-l", "id", faults="leave_out:1")
+    for seed in range(50):
+        assert plain.reset(seed) == imperfect.reset(seed)
+        assert plain.demonstrate() == plain.expert_reply() == imperfect.expert_reply() != imperfect.demonstrate()
+
+
+@pytest.mark.parametrize("formula, rest", [("(10-4)*3+6", "(10-4)*3"), ("3*8*(2-1)", "3*8"), ("8/(3-8/3)", "(3-8/3)"), ("1+2-3", "1+2")])
+def test_without_its_last_step_a_formula_lacks_a_card(formula, rest):
+    assert demonstrator.without_last_step(formula) == rest
+
+
+@pytest.mark.parametrize("faults", ["ten", "ten:2", "tens:0.1", "ten:0.6,leave_out:0.6", "walk_past:0.1", "ten:nan"])
+def test_faults_that_cannot_be_read_are_named(faults):
+    with pytest.raises(ValueError, match=f"faults '{faults}': (allowed are leave_out, ten|the shares)"):
+        make_env("gp-l", "id", faults=faults)

@@ -2,21 +2,26 @@
 import contextlib
 import itertools
 import json
+import math
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import envs
 import model
+import support.decoder
 from conftest import tiny_folder
 from support import running
+from support.decoder import CacheDecoder, LlamaDecoder
 from support.tiny import train_tokenizer
 
 
@@ -401,3 +406,197 @@ def test_a_run_that_samples_control_tokens_as_text_goes_on_and_a_prompt_file_wit
     env = envs.make_env("gp-l", "id", prompt_file=str(tmp_path / "words.json"))
     with pytest.raises(ValueError, match=r"holds <\|end_of_turn\|>, a control token of the model"):
         model.encode(processor, env.reset(0)[0])
+
+
+# ---- Templates and tokenizers of other models --------------------------------------------------------------------
+
+def changed_folder(tmp_path, template=None, config=None, tokenizer=None, vision=False):
+    """A copy of the tiny model's folder with another chat template, or with other values in its JSON files."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder(vision=vision), folder)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    for name, change in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | (change or {})))
+    return str(folder)
+
+
+USER = "{{ '<|user|>' + m['content'] + '<|end_of_turn|>' }}"
+TURNS = ("{{ '<|begin_of_text|>' }}{% for m in messages %}{% if m['role'] == 'user' %}" + USER
+         + "{% else %}{{ '<|assistant|>' }}REPLY{{ '<|end_of_turn|>' }}{% endif %}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+
+def test_a_template_that_writes_earlier_replies_otherwise_keeps_the_sampled_ids(tmp_path):
+    """As Qwen3's, which puts an empty thought into the last reply alone."""
+    thought = "{% if loop.index == messages|length - 1 %}<think></think>{% endif %}{{ m['content'] }}"
+    policy, processor = model.load_policy(changed_folder(tmp_path, TURNS.replace("REPLY", thought)))
+    env = envs.make_env("gp-l", "id")
+    ids, messages = None, env.reset(0)[0]
+    for turn in range(3):
+        after = model.encode(processor, messages, ids)
+        if turn:
+            assert after[:len(ids)] == ids and processor.decode(after[len(ids):]).startswith("<|user|>No JSON")
+            assert after[len(ids):].count(processor.eos_token_id) == 1
+        ids = after + model.encode_reply(processor, f"reply {turn}")
+        messages, *_ = env.step(f"reply {turn}")
+    assert "<think>" not in processor.decode(ids)
+
+
+@pytest.mark.parametrize("template, told", [
+    (TURNS.replace("REPLY{{ '<|end_of_turn|>' }}", "{{ m['content'] }}"), "must show the last reply and end it with '<|end_of_turn|>'"),
+    (TURNS.replace("REPLY", "{{ raise_exception('no replies') }}"), "no replies"),
+    (TURNS.replace("REPLY", "{{ m['content'] + 1 }}"), "cannot be used: "),
+    (TURNS.replace("REPLY", "{{ ''.__class__.__mro__ }}"), "cannot be used: .*unsafe"),
+    ("{% for m in messages %}", "cannot be used: "),
+    ("{{ '<|begin_of_text|>' }}" + TURNS.replace("REPLY", "{{ m['content'] }}"), "must write <|begin_of_text|> once, not twice"),
+    (TURNS.replace("REPLY", "{% for i in range(90000) %}{% for j in range(400) %}{% endfor %}{% endfor %}"), "does not come to an end"),
+])
+def test_a_template_that_cannot_be_used_is_refused_when_the_model_is_loaded(tmp_path, monkeypatch, template, told):
+    monkeypatch.setattr(model, "TEMPLATE_SECONDS", 0.5)
+    with pytest.raises(ValueError, match=f"its chat template .*{told.replace('|', '.')}"):
+        model.load_policy(changed_folder(tmp_path, template))
+
+
+def test_the_first_token_of_a_prompt_may_mark_every_turn(tmp_path):
+    """As SmolLM2's, whose beginning-of-sequence token is that of a turn."""
+    template = TURNS.replace("{{ '<|begin_of_text|>' }}", "").replace("<|user|>", "<|begin_of_text|>").replace("<|assistant|>", "<|begin_of_text|>").replace("REPLY", "{{ m['content'] }}")
+    policy, processor = model.load_policy(changed_folder(tmp_path, template))
+    messages = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
+    assert model.encode(processor, messages).count(processor.bos_token_id) == 4
+
+
+def test_of_several_named_templates_the_default_counts(tmp_path):
+    folder = changed_folder(tmp_path)
+    other = TURNS.replace("<|user|>", "<|assistant|>").replace("REPLY", "{{ m['content'] }}")
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    (tmp_path / "model" / "additional_chat_templates" / "other.jinja").write_text(other)
+    _, processor = model.load_policy(folder)
+    assert set(processor.chat_template) == {"default", "other"}
+    messages = [{"role": "user", "content": "1"}]
+    assert "<|user|>" in processor.decode(model.encode(processor, messages))
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template .or none called default."):
+        model.load_policy(folder)
+
+
+def test_a_tokenizer_that_marks_the_beginning_of_a_text_marks_none_in_a_later_turn():
+    """As Llama 2's, which writes a blank before a text, and not behind a control token."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    raw.train_from_iterator(["a question", "an answer"] * 9, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"]))
+    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}"
+    processor = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", bos_token="<s>", chat_template=template)
+    messages = [{"role": role, "content": text} for role, text in (("user", "a question"), ("assistant", "an answer"), ("user", "a question"))]
+    whole = model.encode(processor, messages)
+    first = whole[:whole.index(processor.eos_token_id) + 1]
+    assert model.encode(processor, messages, first) == whole
+
+
+# ---- What cannot be computed here ---------------------------------------------------------------------------------
+
+def broken_weights(folder, change):
+    path = Path(folder) / "model.safetensors"
+    save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("prepare, told", [
+    (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"), "an adapter .PEFT. without its model: merge it"),
+    (lambda folder: (folder / "value_head.safetensors").write_bytes(b"\x00" * 40), "value_head.safetensors: not this model's value head"),
+    (lambda folder: save_file({"0.weight": torch.zeros(2)}, folder / "value_head.safetensors"), "value_head.safetensors: not this"),
+    (lambda folder: broken_weights(folder, lambda _, w: w * float("nan")), "no finite numbers"),
+    (lambda folder: (folder / "tokenizer.json").write_text("[" * 9999), "not a causal language model shaped like Llama"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b""), "not a causal language model shaped like Llama"),
+])
+def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, prepare, told):
+    folder = changed_folder(tmp_path)
+    prepare(tmp_path / "model")
+    with pytest.raises(ValueError, match=told) as error:
+        model.load_policy(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_quantized_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="weights are quantized"):
+        model.load_policy(changed_folder(tmp_path, config={"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    folder = changed_folder(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|new_end|>"})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end_of_turn|>", "<|new_end|>")
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"more tokens \(\d+\) than the model \(\d+\): resize"):
+        model.load_policy(folder)
+
+
+def test_a_processor_that_cuts_more_tiles_than_the_model_takes_is_refused(tmp_path):
+    folder = changed_folder(tmp_path, vision=True)
+    path = tmp_path / "model" / "processor_config.json"
+    config = json.loads(path.read_text())
+    config["image_processor"]["max_image_tiles"] = 4
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="up to 4 tiles, the model takes 1"):
+        model.load_policy(folder, vision=True)
+
+
+@pytest.mark.parametrize("change", [{"max_position_embeddings": 60}, {"model_type": "mistral", "architectures": ["MistralForCausalLM"],
+                                                                      "sliding_window": 60}])
+def test_a_dialogue_longer_than_the_context_or_the_sliding_window_is_refused(tmp_path, change):
+    policy, processor = model.load_policy(changed_folder(tmp_path, config=change))
+    prompt = some_prompts(processor, 1)[0]
+    room = 60 - len(prompt)
+    assert len(policy.generate([prompt], model.sampling_uniforms([0], room), room, 1.0)) == 1
+    with pytest.raises(ValueError, match="a dialogue of 61 tokens.* does not fit the model's context of 60 .or its sliding window."):
+        policy.generate([prompt], model.sampling_uniforms([0], room + 1), room + 1, 1.0)
+    with pytest.raises(ValueError, match="a dialogue of 61 tokens"):
+        policy(model.collate([[(prompt, [5] * (room + 1))]], policy.device))
+
+
+# ---- bfloat16 ------------------------------------------------------------------------------------------------------
+
+def test_logprobs_in_bfloat16_are_those_of_the_exact_product_of_its_factors(tmp_path):
+    policy, processor = model.load_policy(tiny_folder(), dtype="bfloat16")
+    prompts, temperature = some_prompts(processor, 6), 0.2
+    policy.backbone.lm_head.weight.data /= policy.backbone.lm_head.weight.std()    # logits as large as those of a trained model
+    replies = [model.encode_reply(processor, '{"cards": ["A"], "formula": "1+2"}')[:12 + i] for i in range(6)]
+    batch = model.collate([[pair] for pair in zip(prompts, replies)], policy.device)
+    with torch.no_grad():
+        logprobs, _ = policy(batch, temperature)
+        with policy.autocast():
+            hidden = policy.backbone.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    logits = hidden.bfloat16().double() @ policy.backbone.lm_head.weight.bfloat16().double().T / temperature
+    exact = torch.log_softmax(logits.masked_fill(policy.banned, -math.inf), -1)
+    for row, (prompt, reply) in enumerate(zip(prompts, replies)):
+        own = exact[row, len(prompt) - 1:len(prompt) + len(reply) - 1]
+        expected = own.gather(1, torch.tensor(reply)[:, None]).sum()
+        assert abs(float(logprobs[row].sum() - expected)) < 1e-3 and expected < -5
+
+
+@pytest.mark.parametrize("decoder", [CacheDecoder, LlamaDecoder])
+def test_sampling_in_bfloat16_sees_logits_that_are_not_rounded(decoder, monkeypatch):
+    policy, processor = model.load_policy(tiny_folder(), dtype="bfloat16")
+    product, seen = support.decoder.wide_product, []
+
+    def watched(hidden, weight):
+        seen.append((hidden, product(hidden, weight)))
+        return seen[-1][1]
+    monkeypatch.setattr(support.decoder, "wide_product", watched)
+    monkeypatch.setattr(model, "LlamaDecoder", decoder)
+    policy.generate(some_prompts(processor, 3), model.sampling_uniforms(range(3), 5), 5, 0.2)
+    assert len(seen) == 5
+    for hidden, logits in seen:
+        exact = hidden.double() @ policy.backbone.lm_head.weight.bfloat16().double().T
+        assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32 and (logits - exact).abs().max() < 1e-5
+
+
+def test_top_p_samples_from_the_likeliest_tokens_that_have_this_share(tiny):
+    policy, _ = tiny
+    probs = torch.full(policy.banned.shape, 1e-12)
+    free = (~policy.banned).nonzero()[:4, 0]
+    probs[free] = torch.tensor([0.1, 0.5, 0.3, 0.1])
+    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    for top_p, shares in ((1.0, [0.1, 0.5, 0.3, 0.1]), (0.75, [0, 0.625, 0.375, 0]), (0.4, [0, 1, 0, 0]), (0.01, [0, 1, 0, 0])):
+        ids, logprobs = policy.pick(probs.log().expand(1000, -1), uniforms, 1.0, top_p)
+        assert [round(float((ids == i).float().mean()), 2) for i in free] == [round(share, 2) for share in shares]

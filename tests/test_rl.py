@@ -167,7 +167,7 @@ def test_a_stop_drops_the_rollout(tiny, tmp_path):
 def test_the_answer_begins_with_the_token_that_holds_the_start_of_its_key(tiny, reply, thought):
     _, processor = tiny
     ids = model.encode_reply(processor, reply)
-    start = rl.find_answer(processor, ids, '"formula"')
+    start = rl.find_answer(processor, ids, len(thought))
     if '"formula"' not in reply:
         assert start == len(ids)
     else:
@@ -179,7 +179,7 @@ def test_thought_coef_weighs_the_tokens_before_the_answer(tiny):
     policy, processor = tiny
     prompt = model.encode(processor, envs.make_env("gp-l", "id").reset(0)[0])
     ids = model.encode_reply(processor, '{"cards": [], "formula": "1"}')
-    start = rl.find_answer(processor, ids, '"formula"')
+    start = rl.find_answer(processor, ids, len('{"cards": [], '))
     assert 0 < start < len(ids) - 1
     turn = rl.Turn(prompt, ids, start, 0.0, False, (0, 0), {})
     tokens, _ = policy(model.collate([[(prompt, ids)]], policy.device), 1.0)

@@ -1,7 +1,6 @@
 """The scripts as a user runs them: the chain, stopping and going on, bad input."""
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -255,16 +254,14 @@ def test_a_run_goes_on_under_another_spelling_of_its_model_but_neither_damaged_n
 
 class Echo(envs.Environment):
     """Say the number that you are told: the least that an environment has."""
-    answer_key, kinds, retry_prompt = '"said"', ("word",), "gp_retry"
+    kinds, retry_prompt = ("word",), "gp_retry"
 
-    def __init__(self, most=9, vision=False, verify_iter=3, feedback="informative", prompt_file=""):
-        super().__init__(vision, verify_iter, feedback, prompt_file)
+    def __init__(self, most=9, verify_iter=3, **common):
+        super().__init__(verify_iter=verify_iter, **common)
         self.most = most
 
-    def reset(self, seed, episode=0):
-        self.rng = random.Random(str(seed))
+    def lay_out(self, episode):
         self.number = self.rng.randint(self.most // 2, self.most)
-        return self.begin_episode()
 
     def prompt(self):
         return f"Say {self.number}."

@@ -3,12 +3,12 @@ import json
 
 import pytest
 
-import envs
 import evaluate
 import rl
 import sft
 from conftest import tiny_folder
 from support import running
+from support.chat import read_text
 from support.settings import Split, read_settings, read_splits, read_value
 from test_scripts import RL, flags
 
@@ -26,9 +26,9 @@ def test_a_setting_without_a_key_or_a_value_is_named(word):
 
 
 def test_settings_behind_a_split_are_for_it_alone():
-    assert read_splits(("id:0.75", "rule=11,11,11", "target=36", "rule_ood", "id:2")) == [
+    assert read_splits(("id:0.75", "rule=11,11,11", "target=36", "rule_ood", "id:2"), weighted=True) == [
         Split("id", {"rule": "11,11,11", "target": "36"}, 0.75), Split("rule_ood", {}, 1.0), Split("id", {}, 2.0)]
-    assert [split.label for split in read_splits(("id:0.75", "rule=11,11,11", "target=36", "rule_ood"))] == [
+    assert [split.label for split in read_splits(("id:0.75", "rule=11,11,11", "target=36", "rule_ood"), weighted=True)] == [
         "id rule=11,11,11 target=36", "rule_ood"]
 
 
@@ -40,8 +40,13 @@ def test_settings_behind_a_split_are_for_it_alone():
     (("id:nan",), "weight 'nan'"), (("id:inf",), "weight 'inf'")])
 def test_a_split_that_cannot_be_read_is_named(words, told):
     with pytest.raises(ValueError) as error:
-        read_splits(words)
+        read_splits(words, weighted=True)
     assert told in str(error.value)
+
+
+def test_a_weight_without_a_mix_is_named():
+    with pytest.raises(ValueError, match="split 'id:0.5': only --mix has weights"):
+        read_splits(("rule_ood", "id:0.5"))
 
 
 @pytest.mark.parametrize("value, default, read", [
@@ -71,7 +76,7 @@ def test_a_setting_in_the_mix_of_sft_holds_for_its_split_and_no_other():
     samples = sft.Samples(config_of(sft, mix=("id", "suits=HD", "rule_ood:0.5"), env=("feedback=plain",)))
     suits = {}
     for i in range(300):
-        told = envs.read_text(samples[i][0][0])
+        told = read_text(samples[i][0][0])
         env = samples.envs["K counts as 13" in told]
         assert json.dumps(env.cards) in told
         suits.setdefault("K counts as 13" in told, set()).update(suit for _, suit in env.hand)

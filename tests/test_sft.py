@@ -9,6 +9,8 @@ import torch
 import envs
 import model
 import sft
+from conftest import tiny_folder
+from support import running
 
 
 def some_samples(processor, num=6):
@@ -93,56 +95,6 @@ def test_failed_tries_precede_the_expert_reply_and_are_not_the_target():
     assert counts == {0, 1, 2, 3}
 
 
-def record(*turns):
-    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]}
-
-
-def test_the_released_data_shape_is_read_one_sample_a_reply_in_seeded_order(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps([record("q1", "a1"), record("q2", "a2", "again", "a3")]))
-    pairs = sft.read_conversations(path, vision=False)
-    assert [(len(messages), reply) for messages, reply in pairs] == [(1, "a1"), (1, "a2"), (3, "a3")]
-    samples = sft.Samples(sft.Config(data=str(path), seed=1))
-    replies = [samples[i][1] for i in range(300)]
-    assert all(sorted(replies[i:i + 3]) == ["a1", "a2", "a3"] for i in range(0, 300, 3))
-    assert len({tuple(replies[i:i + 3]) for i in range(0, 300, 3)}) == 6
-
-
-@pytest.mark.parametrize("content, told", [
-    ("{", "data.json"), ("{}", "expected a non-empty list"), ("[]", "expected a non-empty list"),
-    (json.dumps([record("q", "a"), {"conversation": []}]), "record 1: key 'conversations'"),
-    (json.dumps([record("q")]), "record 0: key 'conversations'"),
-    (json.dumps([{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]}]), "key 'from' of turn 0"),
-    (json.dumps([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 3}]}]), "key 'value' of turn 1"),
-    (json.dumps([record("q", "a") | {"image": "x.png"}]), "record 0: key 'image': a task with pictures needs one"),
-    (json.dumps([record("<image>\nq", "a")]), "turn 0 must hold <image> 0 times"),
-])
-def test_a_broken_data_file_is_refused_by_file_record_and_key(tmp_path, content, told):
-    path = tmp_path / "data.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match="data.json") as error:
-        sft.read_conversations(path, vision=False)
-    assert told in str(error.value)
-
-
-def test_a_dump_is_read_back_as_the_same_samples(tmp_path, city):
-    for knobs in (dict(), dict(env=("solution=random",)), dict(task="virl-l", env=(f"root={city}",), balance=True)):
-        config = sft.Config(dump=str(tmp_path / f"{len(knobs)}.json"), num=20, **knobs)
-        sft.main(config)
-        samples, pairs = sft.Samples(config), sft.read_conversations(config.dump, vision=False)
-        assert pairs == [samples[i] for i in range(20)]
-
-
-def test_a_dump_overwrites_nothing(tmp_path, capsys):
-    (tmp_path / "data.json").write_text("mine")
-    with pytest.raises(SystemExit):
-        sft.main(sft.Config(dump=str(tmp_path / "data.json")))
-    assert "must be a new file" in capsys.readouterr().err and (tmp_path / "data.json").read_text() == "mine"
-    with pytest.raises(SystemExit):
-        sft.main(sft.Config(dump=str(tmp_path / "nowhere" / "data.json")))
-    assert "there is no folder" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("mix", ["id:x", "id:0", "id:-1", "id:nan", "elsewhere:1"])
 def test_a_bad_mix_is_refused(mix):
     with pytest.raises(ValueError, match="must be a number above 0|elsewhere"):
@@ -150,7 +102,8 @@ def test_a_bad_mix_is_refused(mix):
 
 
 def test_settings_that_a_data_file_or_failed_tries_would_ignore_are_refused(tmp_path):
-    (tmp_path / "data.json").write_text(json.dumps([record("q", "a")]))
+    (tmp_path / "data.json").write_text(json.dumps([
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]))
     for knobs in (dict(failed_tries=2), dict(mix=("id", "suits=S")), dict(mix=("id", "rule_ood"))):
         with pytest.raises(ValueError, match="--data: --mix, --failed-tries and --balance are for samples"):
             sft.Samples(sft.Config(data=str(tmp_path / "data.json"), **knobs))
@@ -158,3 +111,11 @@ def test_settings_that_a_data_file_or_failed_tries_would_ignore_are_refused(tmp_
         with pytest.raises(ValueError, match="verify_iter 2 must be above --failed-tries 2"):
             sft.Samples(sft.Config(failed_tries=2, **knobs))
     assert sft.Samples(sft.Config(failed_tries=2, env=("verify_iter=3",))).envs[0].verify_iter == 3
+
+
+def test_the_learning_rate_falls_to_0_or_stays(tmp_path):
+    for schedule in ("cosine", "constant"):
+        sft.main(sft.Config(out=str(tmp_path / schedule), model=tiny_folder(), steps=4, batch_size=2, lr=1e-3, warmup_ratio=0.25,
+                            schedule=schedule, dtype="float32", device="cpu"))
+        rates = [row["lr"] for row in running.read_jsonl(tmp_path / schedule / "metrics.jsonl")]
+        assert rates[0] == rates[1] == 1e-3 and (rates[3] == 1e-3 if schedule == "constant" else rates[3] < 0.3e-3)

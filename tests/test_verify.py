@@ -153,7 +153,13 @@ TABLE = [  # formula, numbers on the cards, status
     ("8_/(3-8/3)", (3, 3, 8, 8), "illegal_formula"),
     ("\u0668/(3-8/3)", (3, 3, 8, 8), "illegal_formula"),    # an Arabic 8: int() would read it
     ("8/(3-8/3)\u0668", (3, 3, 8, 8), "illegal_formula"),    # nor is it passed over
-    ("8\u00d73\u00d7(8-7)", (3, 3, 8, 8), "illegal_formula"),
+    ("8\u00d73\u00d7(8-7)", (3, 3, 8, 8), "wrong_numbers"),     # a foreign number, whatever the sign
+    ("8\u00f7(3\u22128\u00f73)", (3, 3, 8, 8), "correct"),       # division sign, minus sign
+    ("(8\u22123)\u00d73+8", (3, 3, 8, 8), "wrong_value"),
+    ("3\u00b78", (3, 8), "correct"),                       # a dot in the middle
+    ("08/(003-8/3)", (3, 3, 8, 8), "correct"),            # leading zeros spell the same number
+    ("8\\div(3-8\\div3)", (3, 3, 8, 8), "illegal_formula"),
+    ("\u22123+3+8+8", (3, 3, 8, 8), "illegal_formula"),
     ("sum((3,3,8,8))", (3, 3, 8, 8), "illegal_formula"),
     ("K+Q-J*A", (1, 11, 12, 13), "illegal_formula"),        # card names are not numbers
     ("", (3, 3, 8, 8), "illegal_formula"),
@@ -327,6 +333,18 @@ READABLE = {
     "braces in a string, in a code fence": f"```json\n{BRACES_IN_A_STRING}\n```",
     "an object within, valid JSON": OBJECT_WITHIN,
     "an object within, prose around": f"So: {OBJECT_WITHIN} Done.",
+    "the last brace missing": good_reply()[:-1],
+    "the first brace missing": good_reply()[1:],
+    "no braces": good_reply()[1:-1],
+    "cut behind the formula": good_reply()[:-1] + ', "explanation": "because 8 and',
+    "no commas": '{\n"cards": ["3", "3", "8", "8"]\n"number": [3, 3, 8, 8]\n"formula": "8/(3-8/3)=24"\n}',
+    "a comment": '{"cards": ["3", "3", "8", "8"], // there\'s a pair\n"number": [3, 3, 8, 8], "formula": "8/(3-8/3)"}',
+    "quotes in another value": good_reply()[:-1].replace("{", '{"thought": "an "8" and a "3"", ') + "}",
+    "a list in a list and a trailing comma":
+        '{"cards": [["3", "3", "8", "8"]], "number": [[3, 3, 8, 8]], "formula": "8/(3-8/3)",}',
+    "an object behind it that speaks of the key": good_reply() + ' {"note": "that was the "formula""}',
+    "no braces, no quotes around the keys": 'cards: [3, 3, 8, 8]\nnumber: [3, 3, 8, 8]\nformula: "8/(3-8/3)"',
+    "a cut object behind a wrong one": f"{good_reply('3*8')} No: {good_reply()[:-1]}",
 }
 
 
@@ -337,13 +355,13 @@ def test_a_right_reply_is_read_in_the_forms_that_models_write(name):
     assert verdict.cards_read and verdict.numbers_right, verdict
 
 
-NOTHING = ["", " ", "I do not know.", RIGHT, "formula", '"formula": "8/(3-8/3)"', "{}", "[]", "null", '"formula"',
-           '{"Formula": "8/(3-8/3)"}', '{"cards": ["3", "3", "8", "8"]}', good_reply()[:-1], good_reply()[1:],
-           "{formula}"]
+NOTHING = ["", " ", "I do not know.", RIGHT, "formula", "{}", "[]", "null", '"formula"', "formula: 8/(3-8/3)",
+           '{"Formula": "8/(3-8/3)"}', '{"cards": ["3", "3", "8", "8"]}', "{formula}", '{"cards": ["3"], "formula": "8/(3-8/3)',
+           'The "formula" is "8/(3-8/3)"', '"my_formula": "8/(3-8/3)"']
 
 
 @pytest.mark.parametrize("reply", NOTHING)
-def test_a_reply_without_a_complete_object_is_told_so(reply):
+def test_a_reply_without_an_answer_is_told_so(reply):
     verdict = judge(reply)
     assert (verdict.status, verdict.reward) == ("illegal_formula", -3)
     assert "No JSON object" in verdict.message
@@ -362,6 +380,20 @@ def test_a_formula_that_is_not_text_is_illegal(formula):
     (good_reply("3*8").replace("{", '{"steps": {"first": 1}, '), "wrong_numbers")])
 def test_the_last_complete_object_counts_though_an_earlier_one_is_right(last, status):
     assert judge(f"{good_reply()} On second thoughts: {last}").status == status
+
+
+@pytest.mark.parametrize("last, status", [(good_reply("3*8")[:-1], "wrong_numbers"), ('"formula": "8*"', "illegal_formula")])
+def test_the_last_answer_counts_though_its_object_is_not_complete(last, status):
+    assert judge(f"{good_reply()} On second thoughts: {last}").status == status
+
+
+@pytest.mark.parametrize("reply, thought", [
+    (good_reply(), good_reply().split('"formula"')[0]), ("{'formula': '1'}", "{"), ("{formula: 1}", "{"), ("none", "none"),
+    ('{"formula": "1"} so the "formula" is 1', "{"), ('{"note": "\'formula\': 2", "formula": "1"}', '{"note": "\'formula\': 2", '),
+    ('{"formula": "2"} {"formula": "1"}', '{"formula": "2"} {'), ('so "formula": "1"', "so "),
+    ('{"formula": "1", "steps": {"formula": "2"}}', "{")])
+def test_the_verdict_says_where_the_answer_that_it_read_begins(reply, thought):
+    assert judge(reply).answer_at == len(thought)
 
 
 def test_the_last_objects_cards_count_with_its_formula():

@@ -11,15 +11,19 @@ import random
 import re
 import subprocess
 import sys
+import time
+from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import envs
 from conftest import ROOT, write_conversations
 from envs import Navigation, make_env, relative_word
-from support import transcripts
+from support import streets, transcripts
+from support.chat import read_text
+from support.conversations import read_conversations
 from support.streets import Panoramas, crop_view, geodesic, parse_milestones, read_panorama
 from verify import LAST_TRY_PENALTY, judge_navigation
 
@@ -105,6 +109,21 @@ def test_milestones_are_read_as_the_collector_wrote_them():
     assert parse_milestones('\n{\n"a": "b: c",,\nno colon here\n"a": "last",\n}\n\n{\n"x": "1 (y)"\n}\n') == [
         {"a": "last"}, {"x": "1 (y)"}]
     assert parse_milestones('{"landmarks": "Bo\'s Bar is on your left",}')[0]["landmarks"] == "Bo's Bar is on your left"
+    assert parse_milestones("{\n'a': 'Bo\'s',\r\n  b: 7,\nc: \"cut,\n\"d\": \"\"}{\"e\": \"x\"") == [
+        {"a": "Bo's", "b": "7", "c": "cut", "d": ""}, {"e": "x"}]
+
+
+@pytest.mark.parametrize("name, read", [
+    ("Marn\u2028Cafe", "Marn Cafe"), ("Marn\u0085Cafe", "Marn Cafe"), ("Marn \nCafe: the best", "Marn Cafe: the best"),
+    ("The } Cafe", "The } Cafe"), ("{Marn} Cafe", "{Marn} Cafe"), ('The "Marn" Cafe', 'The "Marn" Cafe'), ("Marn\u00a0Cafe",) * 2])
+def test_a_name_is_read_whole_whatever_it_holds(tmp_path, name, read):
+    text = "".join(block(f"{start}{name} is on your left", heading)
+                   for start, heading in (("", "0 (north)"), ("The destination ", "90 (east)")))
+    write_data(tmp_path, put(text, "milestone_info"))
+    env = make_env("virl-l", "id", root=tmp_path, in_order=True)
+    assert env.routes[1].landmarks == (f"{read} is on your left", f"The destination {read} is on your left")
+    env.reset(seed=0, episode=1)
+    assert finish(env)[1]["success"] and f"{read} is on your left" in env.messages[0]["content"]
 
 
 @pytest.mark.parametrize("protocol", range(5))
@@ -112,6 +131,59 @@ def test_mappings_of_numbers_and_numpy_scalars_are_read_in_every_protocol(tmp_pa
     mapping = {(40.5, -74.25): "a", (np.float64(40.75), np.float32(-74.5)): np.str_("b")}
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(mapping, protocol=protocol))
     assert Panoramas(tmp_path / "m.pkl").ids == {(40.5, -74.25): "a", (40.75, -74.5): "b"}
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_mapping_in_another_kind_of_dict_is_read_as_a_plain_one(tmp_path, protocol):
+    mapping = {(40.5, -74.25): "a", (40.75, -74.5): "b"}
+    for other in (OrderedDict(mapping), *(defaultdict(kind, mapping) for kind in (None, str, int, list, dict))):
+        (tmp_path / "m.pkl").write_bytes(pickle.dumps(other, protocol=protocol))
+        assert Panoramas(tmp_path / "m.pkl").ids == mapping
+
+
+# What stands in for OrderedDict, defaultdict and list is called with a pair, as a factory, and as a list.
+@pytest.mark.parametrize("data", [
+    b"\x80\x02ccollections\nOrderedDict\n]K\x01K\x02\x86a\x85R.", b"\x80\x02ccollections\ndefaultdict\ncbuiltins\neval\n\x85R.",
+    b"\x80\x02cbuiltins\nlist\n)R."])
+def test_what_stands_in_for_other_dicts_does_nothing_more(tmp_path, data):
+    (tmp_path / "m.pkl").write_bytes(data)
+    with pytest.raises(ValueError, match="m.pkl.*(a broken pickle|eval is not allowed)"):
+        Panoramas(tmp_path / "m.pkl")
+
+
+NESTED = [b"\x80\x04})" + b"\x85" * 10 ** 6 + b"K\x01s.",                  # a tuple in a tuple in ... as a key
+          b"\x80\x04}" + b"(" * 10 ** 6 + b"t" * 10 ** 6 + b"K\x01s.",
+          b"\x80\x04})" + b"N\x86" * 10 ** 6 + b"K\x01s.",
+          b"\x80\x04})" + b"\x85\x94" * 10 ** 6 + b"\x91."]
+HARMLESS = [b"\x80\x04}K\x01" + b"]" * 10 ** 6 + b"a" * (10 ** 6 - 1) + b"s.",             # lists in lists
+            b"\x80\x05\x96" + (10 ** 10).to_bytes(8, "little") + b".",                   # "10 GB of bytes follow"
+            b"\x80\x04\x8b\xff\xff\xff\x7f1.", b"\x80\x04]r\xff\xff\xff\xff.",         # a number of 2 GB, a far place to keep it
+            b"\x80\x04\x82\x01.", b"\x80\x04K\x01Q."]                                # an extension, an id of another store
+
+
+def test_a_hostile_mapping_ends_with_one_line_and_takes_no_memory(tmp_path):
+    """In a process of its own, with 1 GB: to hash a deep tuple ends the process, no exception is raised."""
+    for i, data in enumerate(NESTED + HARMLESS):
+        (tmp_path / f"{i}.pkl").write_bytes(data)
+    code = ("import resource, sys\nfrom pathlib import Path\nfrom support.streets import Panoramas\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (10 ** 9, 10 ** 9))\n"
+            "for path in sys.argv[1:]:\n    try:\n        Panoramas(Path(path))\n    except ValueError as error:\n        print(error)\n")
+    paths = [tmp_path / f"{i}.pkl" for i in range(len(NESTED + HARMLESS))]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    told = done.stdout.splitlines()
+    assert done.returncode == 0 and len(told) == len(paths), (done.returncode, told, done.stderr)
+    assert all(f"{path.name}: not a dict of" in line for path, line in zip(paths, told))
+    assert all("a tuple in a tuple is not allowed" in line for line in told[:len(NESTED)])
+
+
+def test_a_large_mapping_is_read_in_seconds(tmp_path):
+    rng = random.Random(0)
+    mapping = {(40.7 + rng.random() / 10, -74 + rng.random() / 10): f"{i:022x}" for i in range(100_000)}
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps(mapping))
+    started = time.process_time()
+    assert len(Panoramas(tmp_path / "m.pkl").ids) == 100_000
+    assert time.process_time() - started < 2                        # 0.6 s, of which the unpickler 0.35
 
 
 class Harm:
@@ -220,11 +292,20 @@ def put(value, *path):
     (put([[40.7, 10 ** 400]] * 2, "route_results", "geocode_list"), "route 1, geocode_list 0: expected"),
     (put(block("", "0 (north)") + block("", "9" * 5000 + " (north)"), "milestone_info"), "route 1.*block 1"),
     (put(10 ** 500, "init_heading"), "route 1, key 'init_heading'"),
+    (put(38.9, "init_heading"), "route 1, key 'init_heading': expected whole degrees, got 38.9"),
+    (put(math.nan, "init_heading"), "route 1, key 'init_heading'"), (put(1e308, "init_heading"), "route 1, key 'init_heading'"),
+    (put(True, "init_heading"), "route 1, key 'init_heading'"), (put("12", "init_heading"), "route 1, key 'init_heading'"),
 ])
 def test_a_broken_route_is_an_error_that_names_file_route_and_key(tmp_path, change, named):
     write_data(tmp_path, change)
     with pytest.raises(ValueError, match=f"route_infos.json, {named}"):
         make_env("virl-l", "id", root=tmp_path)
+
+
+def test_an_initial_heading_may_be_written_with_a_point(tmp_path):
+    write_data(tmp_path, put(12.0, "init_heading"))
+    heading = make_env("virl-l", "id", root=tmp_path).routes[1].init_heading
+    assert heading == 12 and type(heading) is int
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "[1, 2]", "[[], 0]", "[[1], 2, 3]", "[" * 100_000])
@@ -432,7 +513,6 @@ def test_two_environments_share_their_routes_and_nothing_else(city):
 
 
 def test_a_step_in_words_takes_less_than_a_fifth_of_a_millisecond(city):
-    import time
     env = make_env("virl-l", "id", root=city)
     best = math.inf
     for _ in range(5):
@@ -556,6 +636,20 @@ def test_a_spoilt_picture_is_named_at_load_time(pictures, spoil, named):
     make_env("virl-l", "id", root=pictures)                       # words do not mind
 
 
+def test_a_panorama_that_is_shown_turned_is_measured_and_cropped_as_it_is_shown(pictures):
+    path, exif = pictures / "train" / "street_views" / "pano16.jpg", Image.Exif()
+    upright, exif[ExifTags.Base.Orientation] = Image.open(path), 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=100, subsampling=0)
+    make_env("virl-vl", "id", root=pictures)
+    streets.read_panorama.cache_clear()
+    pixels = read_panorama(path)[0]
+    assert pixels.shape == (256, 512) and np.abs(pixels.view(np.uint8).reshape(256, 512, 4)[..., :3] - np.asarray(upright, int)).max() < 30
+    upright.save(path, exif=exif)                                   # 2:1 in the file, 1:2 on the screen
+    streets.load_routes.cache_clear()
+    with pytest.raises(ValueError, match="pano16.jpg: a panorama must be twice as wide as high, not 256x512"):
+        make_env("virl-vl", "id", root=pictures)
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "7", '{"rotation": null}', '{"rotation": NaN}', '{"rotation": [1]}'])
 def test_a_rotation_that_is_none_is_named_at_load_time(pictures, text):
     (pictures / "train" / "street_views" / "pano16.metadata.json").write_text(text)
@@ -610,11 +704,11 @@ def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path
         assert human["from"] == "human" and human["value"].startswith("<image>\nWalk to") and gpt["from"] == "gpt"
         assert json.loads(gpt["value"])["action"]
     samples = sft.Samples(sft.Config(task="virl-vl", env=(f"root={pictures}",)))
-    pairs = sft.read_conversations(tmp_path / "sft.json", vision=True)
-    assert [(envs.read_text(messages[0]), reply) for messages, reply in pairs] == [
-        (envs.read_text(messages[0]), reply) for messages, reply in (samples[i] for i in range(3))]
+    pairs = read_conversations(tmp_path / "sft.json", True, "<|image|>")
+    assert [(read_text(messages[0]), reply) for messages, reply in pairs] == [
+        (read_text(messages[0]), reply) for messages, reply in (samples[i] for i in range(3))]
     with pytest.raises(ValueError, match="record 0: key 'image': a task with pictures needs one file per record, another"):
-        sft.read_conversations(tmp_path / "sft.json", vision=False)
+        read_conversations(tmp_path / "sft.json", False, "<|image|>")
 
 
 # ---- Judging -------------------------------------------------------------------------------------------------------
@@ -632,7 +726,11 @@ def reply(action, observation):
     ("stop()", "intersection", "wrong_observation", -1.5),
     ("stop()", "Marn Cafe, no intersection", "wrong_observation", -1.5),
     ("forward", "Marn Cafe; intersection", "wrong_action", -1.0),
-    ("Forward()", "Marn Cafe; intersection", "wrong_action", -1.0),
+    ("Forward()", "Marn Cafe; intersection", "correct", 1.0),              # in any spelling
+    (" forward ( ). ", "", "correct", 1.0),
+    ("'forward()'", "", "correct", 1.0),
+    ("stop()", "Marn Cafe, not an intersection", "wrong_observation", -1.5),
+    ("stop()", "No landmark but Marn Cafe at this intersection", "wrong_action", -1.0),
     (["forward()"], "Marn Cafe; intersection", "wrong_action", -1.0),
     (None, "Marn Cafe; intersection", "wrong_action", -1.0),
     ("stop()", None, "wrong_observation", -1.5),
@@ -645,9 +743,33 @@ def test_every_row_of_the_papers_table(stated, observed, status, reward):
 
 def test_an_intersection_where_there_is_none_is_a_wrong_observation():
     for observed, status in (("No landmark", "wrong_action"), ("no intersection", "wrong_action"),
-                             ("an intersection", "wrong_observation")):
+                             ("I am not at an intersection", "wrong_action"), ("there isn\u2019t an intersection", "wrong_action"),
+                             ("I do not see any intersection", "wrong_action"), ("no sign of an intersection", "wrong_action"),
+                             ("no landmark at this intersection", "wrong_observation"),
+                             ("not far; intersection", "wrong_observation"), ("an intersection", "wrong_observation")):
         assert judge_navigation(reply("stop()", observed), "forward()", "", False).status == status
     assert judge_navigation(reply("stop()", "The Intersection Bar"), "forward()", "The Intersection Bar", False).status == "wrong_action"
+
+
+@pytest.mark.parametrize("stated, action", [("Turn_Direction( Slightly  Left )", "turn_direction(slightly left)"),
+                                            ('turn_direction("north").', "turn_direction(north)"), ("STOP()", "stop()")])
+def test_an_action_is_read_in_any_spelling(stated, action):
+    assert judge_navigation(reply(stated, ""), action, "", False).status == "correct"
+    assert judge_navigation(reply(stated, ""), "turn_direction(left)", "", False).status == "wrong_action"
+
+
+@pytest.mark.parametrize("observed", ["Cafe\u0301 d\u2019Or is on your left", "CAFÉ D'OR"])
+def test_a_name_is_read_in_any_spelling_of_its_accents_and_apostrophes(observed):
+    for name in ("Caf\u00e9 d'Or", "Cafe\u0301 d\u2019Or"):
+        assert judge_navigation(reply("stop()", observed), "forward()", name, False).status == "wrong_action"
+
+
+def test_an_action_is_read_from_an_object_that_is_not_whole():
+    whole = reply("forward()", "Marn Cafe")
+    for text in (whole[:-1], whole[1:-1], whole.replace(",", ""), whole.replace("Marn Cafe", 'the "Marn" Cafe'),
+                 whole.replace("{", "{ // where am I?\n")):
+        verdict = judge_navigation(text, "forward()", "Marn Cafe", False)
+        assert verdict.status == "correct" and text[verdict.answer_at:].startswith('"action"')
 
 
 def test_the_verdict_says_what_was_wrong_and_never_what_is_right():
@@ -686,3 +808,23 @@ def test_any_string_is_judged(city):
     env = make_env("virl-l", "id", root=city)
     env.reset(seed=0)
     assert env.step("")[1] == -1.0 and env.step("{" * 10_000)[1] == -2.0
+
+
+def test_an_imperfect_demonstrator_walks_past_intersections_and_takes_the_other_rules_word(city):
+    env, seen = make_env("virl-l", "rule_ood", root=str(city), faults="walk_past:0.5,other_word:0.2"), []
+    for seed in range(200):
+        env.reset(seed)
+        while not env.done:
+            reply, here = json.loads(env.demonstrate()), env.position
+            if reply["action"] != here.action:
+                assert here.kind == "turn"
+                seen.append("past" if reply["action"] == "forward()" else "word")
+                if seen[-1] == "past":
+                    assert here.intersection and reply["current instruction"] == env.sentences[env.sentences.index(here.sentence) + 1]
+                else:
+                    assert reply["action"][15:-1] in envs.COMPASS and env.format_reply(reply["action"]) == json.dumps(reply)
+            elif here.intersection:
+                seen.append("right")
+            env.step(env.expert_reply())
+    at_intersections = seen.count("past") / (seen.count("past") + seen.count("right"))
+    assert 0.5 < at_intersections < 0.7 and 20 < seen.count("word")

@@ -14,6 +14,8 @@ import rl
 import sft
 from conftest import tiny_folder
 from support import run_folder, running
+from support.chat import read_text, user_message
+from support.conversations import read_conversations
 from test_scripts import interrupted, metrics
 
 ONE_BATCH = 10 ** 6
@@ -111,7 +113,7 @@ def check_against_plain(policy, processor, folder, sizes):
     for i, size in enumerate(sizes):
         env = envs.make_env("gp-vl", ("id", "rule_ood")[i % 2], resolution=size)
         pictures.append(env.reset(i) and env.picture().crop((0, 0, size, size // (i % 2 + 1))))   # also one twice as wide
-        messages.append([envs.user_message("12 " * i + env.prompt(), pictures[-1])])
+        messages.append([user_message("12 " * i + env.prompt(), pictures[-1])])
     logits, ids = plain_logits(folder, messages, pictures)
     prompts = [model.encode(processor, m) for m in messages]
     assert [[i for i in row if i != processor.tokenizer.pad_token_id] for row in ids.tolist()] == prompts
@@ -160,9 +162,9 @@ def test_image_tokens_and_pictures_that_do_not_match_are_refused(tiny_vl):
     policy, processor = tiny_vl
     picture = Image.new("RGB", (50, 50))
     with pytest.raises(ValueError, match="2 <|image|> tokens in a dialogue with 1 pictures"):
-        model.encode(processor, [envs.user_message("see <|image|>", picture)])
+        model.encode(processor, [user_message("see <|image|>", picture)])
     with pytest.raises(ValueError, match="1 <|image|> tokens in a dialogue with 0 pictures"):
-        model.encode(processor, [envs.user_message("see <|image|>")])
+        model.encode(processor, [user_message("see <|image|>")])
     two = {"role": "user", "content": [{"type": "image", "image": picture}] * 2}
     with pytest.raises(ValueError, match="2 pictures in one dialogue"):
         model.encode(processor, [two])
@@ -271,7 +273,7 @@ def test_a_dump_with_pictures_is_read_back_as_the_same_samples(tmp_path):
     config = sft.Config(dump=str(tmp_path / "data.json"), num=6, task="gp-vl", env=("resolution=100",))
     sft.main(config)
     made, read = sft.Samples(config), sft.Samples(sft.Config(task="gp-vl", data=config.dump))
-    told = [[(envs.read_text(messages[0]), reply, messages[0]["content"][0]["image"].tobytes())
+    told = [[(read_text(messages[0]), reply, messages[0]["content"][0]["image"].tobytes())
              for messages, reply in (samples[i] for i in range(6))] for samples in (made, read)]
     assert sorted(told[0]) == sorted(told[1]) and len(set(told[0])) == 6
 
@@ -299,11 +301,11 @@ def test_a_data_file_whose_pictures_do_not_fit_is_refused_by_record(tmp_path, ch
     sft.main(sft.Config(dump=str(tmp_path / "data.json"), num=2, task="gp-vl", env=("resolution=100",)))
     whole = (tmp_path / "data" / "000000.png").read_bytes()
     (tmp_path / "data" / "cut.png").write_bytes(whole[:len(whole) // 2])
-    sft.read_conversations(tmp_path / "data.json", vision=True)
+    read_conversations(tmp_path / "data.json", True, model.IMAGE_TOKEN)
     with pytest.raises(ValueError, match="broken.json.*" + told):
-        sft.read_conversations(broken(tmp_path / "data.json", tmp_path, change), vision=True)
+        read_conversations(broken(tmp_path / "data.json", tmp_path, change), True, model.IMAGE_TOKEN)
     with pytest.raises(ValueError, match="record 0: key 'image': a task with pictures needs one file per record, another"):
-        sft.read_conversations(tmp_path / "data.json", vision=False)
+        read_conversations(tmp_path / "data.json", False, model.IMAGE_TOKEN)
 
 
 def test_on_pictures_the_chain_runs_and_a_killed_run_goes_on_to_the_same_numbers(tmp_path, device, capsys):
@@ -337,7 +339,7 @@ def test_recognition_is_read_from_first_replies_and_ranks_from_their_places():
             env = environments[i]
             wrong = env.cards[:2] + ["joker"] * 2
             cards = env.cards[::-1] if i % 3 == 0 else wrong if i % 3 == 1 else env.cards
-            told.append(json.dumps({"cards": cards if turn == 0 else env.cards, "formula": "1+1"}))
+            told.append((json.dumps({"cards": cards if turn == 0 else env.cards, "formula": "1+1"}), "stop"))
         return told
 
     for env in environments:

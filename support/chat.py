@@ -1,0 +1,13 @@
+"""A message in the Hugging Face chat format, as the environments write it: the picture before the text, if there is one."""
+
+
+def user_message(text, picture=None):
+    """A user's message."""
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}] if picture else text
+    return {"role": "user", "content": content}
+
+
+def read_text(message):
+    """The text of a message, its picture left out."""
+    content = message["content"]
+    return content if isinstance(content, str) else content[-1]["text"]

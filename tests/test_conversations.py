@@ -1,0 +1,226 @@
+"""Conversations in files: the released shape, what is close to it, what is refused by name, and what is written."""
+import errno
+import json
+import os
+
+import pytest
+from PIL import Image
+
+import model
+import sft
+from model import IMAGE_TOKEN
+from support import conversations
+from support.chat import read_text
+from support.conversations import read_conversations
+
+
+def record(*turns):
+    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]}
+
+
+def test_the_released_data_shape_is_read_one_sample_a_reply_in_seeded_order(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([record("q1", "a1"), record("q2", "a2", "again", "a3")]))
+    pairs = read_conversations(path, False, IMAGE_TOKEN)
+    assert [(len(messages), reply) for messages, reply in pairs] == [(1, "a1"), (1, "a2"), (3, "a3")]
+    samples = sft.Samples(sft.Config(data=str(path), seed=1))
+    replies = [samples[i][1] for i in range(300)]
+    assert all(sorted(replies[i:i + 3]) == ["a1", "a2", "a3"] for i in range(0, 300, 3))
+    assert len({tuple(replies[i:i + 3]) for i in range(0, 300, 3)}) == 6
+
+
+@pytest.mark.parametrize("content, told", [
+    ("{", "data.json"), ("{}", "expected a non-empty list"), ("[]", "expected a non-empty list"),
+    (json.dumps([record("q", "a"), {"conversation": []}]), "record 1: key 'conversations'"),
+    (json.dumps([record("q")]), "record 0: key 'conversations'"),
+    (json.dumps([{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]}]), "key 'from' of turn 0"),
+    (json.dumps([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 3}]}]), "key 'value' of turn 1"),
+    (json.dumps([record("q", "a") | {"image": "x.png"}]), "record 0: key 'image': a task with pictures needs one"),
+    (json.dumps([record("<image>\nq", "a")]), "turn 0 must hold <image> 0 times"),
+])
+def test_a_broken_data_file_is_refused_by_file_record_and_key(tmp_path, content, told):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="data.json") as error:
+        read_conversations(path, False, IMAGE_TOKEN)
+    assert told in str(error.value)
+
+
+def test_a_dump_is_read_back_as_the_same_samples(tmp_path, city):
+    for knobs in (dict(), dict(env=("solution=random",)), dict(task="virl-l", env=(f"root={city}",), balance=True)):
+        config = sft.Config(dump=str(tmp_path / f"{len(knobs)}.json"), num=20, **knobs)
+        sft.main(config)
+        samples, pairs = sft.Samples(config), read_conversations(config.dump, False, IMAGE_TOKEN)
+        assert pairs == [samples[i] for i in range(20)]
+
+
+def test_a_dump_overwrites_nothing(tmp_path, capsys):
+    (tmp_path / "data.json").write_text("mine")
+    with pytest.raises(SystemExit):
+        sft.main(sft.Config(dump=str(tmp_path / "data.json")))
+    assert "must be a new file" in capsys.readouterr().err and (tmp_path / "data.json").read_text() == "mine"
+    with pytest.raises(SystemExit):
+        sft.main(sft.Config(dump=str(tmp_path / "nowhere" / "data.json")))
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def pairs_of(tmp_path, *records, name="data.json", vision=False):
+    (tmp_path / name).write_text(json.dumps(records))
+    return read_conversations(tmp_path / name, vision, IMAGE_TOKEN)
+
+
+PAIR = [([user("q")], "a")]
+
+
+@pytest.mark.parametrize("changed", [
+    {"messages": [user("q"), assistant("a")]},
+    {"conversations": [user("q"), assistant("a")], "id": 7, "source": "x", "width": 3, "image": None, "tools": None, "images": []},
+    {"messages": [{"from": "user", "value": "q", "weight": None}, {"from": "assistant", "value": "a", "loss": True}]},
+    {"conversations": [{"role": "human", "content": "q"}, {"role": "model", "content": "a", "weight": 1, "tool_calls": []}]},
+    {"messages": [user([{"type": "text", "text": "q"}]), assistant([{"type": "text", "text": "a"}])], "conversations": None},
+    {"messages": [user("q"), assistant("a")], "system": ""},
+])
+def test_other_spellings_of_a_record_mean_the_same(tmp_path, changed):
+    assert pairs_of(tmp_path, changed) == PAIR
+
+
+@pytest.mark.parametrize("changed", [
+    {"system": "Be brief.", **record("q", "a", "r", "b")},
+    {"conversations": [{"from": "system", "value": "Be brief."}, *record("q", "a", "r", "b")["conversations"]]},
+    {"messages": [system("Be brief."), user("q"), assistant("a"), user("r"), assistant("b")]},
+])
+def test_a_system_text_is_context_of_every_reply(tiny, tmp_path, changed):
+    first = [system("Be brief."), user("q")]
+    pairs = pairs_of(tmp_path, changed)
+    assert pairs == [(first, "a"), ([*first, assistant("a"), user("r")], "b")]
+    prompt = tiny[1].decode(model.encode(tiny[1], pairs[1][0]))
+    assert prompt.endswith("<|system|>Be brief.<|end_of_turn|><|user|>q<|end_of_turn|><|assistant|>a<|end_of_turn|>"
+                           "<|user|>r<|end_of_turn|><|assistant|>")
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"train": False}, {"loss": False, "weight": 1}])
+def test_a_reply_that_is_marked_is_context_and_no_target(tmp_path, mark):
+    data = record("q", "failed", "again", "a")
+    data["conversations"][1].update(mark)
+    assert pairs_of(tmp_path, data) == [([user("q"), assistant("failed"), user("again")], "a")]
+    data["conversations"][3].update(mark)
+    with pytest.raises(ValueError, match="data.json: no reply in it is to be learnt"):
+        pairs_of(tmp_path, data)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("data.jsonl", "{0}\n\n{0}\n"), ("data.jsonl", "{0}"), ("data.json", "{0}\n{0}"), ("data.json", "[{0},\n{0}]"),
+    ("data.json", "\ufeff[{0}]"), ("data.jsonl", "\ufeff{0}\r\n{0}\r\n"), ("data.json", "[{1}]")])
+def test_a_file_is_a_list_or_one_record_a_line_with_or_without_a_byte_order_mark(tmp_path, name, text):
+    one = json.dumps(record("q", "a\u2028"), ensure_ascii=False)
+    path = tmp_path / name
+    path.write_bytes(text.format(one, json.dumps(record("q", "a\u2028"), indent=1)).encode())
+    pairs = read_conversations(path, False, IMAGE_TOKEN)
+    assert pairs == [([user("q")], "a\u2028")] * (text.count("{0}") or 1)
+
+
+@pytest.mark.parametrize("record_, told", [
+    ({"messages": [user("q"), assistant("a")], **record("q", "a")}, "key 'conversations' or 'messages', one of them"),
+    (record("q", "a") | {"tools": [{"name": "f"}]}, "key 'tools' is not understood"),
+    (record("q", "a") | {"rejected": "b"}, "key 'rejected' is not understood"),
+    (record("q", "a") | {"weight": 0.5}, "key 'weight' belongs to a turn"),
+    (record("q", "a") | {"system": 5}, "key 'system' must be text"),
+    ({"messages": [user("q"), {"role": "tool", "content": "x"}]}, "key 'role' of turn 1 must be 'gpt' or 'assistant' or 'model', got 'tool'"),
+    ({"messages": [user("q"), assistant("a"), system("s")]}, "key 'role' of turn 2 must be 'human' or 'user', got 'system'"),
+    ({"system": "s", "messages": [system("t"), user("q"), assistant("a")]}, "key 'role' of turn 0 must be 'human' or 'user', got 'system'"),
+    ({"messages": [system("s")]}, "must be a list of human and gpt turns in pairs"),
+    ({"messages": ["q", "a"]}, "turn 0 must be an object"),
+    ({"messages": [user("q"), {"role": "assistant", "content": None, "tool_calls": [1]}]}, "key 'tool_calls' of turn 1 is not understood"),
+    ({"messages": [user("q"), {**assistant("a"), "tool_calls": [1]}]}, "key 'tool_calls' of turn 1 is not understood"),
+    ({"messages": [user("q"), {**assistant("a"), "reasoning_content": "hm"}]}, "key 'reasoning_content' of turn 1"),
+    ({"messages": [{**user("q"), "images": ["x.png"]}, assistant("a")]}, "key 'images' of turn 0 is not understood"),
+    ({"messages": [user("q"), {**assistant("a"), "weight": 0.5}]}, "key 'weight' of turn 1 must be false or true"),
+    ({"messages": [user("q"), {**assistant("a"), "loss": "false"}]}, "key 'loss' of turn 1 must be false or true"),
+    ({"messages": [{**user("q"), "loss": True}, assistant("a")]}, "key 'loss' of turn 0 must be false or true, and true of a reply only"),
+    ({"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("a")]}, "key 'content' of turn 0 must be text"),
+    ({"messages": [user([]), assistant("a")]}, "key 'content' of turn 0 must be text"),
+    (record("q", "half \ud83d"), "key 'value' of turn 1 holds half a character, '\\ud83d'"),
+    (record("q", "a") | {"system": "\udc00"}, "key 'system' holds half a character"),
+])
+def test_what_would_change_the_meaning_of_a_record_is_refused_by_name(tmp_path, record_, told):
+    with pytest.raises(ValueError, match="data.json, record 1: ") as error:
+        pairs_of(tmp_path, record("q", "a"), record_)
+    assert told in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps(record("q", "a")) + '\n{"conversations": [')
+    with pytest.raises(ValueError, match="data.jsonl: .*line 2 column"):
+        read_conversations(tmp_path / "data.jsonl", False, IMAGE_TOKEN)
+
+
+def test_one_picture_a_record_in_a_list_or_not_and_its_place_is_the_start(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a b.png")
+    for key, value in (("image", "a b.png"), ("image", ["a b.png"]), ("images", ["a b.png"]), ("images", "a b.png")):
+        for text in ("<image>\nq", "<image>q", " \n<image>\nq"):
+            (messages, reply), = pairs_of(tmp_path, {key: value, "system": "s", **record(text, "a")}, vision=True)
+            assert messages[1]["content"] == [{"type": "image", "image": tmp_path / "a b.png"}, {"type": "text", "text": "q"}]
+            opened = conversations.open_pictures(messages)
+            assert opened[0] == system("s") and model.picture_of(opened).getpixel((0, 0)) == (255, 0, 0) and reply == "a"
+            assert model.picture_of(messages) == tmp_path / "a b.png"           # it is opened in a copy
+    for more, told in (({"images": ["a b.png"] * 2}, "key 'images': a task with pictures needs one file"),
+                       ({"image": "a b.png", "images": ["a b.png"]}, "key 'images': a task with pictures needs one"),
+                       ({"image": {"bytes": "x"}}, "key 'image': a task with pictures needs one"), ({"images": [5]}, "key 'images'")):
+        with pytest.raises(ValueError, match=f"record 0: {told}"):
+            pairs_of(tmp_path, {**more, **record("<image>\nq", "a")}, vision=True)
+    for text in ("q\n<image>", "see <image> here"):
+        with pytest.raises(ValueError, match="record 0: key 'value' of turn 0 must begin with <image>, as a picture stands before the text"):
+            pairs_of(tmp_path, {"image": "a b.png", **record(text, "a")}, vision=True)
+
+
+def test_a_system_text_before_a_picture_reaches_the_model(tiny_vl, tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "system": "Be brief.", **record("<image>\nq", "a")}]))
+    messages, reply = sft.Samples(sft.Config(task="gp-vl", data=str(tmp_path / "data.json")))[0]
+    ids = model.encode(tiny_vl[1], messages)
+    assert "Be brief." in tiny_vl[1].tokenizer.decode(ids) and ids.count(tiny_vl[1].image_token_id) == 1 and reply == "a"
+
+
+@pytest.mark.parametrize("name", ["two words.json", "Übung.json", "two\nlines.json", "a.b.json"])
+def test_a_dump_and_its_pictures_may_have_any_name(tmp_path, name):
+    folder = tmp_path / f"in {name}"
+    folder.mkdir()
+    config = sft.Config(dump=str(folder / name), num=2, task="gp-vl", env=("resolution=60",))
+    sft.main(config)
+    pairs, samples = read_conversations(config.dump, True, IMAGE_TOKEN), sft.Samples(config)
+    for i, (messages, reply) in enumerate(pairs):
+        made, expected = samples[i]
+        assert reply == expected and read_text(messages[0]) == read_text(made[0])
+        assert model.picture_of(conversations.open_pictures(messages)).tobytes() == model.picture_of(made).tobytes()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([name, name.removesuffix(".json")])
+
+
+@pytest.mark.parametrize("spoilt", ["save", "write_text", "mkdir"])
+def test_a_dump_that_does_not_fit_on_the_disk_leaves_nothing_and_says_one_line(tmp_path, monkeypatch, capsys, spoilt):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(Image.Image if spoilt == "save" else conversations.Path, spoilt, full)
+    with pytest.raises(SystemExit) as stop:
+        sft.main(sft.Config(dump=str(tmp_path / "data.json"), num=2, task="gp-vl", env=("resolution=60",)))
+    told = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert stop.value.code == 2 and len(told) == 1 and "data.json: [Errno 28] No space left on device" in told[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dump_of_a_data_file_is_refused(tmp_path, capsys):
+    pairs_of(tmp_path, record("q", "a", "r", "b"))
+    with pytest.raises(SystemExit):
+        sft.main(sft.Config(data=str(tmp_path / "data.json"), dump=str(tmp_path / "again.json")))
+    assert "--dump with --data" in capsys.readouterr().err and not (tmp_path / "again.json").exists()
