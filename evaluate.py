@@ -261,8 +261,6 @@ def evaluate_model(path, called, known, config, write, kept=None):
                 running.say(f"{called}, {split.label}, seed {seed}: already evaluated")
                 continue
             model = model or (ApiModel(config) if config.api_url else LocalModel(path, env.vision, config, kept))
-            if config.api_url:
-                run_folder.hold(config.out, "evaluating")          # the folder is there now
             of = json.dumps([str(path), split.label, seed, chosen])
             environments = [envs.make_env(config.task, split.name, common, **split.settings)
                             for _ in range(num_episodes(config, split))]

@@ -13,7 +13,7 @@ from threading import Lock
 
 from huggingface_hub.utils import httpx   # comes with transformers
 
-from support import running
+from support import run_folder, running
 
 
 class ApiModel:
@@ -50,8 +50,9 @@ class ApiModel:
         except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:    # of a proxy in the environment, too
             raise ValueError(f"--api-url {config.api_url!r}: {error}") from None
         self.path = out / "replies.jsonl"
-        known = running.read_jsonl(self.path)
         out.mkdir(parents=True, exist_ok=True)
+        run_folder.hold(out, "evaluating")
+        known = running.read_jsonl(self.path, "request", "reply")
         running.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in known))   # without a torn last line
         self.known = {row["request"]: (row["reply"], row.get("ending", "stop")) for row in known}
         self.lock = Lock()

@@ -54,6 +54,7 @@ def fail(message, alone=False):
     the first, since the others do not come here."""
     flush_console()
     if RANK == 0 or alone:
+        message = " ".join(str(message).splitlines())    # a path may hold a line break
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 

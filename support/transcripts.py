@@ -27,7 +27,10 @@ def read_rows(run):
     if not config.is_file() or not path.is_file():
         raise ValueError(f"run {str(run)!r}: needs config.json and turns.jsonl, which rl.py writes (sft.py does not)")
     lines = path.read_text().splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not rows:
         raise ValueError(f"{path}: holds no conversation yet")
     if not all("verdicts" in row for row in rows):

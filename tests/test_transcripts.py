@@ -99,3 +99,11 @@ def test_a_run_without_conversations_is_named(tmp_path):
         transcripts.read_run(write_conversations(tmp_path / "other", ROW), tmp_path / "none" / "page.html", make_env)
     done = envs_py("--read", tmp_path / "run")
     assert done.returncode == 2 and "holds no conversation yet" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_garbage_in_the_file_is_named(tmp_path):
+    run = write_conversations(tmp_path / "run", {"verdicts": []})
+    with open(run / "turns.jsonl", "a") as file:
+        file.write("\nnot json\n")
+    with pytest.raises(ValueError, match="turns.jsonl: Expecting value"):
+        transcripts.read_rows(run)
