@@ -45,15 +45,22 @@ train() {   # OUT/NAME from a model folder: NAME MODEL STEPS SEED, then further 
     python sft.py --task "$TASK" --model "$model" --out "$OUT/$name" --steps "$steps" --seed "$seed" ${env[@]+--env "${env[@]}"} \
         --micro-batch-tokens 8192 ${SMOKE:+--batch-size 16} "$@"
 }
+own() {     # OUT/own_NAME.json, dialogues with a model's own failed replies: NAME MODEL DIALOGUES SEED, then further options
+    file=$OUT/own_$1.json model=$2 num=$3 seed=$4
+    shift 4
+    [ -z "${SMOKE:-}" ] || num=64
+    [ -f "$file" ] || python data/own_failures.py --task "$TASK" --model "$model" --out "$file" --num "$num" --seed "$seed" "$@"
+}
 case $TASK in
 gp-l)
-    env=() stages=3
+    env=() stages=3 mix="rule_family fold=train"
     read -r first second third <<<"${LRS:-2e-3 1e-3 1e-3}"
-    mix="--mix rule_family fold=train --save-every 50"
     blank "${SIZE:-160x4}" $((3 * SEED))
-    train 1 "$OUT/blank" 400 $((3 * SEED)) --lr "$first" $mix
-    train 2 "$(newest "$OUT/1")" 200 $((3 * SEED + 1)) --lr "$second" $mix --failed-tries 4
-    train 3 "$(newest "$OUT/2")" 160 $((3 * SEED + 2)) --lr "$third" $mix --failed-tries 4
+    train 1 "$OUT/blank" 400 $((3 * SEED)) --lr "$first" --mix $mix --save-every 50
+    own 2 "$(newest "$OUT/1")" 20480 $((3 * SEED + 1)) --mix $mix
+    train 2 "$(newest "$OUT/1")" 160 $((3 * SEED + 1)) --lr "$second" --data "$OUT/own_2.json" --save-every 40
+    own 3 "$(newest "$OUT/2")" 15360 $((3 * SEED + 2)) --mix $mix --env "faults=${FAULTS:-leave_out:0.4,ten:0.15}"
+    train 3 "$(newest "$OUT/2")" 120 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 40
     start=$(newest "$OUT/3") ;;
 virl-l)
     env=("root=$OUT/city") stages=2
