@@ -34,16 +34,31 @@ def test_support_uses_none_of_the_six_but_for_the_script_that_reads_the_environm
         assert set(imported(path)) & set(SIX) == ({"envs"} if path.name == "tiny.py" else set()), path
 
 
+def find_code(name):
+    """(source, node) of a name such as "envs.GeneralPoints.lay_out"."""
+    module, *names = name.split(".")
+    path = next(path for path in (ROOT / f"{module}.py", ROOT / "support" / f"{module}.py") if path.is_file())
+    source, node = path.read_text(), ast.parse(path.read_text())
+    for part in names:
+        node = next((child for child in node.body if getattr(child, "name", "") == part
+                     or isinstance(child, ast.Assign) and getattr(child.targets[0], "id", "") == part), None)
+        assert node, f"{name} is not there"
+    return source, node
+
+
+def test_all_code_that_the_readme_names_is_there():
+    named = set(re.findall(r"`((?:%s)\.(?!py\b)[A-Za-z_.]+)" % "|".join(SIX), (ROOT / "README.md").read_text()))
+    assert len(named) > 30
+    for name in named:
+        find_code(name.rstrip("."))
+
+
 def test_every_numbered_difference_is_marked_once_or_more_in_the_function_that_the_readme_names():
     section = (ROOT / "README.md").read_text().partition("## Where we follow the paper")[2].partition("\n## ")[0]
     items = re.findall(r"^(\d+)\. (.*?)(?=\n\d+\. |\n\n)", section, re.M | re.S)
     assert [int(number) for number, _ in items] == list(range(1, 27))
     for number, text in items:
-        module, *names = re.findall(r"`([\w.]+)`", text)[-1].split(".")
-        path = next(path for path in (ROOT / f"{module}.py", ROOT / "support" / f"{module}.py") if path.is_file())
-        source, node = path.read_text(), ast.parse(path.read_text())
-        for name in names:
-            node = next(child for child in node.body if getattr(child, "name", "") == name
-                        or isinstance(child, ast.Assign) and getattr(child.targets[0], "id", "") == name)
+        name = re.findall(r"`([\w.]+)`", text)[-1]
+        source, node = find_code(name)
         place = "\n".join(source.splitlines()[node.lineno - 1:node.end_lineno])
-        assert re.search(rf"differs {number}:", place), f"{number} is not marked in {module}.{'.'.join(names)}"
+        assert re.search(rf"differs {number}:", place), f"{number} is not marked in {name}"
