@@ -17,9 +17,10 @@ counted by `rl.advance`, and in sft.py by `Policy.num_tokens`).
 Rows of a run go to its eval.jsonl, one per checkpoint, split and seed; rows that are there already are not played
 again, and replies of an unfinished one are kept, so a stopped evaluation goes on where it was. Task and `--env` are
 those of the run unless a flag says otherwise; what a run has behind its split's name (`--split id suits=HD`) is for its
-training alone. Several runs of one arm (other seeds) are averaged: mean and standard
-error over runs, which should be evaluated on hands of their own (--seeds) so that the error holds the draw of hands as
-well; a single run has the standard error over its episodes (of a success: the binomial one).
+training alone. Several runs of one arm are averaged: mean and standard error over their starts, or over runs if they have one
+start; they should be evaluated on hands of their own (--seeds) so that the error holds the draw of hands as well. A single run
+has the standard error over its episodes (of a success: the binomial one). Changes since the start are paired: each run with its
+own start on the same hands.
 
 Left out: smoothing (the paper's curves are Savitzky-Golay filtered).
 """
@@ -332,16 +333,41 @@ def evaluate_run(run, config):
 
 # ---- Comparing ---------------------------------------------------------------------------------------------
 
-def mean_and_error(rows, metric):
-    """Mean of a metric (%) and its standard error: over runs if there are several, over episodes for one."""
-    runs = defaultdict(list)
+def mean(values):
+    return sum(values) / len(values)
+
+
+def units(rows):
+    """Rows by what an error is taken over: the starts if there are several, else the runs."""
+    by, found = "start" if len({row["start"] for row in rows}) > 1 else "run", defaultdict(list)
     for row in rows:
-        runs[row["run"]].append(row)
-    means = [100 * sum(row[metric] for row in own) / len(own) for own in runs.values()]
-    mean = sum(means) / len(means)
-    if len(means) == 1:
-        return mean, 100 * math.sqrt(sum(row[f"{metric}_stderr"] ** 2 for row in rows)) / len(rows)
-    return mean, math.sqrt(sum((m - mean) ** 2 for m in means) / (len(means) - 1) / len(means))
+        found[row[by]].append(row)
+    return list(found.values())
+
+
+def spread(values):
+    """Mean of several values and its standard error."""
+    return mean(values), math.sqrt(sum((value - mean(values)) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def mean_and_error(rows, metric):
+    """Mean of a metric (%) and its standard error: over starts or runs if there are several, over episodes for one."""
+    means = [100 * mean([row[metric] for row in own]) for own in units(rows)]
+    if len(means) > 1:
+        return spread(means)
+    return means[0], 100 * math.sqrt(sum(row[f"{metric}_stderr"] ** 2 for row in rows)) / len(rows)
+
+
+def change_and_error(rows, start_rows, metric):
+    """Mean change of a metric since the start (points) and its standard error over starts or runs, each compared with its
+    own start, on the same hands or routes where that was played on them."""
+    changes = []
+    for own in units(rows):
+        seeds, before = {row["seed"] for row in own}, [row for row in start_rows if row["start"] == own[0]["start"]]
+        before = [row for row in before if row["seed"] in seeds] or before
+        (after, *error), (earlier, *error_before) = (mean_and_error(part, metric) for part in (own, before))
+        changes.append(after - earlier)
+    return spread(changes) if len(changes) > 1 else (changes[0], math.hypot(*error, *error_before))
 
 
 def difference(one, two):
@@ -354,9 +380,8 @@ def difference(one, two):
 def load_arms(folders):
     """Evaluated rows by arm ("start", "SFT", "RL"), each with the run it comes from.
 
-    ValueError unless all were evaluated with one set of settings, and every start they go on from has all three arms:
-    one start with runs of many seeds, or many starts with one run each. The "runs" of a single start are the seeds it
-    was evaluated on, those of several are the starts.
+    ValueError unless all were evaluated with one set of settings, and every start they go on from has all three arms. The
+    "runs" of a start are the seeds it was evaluated on.
     """
     arms, starts, chosen, spellings = defaultdict(list), defaultdict(lambda: defaultdict(set)), {}, {}
     for run in {os.path.realpath(folder): Path(folder) for folder in folders}.values():   # one run, however it is spelt
@@ -380,32 +405,27 @@ def load_arms(folders):
                 raise ValueError(f"--compare needs one set of settings for a split; on {row['split']} {first_run} and {run} "
                                  f"differ: {differing}")
             starts[config["model"]][arm if row["step"] else "start"].add(run)
+            row = row | {"start": config["model"], "run": str(run) if row["step"] else (config["model"], row["seed"])}
             if row["step"]:
-                arms[arm].append(row | {"run": str(run)})
-            elif not any((own["run"], own["split"]) == ((config["model"], row["seed"]), row["split"])
-                         for own in arms["start"]):                # once, though several runs may hold it
-                arms["start"].append(row | {"run": (config["model"], row["seed"])})
+                arms[arm].append(row)
+            elif not any((own["run"], own["split"]) == (row["run"], row["split"]) for own in arms["start"]):
+                arms["start"].append(row)                          # once, though several runs may hold it
     for start, own in starts.items():
         if len(own) < 3:
             raise ValueError("--compare needs an SFT run, an RL run and an evaluation of the start they go on from; of "
                              f"{start} it found {', '.join(sorted(own))}; these started from {', '.join(starts)}")
-        if len(starts) > 1 and (len(own["SFT"]), len(own["RL"])) != (1, 1):
-            raise ValueError("--compare needs one SFT and one RL run of every start where there are several; "
-                             f"{start} has {len(own['SFT'])} and {len(own['RL'])}")
-    if len(starts) > 1:
-        arms["start"] = [row | {"run": row["run"][:1]} for row in arms["start"]]
     return arms
 
 
-def curve(rows, split, metric):
-    """[(mean GFLOPs, mean of the metric, error)] over the checkpoints that all runs have, oldest first."""
+def at_checkpoints(rows, split):
+    """[(mean GFLOPs, rows)] of the checkpoints that all runs have, oldest first."""
     steps = defaultdict(list)
     for row in rows:
         if row["split"] == split:
             steps[row["step"]].append(row)
     num_runs = len({row["run"] for row in rows})
-    points = [(sum(row["gflops"] for row in own) / len(own), *mean_and_error(own, metric))
-              for _, own in sorted(steps.items()) if len({row["run"] for row in own}) == num_runs]
+    points = [(mean([row["gflops"] for row in own]), own) for _, own in sorted(steps.items())
+              if len({row["run"] for row in own}) == num_runs]
     if not points:
         raise ValueError(f"--compare: no checkpoint of every run was evaluated on {split}")
     return points
@@ -431,8 +451,8 @@ def compare(folders, figure):
     task = arms["start"][0]["settings"]["task"]
     metrics = envs.TASKS[task].metrics
     splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
-    budget = min(curve(arms[arm], split, metrics[0])[-1][0] for arm in ("SFT", "RL") for split in splits)
-    num_starts = len({row["run"][0] for row in arms["start"]})
+    budget = min(at_checkpoints(arms[arm], split)[-1][0] for arm in ("SFT", "RL") for split in splits)
+    num_starts = len({row["start"] for row in arms["start"]})
     num_runs = {arm: len({row["run"] for row in arms[arm]}) for arm in ("SFT", "RL")}
     print(f"\n{task}: %, at the checkpoints nearest to {budget:,.0f} GFLOPs of post-training "
           f"({num_runs['SFT']} SFT and {num_runs['RL']} RL runs, starts: {num_starts})\n")
@@ -440,15 +460,16 @@ def compare(folders, figure):
     found, verdicts = [], Counter()
     for metric in metrics:
         for split in splits:
-            start = mean_and_error([row for row in arms["start"] if row["split"] == split], metric)
-            cells = ["{:.1f} ± {:.1f}".format(*start)]
+            start = [row for row in arms["start"] if row["split"] == split]
+            cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(start, metric))]
             for arm in ("SFT", "RL"):
-                _, mean, error = min(curve(arms[arm], split, metric), key=lambda point: abs(point[0] - budget))
-                cells.append(f"{mean:.1f} ± {error:.1f} ({mean - start[0]:+.1f})")
+                _, rows = min(at_checkpoints(arms[arm], split), key=lambda point: abs(point[0] - budget))
+                change, error = change_and_error(rows, start, metric)
+                cells.append("{:.1f} ± {:.1f} ({:+.1f} ± {:.1f})".format(*mean_and_error(rows, metric), change, error))
                 if split in SIGNS and metric == paper_metric(task, split):
-                    verdict = judge_sign(SIGNS[split][arm], mean - start[0], math.hypot(error, start[1]))
+                    verdict = judge_sign(SIGNS[split][arm], change, error)
                     verdicts[verdict] += 1
-                    found.append(f"{arm} on {TITLES[split]} {mean - start[0]:+.1f} (paper: {SIGNS[split][arm]}; {verdict})")
+                    found.append(f"{arm} on {TITLES[split]} {change:+.1f} ± {error:.1f} (paper: {SIGNS[split][arm]}; {verdict})")
             paper = PAPER.get((task, split, metric), ())
             cells += [f"{p} ({p - paper[0]:+.1f})" if i else f"{p}" for i, p in enumerate(paper)] or ["-"] * 3
             print(f"| {metric.replace('_', ' ')} | {split} | {' | '.join(cells)} |")
@@ -474,11 +495,12 @@ def draw(arms, task, splits, figure):
     fig, axes = plt.subplots(*shape, figsize=(4.5 * len(splits), 3.6 * len(metrics)), squeeze=False)
     for panels, metric in zip(axes, metrics):
         for axis, split in zip(panels, splits):
-            mean, error = mean_and_error([row for row in arms["start"] if row["split"] == split], metric)
+            start = mean_and_error([row for row in arms["start"] if row["split"] == split], metric)
             for arm in ("SFT", "RL"):
-                x, y, e = zip((0.0, mean, error), *curve(arms[arm], split, metric))
+                x, y, e = zip((0.0, *start), *((gflops, *mean_and_error(rows, metric))
+                                               for gflops, rows in at_checkpoints(arms[arm], split)))
                 axis.errorbar(x, y, e, label=arm, color=colours[arm], marker="o", markersize=3, capsize=2)
-            axis.plot([0], [mean], "k*", markersize=11, label="start")
+            axis.plot([0], start[:1], "k*", markersize=11, label="start")
             for arm, value in zip(colours, PAPER.get((task, split, metric), ())):
                 axis.plot([1.04], [value], "<", color=colours[arm], transform=axis.get_yaxis_transform(), clip_on=False,
                           label="paper: start, SFT, RL" if arm == "start" else None)
