@@ -41,6 +41,10 @@ from support.running import knob
 
 # ---- What counts -------------------------------------------------------------------------------------------
 
+def mean(values):
+    return sum(values) / len(values)
+
+
 def share(hits, counts):
     """What share of the counts are hits, given both per episode, and its standard error over episodes."""
     total = max(1, sum(counts))
@@ -56,6 +60,7 @@ def summarise(infos, verify_iter, kinds=()):
     paper_step_accuracy the same with one wrong reply more for an episode that was cut short: the official code has the
                         model write it, unread, and counts it
     first_try           first replies to a hand or at a position that are correct
+    retries             later ones that are, and how many of them repeat a reply that had failed (`repeats`)
     recognition         hands whose four cards the first reply names, in any order (paper Fig. 8); it must be a reply
                         that can be judged, with a formula
     rank_accuracy       cards that the first reply names in their place; by chance, one in thirteen
@@ -77,7 +82,8 @@ def summarise(infos, verify_iter, kinds=()):
               # differs 22: theirs has no other, and solved_and_read below for success
               "paper_step_accuracy": share([sum(info["status"] == "correct" for info in episode) for episode in infos],
                                            [len(episode) + (not episode[-1]["success"]) for episode in infos]),
-              "first_try": accuracy(lambda info: info["try"] == 1)}
+              "first_try": accuracy(lambda info: info["try"] == 1),
+              "retries": accuracy(lambda info: info["try"] > 1)}
     kinds = sorted({*kinds, *(info["kind"] for info in turns)})
     for kind in kinds if len(kinds) > 1 else ():
         shares[f"step_accuracy_{kind}"] = accuracy(lambda info: info["kind"] == kind)
@@ -90,6 +96,7 @@ def summarise(infos, verify_iter, kinds=()):
     row = {"episodes": len(infos), "replies": len(turns)}
     for name, (mean, error) in shares.items():
         row |= {name: mean, f"{name}_stderr": error}
+    row["repeats"] = mean([info["repeated"] for info in turns if info["try"] > 1] or [0])
     solved_at = [max(info["try"] for info in episode) for episode in infos if episode[-1]["success"]]
     row["success_within"] = [sum(at <= tries for at in solved_at) / len(infos) for tries in range(1, verify_iter + 1)]
     row["reward"] = sum(info["reward"] for info in turns) / len(infos)
@@ -223,8 +230,9 @@ def play_episodes(reply, environments, seed):
     while pending:
         replies, going = reply(turn, pending), {}
         for i, (text, ending) in zip(pending, replies):
+            repeated = any(message["content"] == text for message in pending[i][0][1::2])     # the earlier replies
             messages, reward, _, _, info = environments[i].step(text)
-            infos[i].append(info | {"reward": reward, "ending": ending, "empty": not text.strip()})
+            infos[i].append(info | {"reward": reward, "ending": ending, "empty": not text.strip(), "repeated": repeated})
             if environments[i].done:
                 bar.update()
             else:
@@ -332,10 +340,6 @@ def evaluate_run(run, config):
 
 
 # ---- Comparing ---------------------------------------------------------------------------------------------
-
-def mean(values):
-    return sum(values) / len(values)
-
 
 def units(rows):
     """Rows by what an error is taken over: the starts if there are several, else the runs."""

@@ -43,6 +43,9 @@ def test_the_expert_succeeds_at_once_and_a_mute_player_never(split):
 
 def test_success_within_fewer_tries_is_read_from_the_same_episodes():
     late = played("id", lambda env: env.expert_reply() if env.turn == 1 else env.flawed_reply())
+    assert late["retries"] == 1 and late["repeats"] == 0
+    stubborn = played("id", lambda env: "no" if env.turn < 2 else env.expert_reply())
+    assert stubborn["retries"] == 0.5 and stubborn["repeats"] == 0.5 and stubborn["retries_stderr"] == 0
     assert late["success_within"] == [0.0, 1.0, 1.0] and late["first_try"] == 0 and late["success"] == 1
     assert late["step_accuracy"] == 0.5 and late["step_accuracy_stderr"] == 0       # one of two, in every episode
 
