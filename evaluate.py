@@ -48,8 +48,8 @@ def mean(values):
 def share(hits, counts):
     """What share of the counts are hits, given both per episode, and its standard error over episodes."""
     total = max(1, sum(counts))
-    mean = sum(hits) / total
-    return mean, math.sqrt(sum((hit - mean * count) ** 2 for hit, count in zip(hits, counts))) / total
+    rate = sum(hits) / total
+    return rate, math.sqrt(sum((hit - rate * count) ** 2 for hit, count in zip(hits, counts))) / total
 
 
 def summarise(infos, verify_iter, kinds=()):
@@ -94,8 +94,8 @@ def summarise(infos, verify_iter, kinds=()):
         shares["solved_and_read"] = share([episode[-1]["success"] and episode[-1]["cards_read"] for episode in infos],
                                           [1] * len(infos))
     row = {"episodes": len(infos), "replies": len(turns)}
-    for name, (mean, error) in shares.items():
-        row |= {name: mean, f"{name}_stderr": error}
+    for name, (value, error) in shares.items():
+        row |= {name: value, f"{name}_stderr": error}
     row["repeats"] = mean([info["repeated"] for info in turns if info["try"] > 1] or [0])
     solved_at = [max(info["try"] for info in episode) for episode in infos if episode[-1]["success"]]
     row["success_within"] = [sum(at <= tries for at in solved_at) / len(infos) for tries in range(1, verify_iter + 1)]
