@@ -55,7 +55,7 @@ class ApiModel:
         known = running.read_jsonl(self.path, "request", "reply")
         running.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in known))   # without a torn last line
         self.known = {row["request"]: (row["reply"], row.get("ending", "stop")) for row in known}
-        self.lock = Lock()
+        self.lock, self.fault = Lock(), None
 
     def hide_key(self, text):
         """The text without the key, which a server may repeat. A short one is a word for a server that asks for none."""
@@ -90,6 +90,8 @@ class ApiModel:
                    "max_tokens": self.config.max_new_tokens, **self.extra}
         request = json.dumps({name: value for name, value in request.items() if value is not None})
         for attempt in range(self.retries):
+            if self.fault:                                         # of another request: this one would meet it as well
+                raise ValueError(self.fault)
             time.sleep(self.pause * 2 ** (attempt - 1) if attempt else 0)
             status = 0
             try:
@@ -104,8 +106,9 @@ class ApiModel:
                 self.known[digest] = text, ending
                 with self.lock:
                     return running.log_jsonl(self.path, request=digest, reply=text, ending=ending)
-        raise ValueError(f"--api-url {self.config.api_url}, model {self.config.api_model}: "
-                         f"{one_line(self.hide_key(fault))}; replies so far are in {self.path}")
+        self.fault = (f"--api-url {self.config.api_url}, model {self.config.api_model}: "
+                      f"{one_line(self.hide_key(fault))}; replies so far are in {self.path}")
+        raise ValueError(self.fault)
 
 
 def read_extra(text):
