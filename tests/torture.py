@@ -56,13 +56,11 @@ class Case:
     work: float = 0.0        # seconds from there to its end
 
 
-# ---- Starting scripts and looking at what they leave -----------------------------------------------------------------
-
-def start(words, folder, before=None, stdout=subprocess.PIPE, **env):
+def start(words, folder, before=None, **env):
     """A script in a session of its own; `before` runs in the new process."""
-    return subprocess.Popen([sys.executable, str(ROOT / words[0]), *map(str, words[1:])], cwd=folder, stdout=stdout,
-                            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**ENVIRONMENT, **env}, text=True,
-                            errors="replace", start_new_session=True, preexec_fn=before)
+    return subprocess.Popen([sys.executable, str(ROOT / words[0]), *map(str, words[1:])], cwd=folder,
+                            env={**ENVIRONMENT, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, preexec_fn=before)
 
 
 def finish(process):
@@ -74,13 +72,13 @@ def finish(process):
         os.killpg(process.pid, signal.SIGKILL)
         (out, err), status = process.communicate(), "hangs"
     lines = [line.strip() for line in re.split(r"[\r\n]+", BAR.sub("", err)) if line.strip()]
-    places = re.findall(rf'File "{ROOT}/(\S+)", line (\d+), in (\w+)', err) or [("?", "?", "?")]
+    places = re.findall(rf'File "{ROOT}/(\S+)", line (\d+), in (\w+)', err) or [("?", "?", "one of its processes")]
     trace = "Traceback" in err or "Exception ignored" in err
     return Done(status, out or "", lines or ["nothing on stderr"], trace and "{}:{} {}".format(*places[-1]))
 
 
-def run(words, folder, **how):
-    return finish(start(words, folder, **how))
+def run(words, folder, before=None):
+    return finish(start(words, folder, before))
 
 
 def broken(done, status):
@@ -105,13 +103,15 @@ def read_rows(path):
     return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.is_file() else []
 
 
+def progress(folder):
+    return newest_step(folder) + len(read_rows(folder / "run/eval.jsonl"))
+
+
 def saved(folder):
-    """What may never be lost again: weights of complete checkpoints, evaluated rows, the log up to the newest checkpoint."""
-    kept = {(name, digest) for name, digest in tree(folder).items() if re.fullmatch(r"run/step_\d+/[^/]+", name)}
-    logged = read_rows(folder / "run/metrics.jsonl")[:newest_step(folder)]
-    for name, rows in (("metrics.jsonl", logged), ("eval.jsonl", read_rows(folder / "run/eval.jsonl"))):
-        kept |= {(f"{name}, line {i + 1}", SECONDS.sub(b"", row)) for i, row in enumerate(rows)}
-    return kept
+    """What may never be lost again: the weights of complete checkpoints, and evaluated rows."""
+    rows = enumerate(read_rows(folder / "run/eval.jsonl"))
+    return {(name, digest) for name, digest in tree(folder).items() if re.fullmatch(r"run/step_\d+/[^/]+", name)} | {
+        (f"eval.jsonl, row {i}", str(row)) for i, row in rows}
 
 
 def lost(seen, folder):
@@ -157,8 +157,6 @@ def prepare(case, folder, begun=False):
         path.write_bytes(b"".join(rows))
 
 
-# ---- The cases -------------------------------------------------------------------------------------------------------
-
 def make_cases(kit):
     """Tiny models, a run to evaluate, and the cases, each run undisturbed; (case, what went wrong) pairs."""
     sft = ["sft.py", "--model", kit / "model", "--out", "run", "--batch-size", 8, "--lr", 1e-3, "--dtype", "float32"]
@@ -171,14 +169,15 @@ def make_cases(kit):
     for case in (
             Case("sft.py", [*sft, "--steps", 120, "--save-every", 5],
                  ((weights, True), (optimizer, True), (weights, False), (log, True), ("run/config.json", False))),
-            Case("rl.py", ["rl.py", "--model", kit / "model", "--out", "run", "--num-envs", 4, "--turns-per-env", 3, "--lr", 1e-4,
-                           "--minibatch-turns", 6, "--epochs", 2, "--updates", 16, "--max-new-tokens", 10, "--save-every", 2,
-                           "--temperature", 1, "--env", "verify_iter=4", "--dtype", "float32"],
+            Case("rl.py", ["rl.py", "--model", kit / "model", "--out", "run", "--num-envs", 4, "--turns-per-env", 3,
+                           "--minibatch-turns", 6, "--epochs", 2, "--updates", 16, "--max-new-tokens", 10, "--lr", 1e-4,
+                           "--temperature", 1, "--env", "verify_iter=4", "--dtype", "float32", "--save-every", 2],
                  (("run/step_*/value_head.safetensors", True), ("run/turns.jsonl", True))),
-            Case("evaluate.py --run-folder", ["evaluate.py", "--run-folder", "run", "--episodes", 24, "--max-new-tokens", 16,
-                                              "--temperature", 1],
+            Case("evaluate.py --run-folder", ["evaluate.py", "--run-folder", "run", "--episodes", 24,
+                                              "--max-new-tokens", 16, "--temperature", 1],
                  (("run/eval.jsonl", True), ("run/eval_unfinished", False)), start=kit / "trained"),
-            Case("sft.py --dump", ["sft.py", "--task", "gp-vl", "--env", "resolution=96", "--dump", "data.json", "--num", 600],
+            Case("sft.py --dump", ["sft.py", "--task", "gp-vl", "--env", "resolution=96", "--dump", "data.json",
+                                   "--num", 600],
                  (("data/*.png", False), ("data.json", False)), final="data.json"),
             Case("data/synthetic_city.py", ["data/synthetic_city.py", "--out", "city", "--routes", 2, "--unseen", 1,
                                             "--most-legs", 2, "--size", 256, "--workers", 2],
@@ -211,44 +210,38 @@ def watch(case, folder):
     return wrote - began, time.time() - wrote, done
 
 
-# ---- kills -----------------------------------------------------------------------------------------------------------
-
 def kill_at(process, case, folder, before, written, share):
     """Kill a script at a share of the time it needs: of that before its first write, or of the work left after it.
 
     Returns where the kill landed and whether processes of the script lived on.
     """
-    seconds, left = case.begin, 1.0
+    seconds = case.begin
     if written:
-        if case.start:
-            left -= len(read_rows(folder / "run/eval.jsonl")) / len(read_rows(case.folder / "run/eval.jsonl"))
-        elif not case.final:
-            left -= newest_step(folder) / newest_step(case.folder)
+        first = progress(case.start) if case.start else 0
+        seconds = case.work * (1 - (progress(folder) - first) / max(1, progress(case.folder) - first))
         wait_for_write(process, folder, before)
-        seconds = case.work * left
     try:
         process.wait(share * seconds)
         return "after its end", False
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    landed, deadline = "while it wrote" if stamp(folder) != before else "before its first write", time.time() + 3
-    try:
-        while time.time() < deadline:
+    landed = "while it wrote" if stamp(folder) != before else "before its first write"
+    with contextlib.suppress(ProcessLookupError):                  # what we expect: no process of its session is left
+        for _ in range(60):
             os.killpg(process.pid, 0)
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
         return landed, True
-    except ProcessLookupError:
-        return landed, False
+    return landed, False
 
 
 def kill_trial(folder, case, kills, rng):
-    """Kill a script again and again in one folder, then let it end; (faults, notes, where kills landed)."""
-    faults, notes, landed, seen, number = [], Counter(), Counter(), set(), 0
+    """Kill a script again and again in one folder, then let it end."""
+    faults, notes, seen, number = [], Counter(), set(), 0
     prepare(case, folder)
     while number <= kills:
-        written, share, where, live_on = rng.random() > 0.15, rng.random(), None, False
+        written, share, where, live_on = rng.random() > 0.15, rng.random(), "", False
         before, process = stamp(folder), start(case.words, folder)
         if number < kills:
             where, live_on = kill_at(process, case, folder, before, written, share)
@@ -257,19 +250,21 @@ def kill_trial(folder, case, kills, rng):
             notes[f"asked to remove {names}"] += 1
             continue
         number += 1
-        ended = where in (None, "after its end")
-        landed.update([where] * bool(where))
-        faults += [("processes live on", "3 s after the kill")] * live_on + broken(done, 0 if ended else -9) + lost(seen, folder)
+        notes.update([where] * bool(where))
+        ended = where in ("", "after its end")
+        faults += [("processes live on", "3 s after the kill")] * live_on
+        faults += broken(done, 0 if ended else -9) + lost(seen, folder)
         seen |= saved(folder)
         if ended:
             faults += differences(case, folder, done.out)
         elif case.final and (folder / case.final).exists():
-            faults += [("half under its final name", text) for kind, text in differences(case, folder) if kind != "left over"]
+            faults += [("half under its final name", text) for kind, text in differences(case, folder)
+                       if kind != "left over"]
             ended = True
         if ended and number <= kills:                              # the kills that are left begin anew
             prepare(case, folder)
             seen = set()
-    return faults, notes, landed
+    return faults, notes
 
 
 def kills(cases, options):
@@ -278,43 +273,18 @@ def kills(cases, options):
         while left:
             trials.append((case, min(left, plan.randint(2, 5)), random.Random(plan.random())))
             left -= trials[-1][1]
-        yield (case.name, "SIGKILL, then the same command", ("nothing under its final name or all of it" if case.final else
-               "what was saved stays") + "; the end equal to an undisturbed run; nothing left over", kill_trial, trials)
-
-
-# ---- Folders that cannot be written ----------------------------------------------------------------------------------
-
-def mount(*words):
-    subprocess.run(["mount", *words], check=True, capture_output=True)
-
-
-@contextlib.contextmanager
-def own_disk(folder):
-    """A tmpfs in place of a new folder."""
-    folder.mkdir()
-    mount("-t", "tmpfs", "-o", "size=1g", "torture", str(folder))
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def may_mount():
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with own_disk(Path(folder) / "disk"):
-                return True
-        except (OSError, subprocess.CalledProcessError):
-            return False
+        must = "nothing under its final name or all of it" if case.final else "what was saved stays"
+        yield (case.name, f"{options.kills} SIGKILLs, then the same command",
+               f"{must}; the end equal to an undisturbed run; nothing left over, no traceback", kill_trial, trials)
 
 
 def limit_trial(folder, case, pattern, begun):
     """A file may not grow: not beyond what it is when the run goes on, or else not to its whole size."""
     prepare(case, folder, begun)
-    path = max(case.folder.glob(pattern), key=lambda p: p.stat().st_size, default=None)
+    path = max(case.folder.glob(pattern), key=lambda p: (p.stat().st_size, p), default=None)
     here = path and folder / path.relative_to(case.folder)
     limit = here.stat().st_size + 100 if path and here.exists() else path.stat().st_size - 1 if path else 100
-    named = case.final if case.final == "city" else "step_" if "step_" in pattern else path.name if path else Path(pattern).name
+    named = next((name for name in ("city", "step_") if name in pattern), path.name if path else Path(pattern).name)
 
     def before():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)              # an error of the write, not the process's end
@@ -322,15 +292,23 @@ def limit_trial(folder, case, pattern, begun):
     return refuse(case, folder, named, before=before)
 
 
+def mount(options, folder):
+    return subprocess.run(["mount", *options, "torture", str(folder)], capture_output=True).returncode == 0
+
+
 def mount_trial(folder, case, begun, free):
     """So many bytes are free on the disk, or, with None, the disk is read-only."""
-    with own_disk(folder / "disk") as place:
-        prepare(case, place, begun)
-        disk = os.statvfs(place)
+    if not mount(["-t", "tmpfs"], folder):
+        return [], Counter(["skipped: this user may not mount"])
+    try:
+        prepare(case, folder, begun)
+        disk = os.statvfs(folder)
         size = max(4096, (disk.f_blocks - disk.f_bfree) * disk.f_frsize + (free or 0))      # 0 would be no limit
-        mount("-o", "remount,ro" if free is None else f"remount,size={size}", str(place))
+        assert mount(["-o", "remount,ro" if free is None else f"remount,size={size}"], folder)
         named = Path(case.final).stem if case.final else "run/|run:| run "
-        return refuse(case, place, named, free is not None, partial(mount, "-o", "remount,rw,size=1g", str(place)))
+        return refuse(case, folder, named, free is not None, lambda: mount(["-o", "remount,rw,size=1g"], folder))
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def refuse(case, folder, named, may_fit=False, mend=lambda: None, before=None):
@@ -348,7 +326,7 @@ def refuse(case, folder, named, may_fit=False, mend=lambda: None, before=None):
         if names := remove_named(case, folder, done):
             notes[f"asked to remove {names}"], done = 1, run(case.words, folder)
         faults += [(f"afterwards {kind}", text) for kind, text in broken(done, 0) + differences(case, folder, done.out)]
-    return faults, notes, Counter()
+    return faults, notes
 
 
 REFUSED = "status 2 and one line that names the file; what was saved stays; later the same command ends as undisturbed"
@@ -359,24 +337,21 @@ def disk(cases, options):
         for pattern, begun in case.files:
             yield (case.name, f"{pattern} cannot grow{', the run half-way' * begun}", REFUSED, limit_trial,
                    [(case, pattern, begun)])
-        if may_mount():
-            last = case.folder / f"run/step_{newest_step(case.folder):06d}"
-            written = [case.folder / "run/eval.jsonl"] if case.start else (case.folder if case.final else last).rglob("*")
-            total = sum(-(-path.stat().st_size // 4096) * 4096 for path in written)
-            yield (case.name, "a full tmpfs, each time with more room", REFUSED, mount_trial,
-                   [(case, True, int(total * share)) for share in (0, 0.02, 0.1, 0.2, 0.33, 0.5, 0.8, 0.97)])
-            yield case.name, "a full tmpfs from the start", REFUSED, mount_trial, [(case, False, 0), (case, False, 8192)]
-        else:
-            yield case.name, "a full tmpfs: skipped, this user may not mount one", "", mount_trial, []
+        last = case.folder / f"run/step_{newest_step(case.folder):06d}"
+        written = [case.folder / "run/eval.jsonl"] if case.start else (case.folder if case.final else last).rglob("*")
+        total = sum(-(-path.stat().st_size // 4096) * 4096 for path in written)
+        yield (case.name, "a full tmpfs, each time with more room", REFUSED, mount_trial,
+               [(case, True, int(total * share)) for share in (0, 0.02, 0.1, 0.2, 0.33, 0.5, 0.8, 0.97)])
+        yield case.name, "a full tmpfs from the start", REFUSED, mount_trial, [(case, False, 0), (case, False, 8192)]
 
-
-# ---- A closed stdout, odd paths --------------------------------------------------------------------------------------
 
 def stdout_trial(folder, case, how):
     """A script whose stdout goes away; it may end early if the same command goes on."""
     prepare(case, folder)
+    if how == "closed, unknown device":
+        return broken(run([*case.words, "--device", "none"], folder, before=partial(os.close, 1)), 2), Counter()
     if how == "closed":
-        done = run(case.words, folder, before=partial(os.close, 1), stdout=None)
+        done = run(case.words, folder, before=partial(os.close, 1))
     else:
         process = start(case.words, folder, PYTHONUNBUFFERED="1")
         for _ in range(how == "| head -1"):
@@ -388,13 +363,7 @@ def stdout_trial(folder, case, how):
     if found and done.status:
         again = run(case.words, folder)
         found = broken(again, 0) + differences(case, folder, again.out)
-    return faults + [(f"afterwards {kind}", text) for kind, text in found], Counter([f"status {done.status}"]), Counter()
-
-
-def error_trial(folder, case):
-    """A mistake of the user, with a closed stdout."""
-    done = run([*case.words, "--device", "none"], folder, before=partial(os.close, 1), stdout=None)
-    return broken(done, 2), Counter(), Counter()
+    return faults + [(f"afterwards {kind}", text) for kind, text in found], Counter([f"status {done.status}"])
 
 
 def chains(name):
@@ -403,7 +372,7 @@ def chains(name):
     words, eyes = ["--task", "virl-l", "--env", f"root={name}/city"], ["--task", "gp-vl", "--env", "resolution=48"]
     test = ["--episodes", 4, "--max-new-tokens", 8]
     return {"city, model, sft, rl, evaluate, compare and figure": [
-        ["data/synthetic_city.py", "--out", f"{name}/city", "--routes", 8, "--unseen", 2, "--most-legs", 2, "--no-pictures"],
+        ["data/synthetic_city.py", "--out", f"{name}/city", "--routes", 8, "--unseen", 2, "--no-pictures"],
         ["support/tiny.py", "--out", f"{name}/model", *words, *small],
         ["sft.py", "--model", f"{name}/model", "--out", f"{name}/sft", *words, "--steps", 4, "--batch-size", 8, *more],
         ["rl.py", "--model", f"{name}/model", "--out", f"{name}/rl", *words, "--num-envs", 4, "--turns-per-env", 3,
@@ -427,42 +396,38 @@ def chain_trial(folder, which):
             done = run(words, folder)
             printed += done.out
             if faults := broken(done, 0):
-                return [(f"{words[0]} {words[1]} below {name}, {kind}", text) for kind, text in faults], Counter(), Counter()
+                return [(f"{words[0]} {words[1]} below {name}, {kind}", text) for kind, text in faults], Counter()
         for path in (folder / name).rglob("*.json*"):              # paths that files hold
             path.write_text(path.read_text().replace(json.dumps(name)[1:-1], "plain"))
-        for path in tree(folder / name):
-            made[name, path] = tree(folder / name)[path]
-        made[name, "what it printed"] = re.sub(r"[\d.]+ seconds", "", printed).replace(name, "plain")
-    names = {name for _, name in made}
-    return [("differs from the plain path", name) for name in sorted(names) if made.get(("plain", name)) !=
-            made.get((ODD, name))], Counter(), Counter()
+        made[name] = tree(folder / name) | {"stdout": re.sub(r"[\d.]+ seconds", "", printed).replace(name, "plain")}
+    return [("differs from the plain path", name) for name in sorted(made["plain"].keys() | made[ODD].keys())
+            if made["plain"].get(name) != made[ODD].get(name)], Counter()
 
 
 def folders(cases, options):
-    for case in cases if may_mount() else ():
-        yield (case.name, "a read-only disk, new and half-way", REFUSED, mount_trial, [(case, False, None), (case, True, None)])
+    for case in cases:
+        yield (case.name, "a read-only disk, new and half-way", REFUSED, mount_trial,
+               [(case, begun, None) for begun in (False, True)])
     for how in ("| head -1", "| true", "closed"):
         for case in cases:
             again = "" if how == "closed" else ", at once or by the same command again"
             yield case.name, f"stdout {how}", f"no traceback; the end as undisturbed{again}", stdout_trial, [(case, how)]
     for case in cases[:3]:
-        yield case.name, "stdout closed, and an unknown device", "status 2 and one line", error_trial, [(case,)]
+        how = "closed, unknown device"
+        yield case.name, f"stdout {how}", "status 2 and one line", stdout_trial, [(case, how)]
     for which in chains(ODD):
         yield "all", f"{which} below {ODD}", "files and output equal to those below a plain path", chain_trial, [(which,)]
 
 
-# ---- The table -------------------------------------------------------------------------------------------------------
-
 SECTIONS = {"kills": kills, "disk": disk, "folders": folders}
 
 
-def table_row(script, how, must, faults, notes, landed, times):
+def table_row(script, how, must, faults, notes, times):
     """Of each kind of fault how often and the first line; then what is worth a word."""
     kinds, first = Counter(kind for kind, _ in faults), dict(reversed(faults))
-    found = [f"{count}x {kind}: `{first[kind][:300]}`" for kind, count in kinds.items()] or ["none" if times else "-"]
+    found = [f"{count}x {kind}: `{first[kind][:300]}`" for kind, count in kinds.items()] or ["none"]
     found += [f"({count}x {note})" for note, count in sorted(notes.items())]
-    times = ", ".join(f"{count} {where}" for where, count in sorted(landed.items())) or str(times)
-    cells = [text.replace("|", "\\|").replace("\n", "\\n") for text in (script, how, times, must, "<br>".join(found))]
+    cells = [text.replace("|", "\\|").replace("\n", "\\n") for text in (script, how, str(times), must, "<br>".join(found))]
     return f"| {' | '.join(cells)} |"
 
 
@@ -497,15 +462,17 @@ def main():
                                         for case in cases) + ".\n")
         say("| script | how it was hurt | times | what must hold | failures |\n|---|---|---|---|---|")
         for case, faults in measured:
-            say(table_row(case.name, "not at all", "status 0; two runs equal", faults, {}, {}, 2))
+            say(table_row(case.name, "not at all", "status 0; two runs equal", faults, {}, 2))
             failed += bool(faults)
-        for section in options.sections:
-            for script, how, must, trial, arguments in SECTIONS[section](cases, options):
-                results = list(pool.map(partial(attempt, trial), arguments))
-                faults, notes, landed = (sum(parts, empty) for parts, empty in zip(
-                    list(zip(*results)) or [(), (), ()], ([], Counter(), Counter())))
-                say(table_row(script, how, must, faults, notes, landed, len(results)))
+        rows = [(words, [pool.submit(attempt, trial, own) for own in arguments]) for section in options.sections
+                for *words, trial, arguments in SECTIONS[section](cases, options)]
+        try:
+            for words, trials in rows:
+                faults = [fault for trial in trials for fault in trial.result()[0]]
+                say(table_row(*words, faults, sum((trial.result()[1] for trial in trials), Counter()), len(trials)))
                 failed += bool(faults)
+        finally:
+            pool.shutdown(cancel_futures=True)                     # after Ctrl-C only what runs comes to its end
     say(f"\n{failed} rows with failures; {time.time() - began:.0f} seconds in all.")
     if options.out:
         Path(options.out).write_text("\n".join(lines) + "\n")
