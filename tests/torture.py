@@ -85,7 +85,7 @@ def broken(done, status):
     """What is wrong with how a script ended, as (kind, text) pairs."""
     if done.place:
         return [(f"traceback from {done.place}, status {done.status}", done.lines[-1])]
-    return [(f"status {done.status} instead of {status}", done.lines[-1])] if done.status != status else []
+    return [(f"status {done.status} instead of {status}", done.lines[-1])] * (done.status != status)
 
 
 def tree(folder):
@@ -184,7 +184,7 @@ def make_cases(kit):
                  (("city/*/street_views/*.jpg", False), ("city/*/route_infos.json", False)), final="city")):
         folders = [Path(tempfile.mkdtemp(dir=kit)) for _ in range(2)]
         with ThreadPoolExecutor(2) as pool:                        # side by side, as trials run
-            ends = list(pool.map(partial(watch, case), folders))
+            ends = list(pool.map(partial(measure, case), folders))
         case.folder, case.whole = folders[0], tree(folders[0])
         case.begin, case.work = (sum(times) / 2 for times in list(zip(*ends))[:2])
         yield case, [fault for *_, done in ends for fault in broken(done, 0)] + differences(case, folders[1])
@@ -195,34 +195,32 @@ def stamp(folder):
     return [path.stat().st_mtime_ns for path in (folder, folder / "run") if path.exists()]
 
 
-def wait_for_write(process, folder, before):
-    while process.poll() is None and stamp(folder) == before:
+def start_watched(case, folder, written=True):
+    """A process, at its first write or, if it ends before, at its end; and the stamp from before it."""
+    before, process = stamp(folder), start(case.words, folder)
+    while written and process.poll() is None and stamp(folder) == before:
         time.sleep(0.002)
+    return process, before
 
 
-def watch(case, folder):
+def measure(case, folder):
     """Seconds until its first write, seconds from there to its end, how it ended."""
     prepare(case, folder)
-    before, began = stamp(folder), time.time()
-    process = start(case.words, folder)
-    wait_for_write(process, folder, before)
+    began = time.time()
+    process, _ = start_watched(case, folder)
     wrote, done = time.time(), finish(process)
     return wrote - began, time.time() - wrote, done
 
 
-def kill_at(process, case, folder, before, written, share):
-    """Kill a script at a share of the time it needs: of that before its first write, or of the work left after it.
-
-    Returns where the kill landed and whether processes of the script lived on.
-    """
-    seconds = case.begin
-    if written:
-        first = progress(case.start) if case.start else 0
-        seconds = case.work * (1 - (progress(folder) - first) / max(1, progress(case.folder) - first))
-        wait_for_write(process, folder, before)
+def kill_at(case, folder, written, share):
+    """Start a script and kill it at a share of the time it needs: of that before its first write, or of the work left
+    after it. Returns the process, where the kill landed, and whether processes of the script lived on."""
+    first = progress(case.start) if case.start else 0
+    left = 1 - (progress(folder) - first) / max(1, progress(case.folder) - first)
+    process, before = start_watched(case, folder, written)
     try:
-        process.wait(share * seconds)
-        return "after its end", False
+        process.wait(share * (case.work * left if written else case.begin))
+        return process, "after its end", False
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -232,8 +230,8 @@ def kill_at(process, case, folder, before, written, share):
             os.killpg(process.pid, 0)
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
-        return landed, True
-    return landed, False
+        return process, landed, True
+    return process, landed, False
 
 
 def kill_trial(folder, case, kills, rng):
@@ -241,10 +239,8 @@ def kill_trial(folder, case, kills, rng):
     faults, notes, seen, number = [], Counter(), set(), 0
     prepare(case, folder)
     while number <= kills:
-        written, share, where, live_on = rng.random() > 0.15, rng.random(), "", False
-        before, process = stamp(folder), start(case.words, folder)
-        if number < kills:
-            where, live_on = kill_at(process, case, folder, before, written, share)
+        process, where, live_on = (kill_at(case, folder, rng.random() > 0.15, rng.random()) if number < kills else
+                                   (start(case.words, folder), "", False))
         done = finish(process)
         if not (folder / case.final).is_file() and (names := remove_named(case, folder, done)):
             notes[f"asked to remove {names}"] += 1
@@ -292,21 +288,20 @@ def limit_trial(folder, case, pattern, begun):
     return refuse(case, folder, named, before=before)
 
 
-def mount(options, folder):
-    return subprocess.run(["mount", *options, "torture", str(folder)], capture_output=True).returncode == 0
-
-
 def mount_trial(folder, case, begun, free):
     """So many bytes are free on the disk, or, with None, the disk is read-only."""
-    if not mount(["-t", "tmpfs"], folder):
+    def mount(*options):
+        return subprocess.run(["mount", *options, "torture", str(folder)], capture_output=True).returncode == 0
+
+    if not mount("-t", "tmpfs"):
         return [], Counter(["skipped: this user may not mount"])
     try:
         prepare(case, folder, begun)
         disk = os.statvfs(folder)
         size = max(4096, (disk.f_blocks - disk.f_bfree) * disk.f_frsize + (free or 0))      # 0 would be no limit
-        assert mount(["-o", "remount,ro" if free is None else f"remount,size={size}"], folder)
+        assert mount("-o", "remount,ro" if free is None else f"remount,size={size}")
         named = Path(case.final).stem if case.final else "run/|run:| run "
-        return refuse(case, folder, named, free is not None, lambda: mount(["-o", "remount,rw,size=1g"], folder))
+        return refuse(case, folder, named, free is not None, partial(mount, "-o", "remount,rw,size=1g"))
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -426,7 +421,7 @@ def table_row(script, how, must, faults, notes, times):
     """Of each kind of fault how often and the first line; then what is worth a word."""
     kinds, first = Counter(kind for kind, _ in faults), dict(reversed(faults))
     found = [f"{count}x {kind}: `{first[kind][:300]}`" for kind, count in kinds.items()] or ["none"]
-    found += [f"({count}x {note})" for note, count in sorted(notes.items())]
+    found += [f"({', '.join(f'{count}x {note}' for note, count in sorted(notes.items()))})"] * bool(notes)
     cells = [text.replace("|", "\\|").replace("\n", "\\n") for text in (script, how, str(times), must, "<br>".join(found))]
     return f"| {' | '.join(cells)} |"
 
