@@ -187,7 +187,8 @@ def make_cases(kit):
             ends = list(pool.map(partial(measure, case), folders))
         case.folder, case.whole = folders[0], tree(folders[0])
         case.begin, case.work = (sum(times) / 2 for times in list(zip(*ends))[:2])
-        yield case, [fault for *_, done in ends for fault in broken(done, 0)] + differences(case, folders[1])
+        faults = [fault for *_, done in ends for fault in broken(done, 0)] + differences(case, folders[1])
+        yield case, faults + [("made nothing", case.name)] * (not case.whole)
 
 
 def stamp(folder):
@@ -422,7 +423,8 @@ def table_row(script, how, must, faults, notes, times):
     kinds, first = Counter(kind for kind, _ in faults), dict(reversed(faults))
     found = [f"{count}x {kind}: `{first[kind][:300]}`" for kind, count in kinds.items()] or ["none"]
     found += [f"({', '.join(f'{count}x {note}' for note, count in sorted(notes.items()))})"] * bool(notes)
-    cells = [text.replace("|", "\\|").replace("\n", "\\n") for text in (script, how, str(times), must, "<br>".join(found))]
+    cells = [script, how, str(times), must, "<br>".join(found)]
+    cells = [text.replace("|", "\\|").replace("\n", "\\n") for text in cells]
     return f"| {' | '.join(cells)} |"
 
 
@@ -453,8 +455,8 @@ def main():
         (Path(place) / "kit").mkdir()
         measured = list(make_cases(Path(place) / "kit"))
         cases = [case for case, _ in measured]
-        say("Undisturbed: " + "; ".join(f"{case.name} {case.begin:.1f} s to its first write and {case.work:.1f} s from there"
-                                        for case in cases) + ".\n")
+        times = [f"{case.name} {case.begin:.1f} s to its first write and {case.work:.1f} s from there" for case in cases]
+        say(f"Undisturbed: {'; '.join(times)}.\n")
         say("| script | how it was hurt | times | what must hold | failures |\n|---|---|---|---|---|")
         for case, faults in measured:
             say(table_row(case.name, "not at all", "status 0; two runs equal", faults, {}, 2))
