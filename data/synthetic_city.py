@@ -801,15 +801,19 @@ def main(argv=None):
             out.rmdir()                                              # it was empty
         partial.rename(out)
     except OSError as error:
-        sys.exit(f"--out {args.out}: {error}")
+        print(f"--out {args.out}: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("stopped: nothing was written")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for name, parts in sets.items():
-        num_routes = sum(len(routes) for _, routes in parts)
-        print(f"{out / name}: {num_routes} routes, {len(needed[partial / name])} panoramas")
-    print(f"{pictures[0]} pictures, {pictures[1] / 1e6:.0f} MB, {time.time() - began:.1f} seconds")
+    told = [f"{out / name}: {sum(len(routes) for _, routes in parts)} routes, {len(needed[partial / name])} panoramas"
+            for name, parts in sets.items()]
+    told.append(f"{pictures[0]} pictures, {pictures[1] / 1e6:.0f} MB, {time.time() - began:.1f} seconds")
+    try:
+        print("\n".join(told), flush=True)
+    except BrokenPipeError:                                          # a reader who has gone; all is written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
