@@ -13,9 +13,10 @@ from functools import lru_cache
 
 import pytest
 
+import noise
 import verify
 from support.solver import solutions
-from verify import REWARDS, judge_general_points, parse_formula
+from verify import REWARDS, Verdict, judge_general_points, parse_formula
 
 RANKS = ["A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K"]
 CARDS, NUMBERS = ["3", "3", "8", "8"], [3, 3, 8, 8]
@@ -633,3 +634,17 @@ def test_a_verdict_repeats_no_control_token_of_any_tokenizer(marker):
         assert not set("<>[]|\uff5c") & set(ours), message
         assert message.encode() and message.isprintable()
     assert "turn_direction(" in walked and '"3"' in pictured
+
+
+@pytest.mark.parametrize("play", [noise.general_points, noise.navigation])
+def test_noisy_replies_are_judged_as_an_oracle_judges_them(play):
+    found, examples = noise.count(play, 4000, 7)
+    assert found["correct"] > 1000 and found["harmless"] > 700
+    assert not found["exceptions"] and not found["wrongly correct"] and not found["lost"], examples
+
+
+def test_the_oracle_of_noisy_replies_finds_a_judge_that_is_wrong(monkeypatch):
+    monkeypatch.setattr(noise, "judge_general_points", lambda reply, cards, numbers, **_: judge_general_points(reply, cards, [1, *numbers[1:]]))
+    assert noise.count(noise.general_points, 4000, 7)[0]["lost"] > 10
+    monkeypatch.setattr(noise, "judge_general_points", lambda *_, **__: Verdict("correct", 5.0, ""))
+    assert noise.count(noise.general_points, 400, 7)[0]["wrongly correct"] > 10
