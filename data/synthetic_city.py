@@ -731,6 +731,12 @@ def write_picture(job):
     return len(data.getvalue()) * len(folders)
 
 
+def become_painter():
+    """What a worker does with signals: it leaves Ctrl-C to the first process, and ends without a word if that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def write_pictures(needed, seed, width, workers):
     """street_views/ of all sets, {folder: [(city, panorama number), ...]}; returns how many pictures and bytes."""
     folders = {}                                  # a panorama of two sets is painted once
@@ -742,7 +748,7 @@ def write_pictures(needed, seed, width, workers):
     for number in dict.fromkeys(number for number, _ in folders):
         scene_of(seed, number)                    # workers that are forks of this process need not build it again
     # Ctrl-C reaches every process: the workers leave it to this one.
-    pool = multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) if workers > 1 else None
+    pool = multiprocessing.Pool(workers, become_painter) if workers > 1 else None
     done = pool.imap_unordered(write_picture, jobs, chunksize=16) if pool else map(write_picture, jobs)
     try:
         num_bytes = sum(tqdm(done, total=len(jobs), desc="street views", unit="picture"))
@@ -789,10 +795,11 @@ def main(argv=None):
     began = time.time()
     sets = make_sets(args.seed, args.routes, args.unseen, args.most_legs)
     out = Path(args.out).absolute()
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")     # a stopped run leaves nothing that looks whole
+    partial = out.with_name(f"{out.name}.unfinished")                # a stopped run leaves nothing that looks whole
     pictures = (0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))          # so that `finally` runs
     try:
+        shutil.rmtree(partial, ignore_errors=True)                   # of a run that was killed
         partial.mkdir(parents=True)
         needed = {partial / name: write_words(partial / name, parts) for name, parts in sets.items()}
         if not args.no_pictures:

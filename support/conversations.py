@@ -9,7 +9,6 @@ with one picture; texts in parts; a system text, as the first turn or under the 
 refused by name; other keys are passed over.
 """
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -151,7 +150,7 @@ def open_pictures(messages):
 def dump(samples, config):
     """Write the first `num` samples in the released shape, pictures in a folder beside the file, all of it or nothing."""
     path, folder = Path(config.dump), Path(config.dump).with_suffix("")
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f"{folder.name}.unfinished")
     if config.failed_tries:
         raise ValueError(f"--dump with --failed-tries {config.failed_tries}: in the released shape every reply is a "
                          "target, failed ones would be learnt; make such dialogues on the fly")
@@ -166,6 +165,7 @@ def dump(samples, config):
         if running.RANK > 0:
             return
         records = []
+        shutil.rmtree(partial, ignore_errors=True)                   # of a dump that was killed
         (partial / "pictures").mkdir(parents=True)
         for i in running.progress(range(config.num), desc="dump"):
             messages, reply = samples[i]

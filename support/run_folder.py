@@ -198,7 +198,10 @@ def write_checkpoint(folder, policy, processor, optimizer, state, with_value_hea
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "resume").mkdir(parents=True)
         policy.backbone.save_pretrained(folder, state_dict=weights["backbone"])
-        processor.save_pretrained(folder)
+        try:
+            processor.save_pretrained(folder)
+        except Exception as error:                               # its writer, in Rust, has no other
+            raise OSError(str(error)) from None
         if with_value_head:
             save_file(weights["value_head"], folder / "value_head.safetensors")
         (folder / "resume" / "state.json").write_text(json.dumps(state))

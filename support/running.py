@@ -132,7 +132,7 @@ def memory_advice(knobs):
 
 def flush_console():
     """Print what waits to be printed; if nobody reads it any more, it and what follows goes nowhere."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):            # None: closed from the start
         try:
             stream.flush()
         except OSError:
