@@ -89,9 +89,9 @@ def broken(done, status):
 
 
 def tree(folder):
-    """{file: digest} of all below a folder; what a log says of seconds does not count."""
+    """{file: digest} of all below a folder; what a log says of seconds does not count, nor who held a lock."""
     return {str(path.relative_to(folder)): hashlib.sha256(SECONDS.sub(b"", path.read_bytes())).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"}
 
 
 def newest_step(folder):
