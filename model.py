@@ -40,7 +40,6 @@ transformers_logging.set_verbosity_error()         # no bars and no hints of the
 transformers_logging.disable_progress_bar()
 
 IMAGE_TOKEN = "<|image|>"
-REPLY_MARKER = "(the last reply)"                  # stands for it where a template is asked what follows
 TEMPLATE_SECONDS = 20                              # for three prompts at load: a template can loop for ever
 
 # ---- Messages <-> tokens -----------------------------------------------------------------------------------
@@ -97,9 +96,12 @@ def encode(processor, messages, prior_ids=None):
     tokenizer, prior = tokenizer_of(processor), prior_ids or []     # differs 12: sampled ids are kept, never encoded again
     if prior:
         last_reply = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        marked = [message | {"content": REPLY_MARKER} if i == last_reply else message for i, message in enumerate(messages)]
-        _, marker, rest = render(processor, marked, add_generation_prompt=True).partition(REPLY_MARKER)
-        if not marker or not rest.lstrip().startswith(tokenizer.eos_token):
+        marker = "(the last reply)"                                # stands for it, to see what follows
+        while marker in str(messages):
+            marker = f"({marker})"
+        marked = [message | {"content": marker} if i == last_reply else message for i, message in enumerate(messages)]
+        _, found, rest = render(processor, marked, add_generation_prompt=True).partition(marker)
+        if not found or not rest.lstrip().startswith(tokenizer.eos_token):
             raise ValueError(f"the chat template must show the last reply and end it with {tokenizer.eos_token!r}, the "
                              "\"eos_token\" of tokenizer_config.json: that must be the token which ends a turn")
         # behind the end-of-turn, which some tokenizers need to know that no text begins here

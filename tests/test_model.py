@@ -441,6 +441,9 @@ def test_a_template_that_writes_earlier_replies_otherwise_keeps_the_sampled_ids(
         ids = after + model.encode_reply(processor, f"reply {turn}")
         messages, *_ = env.step(f"reply {turn}")
     assert "<think>" not in processor.decode(ids)
+    odd = [{"role": role, "content": "(the last reply)"} for role in ("user", "assistant", "user")]
+    first = model.encode(processor, odd[:1])
+    assert processor.decode(model.encode(processor, odd, first + model.encode_reply(processor, "x"))).count("(the last reply)") == 2
 
 
 @pytest.mark.parametrize("template, told", [
