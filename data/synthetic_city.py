@@ -722,6 +722,8 @@ def scene_of(seed, number):
 def write_picture(job):
     """One panorama into every folder that needs it; returns the bytes written."""
     seed, number, pano, width, folders = job
+    if not folders[0].is_dir():                   # the first process gave up
+        return 0
     scene, data = scene_of(seed, number), BytesIO()
     panorama(scene, pano, width).save(data, "JPEG", quality=QUALITY)
     for folder in folders:
@@ -752,13 +754,14 @@ def write_pictures(needed, seed, width, workers):
     done = pool.imap_unordered(write_picture, jobs, chunksize=16) if pool else map(write_picture, jobs)
     try:
         num_bytes = sum(tqdm(done, total=len(jobs), desc="street views", unit="picture"))
+    except BaseException:
+        for folder in needed:                     # then what is left to paint takes no time
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
         if pool:
             pool.close()                          # not terminate(): it may kill a worker that holds the queue's lock, and wait
             pool.join()                           # for that lock for ever
-    except BaseException:
-        if pool:
-            pool.terminate()
-        raise
     return sum(map(len, folders.values())), num_bytes
 
 

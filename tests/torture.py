@@ -281,7 +281,7 @@ def limit_trial(folder, case, pattern, begun):
     path = max(case.folder.glob(pattern), key=lambda p: (p.stat().st_size, p), default=None)
     here = path and folder / path.relative_to(case.folder)
     limit = here.stat().st_size + 100 if path and here.exists() else path.stat().st_size - 1 if path else 100
-    named = next((name for name in ("city", "step_") if name in pattern), path.name if path else Path(pattern).name)
+    named = next((name for name in ("city", "step_", "data", "run/eval") if name in pattern), path.name if path else Path(pattern).name)
 
     def before():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)              # an error of the write, not the process's end
@@ -301,7 +301,7 @@ def mount_trial(folder, case, begun, free):
         disk = os.statvfs(folder)
         size = max(4096, (disk.f_blocks - disk.f_bfree) * disk.f_frsize + (free or 0))      # 0 would be no limit
         assert mount("-o", "remount,ro" if free is None else f"remount,size={size}")
-        named = Path(case.final).stem if case.final else "run/|run:| run "
+        named = Path(case.final).stem if case.final else r"\brun\b"
         return refuse(case, folder, named, free is not None, partial(mount, "-o", "remount,rw,size=1g"))
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
