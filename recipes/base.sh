@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # Step 0 of the tiny run: a stand-in for a foundation model's pre-training, committed as data/base/ (bfloat16).
 #
-#   bash recipes/base.sh                 data/base/gp-l, about twenty minutes on two cores
+#   bash recipes/base.sh                 data/base/gp-l, about forty minutes on one core
 #   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about fifteen minutes on two cores (nineteen on one)
 #   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl, about twenty minutes on one core
 #
 # BASE is the folder to write, OUT the folder for the runs. SMOKE=1 takes a few steps and writes to OUT/base, never to
-# data/base. For gp-l, SIZE, SEED and LRS (learning rates of the three stages) may be set (gpu.sh does).
+# data/base. For gp-l, SIZE, SEED, LRS (learning rates of the three stages) and FAULTS may be set (gpu.sh sets the first three).
 #
 # gp-l: a random-init Llama of 1.3 M parameters learns from expert replies to play GeneralPoints under a family of rules:
 # J, Q and K are each worth any number from 1 to 13, drawn anew for every hand and told in the prompt. The two rules of
-# the paper (10/10/10 and 11/12/13) are never drawn, and a tenth of the hands is held out. First single tries, then
-# dialogues with up to four failed tries before the expert's reply, so that the model can read a verdict.
+# the paper (10/10/10 and 11/12/13) are never drawn, and a tenth of the hands is held out. First single tries; then dialogues
+# with up to four failed replies of the model's own before the expert's (data/own_failures.py), so that it learns to read a
+# verdict and not to repeat itself; then such dialogues once more, in which first tries are an imperfect demonstrator's:
+# FAULTS, 0.4 leave a card out and 0.15 count J, Q, K as ten whatever the rule says. The first fault is one that both rules
+# share and RL may cure, the second makes the model unsure of the rule, as a model is that knows other card games.
+# data/base/gp-l is from before that: its second and third stage had random failed tries, and no faults were planted.
 #
 # virl-l: one of 0.9 M parameters learns to walk routes of two or three legs through a synthetic city, with compass words
 # in four samples of five and relative words in the fifth: the rule that is tested later is in it. Then a while with
