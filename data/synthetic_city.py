@@ -33,6 +33,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import namedtuple
 from dataclasses import dataclass, field
@@ -733,10 +734,16 @@ def write_picture(job):
     return len(data.getvalue()) * len(folders)
 
 
-def become_painter():
-    """What a worker does with signals: it leaves Ctrl-C to the first process, and ends without a word if that is gone."""
+def become_painter(first):
+    """A worker leaves Ctrl-C to the first process, and ends without a word when that is gone."""
+    def leave_with_it():                          # without this it may wait for a lock that another had as it ended
+        while os.getppid() == first:
+            time.sleep(0.5)
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    threading.Thread(target=leave_with_it, daemon=True).start()
 
 
 def write_pictures(needed, seed, width, workers):
@@ -750,7 +757,7 @@ def write_pictures(needed, seed, width, workers):
     for number in dict.fromkeys(number for number, _ in folders):
         scene_of(seed, number)                    # workers that are forks of this process need not build it again
     # Ctrl-C reaches every process: the workers leave it to this one.
-    pool = multiprocessing.Pool(workers, become_painter) if workers > 1 else None
+    pool = multiprocessing.Pool(workers, become_painter, (os.getpid(),)) if workers > 1 else None
     done = pool.imap_unordered(write_picture, jobs, chunksize=16) if pool else map(write_picture, jobs)
     try:
         num_bytes = sum(tqdm(done, total=len(jobs), desc="street views", unit="picture"))
