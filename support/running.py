@@ -108,7 +108,7 @@ def within_seconds(seconds, function, fault):
     def call():
         try:
             outcome.append((function(), None))
-        except ValueError as error:
+        except Exception as error:                       # raised below, where somebody waits for it
             outcome.append((None, error))
 
     thread = threading.Thread(target=call, daemon=True)  # one that goes on for ever does not keep the program
