@@ -4,8 +4,8 @@ The paper calls this VER: it maps the model's reply to a reward and to text that
 again (Section 3). The first line that applies decides the turn. GeneralPoints pays the column of appendix A.3:
 
     status            reward   when
-    illegal_formula     -3     no reply object, no formula, or not a legal one (only integers, + - * / and brackets;
-                               a division by zero has no value and is illegal too)
+    illegal_formula     -3     no reply object, no formula, or not a legal one (only integers, + - * / (or − × · ÷) and
+                               brackets; a division by zero has no value and is illegal too)
     wrong_numbers       -2     legal, but its numbers are not exactly the cards: foreign, used twice or left out
     wrong_value         -1     the cards, each once, but another value than the target
     correct             +5     the left side of the formula makes the target; what follows the first = is not read
@@ -206,6 +206,9 @@ def read_reply(reply, keys):
     """
     # differs 21: theirs reads the first object, and only in few forms
     found, start = last_object(reply, keys[0])
+    if found is not None and reply.count(keys[0]) == 1:             # the common case: that is the key
+        at = reply.index(keys[0])
+        return found, at - (reply[at - 1:at] in ("'", '"'))
     at, end = find_key(reply, start, keys[0]) if found is not None else (len(reply), 0)
     if reply.find(keys[0], end) >= 0:
         answer, answer_at = last_value(reply, keys[0])
