@@ -203,10 +203,11 @@ class LocalModel:
     def forget(self, of):
         """This evaluation is done and its row written: its replies may go from the files of all processes."""
         running.gather(None)
-        for file in self.path.parent.glob(f"{self.path.stem.rsplit('_', 1)[0]}_*.jsonl") if self.path else ():
+        files = self.path.parent.glob(f"{self.path.stem.rsplit('_', 1)[0]}_*.jsonl") if self.path and running.RANK == 0 else ()
+        for file in files:
             rows = [row for row in running.read_jsonl(file, "of") if row["of"] != of]
-            running.write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
-            if not rows and running.RANK == 0:
+            running.write_jsonl(file, rows)
+            if not rows:
                 file.unlink()
         running.gather(None)
 
@@ -330,7 +331,7 @@ def evaluate_run(run, config):
     points += [(run_folder.checkpoint_step(path), path) for path in run_folder.checkpoints(run) if run_folder.checkpoint_step(path)]
     spent = run_folder.read_metrics(run, [step for step, _ in points if step]) | {0: {"gflops": 0.0, "gflops_paper": 0.0}}
     known = running.read_jsonl(run / "eval.jsonl", "step", "split", "seed", "settings")
-    running.write_atomically(run / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in known))   # no torn last line
+    running.write_jsonl(run / "eval.jsonl", known)                 # without a torn last line
     for step, path in running.progress(points, nested=True, desc=f"checkpoints of {run}"):
         compute = {name: spent[step][name] for name in ("gflops", "gflops_paper")}
         evaluate_model(path, f"{run} step {step}" if step else f"start {path}",
@@ -363,15 +364,21 @@ def mean_and_error(rows, metric):
 
 
 def change_and_error(rows, start_rows, metric):
-    """Mean change of a metric since the start (points) and its standard error over starts or runs, each compared with its
-    own start, on the same hands or routes where that was played on them."""
+    """Mean change of a metric since the start (points) and its standard error over starts or runs.
+
+    Each run is compared with its own start, on the same hands or routes where that was played on them. The error is at
+    least that over the runs' episodes: a few runs may agree by chance.
+    """
     changes = []
-    for own in units(rows):
+    for run in dict.fromkeys(row["run"] for row in rows):
+        own = [row for row in rows if row["run"] == run]
         seeds, before = {row["seed"] for row in own}, [row for row in start_rows if row["start"] == own[0]["start"]]
         before = [row for row in before if row["seed"] in seeds] or before
-        (after, *error), (earlier, *error_before) = (mean_and_error(part, metric) for part in (own, before))
-        changes.append(after - earlier)
-    return spread(changes) if len(changes) > 1 else (changes[0], math.hypot(*error, *error_before))
+        change = mean([row[metric] for row in own]) - mean([row[metric] for row in before])
+        changes.append({"run": run, "start": own[0]["start"], metric: change,
+                        f"{metric}_stderr": math.hypot(*(mean_and_error(part, metric)[1] / 100 for part in (own, before)))})
+    change, error = mean_and_error(changes, metric)
+    return change, max(error, math.sqrt(sum((100 * row[f"{metric}_stderr"]) ** 2 for row in rows)) / len(rows))
 
 
 def difference(one, two):
@@ -535,8 +542,7 @@ def main(config):
             rows = Path(config.out) / "eval.jsonl"
 
             def append(row):                                       # anew, without a torn last line
-                running.write_atomically(rows, "".join(json.dumps(each) + "\n"
-                                                       for each in [*running.read_jsonl(rows), row]))
+                running.write_jsonl(rows, [*running.read_jsonl(rows), row])
 
             known = [row for row in running.read_jsonl(rows, "checkpoint", "split", "seed", "settings")
                      if row["checkpoint"] == config.api_model]

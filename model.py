@@ -30,17 +30,18 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
 
 from support import running
+from support.chat import read_text
 from support.decoder import CacheDecoder, LlamaDecoder, wide_product
 
 transformers_logging.set_verbosity_error()         # no bars and no hints of the library among our lines
 transformers_logging.disable_progress_bar()
 
 IMAGE_TOKEN = "<|image|>"
-TEMPLATE_SECONDS = 20                              # for three prompts at load: a template can loop for ever
+TEMPLATE_SECONDS = 20                              # for two prompts at load: a template can loop for ever
 
 # ---- Messages <-> tokens -----------------------------------------------------------------------------------
 
@@ -57,9 +58,10 @@ def template_of(processor):
 
 
 def render(processor, messages, **kwargs):
-    # The date is fixed because some templates (Llama 3.2) print today's, and prompts must not change overnight.
+    # The date is fixed because some templates (Llama 3.2, SmolLM3) print today's, and prompts must not change overnight.
+    template = "{% macro strftime_now(format) %}01 Jan 2025{% endmacro %}" + template_of(processor)
     try:
-        return tokenizer_of(processor).apply_chat_template(messages, chat_template=template_of(processor), tokenize=False,
+        return tokenizer_of(processor).apply_chat_template(messages, chat_template=template, tokenize=False,
                                                            date_string="01 Jan 2025", **kwargs)
     except Exception as error:                                     # a template is a program, and can raise anything
         raise ValueError(f"the chat template cannot write this dialogue: {str(error).strip() or repr(error)}") from None
@@ -74,15 +76,12 @@ def picture_of(messages):
     return pictures[0] if pictures else None
 
 
-def check_texts(tokenizer, messages):
-    """ValueError if a text of the user holds what the tokenizer reads as a control token: a landmark's name, a prompt file.
-    (What a verdict repeats of a reply cannot, by `verify.plain`; earlier replies are kept as ids.)"""
-    for message in messages:
-        parts = [{"text": message["content"]}] if isinstance(message["content"], str) else message["content"]
-        for text in (part["text"] for part in parts if "text" in part and message["role"] != "assistant"):
-            for token in tokenizer.added_tokens_decoder.values():
-                if token.special and token.content in text:
-                    raise ValueError(f"the text {text[:60]!r}... holds {token.content}, a control token of the model")
+def check_text(tokenizer, text):
+    """ValueError if a text holds what the tokenizer reads as a control token: a landmark's name, a prompt file, a data file.
+    (What a verdict repeats of a reply cannot, by `verify.plain`.)"""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content in text:
+            raise ValueError(f"the text {text[:60]!r}... holds {token.content}, a control token of the model")
 
 
 def encode(processor, messages, prior_ids=None):
@@ -114,13 +113,16 @@ def encode(processor, messages, prior_ids=None):
         if found != expected:
             raise ValueError(f"{found} {processor.image_token} tokens in a dialogue with {expected} pictures: the text "
                              f"of a message must not hold {processor.image_token}")
-    check_texts(tokenizer, messages)
+    for message in messages:                                       # replies that are kept as ids may hold anything
+        if not (prior and message["role"] == "assistant"):
+            check_text(tokenizer, read_text(message))
     return ids
 
 
 def encode_reply(processor, reply):
     """The response ids (R,) that SFT learns: the reply and its end-of-turn."""
     tokenizer = tokenizer_of(processor)
+    check_text(tokenizer, reply)
     return tokenizer(reply, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
@@ -200,10 +202,15 @@ def aligned_micro_batches(lengths, token_budget):
 
 
 def context_of(config):
-    """How many tokens a row may have: beyond its sliding window a model would see other tokens in a padded row than alone."""
+    """How many tokens a row may have: beyond its sliding window or chunk a model would see other tokens in a padded row than
+    alone."""
     window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = window and (layer_types is None or "sliding_attention" in layer_types)
-    return min(config.max_position_embeddings, window if slides else config.max_position_embeddings)
+    limits = [config.max_position_embeddings]
+    if window and (layer_types is None or "sliding_attention" in layer_types):
+        limits.append(window)
+    if "chunked_attention" in (layer_types or ()):
+        limits.append(config.attention_chunk_size)
+    return min(limits)
 
 
 # ---- The policy --------------------------------------------------------------------------------------------
@@ -354,8 +361,9 @@ class Policy(nn.Module):
         """Sample one reply to each prompt: (response_ids, the log-probs (R,) seen while sampling) per prompt.
 
         `uniforms` (number of prompts, max_new_tokens) in [0, 1) decide the tokens, one row a reply, so but for
-        rounding a reply does not depend on the rows beside it. Temperature 0 takes the likeliest token; `top_p` (evaluation
-        alone) samples from the likeliest ones that have this share together. Rows that end leave the batch. `pictures` has one for each prompt, or None for each; `pictures_seen`, a PictureCache, remembers what
+        rounding a reply does not depend on the rows beside it. Temperature 0 takes the likeliest token; `top_p`
+        (evaluation alone) samples from the likeliest ones that have this share together. Rows that end leave the
+        batch. `pictures` has one for each prompt, or None for each; `pictures_seen`, a PictureCache, remembers what
         was seen of them in earlier turns. The log-probs serve only to check those of `forward`.
         """
         with running.unsharded(self), self.autocast():                # around it all: weights are cast once, not per token
@@ -490,6 +498,14 @@ def check_model(path, backbone, processor, vision):
     with torch.no_grad():
         text = torch.tensor([[i for i in ids if i < rows]])        # without <|image|>, which has no row
         expected, product = backbone(text).logits, backbone.lm_head(backbone.model(text).last_hidden_state)
+        try:
+            cache = DynamicCache(config=backbone.config.get_text_config())
+            backbone.model(input_ids=text, past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(2)
+            cache.batch_select_indices(torch.tensor([1]))
+        except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
+            raise ValueError(f"model {path!r}: rows of its cache cannot be repeated and dropped ({backbone.config.model_type}), "
+                             "which sampling needs") from None
     if not torch.isfinite(expected).all():
         raise ValueError(f"model {path!r}: its weights give logits that are no finite numbers")
     if backbone.lm_head.bias is not None or not torch.allclose(expected, product, atol=1e-4):
@@ -509,8 +525,9 @@ def load_folder(path, vision, dtype, hollow):
     folder = Path(path)
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
-        raise ValueError(f"model {path!r}: " + ("an adapter (PEFT) without its model: merge it into the model first" if adapter else
-                         "no such model folder (it would have a config.json); support/tiny.py writes a tiny one"))
+        raise ValueError(f"model {path!r}: " + (
+            "an adapter (PEFT) without its model: merge it into the model first" if adapter else
+            "no such model folder (it would have a config.json); support/tiny.py writes a tiny one"))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None):

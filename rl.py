@@ -185,7 +185,8 @@ def find_answer(processor, response_ids, answer_at):
     """The index of the token in which the text of a reply passes `answer_at` characters; len(response_ids) if none does."""
     # differs 7: where the verifier read the answer; theirs by fixed token ids
     return bisect_right(range(len(response_ids)), answer_at,
-                        key=lambda token: len(decode_reply(processor, response_ids[:token + 1])))
+                        # (half a character is no character yet)
+                        key=lambda token: len(decode_reply(processor, response_ids[:token + 1]).rstrip("\ufffd")))
 
 
 @running.memory_advice("--generate-tokens")

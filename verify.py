@@ -21,9 +21,9 @@ V-IRL pays the column of appendix B.3:
     wrong_action        -1     it is not, though the observation is right
     last try failed     -1     as above, with the tries counted anew at every position
 
-A reply has one status, only the two penalties that are "added" come on top, and a half-right formula earns nothing. No `eval`: formulas are read by a tokenizer and a
-recursive descent over exact fractions, so 8/(3-8/3) is 24 and 9**9**9 is not a formula. This file knows neither
-torch nor the environments; `python envs.py gp-l` is the way to meet it.
+A reply has one status, only the two penalties that are "added" come on top, and a half-right formula earns nothing. No
+`eval`: formulas are read by a tokenizer and a recursive descent over exact fractions, so 8/(3-8/3) is 24 and 9**9**9 is not
+a formula. This file knows neither torch nor the environments; `python envs.py gp-l` is the way to meet it.
 """
 import json
 import re
@@ -38,6 +38,7 @@ NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action":
 LAST_TRY_PENALTY = -1.0
 MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the depth of the recursion.
 MAX_ECHO = 100      # characters of what a reply states, when a verdict repeats it
+MAX_NAME = 1000     # characters of an observation or an action that are compared
 MAX_SCALARS = 500   # words and numbers in an object that is not JSON
 MAX_WORK = 3000     # about microseconds; after so many false starts a reply counts as holding no object
 
@@ -80,9 +81,7 @@ class Verdict:
 
 def fill(template, **values):
     """Put `values` into the {names} of `template`, leaving every other brace (JSON skeletons) alone."""
-    for name, value in values.items():
-        template = template.replace("{" + name + "}", str(value))
-    return template
+    return re.sub(r"\{(\w+)\}", lambda found: str(values.get(found[1], found[0])), template)
 
 
 # ---- Reading a reply ---------------------------------------------------------------------------------------
@@ -168,8 +167,8 @@ def last_object(reply, key):
     while position >= 0 and work < MAX_WORK:
         found, end = read_json(reply, position)
         work += 8 + (end - position) // 50
-        if found is None and last is None:
-            found, num_read = read_relaxed(reply, position + 1)
+        if found is None and last is None and (reply.count('"', 0, position) - reply.count('\\"', 0, position)) % 2 == 0:
+            found, num_read = read_relaxed(reply, position + 1)     # (else within a quoted text)
             work += 2 * num_read
         if found is not None and key in found and (last is None or end > last_start):
             last, last_start = found, position
@@ -190,10 +189,15 @@ def find_key(text, start, key):
 
 
 def last_value(text, key):
-    """(the last quoted text or list behind `key:`, where that key stands); (None, -1) if there is none."""
+    """(the last quoted text or list behind `key:`, where that key stands); (None, -1) if there is none.
+
+    A key without double quotes counts at the beginning of a line, behind a brace or a comma: elsewhere it is prose.
+    """
+    quoted, bare = rf'"{key}"', rf"""(?:(?<=[{{,\n])|^)[^\S\n]*(['"]?){key}\1"""
     value, at = None, -1
-    for match in re.finditer(rf"""(["']?)\b{key}\1\s*:\s*(?:(["'])((?:\\.|(?!\2)[^\\])*)\2|\[+([^\[\]]*)\])""", text, re.S):
-        value, at = unescape(match[3]) if match[2] else re.findall(r"""[^\s,"']+""", match[4]), match.start()
+    for match in re.finditer(rf"""(?:{quoted}|{bare})\s*:\s*(?:(["'])((?:\\.|(?!\2)[^\\])*)\2|\[+([^\[\]]*)\])""", text, re.S):
+        value = unescape(match[3]) if match[2] else re.findall(r"""[^\s,"']+""", match[4])
+        at = match.start() + len(match[0]) - len(match[0].lstrip())
     return value, at
 
 
@@ -202,7 +206,8 @@ def read_reply(reply, keys):
     at the reply's end without one).
 
     It is read as a person would. Usually it holds an object (`last_object`). Where a quoted answer stands behind the last
-    of these, in an object that is cut, lacks a brace or a comma or holds a comment, each key has the last value behind it.
+    of these, in an object that is cut, lacks a brace or a comma or holds a comment, each key has the last quoted text or list
+    behind it.
     """
     # differs 21: theirs reads the first object, and only in few forms
     found, start = last_object(reply, keys[0])
@@ -215,6 +220,12 @@ def read_reply(reply, keys):
         if isinstance(answer, str) and answer_at >= end:
             return {key: last_value(reply, key)[0] for key in keys}, answer_at
     return found, at
+
+
+def plain(stated):
+    """What a verdict repeats of a reply: short, on one line, and without a character that begins or ends a control token of
+    any tokenizer (<|end|>, </s>, [INST], ...), so that a model cannot write one into its own next prompt."""
+    return re.sub(r"[^A-Za-z0-9 _().,:;'+*/=-]", "?", " ".join(str(stated).split()))[:MAX_ECHO]
 
 
 # ---- Arithmetic --------------------------------------------------------------------------------------------
@@ -235,7 +246,7 @@ def parse_formula(text):
         raise ValueError(f"it is longer than {MAX_FORMULA} characters")
     legal = LEGAL_TEXT.match(text).end()
     if legal < len(text):
-        raise ValueError(f"unexpected {text[legal]!r}")
+        raise ValueError(f"unexpected {plain(text[legal])!r}")
     tokens = FORMULA_TOKEN.findall(text)
     tokens.append("")                                          # sentinel: the end
     numbers, at = [], 0                                        # differs 1: exact; theirs evaluates floats
@@ -301,12 +312,6 @@ def in_place(stated, truth):
     return sum(str(said) == true for said, true in zip(stated, truth)) if is_plain_list(stated) else 0
 
 
-def plain(stated):
-    """What a verdict repeats of a reply: short, on one line, and without a character that begins or ends a control token of
-    any tokenizer (<|end|>, </s>, [INST], ...), so that a model cannot write one into its own next prompt."""
-    return re.sub(r"[^A-Za-z0-9 _().,:;'+*/=-]", "?", " ".join(str(stated).split()))[:MAX_ECHO]
-
-
 def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative", phrases=FEEDBACK):
     """Judge one GeneralPoints reply (paper A.3; the table at the top of this file). Any string in, never an exception.
 
@@ -346,13 +351,13 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
                    in_place(found and found.get("cards"), cards))
 
 
-NO_INTERSECTION = re.compile(r"(?:\bnot?|n't|\bnever|\bwithout|\bcannot see)"
-                             r"(?: (?:an?|any|at|the|to|be|see|near|yet|sign|of|really|is|visible))* intersections?")
+NO_INTERSECTION = re.compile(r"(?:\b(?:not?|never|without|cannot)|n't)(?: (?!landmark|but|this)[\w']+){0,5} intersections?"
+                             r"|intersections?(?: ahead| here)?: no(?:ne)?\b")
 
 
 def plain_name(text):
     """A text for comparison: blanks, capitals, accents' spelling and curly apostrophes make no difference."""
-    return " ".join(unicodedata.normalize("NFKC", text).replace("\u2019", "'").split()).casefold()
+    return " ".join(unicodedata.normalize("NFKC", text[:MAX_NAME]).replace("\u2019", "'").split()).casefold()
 
 
 def plain_action(text):

@@ -3,8 +3,9 @@
     python data/own_failures.py --task gp-l --model runs/base-gp-l/2/step_000200 --out own.json --mix rule_family fold=train
 
 Random failed tries (`sft.py --failed-tries`) are not those that a model makes: one that has seen only them repeats its own.
-Each dialogue has up to `--failed-tries` failed replies, as the model samples them; one that succeeds earlier is kept up to its last failure.
-The failed replies are marked "loss": false, and only the last, the expert's, is learnt. Used by recipes/base.sh.
+Each dialogue has up to `--failed-tries` failed replies, as the model samples them; one that succeeds earlier, or writes a control
+token as text, is kept up to the reply before. The failed ones are marked "loss": false; only the last reply is learnt, the
+expert's (at a first try, with `--env faults=...`, that of an imperfect demonstrator). Used by recipes/base.sh.
 """
 import json
 import random
@@ -58,7 +59,8 @@ def play(policy, processor, environments, numbers, config):
                                   pictures=[picture_of(found[number]) for number in going])
         for (number, (env, _)), (ids, _) in zip(list(going.items()), replies):
             reply = decode_reply(processor, ids)
-            if env.judge(reply).status == "correct":
+            if env.judge(reply).status == "correct" or any(token.special and token.content in reply for token in
+                                                           processor.added_tokens_decoder.values()):
                 del going[number]
                 continue
             found[number], *_ = env.step(reply)
@@ -71,15 +73,17 @@ def main(config):
         if not config.out or Path(config.out).exists() or not config.model:
             raise ValueError(f"--out {config.out!r} must name a new file, --model a model folder")
         splits, common = settings.read_splits(config.mix, weighted=True), settings.read_settings(config.env)
-        common["verify_iter"] = str(config.failed_tries + 1)        # so that no failed try ends the episode
+        common.setdefault("verify_iter", config.failed_tries + 1)   # so that no failed try ends the episode
         kinds = [partial(envs.make_env, config.task, split.name, common, **split.settings) for split in splits]
+        if any(make().verify_iter <= config.failed_tries for make in kinds):
+            raise ValueError(f"verify_iter must be above --failed-tries {config.failed_tries}")
         device = running.pick_device(config.device)
         policy, processor = load_policy(config.model, running.pick_dtype(config.dtype, device), device)
         records = []
         for first in running.progress(range(0, config.num, config.side_by_side), desc="dialogues"):
             numbers = range(first, min(first + config.side_by_side, config.num))
-            rng = random.Random(f"{config.seed}/mix/{first}")
-            environments = [rng.choices(kinds, [split.weight for split in splits])[0]() for _ in numbers]
+            environments = [random.Random(f"{config.seed}/mix/{number}").choices(kinds, [split.weight for split in splits])[0]()
+                            for number in numbers]
             for env, messages in zip(environments, play(policy, processor, environments, numbers, config)):
                 turns = [{"role": message["role"], "content": read_text(message)} for message in messages]
                 turns = [turn | ({"loss": False} if turn["role"] == "assistant" else {}) for turn in turns]

@@ -53,7 +53,7 @@ class ApiModel:
         out.mkdir(parents=True, exist_ok=True)
         run_folder.hold(out, "evaluating")
         known = running.read_jsonl(self.path, "request", "reply")
-        running.write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in known))   # without a torn last line
+        running.write_jsonl(self.path, known)                      # without a torn last line
         self.known = {row["request"]: (row["reply"], row.get("ending", "stop")) for row in known}
         self.lock, self.fault = Lock(), None
 

@@ -21,13 +21,14 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 WRITTEN = {"user": "human", "assistant": "gpt", "system": "system"}
 MARKS = ("loss", "train", "weight")              # of a reply: whether it is learnt
 FOREIGN = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking",
-           "system_prompt", "chosen", "rejected", "video", "videos", "audio", "audios")
+           "system_prompt", "system_message", "history", "chosen", "rejected", "video", "videos", "audio", "audios", "mask",
+           "masked", "train_on_turn", "learn", "loss_weight")
 
 
 def refuse_foreign(record, keys, of=""):
     """ValueError names a key that holds something and would change what is learnt."""
     for key in keys:
-        if record.get(key):
+        if record.get(key) not in (None, "", [], {}):
             raise ValueError(f"key {key!r}{of} is not understood, and without it another thing would be learnt")
 
 
@@ -156,14 +157,14 @@ def dump(samples, config):
                          "target, failed ones would be learnt; make such dialogues on the fly")
     if config.data:
         raise ValueError(f"--dump with --data {config.data}: that is such a file already")
+    if path.exists() or folder.exists() or path == folder:
+        raise ValueError(f"--dump {config.dump}: must be a new file with a suffix, such as data.json, and no folder "
+                         f"{folder} may be there yet")
+    if not path.parent.is_dir():
+        raise ValueError(f"--dump {config.dump}: there is no folder {path.parent}")
+    if running.RANK > 0:
+        return
     try:
-        if path.exists() or folder.exists() or path == folder:
-            raise ValueError(f"--dump {config.dump}: must be a new file with a suffix, such as data.json, and no folder "
-                             f"{folder} may be there yet")
-        if not path.parent.is_dir():
-            raise ValueError(f"--dump {config.dump}: there is no folder {path.parent}")
-        if running.RANK > 0:
-            return
         records = []
         shutil.rmtree(partial, ignore_errors=True)                   # of a dump that was killed
         (partial / "pictures").mkdir(parents=True)

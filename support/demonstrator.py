@@ -58,5 +58,6 @@ def faulty_step(env, fault):
     """A V-IRL reply that walks past an intersection ("walk_past") or takes the other rule's word ("other_word")."""
     here = env.position
     if fault == "walk_past" and here.intersection:
-        return env.format_reply("forward()", sentence=env.sentences[env.sentences.index(here.sentence) + 1])
+        turns = sum(position.kind == "turn" for position in env.rail[:env.at + 1])     # two sentences each
+        return env.format_reply("forward()", sentence=env.sentences[2 * turns - 1])
     return env.format_reply(here.other_action if fault == "other_word" else here.action)

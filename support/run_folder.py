@@ -100,10 +100,18 @@ def check_owner(config):
         raise ValueError(f"out folder {config.out} is a file: choose another --out")
 
 
+def read_steps(path):
+    """The rows of a log of a run, each with the number of its step."""
+    rows = running.read_jsonl(path, "step")
+    if odd := [row["step"] for row in rows if type(row["step"]) is not int]:
+        raise ValueError(f"{path}: a row has step {odd[0]!r}, which is no whole number")
+    return rows
+
+
 def read_metrics(run, steps):
     """{step: row} of metrics.jsonl; ValueError unless each of these steps has one."""
     path = Path(run) / "metrics.jsonl"
-    rows = {row["step"]: row for row in running.read_jsonl(path, "step")}
+    rows = {row["step"]: row for row in read_steps(path)}
     if lost := sorted(set(steps) - rows.keys()):
         raise ValueError(f"{path} has no row of step {lost[0]}: put the log back from a copy; without it the checkpoints "
                          "behind that step serve as --model of evaluate.py or of a run with another --out, no more")
@@ -153,8 +161,7 @@ def open_run(config, newest):
     last_step = checkpoint_step(newest) if newest else 0
     for path in (out / name for name in LOGS):
         if path.is_file():
-            rows = [row for row in running.read_jsonl(path, "step") if row["step"] <= last_step]
-            running.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+            running.write_jsonl(path, [row for row in read_steps(path) if row["step"] <= last_step])
     if newest:
         running.say(f"{out}: goes on after step {last_step}")
     running.gather(None)

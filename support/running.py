@@ -221,6 +221,11 @@ def write_atomically(path, text):
     os.replace(temporary, path)
 
 
+def write_jsonl(path, rows):
+    """Replace a log by these rows."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def read_jsonl(path, *keys):
     """The rows of a log; a last line that was never finished is left out, and a file that is not there is empty.
 

@@ -127,8 +127,10 @@ def test_a_change_is_that_of_each_run_from_its_own_start_on_the_same_hands():
     one = [row("s", 0, 0.25, "a")]
     assert evaluate.change_and_error(one, starts, "success") == pytest.approx((5.0, 100 * math.hypot(0.03, 0.03)))
     seeds = [*one, row("s", 1, 0.47, "b")]                               # +5 and +7
-    assert evaluate.change_and_error(seeds, starts, "success") == pytest.approx((6.0, 1.0))
-    assert evaluate.change_and_error([*seeds, row("t", 0, 0.2, "c")], starts, "success") == pytest.approx((8.0, 2.0))   # +6, +10
+    assert evaluate.change_and_error(seeds, starts, "success") == pytest.approx((6.0, math.hypot(3, 3) / 2))   # over runs it is 1
+    seeds = [row("s", 0, 0.25, "a"), row("s", 1, 0.61, "b")]             # +5 and +21
+    assert evaluate.change_and_error(seeds, starts, "success") == pytest.approx((13.0, 8.0))
+    assert evaluate.change_and_error([*seeds, row("t", 0, 0.2, "c")], starts, "success") == pytest.approx((11.5, math.sqrt(3)))
     assert evaluate.change_and_error([row("s", 9, 0.25, "a")], starts, "success")[0] == pytest.approx(-5.0)   # on other hands
 
 

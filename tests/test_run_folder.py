@@ -244,6 +244,12 @@ def test_a_run_does_not_go_on_with_a_log_that_lacks_a_step(run, log, lost):
         assert run_folder.newest_checkpoint(make_run(run.parent)).name == "step_000001"
 
 
+def test_a_step_in_the_log_that_is_no_number_is_named(run):
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": [2]}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl: a row has step \[2\], which is no whole number"):
+        run_folder.newest_checkpoint(make_run(run.parent))
+
+
 # ---- Two processes on one folder
 
 HOLDER = "import fcntl, os, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); \

@@ -388,6 +388,17 @@ def test_the_last_answer_counts_though_its_object_is_not_complete(last, status):
     assert judge(f"{good_reply()} On second thoughts: {last}").status == status
 
 
+@pytest.mark.parametrize("reply, status", [
+    ('{"formula": "3+3+8+8", "note": "not formula: \'8/(3-8/3)\'"', "wrong_value"),                   # a brace is missing
+    ('{"formula": "3+3+8+8" "why": "formula: \'8/(3-8/3)\' is too easy"}', "wrong_value"),            # a comma is missing
+    ('{"note":"formula: \'8/(3-8/3)\'", "formula": "3+3', "illegal_formula"),
+    ('{"thoughts": "try {formula: 8/(3-8/3)}", "formula": "3+3', "illegal_formula"),
+    (good_reply() + "\n\nIn this formula: '*' means times.", "correct"),
+    (good_reply() + '\nReason for this formula: "it is short"', "correct")])
+def test_what_is_said_of_the_answer_in_prose_or_in_another_text_is_not_the_answer(reply, status):
+    assert judge(reply).status == status
+
+
 @pytest.mark.parametrize("reply, thought", [
     (good_reply(), good_reply().split('"formula"')[0]), ("{'formula': '1'}", "{"), ("{formula: 1}", "{"), ("none", "none"),
     ('{"formula": "1"} so the "formula" is 1', "{"), ('{"note": "\'formula\': 2", "formula": "1"}', '{"note": "\'formula\': 2", '),
@@ -552,6 +563,10 @@ def test_a_message_can_always_be_written_as_utf_8(cards):
 
 
 # ---- At once ----------------------------------------------------------------------------------------------------
+
+def test_templates_are_filled_in_once():
+    assert verify.fill("{a} and {b}: {c}", a="{b}", b=2) == "{b} and 2: {c}"
+
 
 def slow(reply, limit=0.010):
     """Whether judging takes more than `limit` CPU seconds in three tries out of three (the machine may be busy)."""
