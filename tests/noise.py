@@ -57,7 +57,7 @@ def value_and_numbers(text):
 
 def right_formulas(reply, numbers, target):
     """For every "formula" in the reply that something like a formula follows: whether it is a right one."""
-    reply = re.sub(r"\\u(00b7|00d7|00f7|2212)", lambda found: chr(int(found[1], 16)), reply)
+    reply = re.sub(r"\\u(00b7|00d7|00f7|2212)", lambda found: chr(int(found[1], 16)), reply).replace("\\/", "/")   # as in JSON
     runs = re.findall(r"formula[\"'\\ \s]*:?[\s\[]*[\"']?([0-9+\-*/()×·÷−\s]*[0-9][0-9+\-*/()×·÷−\s]*)", reply)
     return [value_and_numbers(run) == (target, sorted(numbers)) for run in runs]
 
