@@ -79,9 +79,18 @@ class Verdict:
     ranks_right: int | None = None
 
 
+@lru_cache(maxsize=None)
+def split_template(template):
+    """["Make ", "{target}", " from ..."]: every second part is a {name}."""
+    return re.split(r"(\{\w+\})", template)
+
+
 def fill(template, **values):
     """Put `values` into the {names} of `template`, leaving every other brace (JSON skeletons) alone."""
-    return re.sub(r"\{(\w+)\}", lambda found: str(values.get(found[1], found[0])), template)
+    parts = split_template(template).copy()
+    for i in range(1, len(parts), 2):
+        parts[i] = str(values.get(parts[i][1:-1], parts[i]))
+    return "".join(parts)
 
 
 # ---- Reading a reply ---------------------------------------------------------------------------------------

@@ -41,15 +41,18 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, MllamaForConditionalGeneration, MllamaVisionConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
+import model
 import rl
 import verify
 from model import LlamaDecoder, PictureCache, Policy, collate, sampling_uniforms
@@ -230,10 +233,10 @@ def backward(policy, logprobs):
     return total
 
 
-def logprob_functions(args):
+def logprob_functions(args, dtype="float32"):
     """(policy, ours, baseline): either function computes the gradient of the summed log-probs and returns the sum."""
     vocab_size = 128256
-    policy = make_policy(args, vocab_size, layers=2)
+    policy = make_policy(args, vocab_size, layers=2, dtype=dtype)
     samples = random_samples(args, vocab_size, [(384, 128)] * 2)
 
     def ours():
@@ -274,6 +277,13 @@ def logprob(args, rates):
     yield row("log-probs and backward, 2 x (384 prompt + 128 response), vocabulary 128256",
               medians(args, ours, baseline), flops=flops_needed(policy, 6, 2 * 512, 2 * 128), rates=rates)
     yield peak_row(args, "logprob")
+    _, ours, _ = logprob_functions(args, "bfloat16")
+
+    def rounded():
+        with mock.patch.object(model, "wide_product", lambda hidden, weight: F.linear(hidden, weight).float()):
+            ours()
+
+    yield row("the same in bfloat16; baseline: ours with the product rounded to bfloat16", medians(args, ours, rounded))
 
 
 # ---- Pictures -----------------------------------------------------------------------------------------------------
