@@ -176,9 +176,13 @@ def last_object(reply, key):
     while position >= 0 and work < MAX_WORK:
         found, end = read_json(reply, position)
         work += 8 + (end - position) // 50
-        if found is None and last is None and (reply.count('"', 0, position) - reply.count('\\"', 0, position)) % 2 == 0:
-            found, num_read = read_relaxed(reply, position + 1)     # (else within a quoted text)
+        if found is None and last is None:
+            found, num_read = read_relaxed(reply, position + 1)
             work += 2 * num_read
+            if found is not None and key in found:
+                work += position // 500
+                within_quotes = (reply.count('"', 0, position) - reply.count('\\"', 0, position)) % 2
+                found = None if within_quotes else found
         if found is not None and key in found and (last is None or end > last_start):
             last, last_start = found, position
         position = reply.rfind("{", 0, position)
