@@ -243,6 +243,8 @@ def kill_trial(folder, case, kills, rng):
         process, where, live_on = (kill_at(case, folder, rng.random() > 0.15, rng.random()) if number < kills else
                                    (start(case.words, folder), "", False))
         done = finish(process)
+        if where and done.status == 0:                             # it was faster than the signal
+            where = "after its end"
         if not (folder / case.final).is_file() and (names := remove_named(case, folder, done)):
             notes[f"asked to remove {names}"] += 1
             continue
