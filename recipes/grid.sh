@@ -2,7 +2,7 @@
 # Which settings the tiny run has, chosen on the training rule alone: a grid for each arm at about equal compute, from a start and
 # with a seed that are not reported. The other rule is not played here at all.
 #
-#   SEED=9 BASE=runs/grid-gp-l/start bash recipes/base.sh     # the start
+#   SEED=9 BASE=runs/grid-gp-l/start OUT=runs/grid-gp-l/making bash recipes/base.sh     # the start
 #   bash recipes/grid.sh                                      # gp-l; prints a table at its end, see results/grid_gp_l.md
 #
 # JOBS runs are trained at the same time, each on one core. It can be stopped; the same command goes on.
@@ -23,6 +23,7 @@ gp-l)
     temperatures="0.2 0.5 1.0" rl_rates="1e-5 3e-5 1e-4" sft_rates="1e-4 3e-4 1e-3" ;;
 *) echo "TASK=$TASK: allowed is gp-l" >&2; exit 2 ;;
 esac
+mkdir -p "$OUT"
 jobs=()
 for lr in $sft_rates; do
     jobs+=("python sft.py $common $sft --lr $lr --out $OUT/sft_$lr && python evaluate.py --run-folder $OUT/sft_$lr $test")
