@@ -208,6 +208,8 @@ def last_value(text, key):
     """
     quoted, bare = rf'"{key}"', rf"""(?:(?<=[{{,\n])|^)[^\S\n]*(['"]?){key}\1"""
     value, at = None, -1
+    if key not in text:
+        return value, at
     for match in re.finditer(rf"""(?:{quoted}|{bare})\s*:\s*(?:(["'])((?:\\.|(?!\2)[^\\])*)\2|\[+([^\[\]]*)\])""", text, re.S):
         value = unescape(match[3]) if match[2] else re.findall(r"""[^\s,"']+""", match[4])
         at = match.start() + len(match[0]) - len(match[0].lstrip())
@@ -231,7 +233,7 @@ def read_reply(reply, keys):
     if reply.find(keys[0], end) >= 0:
         answer, answer_at = last_value(reply, keys[0])
         if isinstance(answer, str) and answer_at >= end:
-            return {key: last_value(reply, key)[0] for key in keys}, answer_at
+            return {keys[0]: answer, **{key: last_value(reply, key)[0] for key in keys[1:]}}, answer_at
     return found, at
 
 
