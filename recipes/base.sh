@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Step 0 of the tiny run: a stand-in for a foundation model's pre-training, committed as data/base/ (bfloat16).
 #
-#   bash recipes/base.sh                 data/base/gp-l, about forty minutes on one core
+#   bash recipes/base.sh                 data/base/gp-l, 53 minutes on one busy core
 #   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about fifteen minutes on two cores (nineteen on one)
 #   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl, about twenty minutes on one core
 #
