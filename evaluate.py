@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 
 import envs
-from model import EVALUATION, PictureCache, decode_reply, encode, load_policy, picture_of, sampling_uniforms
+from model import EVALUATION, RolloutMemory, decode_reply, encode, load_policy, picture_of, sampling_uniforms
 from support import run_folder, running, settings
 from support.api import ApiModel, read_extra
 from support.running import knob
@@ -153,6 +153,7 @@ class Config:
     top_p: float = knob(1.0, "sample from the likeliest tokens that have this share (theirs: 0.9)", low=0.01, high=1)
     max_new_tokens: int = knob(256, "a reply is cut here", low=1)
     generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
+    kept_gib: float = knob(4.0, "keys and values that stay from turn to turn, in GiB", low=0)
     dtype: str = knob("auto", "compute in this type; auto: the run's, else the faster one",
                       choices=("auto", "float32", "bfloat16"))
     device: str = knob("auto", "cpu, cuda, or auto")
@@ -169,7 +170,7 @@ class LocalModel:
     def __init__(self, path, vision, config, kept=None):
         self.policy, self.processor = load_policy(str(path), config.dtype, running.start_processes(config.device),
                                                   vision=vision, param_dtype=config.dtype)
-        self.config, self.pictures_seen = config, PictureCache(self.policy, config.generate_tokens)
+        self.config, self.memory = config, RolloutMemory(self.policy, config.generate_tokens, config.kept_gib * 2 ** 30)
         self.ids_so_far = {}                                       # episode -> ids of its dialogue
         self.path = kept and Path(f"{kept}_{os.getpid()}.jsonl")   # every start of every process has one of its own
         rows = [row for file in sorted(kept.parent.glob(f"{kept.name}_*.jsonl"))
@@ -191,7 +192,7 @@ class LocalModel:
             with running.memory_advice("--generate-tokens"):
                 replies = self.policy.generate([prompts[i] for i in missing], uniforms, config.max_new_tokens,
                                                config.temperature, config.generate_tokens, pictures,
-                                               self.pictures_seen, config.top_p)
+                                               self.memory, missing, config.top_p)
             new = {i: ids for i, (ids, _) in zip(missing, replies)}
             known |= new
             if self.path:

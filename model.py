@@ -21,7 +21,6 @@ spreading the weights over several processes in support/running.py.
 import contextlib
 import itertools
 import math
-import os
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from transformers import logging as transformers_logging
 
 from support import running
 from support.chat import read_text
-from support.decoder import CacheDecoder, LlamaDecoder, wide_product
+from support.decoder import CacheDecoder, LlamaDecoder, RolloutMemory, wide_product
 
 transformers_logging.set_verbosity_error()         # no bars and no hints of the library among our lines
 transformers_logging.disable_progress_bar()
@@ -356,41 +355,37 @@ class Policy(nn.Module):
         return list(zip(states.flatten(1, -2), tensors["aspect_ratio_mask"]))
 
     @torch.no_grad()
-    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536, pictures=None, pictures_seen=None,
-                 top_p=1.0):
+    def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536, pictures=None, memory=None,
+                 owners=None, top_p=1.0):
         """Sample one reply to each prompt: (response_ids, the log-probs (R,) seen while sampling) per prompt.
 
         `uniforms` (number of prompts, max_new_tokens) in [0, 1) decide the tokens, one row a reply, so but for
         rounding a reply does not depend on the rows beside it. Temperature 0 takes the likeliest token; `top_p`
         (evaluation alone) samples from the likeliest ones that have this share together. Rows that end leave the
-        batch. `pictures` has one for each prompt, or None for each; `pictures_seen`, a PictureCache, remembers what
-        was seen of them in earlier turns. The log-probs serve only to check those of `forward`.
+        batch. `pictures` has one for each prompt, or None for each. `memory`, a RolloutMemory, keeps what was read and
+        seen for the next call: what an owner (one for each prompt; if not given, its number) goes on with is not read
+        again. The log-probs serve only to check those of `forward`.
         """
         with running.unsharded(self), self.autocast():                # around it all: weights are cast once, not per token
-            seen = (pictures_seen or PictureCache(self, token_budget))(pictures or [None])
-            return self.sample(prompts, uniforms, max_new_tokens, temperature, token_budget, seen, top_p)
+            return self.sample(prompts, uniforms, max_new_tokens, temperature, token_budget,
+                               pictures or [None] * len(prompts), memory or RolloutMemory(self, token_budget),
+                               owners or range(len(prompts)), top_p)
 
-    def sample(self, prompts, uniforms, max_new_tokens, temperature, token_budget, seen, top_p=1.0):
-        """`generate` on whole weights; `seen` is what `see` makes of the pictures, or None."""
-        replies, seen_tokens = [None] * len(prompts), self.picture_tokens if seen else 0
+    def sample(self, prompts, uniforms, max_new_tokens, temperature, token_budget, pictures, memory, owners, top_p):
+        """`generate` on whole weights."""
+        memory.forget_all_but(owners)
+        replies, seen = [None] * len(prompts), memory.see(pictures)
         uniforms = torch.as_tensor(uniforms, device=self.device)
         config = self.backbone.config
         plain_llama = (config.model_type == "llama" and config.hidden_act == "silu"
                        and not config.attention_bias and not config.mlp_bias)
-        decoder = LlamaDecoder(self) if plain_llama else CacheDecoder(self)
-        lengths = [len(prompt) + max_new_tokens + seen_tokens for prompt in prompts]
+        decoder = (LlamaDecoder if plain_llama else CacheDecoder)(self, memory)
+        lengths = [self.num_tokens(prompt, (), picture) + max_new_tokens for prompt, picture in zip(prompts, pictures)]
         # Each group decodes for itself, so as few as can be: one more costs more than any padding.
         for rows in micro_batches(lengths, token_budget, group_cost=len(prompts) * token_budget):
-            chosen = [prompts[row] for row in rows]
-            P = max(map(len, chosen))
-            self.check_length(P + max_new_tokens)
-            # What all prompts begin with is read once, and padding follows it; behind a picture nothing is the same.
-            common = 0 if seen or len(rows) == 1 else min(len(os.path.commonprefix(chosen)), min(map(len, chosen)) - 1)
-            padded = [prompt[:common] + [-1] * (P - len(prompt)) + prompt[common:] for prompt in chosen]
-            input_ids = torch.tensor(padded, device=self.device)                                   # (B, P)
-            mask = (input_ids >= 0).long()
-            logits = decoder.prefill(input_ids.clamp(min=0), mask, max_new_tokens, common,
-                                     seen and [seen[row] for row in rows])
+            self.check_length(max(len(prompts[row]) for row in rows) + max_new_tokens)
+            logits = decoder.prefill(*([column[row] for row in rows] for column in (prompts, owners, pictures)),
+                                     max_new_tokens, seen and [seen[row] for row in rows])
             prompt_of_row = torch.tensor(rows, device=self.device)
             going = torch.ones_like(prompt_of_row, dtype=torch.bool)
             drawn_ids, drawn_logprobs = [], []
@@ -409,6 +404,7 @@ class Policy(nn.Module):
                     decoder.keep(kept)
                     prompt_of_row, ids, going = prompt_of_row[kept], ids[kept], going[kept]
                 logits = decoder.append(ids)
+            decoder.keep(prompt_of_row[:0])
             all_ids, all_logprobs = torch.stack(drawn_ids, 1).tolist(), torch.stack(drawn_logprobs, 1).tolist()
             for row in rows:
                 response = [i for i in all_ids[row] if i >= 0]
@@ -431,29 +427,6 @@ class Policy(nn.Module):
             cumulative = probs.cumsum(-1, dtype=torch.float64)
             ids = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
-
-
-class PictureCache:
-    """`Policy.see` for a rollout: the weights stand still, so a picture is looked at once, and its states serve every
-    turn of the dialogue. They wait in the CPU's memory (52 MB for a picture of the 11B model in bfloat16) until a call
-    does without their picture."""
-
-    def __init__(self, policy, token_budget):
-        self.policy, self.seen = policy, {}                        # id of a picture -> the picture, its states
-        self.at_once = max(1, token_budget // max(1, policy.picture_tokens))
-
-    def __call__(self, pictures):
-        """The states of each picture in order; None if there are no pictures."""
-        if None in pictures:
-            return None
-        wanted = {id(picture): picture for picture in pictures}
-        self.seen = {key: self.seen[key] for key in wanted if key in self.seen}
-        new = [key for key in wanted if key not in self.seen]
-        for start in range(0, len(new), self.at_once):
-            keys = new[start:start + self.at_once]
-            for key, seen in zip(keys, self.policy.see([wanted[key] for key in keys])):
-                self.seen[key] = wanted[key], [tensor.cpu() for tensor in seen]
-        return [self.seen[id(picture)][1] for picture in pictures]
 
 
 SAMPLES, SHUFFLES, EVALUATION = 0, 1, 2            # the first number of a random stream's key: what it is for

@@ -24,6 +24,7 @@ Under torchrun every process plays its part of the environments and trains on it
 deals, the samples, the minibatches and, but for rounding, the weights are the same.
 """
 import math
+import os
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 
 import envs
-from model import (FREEZABLE, SAMPLES, SHUFFLES, PictureCache, aligned_micro_batches, collate, decode_reply, encode,
+from model import (FREEZABLE, SAMPLES, SHUFFLES, RolloutMemory, aligned_micro_batches, collate, decode_reply, encode,
                    load_policy, picture_of, sampling_uniforms)
 from support import run_folder, running, settings
 from support.chat import read_text
@@ -117,6 +118,7 @@ class Config:
     # running
     micro_batch_tokens: int = knob(16384, "padded tokens per forward of the update", low=1)
     generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
+    kept_gib: float = knob(4.0, "keys and values that stay from turn to turn of a rollout, in GiB", low=0)
     gradient_checkpointing: bool = knob(False, "compute activations twice to save memory")
     dtype: str = knob("auto", "compute in this type; auto: the faster one", choices=("auto", "float32", "bfloat16"))
     param_dtype: str = knob("float32", "master weights; bfloat16 takes half the memory and loses small updates",
@@ -192,7 +194,8 @@ def find_answer(processor, response_ids, answer_at):
 @running.memory_advice("--generate-tokens")
 def collect_turns(policy, processor, conversations, update, config, stop) -> list[Turn] | None:
     """S turns of every conversation, sampled from the policy: turns ordered (S, E); None if a stop was asked for."""
-    turns, pictures_seen, last = [], PictureCache(policy, config.generate_tokens), config.turns_per_env - 1
+    turns, last = [], config.turns_per_env - 1
+    memory = RolloutMemory(policy, config.generate_tokens, config.kept_gib * 2 ** 30)
     for s in running.progress(range(config.turns_per_env), nested=True, desc="rollout"):
         if stop.requested:
             return None
@@ -200,7 +203,7 @@ def collect_turns(policy, processor, conversations, update, config, stop) -> lis
         keys = [(SAMPLES, config.seed, update, conversation.index, s) for conversation in conversations]
         uniforms = sampling_uniforms(keys, config.max_new_tokens)
         replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
-                                  config.generate_tokens, pictures, pictures_seen)
+                                  config.generate_tokens, pictures, memory)
         for conversation, prompt_ids, picture, (response_ids, _) in zip(conversations, prompts, pictures, replies):
             key = conversation.index, conversation.episode, conversation.dialogue_number
             reward, done, info, readable = conversation.play(response_ids)
@@ -369,12 +372,17 @@ def rollout_stats(turns, eos_id):
 def advance(policy, state, turns, upcoming, conversations, config, seconds):
     """The state after an update: its number, the tokens spent so far, and where each environment stands.
 
-    In sampling every turn reads its prompt anew, but a picture is looked at once in its dialogue.
+    In sampling a prompt counts from where it leaves what its environment said last (what --kept-gib has no room for is read
+    again, and not counted again); a picture is looked at once in its dialogue.
     """
     dialogues = group_dialogues(turns)
     dialogue_tokens = sum(dialogue_length(policy, turns, dialogue) for dialogue in dialogues)
-    pictures = sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues)
-    sampled = sum(len(turn.prompt_ids) + len(turn.response_ids) for turn in turns) + policy.picture_tokens * pictures
+    sampled, last = policy.picture_tokens * sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues), {}
+    for turn in turns:
+        known, picture = last.get(turn.dialogue_key[0], ([], None))
+        same = os.path.commonprefix([known, turn.prompt_ids]) if picture is turn.picture else []
+        last[turn.dialogue_key[0]] = turn.prompt_ids + turn.response_ids, turn.picture
+        sampled += len(turn.prompt_ids) - len(same) + len(turn.response_ids)
     scored = dialogue_tokens + sum(dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming)))
     standing = running.gather([[conversation.index, conversation.episode, conversation.replies]
                                for conversation in conversations])

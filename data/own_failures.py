@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import envs
-from model import SAMPLES, decode_reply, encode, load_policy, picture_of, sampling_uniforms
+from model import SAMPLES, RolloutMemory, decode_reply, encode, load_policy, sampling_uniforms
 from support import running, settings
 from support.chat import read_text
 from support.running import knob
@@ -43,7 +43,7 @@ class Config:
 
 def play(policy, processor, environments, numbers, config):
     """Let the model fail up to as often as is drawn for each dialogue; the messages before the expert's reply, of each."""
-    going, prompts, found = {}, {}, {}
+    going, prompts, found, memory = {}, {}, {}, RolloutMemory(policy, 65536, 2 ** 32)
     for number, env in zip(numbers, environments):
         rng = random.Random(f"{config.seed}/own/{number}")
         env.reset(f"{config.seed}/own/{number}", episode=number)
@@ -56,7 +56,7 @@ def play(policy, processor, environments, numbers, config):
             break
         uniforms = sampling_uniforms([(SAMPLES, config.seed, number, turn) for number in going], config.max_new_tokens)
         replies = policy.generate([prompts[number] for number in going], uniforms, config.max_new_tokens, config.temperature,
-                                  pictures=[picture_of(found[number]) for number in going])
+                                  memory=memory, owners=list(going))
         for (number, (env, _)), (ids, _) in zip(list(going.items()), replies):
             reply = decode_reply(processor, ids)
             if env.judge(reply).status == "correct" or any(token.special and token.content in reply for token in

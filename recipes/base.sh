@@ -6,7 +6,7 @@
 #   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl, about twenty minutes on one core
 #
 # BASE is the folder to write, OUT the folder for the runs. SMOKE=1 takes a few steps and writes to OUT/base, never to
-# data/base. For gp-l, SIZE, SEED, LRS (learning rates of the three stages) and FAULTS may be set (gpu.sh sets the first three).
+# data/base. For gp-l and virl-l, SIZE, SEED, LRS (learning rates of the three stages) and FAULTS may be set (gpu.sh sets the first three).
 #
 # gp-l: a random-init Llama of 1.3 M parameters learns from expert replies to play GeneralPoints under a family of rules:
 # J, Q and K are each worth any number from 1 to 13, drawn anew for every hand and told in the prompt. The two rules of
@@ -18,9 +18,10 @@
 # data/base/gp-l is from before that: its second and third stage had random failed tries, and no faults were planted.
 #
 # virl-l: one of 0.9 M parameters learns to walk routes of two or three legs through a synthetic city, with compass words
-# in four samples of five and relative words in the fifth: the rule that is tested later is in it. Then a while with
-# failed tries. tiny.sh goes on with routes of up to five legs: what is weak is to find the current instruction, which
-# both rules need.
+# in four samples of five and relative words in the fifth: the rule that is tested later is in it. Then on its own failed
+# replies, as in gp-l; then on both rules alike from an imperfect demonstrator: 0.6 of the turns are walked past and 0.15 are
+# named in the other rule's word, at first tries. tiny.sh goes on with routes of up to five legs.
+# data/base/virl-l is from before that: random failed tries, no faults, and no third stage.
 #
 # gp-vl: as gp-l, but a random-init vision model of 1.7 M parameters that sees the hand, in black suits only, on a canvas
 # of 224 pixels. It learns to read them along with the rest; both parts are left before their end. How well it then reads
@@ -67,13 +68,17 @@ gp-l)
     train 3 "$(newest "$OUT/2")" 120 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 40
     start=$(newest "$OUT/3") ;;
 virl-l)
-    env=("root=$OUT/city") stages=2
+    env=("root=$OUT/city") stages=3 mix="id:0.8 rule_ood:0.2"
+    read -r first second third <<<"${LRS:-2e-3 1e-3 1e-3}"
     [ -d "$OUT/city" ] || python data/synthetic_city.py --out "$OUT/city" --routes 1000 --most-legs 3 --no-pictures
-    mix="--mix id:0.8 rule_ood:0.2 --balance --save-every 50"
-    blank 128x4 0
-    train 1 "$OUT/blank" 400 0 --lr 2e-3 $mix
-    train 2 "$(newest "$OUT/1")" 120 1 --lr 1e-3 $mix --failed-tries 1
-    start=$(newest "$OUT/2") ;;
+    blank "${SIZE:-128x4}" $((3 * SEED))
+    train 1 "$OUT/blank" 400 $((3 * SEED)) --lr "$first" --mix $mix --balance --save-every 50
+    own 2 "$(newest "$OUT/1")" 15360 $((3 * SEED + 1)) --mix $mix --balance --failed-tries 1 --env "${env[@]}"
+    train 2 "$(newest "$OUT/1")" 120 $((3 * SEED + 1)) --lr "$second" --data "$OUT/own_2.json" --save-every 40
+    own 3 "$(newest "$OUT/2")" 12800 $((3 * SEED + 2)) --mix id:0.5 rule_ood:0.5 --balance --failed-tries 1 \
+        --env "${env[@]}" "faults=${FAULTS:-walk_past:0.6,other_word:0.15}"
+    train 3 "$(newest "$OUT/2")" 100 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 50
+    start=$(newest "$OUT/3") ;;
 gp-vl)
     env=(resolution=224) stages=2
     mix="--mix rule_family fold=train"

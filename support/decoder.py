@@ -2,17 +2,20 @@
 
 `Policy.generate` (model.py) is the sampling loop; it asks a decoder for the logits of each next token:
 
-    decoder.prefill(...)     read the prompts                        -> logits (B, V) of the first token of each reply
+    decoder.prefill(...)     read what is new in the prompts         -> logits (B, V) of the first token of each reply
     decoder.append(ids)      one more token to every reply           -> logits (B, V) of the next
-    decoder.keep(rows)       drop the replies that have ended
+    decoder.keep(rows)       drop the replies that have ended; their keys and values go to the memory
 
 A decoder reads of the policy: backbone, dtype, autocast() and, for pictures, cross_attention_mask().
 """
 import math
+import os
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # On an H100 torch 2.11 and later prefer cuDNN's attention, which prepares itself anew for every shape; we have many.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -27,37 +30,174 @@ def wide_product(hidden, weight):
         return F.linear(hidden.float(), weight.float())            # a CPU has no such product of mixed types
 
 
+class RolloutMemory:
+    """What is kept from one `Policy.generate` to the next while the weights stand still, in a rollout or an evaluation.
+
+    Of a dialogue the keys and values of all that was read and sampled: of its next prompt only what is behind the longest
+    common beginning is read, whether the dialogue goes on (a retry) or another begins alike (V-IRL's next step). They stay
+    on the device, up to `limit` bytes; what does not fit is read again, and nothing is dropped for it: rows come round in
+    one order, so the oldest is the next to be wanted. Of a picture what `Policy.see` made of it, in the CPU's memory (52 MB
+    in the 11B model in bfloat16). What a call does without is forgotten.
+    """
+
+    def __init__(self, policy, token_budget, limit=0):
+        self.policy, self.limit, self.num_bytes = policy, limit, 0
+        self.dialogues = {}                                        # owner -> ids (T,), picture, keys and values (T, F)
+        self.seen = {}                                             # id of a picture -> the picture, its states
+        self.at_once = max(1, token_budget // max(1, policy.picture_tokens))
+
+    def see(self, pictures):
+        """The states of each picture in order; None if there are no pictures."""
+        if None in pictures:
+            return None
+        wanted = {id(picture): picture for picture in pictures}
+        self.seen = {key: self.seen[key] for key in wanted if key in self.seen}
+        new = [key for key in wanted if key not in self.seen]
+        for start in range(0, len(new), self.at_once):
+            keys = new[start:start + self.at_once]
+            for key, seen in zip(keys, self.policy.see([wanted[key] for key in keys])):
+                self.seen[key] = wanted[key], [tensor.cpu() for tensor in seen]
+        return [self.seen[id(picture)][1] for picture in pictures]
+
+    def forget_all_but(self, owners):
+        for owner in self.dialogues.keys() - set(owners):
+            self.take(owner)
+
+    def take(self, owner, prompt=[], picture=None):
+        """The keys and values (T, F) of what a prompt begins with, as its owner kept them, or None; they are forgotten here.
+
+        The prompt's last token is never among them: its logits are wanted. Behind another picture nothing is the same.
+        """
+        ids, same, kept = self.dialogues.pop(owner, ([], None, None))
+        self.num_bytes -= 0 if kept is None else kept.nbytes
+        num = min(len(os.path.commonprefix([ids, prompt])), len(prompt) - 1)
+        return kept[:num] if num > 0 and picture is same else None
+
+    def put(self, owner, ids, picture, kept):
+        if self.num_bytes + kept.nbytes <= self.limit:
+            self.dialogues[owner] = ids, picture, kept
+            self.num_bytes += kept.nbytes
+
+
+class BufferLayer(DynamicLayer):
+    """One layer's keys and values in buffers (B, heads, capacity, width), made once for a batch and in one type: transformers'
+    own layer copies all of them for each new token."""
+
+    def __init__(self, capacity, dtype):
+        super().__init__()
+        self.capacity, self.dtype_kept, self.end, self.buffers = capacity, dtype, 0, None
+
+    def update(self, keys, values, *args, **kwargs):
+        self.buffers = self.buffers or [t.new_zeros(*t.shape[:2], self.capacity, t.shape[3], dtype=self.dtype_kept)
+                                        for t in (keys, values)]
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, self.end:self.end + new.shape[2]] = new
+        self.end += keys.shape[2]
+        self.keys, self.values = (buffer[:, :, :self.end] for buffer in self.buffers)
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def get_seq_length(self):
+        return self.end
+
+    def batch_select_indices(self, indices):
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :self.end] for buffer in self.buffers)
+
+
 class CacheDecoder:
-    """Decode any causal LM over the Hugging Face cache, which also keeps the keys and values of pictures."""
+    """Decode any causal LM over the Hugging Face cache, which also keeps the keys and values of pictures.
+
+    The columns of a row b, so that all replies begin at one of them and each row is in two pieces:
+
+        there already in the cache | padding | the rest of its prompt || its reply
+    """
 
     graphs = False
 
-    def __init__(self, policy):
-        self.policy, self.model = policy, policy.backbone
+    def __init__(self, policy, memory):
+        self.policy, self.memory, self.model = policy, memory, policy.backbone
         weight = self.model.lm_head.weight.to(policy.dtype)
         self.lm_head = weight if weight.is_cuda else weight.float()    # as `wide_product` needs it, once
+        config = self.model.config.get_text_config()
+        self.crossing = getattr(config, "cross_attention_layers", ())  # layers that look at pictures alone
+        self.plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
 
-    def prefill(self, input_ids, attention_mask, max_new_tokens, common=0, seen=None):
-        """Read padded prompts (B, P), and pictures as `see` made them; logits (B, V) of a reply's first token.
-
-        The first `common` columns are the same in all rows, and read once.
-        """
-        self.mask = attention_mask
-        self.cache = DynamicCache(config=self.model.config.get_text_config())
-        self.cross_mask, vision = None, {}                         # (B, T, 1, tiles), T growing with every token
+    def prefill(self, prompts, owners, pictures, max_new_tokens, seen=None):
+        """Read what is not yet there of the prompts, lists of ids, and the pictures as `see` made them; the logits (B, V) of
+        each reply's first token."""
+        pasts = self.find_pasts(prompts, owners, pictures)
+        there = [0 if past is None else len(past) for past in pasts]
+        start = max(there)
+        if start + max(map(len, prompts)) + max_new_tokens > self.policy.context:     # columns are not tokens, but near it
+            pasts, there, start = [None] * len(prompts), [0] * len(prompts), 0
+        columns = start + max(len(prompt) - num for prompt, num in zip(prompts, there))
+        padded = [prompt[:num] + [-1] * (columns - len(prompt)) + prompt[num:] for prompt, num in zip(prompts, there)]
+        input_ids = torch.tensor(padded, device=self.policy.device)                                # (B, P)
+        self.rows = list(zip(owners, prompts, there, pictures))
+        self.drawn, self.num_drawn = input_ids.new_zeros(len(prompts), max_new_tokens), 0
+        self.mask = (input_ids >= 0).long()
+        self.capacity = -(-(columns + max_new_tokens) // 64) * 64
+        self.cache = self.make_cache(pasts, start, self.capacity)
+        self.cross_mask, vision = None, {}                         # (B, P, 1, tiles), P growing with every token
         if seen:
             states, tiles = (torch.stack(part).to(input_ids.device) for part in zip(*seen))   # (B, S, D), (B, 1, tiles)
             self.cross_mask = self.policy.cross_attention_mask(input_ids, tiles)
             vision["cross_attention_states"] = states
-        if common:
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        return self.forward(input_ids.clamp(min=0)[:, start:], positions[:, start:], **vision)
+
+    def find_pasts(self, prompts, owners, pictures):
+        """For each prompt the keys and values (T, F) of what it begins with, or None. What all begin with is read once."""
+        pasts = [self.memory.take(*row) for row in zip(owners, prompts, pictures)]
+        common = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+        lacking = [past is None or len(past) < common for past in pasts]
+        if sum(lacking) < 2 or not common or pictures[0] is not None or not self.plain:
+            return pasts
+        if all(lacking):
+            self.cache = self.make_cache([], 0, common)
             with self.policy.autocast():
-                self.model.model(input_ids=input_ids[:1, :common], past_key_values=self.cache, use_cache=True)
-            self.cache.batch_repeat_interleave(len(input_ids))
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        return self.forward(input_ids[:, common:], positions[:, common:], **vision)
+                self.model.model(input_ids=torch.tensor([prompts[0][:common]], device=self.policy.device),
+                                 past_key_values=self.cache, use_cache=True)
+            beginning = self.flat([0])[0]
+        else:
+            beginning = pasts[lacking.index(False)][:common]
+        return [beginning if lacks else past for past, lacks in zip(pasts, lacking)]
+
+    def make_cache(self, pasts, columns, capacity):
+        """A cache in whose first columns stand the keys and values of each row."""
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        if not self.plain:
+            return cache
+        own = [i for i in range(len(cache.layers)) if i not in self.crossing]
+        for i in own:
+            cache.layers[i] = BufferLayer(capacity, self.policy.dtype)
+        if columns:
+            some, shapes = next(past for past in pasts if past is not None), self.memory.shapes
+            filled = pad_sequence([some[:0] if past is None else past for past in pasts], batch_first=True)   # (B, columns, F)
+            tensors = [part.unflatten(2, shape).transpose(1, 2)                       # (B, heads, columns, width)
+                       for part, shape in zip(filled.split([math.prod(shape) for shape in shapes], dim=2), shapes)]
+            for i, keys, values in zip(own, tensors[::2], tensors[1::2]):
+                cache.update(keys, values, i)
+        return cache
+
+    def keys_values(self):
+        """Keys and values of every layer that looks at tokens, each (B, heads, columns, width)."""
+        return [t for i, layer in enumerate(self.cache.layers) if i not in self.crossing for t in (layer.keys, layer.values)]
+
+    def flat(self, rows):
+        """The keys and values of these rows, those of all layers and heads side by side: (n, columns, F)."""
+        tensors = self.keys_values()
+        self.memory.shapes = [(t.shape[1], t.shape[3]) for t in tensors]
+        return torch.cat([t[rows].transpose(1, 2).flatten(2) for t in tensors], dim=2)
 
     def append(self, ids):
         """Append one token to every row, ids (B,); the logits (B, V) of the next."""
+        self.drawn[:, self.num_drawn] = ids
+        self.num_drawn += 1
+        return self.compute(ids)
+
+    def compute(self, ids):
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
         if self.cross_mask is not None:
             self.cross_mask = torch.cat([self.cross_mask, self.cross_mask[:, -1:]], dim=1)
@@ -72,7 +212,18 @@ class CacheDecoder:
         return wide_product(hidden[:, -1].to(self.policy.dtype), self.lm_head)
 
     def keep(self, rows):
-        """Drop all rows but these."""
+        """Drop all rows but these; the memory gets what has been read and drawn in the others."""
+        dropped = sorted(set(range(len(self.rows))) - set(rows.tolist()))
+        if dropped and self.memory.limit and self.plain:
+            for row, kept, drawn in zip(dropped, self.flat(dropped), self.drawn[dropped, :self.num_drawn].tolist()):
+                owner, prompt, there, picture = self.rows[row]
+                rest = len(prompt) - there + len(drawn)
+                self.memory.put(owner, prompt + drawn, picture, torch.cat([kept[:there], kept[len(kept) - rest:]]))
+        self.rows = [self.rows[i] for i in rows.tolist()]
+        self.drawn = self.drawn[rows]
+        self.keep_columns(rows)
+
+    def keep_columns(self, rows):
         self.mask = self.mask[rows]
         self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows]
         self.cache.batch_select_indices(rows)
@@ -86,8 +237,8 @@ class LlamaDecoder(CacheDecoder):
     a GPU (tests/bench.py does, with --device cuda): so far a test plays capture and replay on the CPU.
     """
 
-    def __init__(self, policy):
-        super().__init__(policy)
+    def __init__(self, policy, memory):
+        super().__init__(policy, memory)
         config = self.model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
@@ -104,44 +255,44 @@ class LlamaDecoder(CacheDecoder):
         if self.model.model.rotary_emb.rope_type in ("dynamic", "longrope"):    # they look at positions: no graph can
             self.graphs = False
 
-    def prefill(self, input_ids, attention_mask, max_new_tokens, common=0, seen=None):
-        logits = super().prefill(input_ids, attention_mask, max_new_tokens, common)
-        B, P = input_ids.shape
-        self.end, self.capacity, self.shape = P, -(-(P + max_new_tokens) // 64) * 64, None
-        self.keys, self.values = [], []                            # per layer (B, kv_heads, capacity, head_dim)
-        for layer in self.cache.layers:
-            for buffers, filled in ((self.keys, layer.keys), (self.values, layer.values)):
-                shape = B, self.kv_heads, self.capacity, self.head_dim
-                buffers.append(filled.new_zeros(shape, dtype=self.dtype))
-                buffers[-1][:, :, :P] = filled
+    def prefill(self, prompts, owners, pictures, max_new_tokens, seen=None):
+        logits = super().prefill(prompts, owners, pictures, max_new_tokens)
+        P = self.mask.shape[1]
+        self.end, self.shape = P, None
+        self.keys, self.values = zip(*(layer.buffers for layer in self.cache.layers))    # per layer (B, kv_heads, capacity, head_dim)
         del self.cache
         torch.clear_autocast_cache()                               # `append` has weights of its own
-        visible = F.pad(attention_mask, (0, self.capacity - P)).bool()[:, None, None]              # (B, 1, 1, capacity)
+        visible = F.pad(self.mask, (0, self.capacity - P)).bool()[:, None, None]              # (B, 1, 1, capacity)
         self.bias = torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, -math.inf)
         # Padding stands before the end, so all rows write to one column, but each counts positions of its own.
-        self.column = attention_mask.new_tensor([P])               # (1,)
-        self.position = attention_mask.sum(-1, keepdim=True)       # (B, 1)
+        self.column = self.mask.new_tensor([P])                    # (1,)
+        self.position = self.mask.sum(-1, keepdim=True)            # (B, 1)
         return logits
 
-    def append(self, ids):
+    def keys_values(self):
+        if hasattr(self, "cache"):                                 # what all prompts begin with
+            return super().keys_values()
+        return [t[:, :, :self.end] for pair in zip(self.keys, self.values) for t in pair]
+
+    def compute(self, ids):
         self.end += 1
         self.width = -(-self.end // 64) * 64                       # columns looked at, in few different numbers
         if not self.graphs:
-            return self.compute(ids)
+            return self.step(ids)
         # Of each shape the first token runs as it is, to warm up; the second is captured; the rest are replays.
         if self.shape != (len(ids), self.width):
             self.shape, self.graph = (len(ids), self.width), None
-            return self.compute(ids)
+            return self.step(ids)
         if self.graph is None:
             self.graph, self.ids = torch.cuda.CUDAGraph(), ids.clone()
             with torch.cuda.graph(self.graph):
-                self.logits = self.compute(self.ids)
+                self.logits = self.step(self.ids)
         self.ids.copy_(ids)
         self.graph.replay()
         return self.logits
 
-    def compute(self, ids):
-        """The work of `append`, all of it on the device: shapes and addresses stay, what changes stands in tensors."""
+    def step(self, ids):
+        """The work of `compute`, all of it on the device: shapes and addresses stay, what changes stands in tensors."""
         x = self.model.model.embed_tokens(ids).float()             # (B, D): the residual stream stays in float32
         cos, sin = self.model.model.rotary_emb(x, self.position)   # (B, 1, head_dim)
         self.bias.index_fill_(3, self.column, 0.0)
@@ -166,6 +317,6 @@ class LlamaDecoder(CacheDecoder):
     def norm(self, x, weight):
         return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(self.dtype)
 
-    def keep(self, rows):
+    def keep_columns(self, rows):
         self.bias, self.position = self.bias[rows], self.position[rows]
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]

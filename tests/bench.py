@@ -55,7 +55,7 @@ import envs
 import model
 import rl
 import verify
-from model import LlamaDecoder, PictureCache, Policy, collate, sampling_uniforms
+from model import LlamaDecoder, RolloutMemory, Policy, collate, sampling_uniforms
 from sft import train_step
 from support import solver, streets, tiny
 from support.cards import draw_hand
@@ -356,10 +356,10 @@ def rollout_vision(args):
     uniforms = sampling_uniforms([(args.seed, i) for i in range(S * E)], R)
     chosen = [i for i, turn in enumerate(turns) if turn.dialogue_key[0] < few]
 
-    def ours(pictures_seen):
+    def ours(memory):
         for s in range(0, S * E, E):
             prompts, pictures = zip(*[(turn.prompt_ids, turn.picture) for turn in turns[s:s + E]])
-            policy.generate(prompts, uniforms[s:s + E], R, 1.0, config.generate_tokens, pictures, pictures_seen)
+            policy.generate(prompts, uniforms[s:s + E], R, 1.0, config.generate_tokens, pictures, memory)
         return rl.score_turns(policy, turns, config)[0]
 
     def official():
@@ -373,7 +373,7 @@ def rollout_vision(args):
         return total
 
     def reused():
-        return ours(PictureCache(policy, config.generate_tokens))
+        return ours(RolloutMemory(policy, config.generate_tokens))
 
     expect_close("log-prob of a rollout in pictures", float(reused()[chosen].sum()), official())
     t_ours, t_official, t_anew = medians(args, reused, official, lambda: ours(None))

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen2ForCausalLM)
 
 import envs
 import model
@@ -270,7 +271,7 @@ def test_a_decoder_under_cuda_graphs_samples_the_same(tiny, monkeypatch):
         assert 4 <= TapedGraph.captured < 10 and TapedGraph.replayed > 60
     for rope_type in ("dynamic", "longrope"):                                    # these look at the positions
         monkeypatch.setattr(policy.backbone.model.rotary_emb, "rope_type", rope_type)
-        assert model.LlamaDecoder.graphs and not model.LlamaDecoder(policy).graphs
+        assert model.LlamaDecoder.graphs and not model.LlamaDecoder(policy, model.RolloutMemory(policy, 1)).graphs
 
 
 def test_greedy_decoding_equals_generate_of_hugging_face_also_for_another_architecture(tiny, device):
@@ -637,3 +638,71 @@ def test_top_p_samples_from_the_likeliest_tokens_that_have_this_share(tiny):
     for top_p, shares in ((1.0, [0.1, 0.5, 0.3, 0.1]), (0.75, [0, 0.625, 0.375, 0]), (0.4, [0, 1, 0, 0]), (0.01, [0, 1, 0, 0])):
         ids, logprobs = policy.pick(probs.log().expand(1000, -1), uniforms, 1.0, top_p)
         assert [round(float((ids == i).float().mean()), 2) for i in free] == [round(share, 2) for share in shares]
+
+
+# ---- What a rollout keeps ------------------------------------------------------------------------------------------
+
+def talk(policy, processor, memory, limit=6, turns=4, num=5):
+    """Sampled dialogues as in a rollout: some go on, some begin anew; their (prompt, response, log-probs) by turn."""
+    prompts, played = [prompt[:len(prompt) // 2] for prompt in some_prompts(processor, num)], []
+    for turn in range(turns):
+        uniforms = model.sampling_uniforms([(turn, i) for i in range(num)], limit)
+        replies = policy.generate(prompts, uniforms, limit, 1.0, token_budget=200, memory=memory)
+        played.append([(prompt, *reply) for prompt, reply in zip(prompts, replies)])
+        prompts = [prompt + ids + [7, 8, 9 + i] if (turn + i) % 3 else prompt[:len(prompt) - i] + [11, 12]
+                   for i, (prompt, (ids, _)) in enumerate(zip(prompts, replies))]
+    return played
+
+
+def other_policies(processor, device):
+    """Random models of other classes: grouped heads, a sliding window beside whole attention."""
+    shape = dict(vocab_size=len(processor), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                 num_key_value_heads=2)
+    torch.manual_seed(0)
+    for config, kind in ((Qwen2Config(**shape), Qwen2ForCausalLM),
+                         (Gemma3TextConfig(**shape, head_dim=8, layer_types=["sliding_attention", "full_attention"],
+                                           sliding_window=900), Gemma3ForCausalLM)):
+        yield model.Policy(kind(config), processor).to(device)
+
+
+def test_what_was_read_is_not_read_again_and_every_reply_is_the_same(tiny, device, monkeypatch):
+    policy, processor = tiny
+    for policy in (policy, *other_policies(processor, device)):
+        read, forward = [], CacheDecoder.forward
+        monkeypatch.setattr(CacheDecoder, "forward", lambda self, ids, *more, **vision: read.append(ids.numel())
+                            or forward(self, ids, *more, **vision))
+        expected = talk(policy, processor, None)
+        anew, memory = sum(read), model.RolloutMemory(policy, 200, 2 ** 30)
+        read.clear()
+        found = talk(policy, processor, memory)
+        monkeypatch.setattr(CacheDecoder, "forward", forward)
+        assert sum(read) < 0.7 * anew
+        for (prompt, ids, logprobs), (other_prompt, other_ids, others) in zip(sum(found, []), sum(expected, []), strict=True):
+            assert prompt == other_prompt and ids == other_ids and logprobs == pytest.approx(others, abs=1e-5)
+        assert memory.num_bytes == sum(kept.nbytes for _, _, kept in memory.dialogues.values()) > 0
+        assert all(len(ids) == len(kept) for ids, _, kept in memory.dialogues.values())
+
+
+def test_a_memory_holds_no_more_than_its_limit_and_forgets_who_is_gone(tiny):
+    policy, processor = tiny
+    whole = model.RolloutMemory(policy, 200, 2 ** 30)
+    expected = talk(policy, processor, whole)
+    small = model.RolloutMemory(policy, 200, whole.num_bytes // 2)
+    put, most = small.put, []
+    small.put = lambda *args: (put(*args), most.append(small.num_bytes))
+    found = talk(policy, processor, small)
+    assert 0 < max(most) <= small.limit and len(small.dialogues) < len(whole.dialogues) == 5
+    assert [[ids for _, ids, _ in turn] for turn in found] == [[ids for _, ids, _ in turn] for turn in expected]
+    policy.generate([[1, 2]], np.zeros((1, 2)), 2, 1.0, memory=whole, owners=["somebody new"])
+    assert list(whole.dialogues) == ["somebody new"]
+
+
+def test_behind_another_picture_nothing_is_the_same(tiny):
+    policy, _ = tiny
+    memory, kept = model.RolloutMemory(policy, 200, 10 ** 6), torch.zeros(3, 4)
+    for picture, expected in ((None, None), ("a picture", 2)):
+        memory.put(0, [1, 2, 3], "a picture", kept)
+        found = memory.take(0, [1, 2, 5, 6], picture)
+        assert (None if found is None else len(found)) == expected and memory.num_bytes == 0
+    memory.put(0, [1, 2, 3], None, kept)
+    assert len(memory.take(0, [1, 2, 3], None)) == 2                               # the last token's logits are wanted

@@ -28,7 +28,7 @@ RL = dict(task="gp-vl", env=("resolution=112", "verify_iter=4"), num_envs=4, tur
 def dialogues(tiny_vl, temperature=0.7, num=4):
     """Two sampled turns about a hand each, prompts of different lengths: ((prompt, response, log-probs) x 2, picture)."""
     policy, processor = tiny_vl
-    found, seen = [], model.PictureCache(policy, ONE_BATCH)
+    found, seen = [], model.RolloutMemory(policy, ONE_BATCH, 2 ** 30)
     for turn in range(2):
         prompts, pictures = [], []
         for i in range(num):
@@ -177,12 +177,12 @@ def test_a_picture_is_looked_at_once_in_a_rollout(tiny_vl, monkeypatch):
     see = model.Policy.see
     monkeypatch.setattr(model.Policy, "see", lambda self, pictures: looked.append(len(pictures)) or see(self, pictures))
     first, second, third = (Image.new("RGB", (60, 60), colour) for colour in ("red", "green", "blue"))
-    cache = model.PictureCache(policy, 2 * policy.picture_tokens)
-    once, again = cache([first, second, first, third]), cache([third, first])
+    memory = model.RolloutMemory(policy, 2 * policy.picture_tokens)
+    once, again = memory.see([first, second, first, third]), memory.see([third, first])
     assert looked == [2, 1] and once[0] is once[2] is again[1] and once[3] is again[0]
-    cache([second])
+    memory.see([second])
     assert looked == [2, 1, 1]                                   # it had been dropped when a call did without it
-    assert cache([None, None]) is None
+    assert memory.see([None, None]) is None
 
 
 def test_words_alone_on_a_vision_model(tiny_vl):
