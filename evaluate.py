@@ -389,14 +389,29 @@ def difference(one, two):
                      if name != "env" and run_folder.resolved(one.get(name)) != run_folder.resolved(two.get(name)))
 
 
-def load_arms(folders):
-    """Evaluated rows by arm ("start", "SFT", "RL"), each with the run it comes from.
+def name_arms(configs):
+    """The arm of each run, by its config: SFT or RL, and if several settings of one were tried, the settings that differ, as
+    in "SFT lr 0.001"."""
+    kinds = {run: "RL" if "updates" in config else "SFT" for run, config in configs.items()}   # sft.py counts steps
+    names = {}
+    for run, config in configs.items():
+        alike = [configs[other] for other in configs if kinds[other] == kinds[run]]
+        varied = [key for key in config if key not in ("out", "model", "seed", "dtype", "device")
+                  and any(other.get(key) != config[key] for other in alike)]
+        names[run] = " ".join([kinds[run], *(f"{key} {config[key]}" for key in varied)])
+    return names
 
-    ValueError unless all were evaluated with one set of settings, and every start they go on from has all three arms. The
-    "runs" of a start are the seeds it was evaluated on.
+
+def load_arms(folders):
+    """Evaluated rows by arm ("start", then those of `name_arms`), each with the run it comes from.
+
+    ValueError unless all were evaluated with one set of settings, and every start they go on from has all arms. The "runs"
+    of a start are the seeds it was evaluated on.
     """
-    arms, starts, chosen, spellings = defaultdict(list), defaultdict(lambda: defaultdict(set)), {}, {}
-    for run in {os.path.realpath(folder): Path(folder) for folder in folders}.values():   # one run, however it is spelt
+    arms, starts, chosen, spellings = {"start": []}, defaultdict(lambda: defaultdict(set)), {}, {}
+    runs = list({os.path.realpath(folder): Path(folder) for folder in folders}.values())      # one run, however it is spelt
+    names = name_arms({run: running.read_run_config(run) for run in runs if run.is_dir()})
+    for run in sorted(runs, key=lambda run: (not names.get(run, "").startswith("SFT"), names.get(run))):
         rows = running.read_jsonl(run / "eval.jsonl", "step", "split", "seed", "settings")
         if not run.is_dir():
             raise ValueError(f"run {str(run)!r}: there is no such folder; --compare takes run folders: SFT_RUN,RL_RUN")
@@ -406,7 +421,7 @@ def load_arms(folders):
         if "model" not in config:
             raise ValueError(f"run {str(run)!r}: its config.json is gone, or names no model that it started from")
         config["model"] = spellings.setdefault(os.path.realpath(config["model"]), os.path.normpath(config["model"]))
-        arm = "RL" if "updates" in config else "SFT"               # rl.py counts updates, sft.py steps
+        arm = names[run]
         rows = {(row["step"], row["split"], row["seed"]): row for row in rows}             # the last of equals
         for row in rows.values():
             if lacking := set(envs.TASKS[row["settings"]["task"]].metrics) - row.keys():
@@ -419,13 +434,14 @@ def load_arms(folders):
             starts[config["model"]][arm if row["step"] else "start"].add(run)
             row = row | {"start": config["model"], "run": str(run) if row["step"] else (config["model"], row["seed"])}
             if row["step"]:
-                arms[arm].append(row)
+                arms.setdefault(arm, []).append(row)
             elif not any((own["run"], own["split"]) == (row["run"], row["split"]) for own in arms["start"]):
                 arms["start"].append(row)                          # once, though several runs may hold it
     for start, own in starts.items():
-        if len(own) < 3:
-            raise ValueError("--compare needs an SFT run, an RL run and an evaluation of the start they go on from; of "
-                             f"{start} it found {', '.join(sorted(own))}; these started from {', '.join(starts)}")
+        if len(own) < max(len(arms), 3) or len({arm[:2] for arm in own}) < 3:
+            raise ValueError("--compare needs an SFT run, an RL run and an evaluation of the start they go on from, and of each "
+                             f"start all arms ({', '.join(arms)}); of {start} it found {', '.join(sorted(own))}; these started "
+                             f"from {', '.join(starts)}")
     return arms
 
 
@@ -457,31 +473,32 @@ def paper_metric(task, split):
 
 
 def compare(folders, figure):
-    """Print each metric at the start, after SFT and after RL at equal compute, beside the paper's, and in a sentence
-    whether the paper's signs were met; draw the curves."""
+    """Print each metric at the start and after each arm at equal compute, beside the paper's, and in a sentence whether the
+    paper's signs were met; draw the curves."""
     arms = load_arms(folders)
-    task = arms["start"][0]["settings"]["task"]
-    metrics = envs.TASKS[task].metrics
-    splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
-    budget = min(at_checkpoints(arms[arm], split)[-1][0] for arm in ("SFT", "RL") for split in splits)
-    num_starts = len({row["start"] for row in arms["start"]})
-    num_runs = {arm: len({row["run"] for row in arms[arm]}) for arm in ("SFT", "RL")}
+    task, start_rows = arms["start"][0]["settings"]["task"], arms["start"]
+    tried = [arm for arm in arms if arm != "start"]
+    splits = list(dict.fromkeys(row["split"] for row in start_rows))
+    budget = min(at_checkpoints(arms[arm], split)[-1][0] for arm in tried for split in splits)
+    num_starts = len({row["start"] for row in start_rows})
+    num_runs = [len({row["run"] for row in arms[arm]}) for arm in tried]
     print(f"\n{task}: %, at the checkpoints nearest to {budget:,.0f} GFLOPs of post-training "
-          f"({num_runs['SFT']} SFT and {num_runs['RL']} RL runs, starts: {num_starts})\n")
-    print("| metric | split | start | SFT | RL | paper: start | SFT | RL |\n|---|---|---|---|---|---|---|---|")
+          f"({' and '.join(f'{num} {arm}' for num, arm in zip(num_runs, tried))} runs, starts: {num_starts})\n")
+    print(f"| metric | split | start | {' | '.join(tried)} | paper: start | SFT | RL |\n{'|---' * (len(tried) + 6)}|")
     found, verdicts = [], Counter()
-    for metric in metrics:
+    for metric in envs.TASKS[task].metrics:
         for split in splits:
-            start = [row for row in arms["start"] if row["split"] == split]
+            start = [row for row in start_rows if row["split"] == split]
             cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(start, metric))]
-            for arm in ("SFT", "RL"):
+            for arm in tried:
                 _, rows = min(at_checkpoints(arms[arm], split), key=lambda point: abs(point[0] - budget))
                 change, error = change_and_error(rows, start, metric)
                 cells.append("{:.1f} ± {:.1f} ({:+.1f} ± {:.1f})".format(*mean_and_error(rows, metric), change, error))
                 if split in SIGNS and metric == paper_metric(task, split):
-                    verdict = judge_sign(SIGNS[split][arm], change, error)
+                    sign = SIGNS[split][arm.split()[0]]
+                    verdict = judge_sign(sign, change, error)
                     verdicts[verdict] += 1
-                    found.append(f"{arm} on {TITLES[split]} {change:+.1f} ± {error:.1f} (paper: {SIGNS[split][arm]}; {verdict})")
+                    found.append(f"{arm} on {TITLES[split]} {change:+.1f} ± {error:.1f} (paper: {sign}; {verdict})")
             paper = PAPER.get((task, split, metric), ())
             cells += [f"{p} ({p - paper[0]:+.1f})" if i else f"{p}" for i, p in enumerate(paper)] or ["-"] * 3
             print(f"| {metric.replace('_', ' ')} | {split} | {' | '.join(cells)} |")
@@ -502,19 +519,23 @@ def draw(arms, task, splits, figure):
     except ImportError:
         print("\nno figure: matplotlib is not installed (pip install matplotlib)")
         return
-    metrics, colours = envs.TASKS[task].metrics[:2], {"start": "black", "SFT": "tab:orange", "RL": "tab:blue"}
+    metrics = envs.TASKS[task].metrics[:2]
+    colours = {"start": "black"}
+    for kind, shades in (("SFT", plt.cm.Oranges), ("RL", plt.cm.Blues)):
+        own = [arm for arm in arms if arm.split()[0] == kind]
+        colours |= {arm: shades(0.75 - 0.45 * i / len(own)) for i, arm in enumerate(own)}
     shape = len(metrics), len(splits)
     fig, axes = plt.subplots(*shape, figsize=(4.5 * len(splits), 3.6 * len(metrics)), squeeze=False)
     for panels, metric in zip(axes, metrics):
         for axis, split in zip(panels, splits):
             start = mean_and_error([row for row in arms["start"] if row["split"] == split], metric)
-            for arm in ("SFT", "RL"):
+            for arm in list(arms)[1:]:
                 x, y, e = zip((0.0, *start), *((gflops, *mean_and_error(rows, metric))
                                                for gflops, rows in at_checkpoints(arms[arm], split)))
                 axis.errorbar(x, y, e, label=arm, color=colours[arm], marker="o", markersize=3, capsize=2)
             axis.plot([0], start[:1], "k*", markersize=11, label="start")
-            for arm, value in zip(colours, PAPER.get((task, split, metric), ())):
-                axis.plot([1.04], [value], "<", color=colours[arm], transform=axis.get_yaxis_transform(), clip_on=False,
+            for arm, value in zip(("start", "SFT", "RL"), PAPER.get((task, split, metric), ())):
+                axis.plot([1.04], [value], "<", color={"start": "black", "SFT": "tab:orange", "RL": "tab:blue"}[arm], transform=axis.get_yaxis_transform(), clip_on=False,
                           label="paper: start, SFT, RL" if arm == "start" else None)
             axis.margins(0.06, 0.12)                                # no curve on the frame
             axis.set(title=f"{task.upper()}: {TITLES.get(split, split)}", xlabel="GFLOPs of post-training",
