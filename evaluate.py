@@ -389,16 +389,19 @@ def difference(one, two):
                      if name != "env" and run_folder.resolved(one.get(name)) != run_folder.resolved(two.get(name)))
 
 
+NOT_OF_THE_METHOD = {"out", "model", "seed", "steps", "updates", "save_every", "keep_resume", "micro_batch_tokens", "generate_tokens",
+                     "kept_gib", "gradient_checkpointing", "dtype", "param_dtype", "device"}
+
+
 def name_arms(configs):
-    """The arm of each run, by its config: SFT or RL, and if several settings of one were tried, the settings that differ, as
-    in "SFT lr 0.001"."""
-    kinds = {run: "RL" if "updates" in config else "SFT" for run, config in configs.items()}   # sft.py counts steps
-    names = {}
+    """The arm of each run, by its config: SFT or RL, and where an arm was run with several settings those that differ, as in
+    "SFT lr 0.001"."""
+    kinds, names = {run: "RL" if "updates" in config else "SFT" for run, config in configs.items()}, {}   # sft.py has steps
     for run, config in configs.items():
         alike = [configs[other] for other in configs if kinds[other] == kinds[run]]
-        varied = [key for key in config if key not in ("out", "model", "seed", "dtype", "device")
-                  and any(other.get(key) != config[key] for other in alike)]
-        names[run] = " ".join([kinds[run], *(f"{key} {config[key]}" for key in varied)])
+        varied = [key for key in config.keys() - NOT_OF_THE_METHOD if any(other.get(key) != config[key] for other in alike)]
+        words = [f"{key} {' '.join(config[key]) if isinstance(config[key], list) else config[key]}" for key in sorted(varied)]
+        names[run] = " ".join([kinds[run], *words])
     return names
 
 

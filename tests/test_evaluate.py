@@ -134,9 +134,9 @@ def test_a_change_is_that_of_each_run_from_its_own_start_on_the_same_hands():
     assert evaluate.change_and_error([row("s", 9, 0.25, "a")], starts, "success")[0] == pytest.approx(-5.0)   # on other hands
 
 
-def write_run(folder, arm, points, start="start", episodes=100, **env):
+def write_run(folder, arm, points, start="start", episodes=100, knobs={}, **env):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model": start, **({"updates": 1} if arm == "RL" else {"steps": 1})}))
+    (folder / "config.json").write_text(json.dumps({"model": start, **({"updates": 1} if arm == "RL" else {"steps": 1}), **knobs}))
     for step, gflops, success in points:
         for split in ("id", "rule_ood"):
             running.log_jsonl(folder / "eval.jsonl", step=step, gflops=gflops, split=split, seed=0, success=success,
@@ -252,6 +252,23 @@ def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
     evaluate.compare([str(tmp_path / name) for name in ("sft", "long", "short")], "")
     out = capsys.readouterr().out
     assert "nearest to 50 GFLOPs" in out and "| 10.0 ± 1.0 | 8.0 ± 1.0 (-2.0 ± 1.4) | 13.0 ± 1.0 (+3.0 ± 1.0) |" in out
+
+
+def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
+    for name, lr, seed, success in (("a", 1e-3, 0, 0.02), ("b", 1e-3, 1, 0.04), ("c", 1e-4, 0, 0.2), ("d", 1e-4, 1, 0.22)):
+        write_run(tmp_path / name, "SFT", [(0, 0.0, 0.1), (5, 50.0, success)],
+                  knobs={"lr": lr, "seed": seed, "env": ["root=city"], "save_every": seed})
+    write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)], knobs={"lr": 1e-5, "temperature": 0.2})
+    evaluate.compare([str(tmp_path / name) for name in ("c", "rl", "a", "b", "d")], "")
+    out = capsys.readouterr().out
+    assert "(2 SFT lr 0.0001 and 2 SFT lr 0.001 and 1 RL runs, starts: 1)" in out
+    assert "| metric | split | start | SFT lr 0.0001 | SFT lr 0.001 | RL | paper: start | SFT | RL |" in out
+    assert "| 10.0 ± 1.0 | 21.0 ± 1.0 (+11.0 ± 1.0) | 3.0 ± 1.0 (-7.0 ± 1.0) | 15.0 ± 1.0 (+5.0 ± 1.4) | 11.5 |" in out
+    assert "SFT lr 0.0001 on the other rule +11.0 ± 1.0 (paper: down; not met)" in out
+    assert "Of the paper's 6 signs 3 met, 3 not met, 0 undecided" in out
+    with pytest.raises(ValueError, match=r"of each start all arms \(start, SFT lr 0.0001, SFT lr 0.001, RL\); of other it found RL"):
+        write_run(tmp_path / "other", "RL", [(1, 50.0, 0.15)], start="other", knobs={"lr": 1e-5, "temperature": 0.2})
+        evaluate.compare([str(tmp_path / name) for name in ("a", "c", "rl", "other")], "")
 
 
 def test_a_run_named_twice_and_rows_that_came_twice_count_once(tmp_path):
