@@ -265,7 +265,7 @@ def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
     assert "| metric | split | start | SFT lr 0.0001 | SFT lr 0.001 | RL | paper: start | SFT | RL |" in out
     assert "| 10.0 ± 1.0 | 21.0 ± 1.0 (+11.0 ± 1.0) | 3.0 ± 1.0 (-7.0 ± 1.0) | 15.0 ± 1.0 (+5.0 ± 1.4) | 11.5 |" in out
     assert "SFT lr 0.0001 on the other rule +11.0 ± 1.0 (paper: down; not met)" in out
-    assert "Of the paper's 6 signs 3 met, 3 not met, 0 undecided" in out
+    assert "Of the paper's 6 signs 4 met, 2 not met, 0 undecided" in out
     with pytest.raises(ValueError, match=r"of each start all arms \(start, SFT lr 0.0001, SFT lr 0.001, RL\); of other it found RL"):
         write_run(tmp_path / "other", "RL", [(1, 50.0, 0.15)], start="other", knobs={"lr": 1e-5, "temperature": 0.2})
         evaluate.compare([str(tmp_path / name) for name in ("a", "c", "rl", "other")], "")
