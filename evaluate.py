@@ -189,7 +189,7 @@ class LocalModel:
         if missing:
             uniforms = sampling_uniforms([(EVALUATION, seed, i, turn) for i in missing], config.max_new_tokens)
             pictures = [picture_of(pending[i][0]) for i in missing]
-            with running.memory_advice("--generate-tokens"):
+            with running.memory_advice("--generate-tokens or --kept-gib"):
                 replies = self.policy.generate([prompts[i] for i in missing], uniforms, config.max_new_tokens,
                                                config.temperature, config.generate_tokens, pictures,
                                                self.memory, missing, config.top_p)

@@ -191,7 +191,7 @@ def find_answer(processor, response_ids, answer_at):
                         key=lambda token: len(decode_reply(processor, response_ids[:token + 1]).rstrip("\ufffd")))
 
 
-@running.memory_advice("--generate-tokens")
+@running.memory_advice("--generate-tokens or --kept-gib")
 def collect_turns(policy, processor, conversations, update, config, stop) -> list[Turn] | None:
     """S turns of every conversation, sampled from the policy: turns ordered (S, E); None if a stop was asked for."""
     turns, last = [], config.turns_per_env - 1

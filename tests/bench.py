@@ -9,6 +9,7 @@ first, and a difference ends the program. The baselines are written here, in our
                with a log-softmax over all positions; and `generate` on a left-padded batch, for sampling alone
     logprob    the vocabulary at every position: temperature, log-softmax, bfloat16, gather, mask, sum, backward
     vision     the same two with a picture: batch 1, the vision tower in every `generate` and forward, a row per turn
+    turns      the same two for whole rollouts of five turns, and ours that keeps nothing from turn to turn
     sft        Hugging Face's own loss over `labels`, the whole batch padded to its longest
     verifier   fields by regular expressions, checks on the characters, `eval`, a search in the list of solutions
     envs       random cards until some permutation, operators and brackets `eval` to 24
@@ -55,7 +56,7 @@ import envs
 import model
 import rl
 import verify
-from model import LlamaDecoder, RolloutMemory, Policy, collate, sampling_uniforms
+from model import LlamaDecoder, Policy, RolloutMemory, collate, sampling_uniforms
 from sft import train_step
 from support import solver, streets, tiny
 from support.cards import draw_hand
@@ -219,6 +220,65 @@ def rollout(args, rates):
     seconds = medians(args, sample, lambda: baseline_generate(policy, prompts, max(lengths)))
     yield row(f"the same, ragged: {sum(lengths) / B:.0f} tokens to a reply, {max(lengths)} at most", seconds, "tok",
               (sum(lengths), sum(lengths)))
+
+
+def turns_of(policy, args, E, first, going_on, R, vocab_size):
+    """Prompts and uniforms of five turns of E dialogues with ragged replies; with `going_on` new tokens behind each reply, else
+    each prompt begins as the one before, but for its last quarter."""
+    rng = random.Random(args.seed)
+    def new(num):
+        return [rng.randrange(1, vocab_size) for _ in range(num)]
+
+    policy.eos_id, prompts, turns = 0, [new(first) for _ in range(E)], []         # a uniform of 0 draws token 0, the end
+    for turn in range(5):
+        uniforms = sampling_uniforms([(args.seed, turn, i) for i in range(E)], R).clip(min=0.01)
+        uniforms[range(E), [min(R, 1 + int(rng.expovariate(2 / R))) - 1 for _ in range(E)]] = 0
+        replies = [ids for ids, _ in policy.generate(prompts, uniforms, R, 1.0)]
+        turns.append((prompts, uniforms, replies))
+        prompts = [prompt + reply + new(going_on) if going_on else prompt[:3 * first // 4] + new(first // 4 + 10)
+                   for prompt, reply in zip(prompts, replies)]
+    return turns
+
+
+@torch.no_grad()
+def rollout_in_turns(args, rates):
+    E, R, few, vocab_size = 32, 60, 2, 4096
+    policy = make_policy(args, vocab_size, layers=4)
+    for what, first, going_on in (("GeneralPoints: 256 tokens, then 48 behind each reply", 256, 48),
+                                  ("V-IRL: five prompts of 256 tokens, alike but for the last quarter", 256, 0)):
+        turns = turns_of(policy, args, E, first, going_on, R, vocab_size)
+
+        def sample(limit=2 ** 32):
+            memory = RolloutMemory(policy, 65536, limit)
+            return [[ids for ids, _ in policy.generate(prompts, uniforms, R, 1.0, memory=memory)] for prompts, uniforms, _ in turns]
+
+        def ours():
+            sample()
+            if going_on:
+                dialogues = [[(prompts[i], replies[i]) for prompts, _, replies in turns] for i in range(E)]
+            else:
+                dialogues = [[pair] for prompts, _, replies in turns for pair in zip(prompts, replies)]
+            for start in range(0, len(dialogues), E):
+                policy(collate(dialogues[start:start + E], args.device), temperature=1.0)
+
+        def official():
+            for prompts, _, replies in turns:
+                for prompt, reply in list(zip(prompts, replies))[:few]:
+                    baseline_generate(policy, [prompt], len(reply), return_dict_in_generate=True, output_scores=True,
+                                      output_hidden_states=True)
+                    baseline_logprobs(policy, [(prompt, reply)])
+
+        def batched():
+            for prompts, _, replies in turns:
+                baseline_generate(policy, prompts, max(map(len, replies)))
+
+        assert sample() == [replies for _, _, replies in turns] == sample(0)
+        t_ours, t_official, t_kept, t_batched, t_anew = medians(args, ours, official, sample, batched, lambda: sample(0))
+        num, num_few = (sum(len(reply) for _, _, replies in turns for reply in replies[:rows]) for rows in (E, few))
+        yield row(f"{what}; {E} dialogues of five turns, {num / 5 / E:.0f} tokens to a reply, sampled and scored; baseline: batch 1, "
+                  f"extrapolated from {few}", (t_ours, t_official * num / num_few), "tok", (num, num))
+        yield row("sampled; baseline: HF generate, left-padded batch", (t_kept, t_batched), "tok", (num, num))
+        yield row("sampled; baseline: ours, every prompt read anew", (t_kept, t_anew), "tok", (num, num))
 
 
 # ---- Log-probs with gradient --------------------------------------------------------------------------------------
@@ -782,7 +842,7 @@ def ranks_row(args, options, steps=4):
 
 # ---- Running ------------------------------------------------------------------------------------------------------
 
-SECTIONS = {"rollout": rollout, "logprob": logprob, "vision": vision, "sft": sft, "verifier": verifier,
+SECTIONS = {"rollout": rollout, "turns": rollout_in_turns, "logprob": logprob, "vision": vision, "sft": sft, "verifier": verifier,
             "envs": environment, "virl": virl, "growth": growth, "limits": limits, "ranks": ranks}
 
 
