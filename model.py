@@ -265,6 +265,7 @@ class Policy(nn.Module):
         banned[list(special - {self.eos_id})] = True
         banned[len(tokenizer):] = True
         self.register_buffer("banned", banned, persistent=False)
+        self.logits_scaling = getattr(backbone.config.get_text_config(), "logits_scaling", 1.0)    # Granite divides by it
         self.dtype, self.context = getattr(torch, dtype), context_of(backbone.config.get_text_config())
         self.image_processor, self.picture_tokens = None, 0
         if processor is not tokenizer:
@@ -327,7 +328,7 @@ class Policy(nn.Module):
         """Log-probs (n,) of target ids (n,) that follow hidden states (n, D)."""
         ban = self.banned.new_zeros(0, dtype=torch.long) if temperature is None else self.banned.nonzero()[:, 0]
         return TokenLogprobs.apply(hidden.to(self.dtype), self.backbone.lm_head.weight.to(self.dtype), ban, targets,
-                                   temperature or 1.0)
+                                   (temperature or 1.0) * self.logits_scaling)
 
     def num_tokens(self, prompt_ids, response_ids, picture):
         """The tokens of one pass over a turn, those of its picture included: what `gflops` counts."""
@@ -474,13 +475,13 @@ def check_model(path, backbone, processor, vision):
         try:
             cache = DynamicCache(config=backbone.config.get_text_config())
             backbone.model(input_ids=text, past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(2)
-            cache.batch_select_indices(torch.tensor([1]))
+            cache.reorder_cache(torch.tensor([0]))
         except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
-            raise ValueError(f"model {path!r}: rows of its cache cannot be repeated and dropped ({backbone.config.model_type}), "
+            raise ValueError(f"model {path!r}: rows of its cache cannot be dropped ({backbone.config.model_type}), "
                              "which sampling needs") from None
     if not torch.isfinite(expected).all():
         raise ValueError(f"model {path!r}: its weights give logits that are no finite numbers")
+    product = product / getattr(backbone.config.get_text_config(), "logits_scaling", 1.0)
     if backbone.lm_head.bias is not None or not torch.allclose(expected, product, atol=1e-4):
         raise ValueError(f"model {path!r}: its logits are not plain products of hidden states and lm_head "
                          f"({backbone.config.model_type}), which is not supported")

@@ -26,7 +26,7 @@ for seed in $SEEDS; do
         MODEL=$start SEEDS=$seed OUT=$OUT bash recipes/tiny.sh
     ) >"$OUT/log_$seed" 2>&1 &
     jobs+=($!)
-    runs="$runs,$OUT/sft_$seed,$OUT/rl_$seed"
+    runs="$runs,$OUT/sft_0_$seed,$OUT/rl_0_$seed"
 done
 failed=""
 for job in "${jobs[@]}"; do

@@ -100,8 +100,8 @@ class BufferLayer(DynamicLayer):
     def get_seq_length(self):
         return self.end
 
-    def batch_select_indices(self, indices):
-        self.buffers = [buffer[indices] for buffer in self.buffers]
+    def reorder_cache(self, rows):
+        self.buffers = [buffer[rows] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :self.end] for buffer in self.buffers)
 
 
@@ -209,7 +209,7 @@ class CacheDecoder:
         with self.policy.autocast():
             hidden = self.model.model(input_ids=input_ids, attention_mask=self.mask, position_ids=position_ids,
                                       past_key_values=self.cache, use_cache=True, **vision).last_hidden_state
-        return wide_product(hidden[:, -1].to(self.policy.dtype), self.lm_head)
+        return wide_product(hidden[:, -1].to(self.policy.dtype), self.lm_head) / self.policy.logits_scaling
 
     def keep(self, rows):
         """Drop all rows but these; the memory gets what has been read and drawn in the others."""
@@ -226,7 +226,7 @@ class CacheDecoder:
     def keep_columns(self, rows):
         self.mask = self.mask[rows]
         self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows]
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
 
 
 class LlamaDecoder(CacheDecoder):
