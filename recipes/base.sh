@@ -7,7 +7,7 @@
 #
 # BASE is the folder to write, OUT the folder for the runs. SMOKE=1 takes a few steps and writes to OUT/base, never to
 # data/base. For gp-l and virl-l, SIZE, SEED, LRS (learning rates of the three stages) and FAULTS (empty: none) may be set
-# (gpu.sh sets the first three).
+# (gpu.sh sets the first three), and AFTER: a model to begin the third stage with, instead of the first two.
 #
 # gp-l: a random-init Llama of 1.3 M parameters learns from expert replies to play GeneralPoints under a family of rules:
 # J, Q and K are each worth any number from 1 to 13, drawn anew for every hand and told in the prompt. The two rules of
@@ -61,24 +61,30 @@ case $TASK in
 gp-l)
     env=() stages=3 mix="rule_family fold=train"
     read -r first second third <<<"${LRS:-2e-3 1e-3 1e-3}"
-    blank "${SIZE:-160x4}" $((3 * SEED))
-    train 1 "$OUT/blank" 400 $((3 * SEED)) --lr "$first" --mix $mix --save-every 50
-    own 2 "$(newest "$OUT/1")" 20480 $((3 * SEED + 1)) --mix $mix
-    train 2 "$(newest "$OUT/1")" 160 $((3 * SEED + 1)) --lr "$second" --data "$OUT/own_2.json" --save-every 40
-    own 3 "$(newest "$OUT/2")" 15360 $((3 * SEED + 2)) --mix $mix --env "faults=${FAULTS-leave_out:0.4,ten:0.15}"
-    train 3 "$(newest "$OUT/2")" 120 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 40
+    if [ -z "${AFTER:-}" ]; then
+        blank "${SIZE:-160x4}" $((3 * SEED))
+        train 1 "$OUT/blank" 400 $((3 * SEED)) --lr "$first" --mix $mix --save-every 50
+        own 2 "$(newest "$OUT/1")" 20480 $((3 * SEED + 1)) --mix $mix
+        train 2 "$(newest "$OUT/1")" 160 $((3 * SEED + 1)) --lr "$second" --data "$OUT/own_2.json" --save-every 40
+        AFTER=$(newest "$OUT/2")
+    fi
+    own 3 "$AFTER" 15360 $((3 * SEED + 2)) --mix $mix --env "faults=${FAULTS-leave_out:0.4,ten:0.15}"
+    train 3 "$AFTER" 120 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 40
     start=$(newest "$OUT/3") ;;
 virl-l)
     env=("root=$OUT/city") stages=3 mix="id:0.8 rule_ood:0.2"
     read -r first second third <<<"${LRS:-2e-3 1e-3 1e-3}"
     [ -d "$OUT/city" ] || python data/synthetic_city.py --out "$OUT/city" --routes 1000 --most-legs 3 --no-pictures
-    blank "${SIZE:-128x4}" $((3 * SEED))
-    train 1 "$OUT/blank" 400 $((3 * SEED)) --lr "$first" --mix $mix --balance --save-every 50
-    own 2 "$(newest "$OUT/1")" 15360 $((3 * SEED + 1)) --mix $mix --balance --failed-tries 1 --env "${env[@]}"
-    train 2 "$(newest "$OUT/1")" 120 $((3 * SEED + 1)) --lr "$second" --data "$OUT/own_2.json" --save-every 40
-    own 3 "$(newest "$OUT/2")" 12800 $((3 * SEED + 2)) --mix id:0.5 rule_ood:0.5 --balance --failed-tries 1 \
+    if [ -z "${AFTER:-}" ]; then
+        blank "${SIZE:-128x4}" $((3 * SEED))
+        train 1 "$OUT/blank" 400 $((3 * SEED)) --lr "$first" --mix $mix --balance --save-every 50
+        own 2 "$(newest "$OUT/1")" 15360 $((3 * SEED + 1)) --mix $mix --balance --failed-tries 1 --env "${env[@]}"
+        train 2 "$(newest "$OUT/1")" 120 $((3 * SEED + 1)) --lr "$second" --data "$OUT/own_2.json" --save-every 40
+        AFTER=$(newest "$OUT/2")
+    fi
+    own 3 "$AFTER" 12800 $((3 * SEED + 2)) --mix id:0.5 rule_ood:0.5 --balance --failed-tries 1 \
         --env "${env[@]}" "faults=${FAULTS-walk_past:0.6,other_word:0.15}"
-    train 3 "$(newest "$OUT/2")" 100 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 50
+    train 3 "$AFTER" 100 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 50
     start=$(newest "$OUT/3") ;;
 gp-vl)
     env=(resolution=224) stages=2

@@ -8,7 +8,8 @@
 #                                           nothing
 #   STARTS="0 1 2" SEEDS="0 1" TASK=virl-l bash recipes/tiny.sh     as in results/: two seeds from each of three starts
 #   MODEL=folder bash recipes/tiny.sh       another start, with SMOKE=1 as well; OUT=folder for the runs; MORE_RL,
-#                                           MORE_SFT, MORE_TEST hold further options (gpu.sh)
+#                                           MORE_SFT, MORE_TEST hold further options (gpu.sh); RL_SETTINGS="--lr 1e-5;--lr
+#                                           3e-5" and SFT_SETTINGS: others than those below, all run (study.sh)
 #
 # JOBS runs go on side by side, one core each (two, if nothing is said); what each prints is in OUT/log_NAME. It can be
 # stopped at any time (Ctrl-C); the same command goes on.
@@ -52,6 +53,8 @@ gp-vl)
     test="--episodes 200 --splits id rule_ood visual_ood" ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
+[ -z "${RL_SETTINGS:-}" ] || IFS=';' read -ra rl_settings <<<"$RL_SETTINGS"
+[ -z "${SFT_SETTINGS:-}" ] || IFS=';' read -ra sft_settings <<<"$SFT_SETTINGS"
 more_rl=${MORE_RL:-} more_sft=${MORE_SFT:-} test="$test ${MORE_TEST:-}"        # the last of two equal options counts
 if [ -n "${SMOKE:-}" ]; then
     rl="--updates 2 --save-every 1 --num-envs 16 --turns-per-env 2 --minibatch-turns 16 --epochs 1"
