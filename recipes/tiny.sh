@@ -76,10 +76,12 @@ job() {   # one run, trained and then tested: NAME SCRIPT TEST-OPTION, then the 
     runs="$runs,$OUT/$name"
 }
 for start in $STARTS; do
-    model=${MODEL:-data/base/$TASK}
-    if [ "$start" != 0 ]; then
-        model=$OUT/start_$start
-        [ -d "$model" ] || { say "start $start is made"; SEED=$start BASE=$model OUT=$OUT/making_$start bash recipes/base.sh; }
+    model=$OUT/start_$start
+    if [ ! -d "$model" ] && [ "$start" = 0 ]; then
+        model=${MODEL:-data/base/$TASK}
+    elif [ ! -d "$model" ]; then
+        say "start $start is made"
+        SEED=$start BASE=$model OUT=$OUT/making_$start bash recipes/base.sh
     fi
     # data/base/gp-l and gp-vl were trained when the prompt named the operations in words, and are told so still.
     told=(${env[@]+"${env[@]}"})
