@@ -22,7 +22,7 @@
 # in four samples of five and relative words in the fifth: the rule that is tested later is in it. Then on its own failed
 # replies, as in gp-l; then on both rules alike from an imperfect demonstrator: 0.6 of the turns are walked past and 0.15 are
 # named in the other rule's word, at first tries. tiny.sh goes on with routes of up to five legs.
-# data/base/virl-l is from before that: random failed tries, no faults, and no third stage.
+# data/base/virl-l is start 0 (SEED=0).
 #
 # gp-vl: as gp-l, but a random-init vision model of 1.7 M parameters that sees the hand, in black suits only, on a canvas
 # of 224 pixels. It learns to read them along with the rest; both parts are left before their end. How well it then reads
