@@ -124,6 +124,8 @@ class QwenVision:
 
     @staticmethod
     def check(path, config, processor):
+        if processor.image_token is None:
+            raise ValueError(f"model {path!r}: its image_token_id {config.image_token_id} is no token of its tokenizer")
         names = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
         for name, of_model in names.items():
             cut, taken = getattr(processor.image_processor, name), getattr(config.vision_config, of_model)
