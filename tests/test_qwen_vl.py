@@ -264,3 +264,12 @@ def test_on_pictures_the_chain_runs(family, tmp_path, device, capsys):
     evaluate.main(evaluate.Config(run_folder=str(tmp_path / "rl"), splits=("id",), env=("verify_iter=2",), episodes=4,
                                   max_new_tokens=8, device=device))
     assert "recognition" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_nothing_mixes_tensors_of_a_gpu_with_those_of_the_cpu(family, pretend_cuda):
+    with pretend_cuda():
+        tiny_qwen = model.load_policy(FOLDERS[family], "bfloat16", "cuda", vision=True)
+        played = play(tiny_qwen, turns=1)[:2]
+        with torch.no_grad():
+            logprobs_of(tiny_qwen[0], played, [picture for _, picture in played])
