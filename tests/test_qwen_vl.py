@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin, Qwen2_5_VLProcessor, Qwen3VLProcessor
+from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin, Qwen2_5_VLProcessor,
+                          Qwen3VLProcessor)
 
 import envs
 import evaluate
@@ -16,7 +17,6 @@ from conftest import tiny_folder
 from support import run_folder, running
 from support.chat import user_message
 from support.decoder import CacheDecoder
-from support.vision import QwenProcessor
 from test_scripts import metrics
 from test_vision import RL, SFT, logprobs_of, step_gradients
 
@@ -48,7 +48,8 @@ def play(tiny_qwen, temperature=0.7, turns=3):
     """Dialogues about a picture each, sampled with a memory: ([(prompt, response, log-probs)], picture).
     The last dialogue begins one turn later."""
     policy, processor = tiny_qwen
-    memory, found = model.RolloutMemory(policy, 10 ** 6, 2 ** 30), [([], picture_of_size(size, i)) for i, size in enumerate(SIZES)]
+    memory = model.RolloutMemory(policy, 10 ** 6, 2 ** 30)
+    found = [([], picture_of_size(size, i)) for i, size in enumerate(SIZES)]
     for turn in range(turns):
         going = [i for i in range(len(found)) if turn or i < len(found) - 1]
         prompts = []
@@ -56,7 +57,8 @@ def play(tiny_qwen, temperature=0.7, turns=3):
             told, picture = found[i]
             messages = [user_message("12 " * (2 * i + 1), picture)]
             for k, (_, response, _) in enumerate(told):
-                messages += [{"role": "assistant", "content": model.decode_reply(processor, response)}, user_message("7 " * (i + k + 1))]
+                messages.append({"role": "assistant", "content": model.decode_reply(processor, response)})
+                messages.append(user_message("7 " * (i + k + 1)))
             prompts.append(model.encode(processor, messages, told[-1][0] + told[-1][1] if told else None))
         uniforms = model.sampling_uniforms([(turn, i) for i in going], 12)
         replies = policy.generate(prompts, uniforms, 12, temperature, 10 ** 6, [found[i][1] for i in going], memory, going)
@@ -113,9 +115,9 @@ def plain_model(folder, monkeypatch):
     """transformers' own model and processor of a folder; the processor without torchvision has no part for videos."""
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *args: None)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    kind = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}[json.loads((folder / "config.json").read_text())["model_type"]]
-    processor = kind(AutoImageProcessor.from_pretrained(folder, backend="pil"), tokenizer, None, chat_template=tokenizer.chat_template)
-    return AutoModelForImageTextToText.from_pretrained(folder), processor
+    plain, images = AutoModelForImageTextToText.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
+    kind = {"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}[plain.config.model_type]
+    return plain, kind(images, tokenizer, None, chat_template=tokenizer.chat_template)
 
 
 @torch.no_grad()
@@ -180,7 +182,7 @@ def test_checkpointing_changes_no_gradient_and_frozen_parts_get_none(tiny_qwen, 
     whole, folder = step_gradients(policy, played), str(saved(policy, processor, tmp_path))
     towers = {name for name in whole if ".visual." in name}
     mergers = {name for name in towers if "merger" in name}
-    assert mergers and towers - mergers and whole.keys() - towers and whole.keys() == dict(policy.backbone.named_parameters()).keys()
+    assert mergers and towers - mergers and whole.keys() == dict(policy.backbone.named_parameters()).keys()
     twin, _ = model.load_policy(folder, device=device, vision=True, gradient_checkpointing=True)
     calls = []
     for layer in running.layers_of(twin):
@@ -238,20 +240,30 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name(family, file, change, t
         model.load_policy(str(folder), vision=True)
 
 
-def test_the_settings_of_a_folder_as_one_downloads_it_are_used_and_go_into_checkpoints(tmp_path):
+CUT = {"patch_size": 28, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+EDGES = {"size": {"shortest_edge": 56 ** 2, "longest_edge": 5 * 56 ** 2}}
+
+
+@pytest.mark.parametrize("files", [                                # of three ages, as they lie in folders that one downloads
+    {"preprocessor_config.json": {**CUT, "min_pixels": 56 ** 2, "max_pixels": 5 * 56 ** 2, "processor_class": "Qwen2_5_VLProcessor",
+                                  "image_processor_type": "Qwen2VLImageProcessor"}},
+    {"preprocessor_config.json": {**CUT, **EDGES, "image_processor_type": "Qwen2VLImageProcessorFast"},
+     "video_preprocessor_config.json": {"fps": 2}},
+    {"processor_config.json": {"image_processor": {**CUT, **EDGES, "image_processor_type": "Qwen2VLImageProcessor"},
+                               "video_processor": {"fps": 2}, "processor_class": "Qwen3VLProcessor"}}])
+def test_the_settings_of_a_folder_as_one_downloads_it_are_used_and_go_into_checkpoints(files, tmp_path):
     folder = shutil.copytree(FOLDERS["qwen2_5_vl"], tmp_path / "model")
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))      # of older versions
-    (folder / "video_preprocessor_config.json").write_text('{"fps": 2}')
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    settings |= {"min_pixels": settings["size"]["shortest_edge"], "max_pixels": 5 * 56 ** 2, "size": None, "merge_size": 2}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    policy, processor = model.load_policy(str(folder), vision=True)
-    policy, processor = model.load_policy(str(saved(policy, processor, tmp_path)), vision=True)
-    assert isinstance(processor, QwenProcessor) and processor.chat_template == template
+    (folder / "preprocessor_config.json").unlink()
+    for name, settings in {"chat_template.json": {"chat_template": template}, **files}.items():
+        (folder / name).write_text(json.dumps(settings))
+    checkpoint = saved(*model.load_policy(str(folder), vision=True), tmp_path)
+    _, processor = model.load_policy(str(checkpoint), vision=True)
+    assert processor.chat_template == (checkpoint / "chat_template.jinja").read_text() == template
     assert processor.num_placeholders(picture_of_size((300, 300))) == 4
-    assert (tmp_path / "step_000001" / "video_preprocessor_config.json").read_text() == '{"fps": 2}'
+    assert list(processor.image_processor.image_mean) == CUT["image_mean"]
+    assert {path.name: json.loads(path.read_text()) for path in checkpoint.glob("*processor_config.json")} == files
 
 
 @pytest.mark.parametrize("family", FOLDERS)
