@@ -8,33 +8,34 @@ replies (`Policy.generate`). Nothing here knows a game. A model is a folder that
 
     prompt_ids (P,)     everything before the reply, the dialogue so far included
     response_ids (R,)   the reply, with its end-of-turn token unless it was cut at the limit
-    picture             a PIL image, the one of a dialogue, or None; the prompt has one <|image|> token for it
+    picture             a PIL image, the one of a dialogue, or None; the prompt holds its placeholder tokens
 
-Text models are causal LMs shaped like Llama. The vision model is Mllama (Llama-3.2-Vision, the paper's): a picture is
-cut into tiles, the vision tower and a projector make states of them, and some layers of the language model look at
-those by cross-attention, so that a picture adds one token to the prompt and none to the keys and values of the text.
-In transformers the tokens before <|image|> see a little of the picture, too: we leave that as it is.
+Text models are causal LMs shaped like Llama. Vision models are Mllama (Llama-3.2-Vision, the paper's), Qwen2.5-VL and
+Qwen3-VL; how each takes a picture is in support/vision.py.
 
-Left out: other architectures, and several pictures in a dialogue. Decoding over a cache is in support/decoder.py,
-spreading the weights over several processes in support/running.py.
+Left out: other architectures, several pictures in a dialogue, and videos. Decoding over a cache is in
+support/decoder.py, spreading the weights over several processes in support/running.py.
 """
 import contextlib
 import itertools
 import math
+import re
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
 
 from support import running
-from support.chat import read_text
+from support.chat import read_text, user_message
 from support.decoder import CacheDecoder, LlamaDecoder, RolloutMemory, wide_product
+from support.vision import FAMILIES, num_placeholders
 
 transformers_logging.set_verbosity_error()         # no bars and no hints of the library among our lines
 transformers_logging.disable_progress_bar()
@@ -89,7 +90,7 @@ def encode(processor, messages, prior_ids=None):
     `prior_ids` are the ids of the dialogue up to and including the last reply, as it was sampled. With them, only what
     follows that reply is tokenized: sampled ids are never decoded and encoded again, though a template may write earlier
     turns otherwise later on. A reply that was cut at the limit is closed with an end-of-turn, which belongs to the prompt
-    and so to no loss. A picture is one token here.
+    and so to no loss. The one image token that a template writes becomes as many as the model has for the picture.
     """
     tokenizer, prior = tokenizer_of(processor), prior_ids or []     # differs 12: sampled ids are kept, never encoded again
     if prior:
@@ -103,19 +104,22 @@ def encode(processor, messages, prior_ids=None):
             raise ValueError(f"the chat template must show the last reply and end it with {tokenizer.eos_token!r}, the "
                              "\"eos_token\" of tokenizer_config.json: that must be the token which ends a turn")
         # behind the end-of-turn, which some tokenizers need to know that no text begins here
-        ids = prior[:-1] if prior[-1] == tokenizer.eos_token_id else prior
-        ids = ids + tokenizer(rest.lstrip(), add_special_tokens=False).input_ids
+        kept, text = prior[:-1] if prior[-1] == tokenizer.eos_token_id else prior, rest.lstrip()
     else:
-        ids = tokenizer(render(processor, messages, add_generation_prompt=True), add_special_tokens=False).input_ids
+        kept, text = [], render(processor, messages, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     if processor is not tokenizer:
-        found, expected = ids.count(processor.image_token_id), int(picture_of(messages) is not None)
+        image_id, picture = processor.image_token_id, picture_of(messages)
+        num, expected = num_placeholders(processor, picture), int(picture is not None)
+        ids = [i for one in ids for i in [one] * (num if one == image_id else 1)]
+        found = (kept + ids).count(image_id) / num
         if found != expected:
-            raise ValueError(f"{found} {processor.image_token} tokens in a dialogue with {expected} pictures: the text "
-                             f"of a message must not hold {processor.image_token}")
+            raise ValueError(f"{found:.3g} {processor.image_token} tokens in a dialogue with {expected} pictures: the template "
+                             f"must write one for each, and the text of a message must not hold {processor.image_token}")
     for message in messages:                                       # replies that are kept as ids may hold anything
         if not (prior and message["role"] == "assistant"):
             check_text(tokenizer, read_text(message))
-    return ids
+    return kept + ids
 
 
 def encode_reply(processor, reply):
@@ -258,7 +262,7 @@ class Policy(nn.Module):
         self.value_head = nn.Sequential(nn.Linear(hidden, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(),
                                         nn.Linear(512, 1))
         self.eos_id = tokenizer.eos_token_id
-        # Never sampled: special ids but end-of-turn, and rows of lm_head without a token. (<|image|> has no row there.)
+        # Never sampled: special ids but end-of-turn, and rows of lm_head without a token. (Mllama's <|image|> has no row.)
         rows = backbone.lm_head.weight.shape[0]
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i < rows}
         banned = torch.zeros(rows, dtype=torch.bool)
@@ -267,11 +271,8 @@ class Policy(nn.Module):
         self.register_buffer("banned", banned, persistent=False)
         self.logits_scaling = getattr(backbone.config.get_text_config(), "logits_scaling", 1.0)    # Granite divides by it
         self.dtype, self.context = getattr(torch, dtype), context_of(backbone.config.get_text_config())
-        self.image_processor, self.picture_tokens = None, 0
-        if processor is not tokenizer:
-            self.image_processor, self.image_id = processor.image_processor, processor.image_token_id
-            vision = backbone.config.vision_config                 # a picture counts all tiles, used or not
-            self.picture_tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+        self.vision = FAMILIES[backbone.config.model_type](backbone, processor) if processor is not tokenizer else None
+        self.picture_tokens = self.vision.picture_tokens if self.vision else 0      # beside those in the prompt
 
     @property
     def device(self):
@@ -312,9 +313,7 @@ class Policy(nn.Module):
         # differs 6: every token of a reply counts, its end-of-turn too; theirs leaves the first two out
         rows, columns = row[:, None].expand_as(is_token)[is_token], (first[:, None] + offsets)[is_token]   # (n,)
         self.check_length(batch["input_ids"].shape[1])
-        vision = self.picture_tensors(batch["pictures"]) if batch["pictures"] else {}
-        if vision:
-            vision["cross_attention_mask"] = self.cross_attention_mask(batch["input_ids"], vision["aspect_ratio_mask"])
+        vision = self.vision.inputs(batch["input_ids"], batch["pictures"]) if batch["pictures"] else {}
         with self.autocast():
             hidden = self.backbone.model(input_ids=batch["input_ids"], use_cache=False,
                                          **vision).last_hidden_state                               # (rows, T, D)
@@ -334,26 +333,11 @@ class Policy(nn.Module):
         """The tokens of one pass over a turn, those of its picture included: what `gflops` counts."""
         return len(prompt_ids) + len(response_ids) + (self.picture_tokens if picture is not None else 0)
 
-    def picture_tensors(self, pictures):
-        """Mllama's inputs for B pictures: pixel_values (B, 1, tiles, 3, size, size), aspect_ratio_ids (B, 1) and
-        aspect_ratio_mask (B, 1, tiles), 1 for tiles that hold a part of the picture."""
-        tensors = self.image_processor([[picture] for picture in pictures], return_tensors="pt")
-        return {name: tensors[name].to(self.device) for name in ("pixel_values", "aspect_ratio_ids",
-                                                                 "aspect_ratio_mask")}
-
-    def cross_attention_mask(self, input_ids, tiles):
-        """Which tiles a token looks at, from <|image|> on all: (B, T) and (B, 1, tiles) to (B, T, 1, tiles)."""
-        sees = (input_ids == self.image_id).cumsum(1) > 0
-        return sees[:, :, None, None] * tiles[:, None]
-
     @torch.no_grad()
     def see(self, pictures):
-        """What the cross-attention layers look at, for each picture: states (S, D), S = tiles x patches, and which
-        tiles hold something (1, tiles)."""
-        tensors, model = self.picture_tensors(pictures), self.backbone.model
+        """What the picture encoder makes of each picture, a list of tensors: `generate` reads it, and runs no encoder."""
         with self.autocast():
-            states = model.multi_modal_projector(model.vision_model(**tensors).last_hidden_state)
-        return list(zip(states.flatten(1, -2), tensors["aspect_ratio_mask"]))
+            return self.vision.see(pictures)
 
     @torch.no_grad()
     def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536, pictures=None, memory=None,
@@ -440,7 +424,7 @@ def sampling_uniforms(keys, max_new_tokens):
 
 # ---- Loading one -------------------------------------------------------------------------------------------
 
-FREEZABLE = {"vision": "model.vision_model", "projector": "model.multi_modal_projector"}   # paper Fig. 16
+FREEZABLE = ("vision", "projector")                # the picture encoder, and what makes its states tokens or keys: Fig. 16
 
 
 def check_template(path, processor, vision):
@@ -449,8 +433,8 @@ def check_template(path, processor, vision):
     if template_of(processor) is None or tokenizer.eos_token is None:
         raise ValueError(f"model {path!r}: its tokenizer has no chat template (or none called default), or no "
                          "end-of-sequence token")
-    contents = [[{"type": "image", "image": "a picture"}, {"type": "text", "text": "1"}] if vision else "1", "2", "3"]
-    messages = [{"role": role, "content": content} for role, content in zip(("user", "assistant", "user"), contents)]
+    reply = {"role": "assistant", "content": "2"}
+    messages = [user_message("1", Image.new("RGB", (64, 64)) if vision else None), reply, user_message("3")]
     try:
         first = encode(processor, messages[:1])
         encode(processor, messages, first + encode_reply(processor, "2"))
@@ -485,10 +469,6 @@ def check_model(path, backbone, processor, vision):
     if backbone.lm_head.bias is not None or not torch.allclose(expected, product, atol=1e-4):
         raise ValueError(f"model {path!r}: its logits are not plain products of hidden states and lm_head "
                          f"({backbone.config.model_type}), which is not supported")
-    tiles = getattr(getattr(processor, "image_processor", None), "max_image_tiles", 0)
-    if tiles and tiles > backbone.config.vision_config.max_num_tiles:
-        raise ValueError(f"model {path!r}: its processor cuts a picture into up to {tiles} tiles, the model takes "
-                         f"{backbone.config.vision_config.max_num_tiles} (max_image_tiles of its preprocessor)")
 
 
 def load_folder(path, vision, dtype, hollow):
@@ -506,28 +486,32 @@ def load_folder(path, vision, dtype, hollow):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ValueError("its weights are quantized (quantization_config); take the model as it was before")
-        is_mllama = config.model_type == "mllama"
-        model_class = AutoModelForImageTextToText if is_mllama else AutoModelForCausalLM
+        family = FAMILIES.get(config.model_type)
+        model_class = AutoModelForImageTextToText if family else AutoModelForCausalLM
         with torch.device("meta") if hollow else contextlib.nullcontext():
             backbone, faults = ((model_class.from_config(config, dtype=dtype), {}) if hollow else
                                 model_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False,
                                                             output_loading_info=True, ignore_mismatched_sizes=True))
-        processor = (AutoProcessor if is_mllama else AutoTokenizer).from_pretrained(folder, trust_remote_code=False)
+        processor = (family.load_processor(folder, config) if family else
+                     AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:                                      # the libraries raise anything on files that are odd
         raise ValueError(f"model {path!r}: not a causal language model shaped like Llama with its tokenizer, nor a "
-                         f"Llama-3.2-Vision with its processor: {(str(error).strip() or repr(error)).splitlines()[0]}") from None
+                         "Llama-3.2-Vision with its processor, nor a Qwen2.5-VL or Qwen3-VL: "
+                         f"{(str(error).strip() or repr(error)).splitlines()[0]}") from None
     for kind in ("missing", "unexpected", "mismatched"):            # transformers would fill them with random numbers
         if names := sorted(map(str, faults.get(f"{kind}_keys", ()))):
             raise ValueError(f"model {path!r}: its weights do not fill the model: {names[0]} is {kind}"
                              + (f", and {len(names) - 1} more" if names[1:] else ""))
-    if vision and not is_mllama:
+    if vision and not family:
         raise ValueError(f"model {path!r}: {config.model_type} reads no pictures; the task needs a vision model, "
-                         "supported is mllama (Llama-3.2-Vision)")
+                         f"supported are {', '.join(FAMILIES)}")
     if not hasattr(backbone, "model") or not hasattr(backbone, "lm_head"):
         raise ValueError(f"model {path!r}: architecture {config.model_type} is not supported; "
-                         "supported are mllama and causal LMs shaped like Llama (.model and .lm_head)")
+                         f"supported are {', '.join(FAMILIES)} and causal LMs shaped like Llama (.model and .lm_head)")
+    if family:
+        family.check(path, config, processor)
     if not hollow:
         check_model(path, backbone, processor, vision)
     return backbone, processor
@@ -546,9 +530,11 @@ def load_policy(path, dtype="float32", device="cpu", vision=False, freeze="", gr
         raise ValueError(f"param_dtype {param_dtype} needs dtype bfloat16, not {dtype}")
     backbone, processor = load_folder(path, vision, getattr(torch, param_dtype), hollow)
     for name in filter(None, freeze.split(",")):
-        if name not in FREEZABLE or backbone.config.model_type != "mllama":
+        family = FAMILIES.get(backbone.config.model_type)
+        if name not in FREEZABLE or not family:
             raise ValueError(f"freeze {name!r}: allowed are {', '.join(FREEZABLE)}, and only in a vision model")
-        backbone.get_submodule(FREEZABLE[name]).requires_grad_(False)
+        for parameter_name, p in backbone.named_parameters():
+            p.requires_grad_(p.requires_grad and not re.match(family.parts[name], parameter_name))
     policy = Policy(backbone, processor, dtype)
     for p in policy.parameters():                        # no buffers: rotary frequencies stay in float32
         p.data = p.data.to(getattr(torch, param_dtype))

@@ -6,7 +6,7 @@
     decoder.append(ids)      one more token to every reply           -> logits (B, V) of the next
     decoder.keep(rows)       drop the replies that have ended; their keys and values go to the memory
 
-A decoder reads of the policy: backbone, dtype, autocast() and, for pictures, cross_attention_mask().
+A decoder reads of the policy: backbone, dtype, autocast() and, for pictures, vision (support/vision.py).
 """
 import math
 import os
@@ -41,10 +41,9 @@ class RolloutMemory:
     """
 
     def __init__(self, policy, token_budget, limit=0):
-        self.policy, self.limit, self.num_bytes = policy, limit, 0
+        self.policy, self.token_budget, self.limit, self.num_bytes = policy, token_budget, limit, 0
         self.dialogues = {}                                        # owner -> ids (T,), picture, keys and values (T, F)
         self.seen = {}                                             # id of a picture -> the picture, its states
-        self.at_once = max(1, token_budget // max(1, policy.picture_tokens))
 
     def see(self, pictures):
         """The states of each picture in order; None if there are no pictures."""
@@ -53,8 +52,9 @@ class RolloutMemory:
         wanted = {id(picture): picture for picture in pictures}
         self.seen = {key: self.seen[key] for key in wanted if key in self.seen}
         new = [key for key in wanted if key not in self.seen]
-        for start in range(0, len(new), self.at_once):
-            keys = new[start:start + self.at_once]
+        at_once = max(1, self.token_budget // max((self.policy.vision.num_patches(wanted[key]) for key in new), default=1))
+        for start in range(0, len(new), at_once):
+            keys = new[start:start + at_once]
             for key, seen in zip(keys, self.policy.see([wanted[key] for key in keys])):
                 self.seen[key] = wanted[key], [tensor.cpu() for tensor in seen]
         return [self.seen[id(picture)][1] for picture in pictures]
@@ -139,13 +139,11 @@ class CacheDecoder:
         self.mask = (input_ids >= 0).long()
         self.capacity = -(-(columns + max_new_tokens) // 64) * 64
         self.cache = self.make_cache(pasts, start, self.capacity)
-        self.cross_mask, vision = None, {}                         # (B, P, 1, tiles), P growing with every token
-        if seen:
-            states, tiles = (torch.stack(part).to(input_ids.device) for part in zip(*seen))   # (B, S, D), (B, 1, tiles)
-            self.cross_mask = self.policy.cross_attention_mask(input_ids, tiles)
-            vision["cross_attention_states"] = states
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        return self.forward(input_ids.clamp(min=0)[:, start:], positions[:, start:], **vision)
+        vision = self.policy.vision.read(input_ids, self.mask, start, seen) if seen else {}
+        self.cross_mask = vision.pop("cross_attention_mask", None)         # (B, P, 1, tiles), P growing with every token
+        positions = vision.pop("position_ids", (self.mask.cumsum(-1) - 1).clamp(min=0))               # (B, P) or (3, B, P)
+        self.position = positions.view(-1, *self.mask.shape).amax((0, 2))[:, None] + 1        # (B, 1), of the next token
+        return self.forward(input_ids.clamp(min=0)[:, start:], positions[..., start:], **vision)
 
     def find_pasts(self, prompts, owners, pictures):
         """For each prompt the keys and values (T, F) of what it begins with, or None. What all begin with is read once."""
@@ -201,7 +199,8 @@ class CacheDecoder:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], dim=1)
         if self.cross_mask is not None:
             self.cross_mask = torch.cat([self.cross_mask, self.cross_mask[:, -1:]], dim=1)
-        return self.forward(ids[:, None], self.mask.sum(-1, keepdim=True) - 1)
+        self.position = self.position + 1
+        return self.forward(ids[:, None], self.position - 1)
 
     def forward(self, input_ids, position_ids, **vision):
         if self.cross_mask is not None:                            # text models do not know the argument
@@ -224,7 +223,7 @@ class CacheDecoder:
         self.keep_columns(rows)
 
     def keep_columns(self, rows):
-        self.mask = self.mask[rows]
+        self.mask, self.position = self.mask[rows], self.position[rows]
         self.cross_mask = None if self.cross_mask is None else self.cross_mask[rows]
         self.cache.reorder_cache(rows)
 
@@ -266,7 +265,6 @@ class LlamaDecoder(CacheDecoder):
         self.bias = torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, -math.inf)
         # Padding stands before the end, so all rows write to one column, but each counts positions of its own.
         self.column = self.mask.new_tensor([P])                    # (1,)
-        self.position = self.mask.sum(-1, keepdim=True)            # (B, 1)
         return logits
 
     def keys_values(self):

@@ -337,7 +337,7 @@ def memory_estimate(policy, config):
     stays = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parts.values()) / WORLD
     cast = WORLD == 1 and any(p.dtype != policy.dtype for p in parts.values())
     copied = [name for name in parts if cast or samples and WORLD > 1]
-    if samples and not cast and not policy.picture_tokens:
+    if samples and not cast and not policy.vision:
         copied += [name for name in parts if re.search(r"\.(q|k|v|gate|up)_proj\.", name)]
     copies = size * sum(parts[name].numel() for name in copied)
     layers, kept = text.num_hidden_layers, 40 * text.hidden_size + 4 * size * text.intermediate_size

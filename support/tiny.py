@@ -2,6 +2,7 @@
 
     python support/tiny.py --task gp-l --out runs/blank                              # a Llama
     python support/tiny.py --task gp-vl --out runs/blank --size 96x4                 # an Mllama, which sees pictures
+    python support/tiny.py --task gp-vl --out runs/blank --family qwen3_vl           # another model that does
     python support/tiny.py --task virl-l --out runs/blank --env root=city0
 
 Its tokenizer is trained on the task's own prompts, replies and verdicts, so that a prompt is short.
@@ -14,10 +15,11 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor,
-                          PreTrainedTokenizerFast)
+from transformers import (AutoConfig, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM, MllamaConfig,
+                          MllamaForConditionalGeneration, MllamaProcessor, PreTrainedTokenizerFast)
 from transformers import logging as transformers_logging
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil   # needs no torchvision
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # a script in a folder: the repository is above
 
@@ -25,8 +27,10 @@ import envs
 from support import running
 from support.chat import read_text
 from support.settings import read_settings
+from support.vision import FAMILIES, QwenProcessor
 
 IMAGE_TOKEN = "<|image|>"
+QWEN_TOKENS = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -42,6 +46,7 @@ class Config:
     task: str = running.knob("gp-l", "the task whose words its tokenizer learns; -vl: a vision model",
                              choices=tuple(envs.TASKS))
     env: tuple = running.knob((), "settings of the task, such as root=city0 (envs.py lists them)")
+    family: str = running.knob("", "the kind of vision model; if not given, mllama", choices=("", *FAMILIES))
     size: str = running.knob("128x4", "WIDTHxLAYERS")
     seed: int = running.knob(0, "fixes the weights", low=0)
 
@@ -90,13 +95,33 @@ def train_tokenizer(texts, atoms, vocab_size=4096):
         padding_side="left", clean_up_tokenization_spaces=False)
 
 
-def make_tiny(size, vision, texts, atoms):
+def make_tiny_qwen(family, tokenizer, common):
+    """A Qwen-VL that sees pictures as 1 to 16 tokens, each of 56 x 56 pixels in 4 patches."""
+    tokenizer.add_tokens(QWEN_TOKENS, special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(IMAGE_TOKEN, "".join(QWEN_TOKENS[:3]))
+    ids = dict(zip(("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id"),
+                   tokenizer.convert_tokens_to_ids(QWEN_TOKENS)))
+    width, heads = common["hidden_size"], common["num_attention_heads"]
+    own = (dict(window_size=112, fullatt_block_indexes=[1]) if family == "qwen2_5_vl" else
+           dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]))
+    rope = {**common["rope_parameters"], "mrope_section": [6, 5, 5]}
+    backbone = AutoModelForImageTextToText.from_config(AutoConfig.for_model(
+        family, **ids, tie_word_embeddings=common["tie_word_embeddings"],
+        text_config=dict(common, vocab_size=len(tokenizer), head_dim=32, rope_parameters=rope),
+        vision_config=dict(depth=2, hidden_size=width, num_heads=heads, intermediate_size=2 * width, patch_size=28,
+                           out_hidden_size=width, **own)))
+    images = Qwen2VLImageProcessorPil(patch_size=28, size={"shortest_edge": 56 ** 2, "longest_edge": 224 ** 2})
+    return backbone, QwenProcessor(images, tokenizer, ids["image_token_id"])
+
+
+def make_tiny(size, family, texts, atoms):
     """(backbone, processor) of random weights from torch's seed, WIDTHxLAYERS.
 
-    In words a Llama; with `vision` an Mllama that sees pictures as one tile of 224 pixels in 64 patches, with a vision
-    tower of the same width and every second layer looking at the picture.
+    `family` is llama, in words; mllama, which sees pictures as one tile of 224 pixels in 64 patches, with a vision tower
+    of the same width and every second layer looking at the picture; or another of support/vision.py.
     """
-    match, least = re.fullmatch(r"(\d+)x(\d+)", size), 2 if vision else 1
+    vision = family != "llama"
+    match, least = re.fullmatch(r"(\d+)x(\d+)", size), 2 if family == "mllama" else 1
     width, layers = map(int, match.groups()) if match else (0, 0)
     if width % 32 or not width or layers < least:
         raise ValueError(f"--size {size!r}: must be WIDTHxLAYERS, WIDTH a multiple of 32 and LAYERS at least {least}")
@@ -108,6 +133,8 @@ def make_tiny(size, vision, texts, atoms):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     if not vision:
         return LlamaForCausalLM(LlamaConfig(**common)), tokenizer
+    if family != "mllama":
+        return make_tiny_qwen(family, tokenizer, common)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)       # its id is V: beyond lm_head, so never sampled
     processor = MllamaProcessor(MllamaImageProcessorPil(size={"height": 224, "width": 224}, max_image_tiles=1),
                                 tokenizer, chat_template=CHAT_TEMPLATE)
@@ -130,7 +157,8 @@ def main(config):
         settings = read_settings(config.env)
         env = envs.make_env(config.task, **settings)
         torch.manual_seed(config.seed)
-        backbone, processor = make_tiny(config.size, env.vision, sample_texts(config.task, **settings), env.atoms())
+        family = config.family or ("mllama" if env.vision else "llama")
+        backbone, processor = make_tiny(config.size, family, sample_texts(config.task, **settings), env.atoms())
     transformers_logging.disable_progress_bar()
     backbone.save_pretrained(config.out)
     processor.save_pretrained(config.out)

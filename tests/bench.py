@@ -359,7 +359,7 @@ def make_vision_policy(args, vocab_size, dtype="float32", text=(), vision=()):
     `text` and `vision` change fields of the two configs.
     """
     texts = tiny.sample_texts("gp-vl", num=20, resolution=224)
-    backbone, processor = tiny.make_tiny("256x4", True, texts, envs.make_env("gp-vl", "id").atoms())
+    backbone, processor = tiny.make_tiny("256x4", "mllama", texts, envs.make_env("gp-vl", "id").atoms())
     config = backbone.config
     for part, changed in ((config.text_config, {"vocab_size": vocab_size, **dict(text)}),
                           (config.vision_config, {"patch_size": 14, "num_hidden_layers": 4, **dict(vision)})):
@@ -372,13 +372,13 @@ def make_vision_policy(args, vocab_size, dtype="float32", text=(), vision=()):
         if name.endswith("gate"):
             torch.nn.init.constant_(parameter, 0.5)           # a new Mllama is blind
     policy.backbone.generation_config.eos_token_id, policy.eos_id = None, -1
-    policy.banned.fill_(False)[policy.image_id] = True
+    policy.banned.fill_(False)[policy.vision.image_id] = True
     return policy, processor
 
 
 def baseline_vision(policy, ids, tensors):
     """What Hugging Face's model takes beside the ids of one prompt: the picture, and which tokens look at it."""
-    mask = policy.cross_attention_mask(torch.tensor([ids], device=policy.device), tensors["aspect_ratio_mask"])
+    mask = policy.vision.cross_attention_mask(torch.tensor([ids], device=policy.device), tensors["aspect_ratio_mask"])
     return {**tensors, "cross_attention_mask": mask}
 
 
@@ -392,16 +392,16 @@ def update_functions(args):
     vocab_size = 128256
     policy, _ = make_vision_policy(args, vocab_size)
     picture = draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 224)
-    rng, turns, ids = random.Random(args.seed), [], [policy.image_id]
+    rng, turns, ids = random.Random(args.seed), [], [policy.vision.image_id]
     for new in (320, 64, 64, 64, 64):
-        prompt, response = ([rng.randrange(policy.image_id + 1, vocab_size) for _ in range(n)] for n in (new, 64))
+        prompt, response = ([rng.randrange(policy.vision.image_id + 1, vocab_size) for _ in range(n)] for n in (new, 64))
         turns.append(rl.Turn(ids + prompt, response, 0, 0.0, False, (), {}, picture))
         ids = ids + prompt + response
     config = rl.Config(temperature=1.0)
 
     def official():
         return backward(policy, (baseline_turn_logprob(policy, turn.prompt_ids, turn.response_ids,
-                                                       policy.picture_tensors([picture])) for turn in turns))
+                                                       policy.vision.tensors([picture])) for turn in turns))
 
     return policy, lambda: backward(policy, [rl.turn_logprobs(policy, turns, [range(5)], config)[0].sum()]), official
 
@@ -428,7 +428,7 @@ def rollout_vision(args):
     def official():
         total = 0.0
         for turn in (turns[i] for i in chosen):
-            prompt, tensors = turn.prompt_ids, policy.picture_tensors([turn.picture])
+            prompt, tensors = turn.prompt_ids, policy.vision.tensors([turn.picture])
             made = baseline_generate(policy, [prompt], R, return_dict_in_generate=True, output_scores=True,
                                      output_hidden_states=True, **baseline_vision(policy, prompt, tensors))
             assert made.sequences.shape[1] == len(prompt) + R
@@ -805,10 +805,10 @@ def limits(args, rates):
                       max_num_tiles=4, supported_aspect_ratios=MllamaVisionConfig().supported_aspect_ratios)
     policy, _ = make_vision_policy(args, vocab_size, dtype, text if large else {}, vision)
     if large:
-        policy.image_processor = type(policy.image_processor)(size={"height": 560, "width": 560}, max_image_tiles=4)
+        policy.vision.image_processor = type(policy.vision.image_processor)(size={"height": 560, "width": 560}, max_image_tiles=4)
     enable_checkpointing(policy)
     picture = draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 1120 if large else 224)
-    turns = random_dialogues(args, num // 4, vocab_size, picture, [policy.image_id])
+    turns = random_dialogues(args, num // 4, vocab_size, picture, [policy.vision.image_id])
     yield from update_rows(args, rates, f"Mllama of {policy.num_params / 1e6:,.0f} M, {dtype}, checkpointing", policy, turns,
                            budget * 2)
 

@@ -27,15 +27,16 @@ def device():
 # ---- Tiny models, one folder of each for all tests ---------------------------------------------------------------------
 
 FOLDERS = tempfile.TemporaryDirectory(prefix="tiny_")              # removed when the interpreter ends
-WANTED, started = {}, False                                        # path -> (vision, size)
+WANTED, started = {}, False                                        # path -> (family, size)
 
 
-def tiny_folder(vision=False, size="32x2"):
+def tiny_folder(vision=False, size="32x2", family=None):
     """The folder of a tiny model with a tokenizer trained on GeneralPoints, to name in the settings of a test module: it is
     written before the first test, so that collecting tests takes no time."""
-    path = str(Path(FOLDERS.name) / f"{'vision' if vision else 'text'}_{size}")
+    family = family or ("mllama" if vision else "llama")
+    path = str(Path(FOLDERS.name) / f"{family}_{size}")
     if path not in WANTED:
-        WANTED[path] = vision, size
+        WANTED[path] = family, size
         if started:
             write_tiny(path)
     return path
@@ -44,10 +45,10 @@ def tiny_folder(vision=False, size="32x2"):
 def write_tiny(path):
     import envs
     from support import tiny
-    vision, size = WANTED[path]
-    task, settings = ("gp-vl", {"resolution": 48}) if vision else ("gp-l", {})
+    family, size = WANTED[path]
+    task, settings = ("gp-vl", {"resolution": 48}) if family != "llama" else ("gp-l", {})
     torch.manual_seed(0)
-    backbone, processor = tiny.make_tiny(size, vision, tiny.sample_texts(task, 30, **settings), envs.make_env(task).atoms())
+    backbone, processor = tiny.make_tiny(size, family, tiny.sample_texts(task, 30, **settings), envs.make_env(task).atoms())
     backbone.save_pretrained(path)
     processor.save_pretrained(path)
 

@@ -47,6 +47,15 @@ def test_with_pictures_it_writes_a_model_that_sees_them(tmp_path):
     assert policy.picture_tokens == 65 and model.encode(processor, messages).count(processor.image_token_id) == 1
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_of_another_family_pictures_are_tokens(tmp_path, family, capsys):
+    folder = write(tmp_path / "blank", task="gp-vl", env=("resolution=150",), family=family)
+    policy, processor = model.load_policy(str(folder), vision=True)
+    messages, _ = envs.make_env("gp-vl", resolution=150).reset(0)
+    assert policy.backbone.config.model_type == family and model.encode(processor, messages).count(processor.image_token_id) == 9
+    assert f"blank: a {type(policy.backbone).__name__} of" in capsys.readouterr().out
+
+
 def test_its_tokenizer_learns_the_task_by_the_settings_that_it_is_given(tmp_path, city):
     _, processor = model.load_policy(str(write(tmp_path / "blank", env=("rule=20,30,40", "target=99", "verify_iter=1"))))
     assert all(len(processor(number, add_special_tokens=False).input_ids) == 1 for number in ("20", "30", "40", "99"))
