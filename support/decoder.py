@@ -13,7 +13,6 @@ import os
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -172,7 +171,10 @@ class CacheDecoder:
             cache.layers[i] = BufferLayer(capacity, self.policy.dtype)
         if columns:
             some, shapes = next(past for past in pasts if past is not None), self.memory.shapes
-            filled = pad_sequence([some[:0] if past is None else past for past in pasts], batch_first=True)   # (B, columns, F)
+            filled = some.new_zeros(len(pasts), columns, some.shape[1])                         # (B, columns, F)
+            for row, past in zip(filled, pasts):
+                if past is not None:
+                    row[:len(past)] = past
             tensors = [part.unflatten(2, shape).transpose(1, 2)                       # (B, heads, columns, width)
                        for part, shape in zip(filled.split([math.prod(shape) for shape in shapes], dim=2), shapes)]
             for i, keys, values in zip(own, tensors[::2], tensors[1::2]):

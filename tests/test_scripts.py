@@ -362,7 +362,7 @@ def test_bad_input_ends_with_one_line_before_anything_is_written(tmp_path, monke
 @pytest.mark.parametrize("script, broken, advice", [
     (sft, "forward", "Lower --micro-batch-tokens or set --gradient-checkpointing"),
     (rl, "forward", "Lower --micro-batch-tokens or set --gradient-checkpointing"),
-    (rl, "generate", "Lower --generate-tokens"), (evaluate, "generate", "Lower --generate-tokens")])
+    (rl, "generate", "Lower --generate-tokens or --kept-gib"), (evaluate, "generate", "Lower --generate-tokens or --kept-gib")])
 def test_out_of_memory_is_one_line_that_names_the_knob(start, tmp_path, device, capsys, monkeypatch, script, broken, advice):
     def refuse(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
