@@ -399,7 +399,8 @@ def name_arms(configs):
     kinds, names = {run: "RL" if "updates" in config else "SFT" for run, config in configs.items()}, {}   # sft.py has steps
     for run, config in configs.items():
         alike = [configs[other] for other in configs if kinds[other] == kinds[run]]
-        varied = [key for key in config.keys() - NOT_OF_THE_METHOD if any(other.get(key) != config[key] for other in alike)]
+        varied = {key for key in config.keys() - NOT_OF_THE_METHOD if any(other.get(key) != config[key] for other in alike)}
+        varied -= {"lr_final"} if config.get("lr_final") == config.get("lr") else set()       # constant: said once
         words = [f"{key} {' '.join(config[key]) if isinstance(config[key], list) else config[key]}" for key in sorted(varied)]
         names[run] = " ".join([kinds[run], *words])
     return names
