@@ -2,6 +2,7 @@
 
 The second needs a copy: OFFICIAL_REPO=PATH python -m pytest tests/test_official.py
 """
+import copy
 import json
 import os
 import random
@@ -10,9 +11,14 @@ import sys
 
 import pytest
 
+import model
 from conftest import ROOT
+from data.official_prompts import read_wording
 from envs import make_env
+from support import violations
 from support.chat import read_text
+from support.settings import read_splits
+from verify import parse_formula
 
 EPISODES, SEED = 40, 7
 needs_repo = pytest.mark.skipif("OFFICIAL_REPO" not in os.environ,
@@ -86,3 +92,206 @@ def test_dialogues_on_a_walk_are_byte_for_byte_those_of_the_official_code(task, 
         env.begin_dialogue()
         follow(env, episode["dialogues"])
     assert len(played) == EPISODES and len(verdicts(played)) == 2
+
+
+# ---- From files of the same shape, in words of our own -----------------------------------------------------------
+
+SHAPE = {
+    "prompt_lib/prompts.py": '''
+Q_GeneralPoint_EQN_L = "T {target_number}; {face_card_msg} T {target_number}; C {cards} O {{ {face_card_msg} {target_number}; }}"
+Q_GeneralPoint_EQN_VL = "V {target_number}; {face_card_msg} V {target_number}; O {{ {face_card_msg} {target_number}; }}"
+ResponseEqn = "{{c={cards} n={numbers} f={formula}}}"
+Q_VIRL_L = "I {instruction} A {action_space} H {obs_act_seq} O {{}}"
+Q_VIRL_VL = "I {instruction} see A {action_space} H {obs_act_seq} O {{}}"
+ResponseVIRL = "{{o={current_observation} i={current_instruction} a={action}}}"
+''',
+    "utils_rl.py": '''
+def aggregate_fn(message_list):
+    return ', '.join(message_list) + '!'
+
+def step_rewards(invalid_numbers, overused_numbers, underused_numbers, prev_register):
+    if vision:
+        return REWARD_FN["INCORRECT_VISION"], "misread"
+    stepper.add(REWARD_FN["ILLEGAL_FORMULA"], "v1")
+    stepper.add(REWARD_FN["ILLEGAL_FORMULA"], "v2")
+    stepper.add(REWARD_FN["ILLEGAL_FORMULA"], "v3")
+    stepper.add(REWARD_FN["ILLEGAL_FORMULA"], "v4")
+    stepper.add(REWARD_FN["ILLEGAL_FORMULA"], "v5")
+    stepper.add(REWARD_FN["ILLEGAL_FORMULA"], "v6")
+    stepper.add(REWARD_FN["ILLEGAL_FORMULA"], "v7")
+    stepper.add(REWARD_FN["INCORRECT_NUMBER"], f"no {invalid_numbers}")
+    stepper.add(REWARD_FN["INCORRECT_NUMBER"], f"often {overused_numbers}")
+    stepper.add(REWARD_FN["INCORRECT_NUMBER"], f"missing {underused_numbers}")
+    stepper.add(REWARD_FN["CORRECT_SOLUTION"], "v8")
+    stepper.add(REWARD_FN["PARTIAL_SOLUTION"], "begun")
+    stepper.add(REWARD_FN["NO_SOLUTION"], "none")
+    stepper.add(REWARD_FN["NO_SOLUTION"], f"up to {prev_register}")
+
+def set_str_action_space(env_config):
+    if getattr(env_config, 'absolute_action', True):
+        ACTION_SPACE = "go [north]"
+    else:
+        ACTION_SPACE = "go [left]"
+
+def step_rewards_virl(raw_output):
+    format_token = " {{ o }}"
+    stepper.add(REWARD_FN_VIRL["CORRECT_ACTION"], "v9")
+    stepper.add(REWARD_FN_VIRL["INCORRECT_OBS"], "not at a crossing" + format_token)
+    stepper.add(REWARD_FN_VIRL["INCORRECT_OBS"], "at a crossing" + format_token)
+    stepper.add(REWARD_FN_VIRL["INCORRECT_ACTION"], "wrong" + format_token)
+''',
+    "evaluation/evaluator/base_evaluator.py": '''
+def formulate_oracle_arguments(self):
+    self.oracle_arguments['face_card_msg'] = "faces 10" if self.treat_face_cards_as_10 else "faces 11 to 13"
+''',
+    "evaluation/evaluator/llama_evaluator.py": '''
+def formulate_prompt(self, info):
+    self.payload.append(f"no: {info['Verify Info']}")
+    self.payload.append(f"no, no: {info['Verify Info']}")
+''',
+    "gym/gym_virl/envs/navigation_environment.py": '''
+def _get_observation_rail(self):
+    return {"oracle_observation": landmark_obs + '; ' + intersection_obs}
+
+def _parse_instruction_and_rail(self):
+    landmark = intersection_dict.get('landmarks', "nothing here")
+    parsed_instruction.append("T " + relative_heading + " to " + next_heading + ".")
+    parsed_instruction.append("M to " + landmark + ".")
+    first_msg = "T1" if idx == 0 else "T"
+    parsed_instruction.append(f"{first_msg} " + relative_heading + " to " + next_heading + ".")
+    parsed_instruction.append("M.")
+    parsed_instruction.append(f"{first_msg} " + relative_heading + " to " + next_heading + ".")
+    parsed_instruction.append("M at " + landmark + ".")
+    str_instruction += f"{idx + 1}) {instr}|"
+    landmark_list.insert(0, "nothing")
+    rail.append({'observation': "nothing", 'intersection_observation': ""})
+    rail.append({'observation': landmark_list[idx], 'intersection_observation': "crossing" if (idx != 0) else ""})
+
+def get_observation_action_sequence(self):
+    lines += f"o{i + 1} {observation}|"
+    lines += f"a{i + 1} {action}|"
+    inter = "crossing" if "crossing" in observation_list[-1] else ""
+    lines += f"o{len(observation_list)} views; {inter}|"
+    lines += f"a{len(observation_list)} |"
+    lines += f"o{len(observation_list)} {observation_list[-1]}|"
+    lines += f"a{len(observation_list)} |"
+''',
+}
+
+
+def write_shape(folder):
+    for path, text in SHAPE.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+
+
+@pytest.fixture
+def shaped(tmp_path):
+    write_shape(tmp_path / "repo")
+    for task, templates in read_wording(tmp_path / "repo").items():
+        (tmp_path / f"{task}.json").write_text(json.dumps(templates))
+    return tmp_path
+
+
+@pytest.mark.parametrize("task, split, told, replied", [
+    ("gp-l", "id", "T 24; faces 10 T 24; C ['7', 'Q', '2', 'A'] O { faces 10 24; }", "{c=['7', 'Q', '2', 'A'] n=[7, 10, 2, 1] f="),
+    ("gp-l", "rule_ood", "T 24; faces 11 to 13 T 24; C ['7', 'Q', '2', 'A'] O { faces 11 to 13 24; }", "n=[7, 12, 2, 1] f="),
+    ("gp-vl", "id", "V 24; faces 10 V 24; O { faces 10 24; }", "n=[7, 10, 2, 1] f=")])
+def test_one_prompt_file_words_cards_under_both_rules(task, split, told, replied, shaped):
+    env = make_env(task, split, prompt_file=str(shaped / f"{task}.json"))
+    env.deal = lambda: ([(rank, "S") for rank in ("7", "Q", "2", "A")], [7, 12 if split == "rule_ood" else 10, 2, 1])
+    assert read_text(env.reset(seed=0)[0][0]) == told
+    assert replied in env.expert_reply() and env.judge(env.format_reply("1")).status == "illegal_formula"   # no JSON, so no formula
+
+
+@pytest.mark.parametrize("reply, told", [
+    ('{"formula": "7+10"}', "no: missing [2, 1]!"), ('{"formula": "7+9+9"}', "no: no [9], missing [10, 2, 1]!"),
+    ('{"formula": "7+7+10+2+1+)"}', "no: v6, often [7]!"), ('{"formula": "2)(7+10+1"}', "no: v5, v4!"),
+    ('{"formula": "*2 7+10+1"}', "no: v1!"), ("nothing", "no: v1!"), ('{"formula": "(7+10+2+1"}', "no: up to (7!"),
+    ('{"formula": "1*(2*7+10"}', "no: begun!"), ('{"formula": "10-7*2+1=24"}', "no: up to 10!"), ('{"formula": "2*7/10+1"}', "no: up to 2*7/!")])
+def test_a_verdict_may_list_all_that_is_wrong(reply, told, shaped):
+    env = make_env("gp-l", "id", prompt_file=str(shaped / "gp-l.json"))
+    env.deal = lambda: ([(rank, "S") for rank in ("7", "Q", "2", "A")], [7, 10, 2, 1])
+    env.reset(seed=0)
+    assert env.step(reply)[0][-1]["content"] == told
+
+
+def test_walks_are_worded_by_one_prompt_file_under_both_rules(shaped, city):
+    for split, actions in (("id", "go [north]"), ("rule_ood", "go [left]")):
+        env = make_env("virl-l", split, root=city, prompt_file=str(shaped / "virl-l.json"), turn_words="plain")
+        told = env.reset(seed=0)[0][0]["content"]
+        assert told.startswith("I 1) T1 ") and f"| A {actions} H o1 nothing; |a1 | O {{}}" in told
+        crossings = [position for position in env.rail if position.intersection and not position.landmark]
+        assert crossings and {env.observation(position) for position in crossings} == {"nothing here; crossing"}
+        assert env.format_reply("stop()").endswith("a=stop()}")
+        wrong = '{"current observation": "%s", "action": "fly()"}'
+        assert env.step(wrong % "an intersection")[0][-1]["content"] == "no, no: not at a crossing {{ o }}!"
+        assert env.step(wrong % "")[0][-1]["content"] == "wrong {{ o }}!"
+
+
+def test_a_misread_hand_is_told_in_place_of_the_verdict_if_the_text_says_so(shaped):
+    env = make_env("gp-vl", "id", prompt_file=str(shaped / "gp-vl.json"), resolution=112)
+    env.reset(seed=0)
+    assert env.step('{"cards": ["A"], "formula": "1"}')[0][-1]["content"] == "no: misread"
+
+
+@pytest.mark.parametrize("path, old, new, named", [
+    ("utils_rl.py", None, None, "utils_rl.py"), ("utils_rl.py", "def step_rewards(", "def step rewards(", "utils_rl.py"),
+    ("utils_rl.py", "def step_rewards(", "def other(", "step_rewards"), ("utils_rl.py", "', '.join", "' '.join", "message_list"),
+    ("utils_rl.py", '"v3")', 'v3())', "v3()"), ("utils_rl.py", '    stepper.add(REWARD_FN["NO_SOLUTION"], "none")\n', "", "stepper.add"),
+    ("prompt_lib/prompts.py", "{cards} O", "O", "cards"), ("prompt_lib/prompts.py", "ResponseEqn =", "Other =", "ResponseEqn"),
+    ("prompt_lib/prompts.py", "{obs_act_seq} O {{}}", "{obs_act_seq} O {", "format"),
+    ("prompt_lib/prompts.py", "T {target_number}; {face", "T {{x}} {target_number}; {face", "{x}"),
+    ("evaluation/evaluator/base_evaluator.py", "self.treat_face_cards_as_10", "other", "face cards"),
+    ("gym/gym_virl/envs/navigation_environment.py", '"T1" if idx == 0 else "T"', '"T1" if idx == 0 else "U"', "turn"),
+    ("gym/gym_virl/envs/navigation_environment.py", "views; {inter}", "views {inter}", "history")])
+def test_another_repository_or_version_is_one_line_that_names_what_was_looked_for(path, old, new, named, tmp_path):
+    write_shape(tmp_path)
+    text = SHAPE[path]
+    assert old is None or old in text
+    (tmp_path / path).unlink() if old is None else (tmp_path / path).write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match="^--repo ") as error:
+        read_wording(tmp_path)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_code_of_the_copy_runs(tmp_path):
+    write_shape(tmp_path)
+    for path, text in SHAPE.items():
+        (tmp_path / path).write_text(f"{text}\nraise SystemExit\n")
+    assert read_wording(tmp_path)["gp-l"]["gp_retry"] == "no: {verdict}"
+
+
+# ---- What such a file may say ------------------------------------------------------------------------------------
+
+def test_a_text_by_rule_is_an_error_under_a_rule_that_it_has_not(tmp_path):
+    path = tmp_path / "words.json"
+    path.write_text(json.dumps({"gp_task": {"10,10,10": "tens", "3,12,7": "odd"}}))
+    assert [make_env("gp-l", "id", prompt_file=str(path), **rule).prompts["gp_task"]
+            for rule in ({}, {"rule": "10,10,10"}, {"rule": "3,12,7"})] == ["tens", "tens", "odd"]
+    for split, rule in (("rule_ood", "11,12,13"), ("rule_family", "random")):
+        with pytest.raises(ValueError, match=f"'gp_task' is worded for 10,10,10 and 3,12,7, not for the rule {rule}"):
+            make_env("gp-l", split, prompt_file=str(path))
+
+
+def test_splits_may_have_prompt_files_of_their_own(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps({"gp_task": name}))
+    splits = read_splits(["id", f"prompt_file={tmp_path / 'a.json'}", "rule_ood", f"prompt_file={tmp_path / 'b.json'}"])
+    assert [make_env("gp-l", split.name, **split.settings).prompts["gp_task"] for split in splits] == ["a", "b"]
+
+
+def test_bracketed_solutions_are_right_formulas_and_hold_redundant_brackets():
+    found = violations.bracketed_solutions((1, 2, 3, 4), 24, parse_formula)
+    assert {"1*2*3*4", "(1*2)*3*4", "1*(2*3*4)", "(1+2+3)*4", "(4*3)*(2/1)"} <= set(found) and len(set(found)) == len(found)
+    assert all((value := parse_formula(text)[0])[0] == 24 * value[1] for text in found)
+    assert violations.of_formula("3*8+8-3", [3, 3, 8, 8], 24, parse_formula) == [("violation_no_solution", {})]
+
+
+def test_the_date_in_a_system_block_is_that_of_the_models_template_if_it_sets_one(tiny):
+    processor = copy.copy(tiny[1])
+    dated = "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}Today: {{ date_string }}"
+    processor.chat_template = dated
+    assert model.render(processor, [{"role": "user", "content": "x"}]) == "Today: 01 Jan 2025"
+    processor.chat_template = "{% set date_string = '26 Jul 2024' %}" + dated
+    assert model.render(processor, [{"role": "user", "content": "x"}]) == "Today: 26 Jul 2024"
