@@ -365,7 +365,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
         except ValueError as fault:
             values = {"fault": fault}
     reward = REWARDS[status]                                        # differs 2: one status; theirs adds up penalties
-    formula = found["formula"].split("=", 1)[0] if found and isinstance(found["formula"], str) else None
+    formula = found["formula"].split("=", 1)[0][:MAX_FORMULA] if found and isinstance(found["formula"], str) else None
     message = fill_verdict(phrases, phrase, lambda: violations.of_formula(formula, numbers, target, parse_formula), **values)
     if vision and not cards_read:                                   # differs 19: theirs pays -1.5 instead, and the episode goes on
         reward += MISREAD_PENALTY

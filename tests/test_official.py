@@ -262,6 +262,21 @@ def test_no_code_of_the_copy_runs(tmp_path):
     assert read_wording(tmp_path)["gp-l"]["gp_retry"] == "no: {verdict}"
 
 
+@pytest.mark.parametrize("task", ["gp-l", "virl-l"])
+def test_listing_what_is_wrong_takes_any_reply_and_stays_short(task, shaped, city):
+    env = make_env(task, "id", prompt_file=str(shaped / f"{task}.json"), verify_iter=1000, **({"root": city} if task == "virl-l" else {}))
+    env.reset(seed=0)
+    rng = random.Random(0)
+    odd = ["9" * 5000, "(" * 5000, "1+" * 4000 + "1", "\u0663+1", "", None, 7, [1], {}, "\ud800", "1/0", "((1)"]
+    odd += ["".join(rng.choices("0123456789+-*/()= x", k=rng.randint(1, 30))) for _ in range(300)]
+    for said in odd:
+        for reply in (json.dumps({"formula": said}), json.dumps({"action": "fly()", "current observation": said}), str(said)):
+            told = env.step(reply)[0][-1]["content"]
+            assert "{" not in told.replace("{{ o }}", "") and len(told) < 1000
+            if env.done:
+                env.reset(seed=1)
+
+
 # ---- What such a file may say ------------------------------------------------------------------------------------
 
 def test_a_text_by_rule_is_an_error_under_a_rule_that_it_has_not(tmp_path):
