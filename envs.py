@@ -385,9 +385,9 @@ VIEW_HEADINGS = {"prompt": (0, 90, 180, 270), "official": (-135, -45, 45, 135)} 
 DROP_RATE = 0.5                              # a place between two points is left out with this probability
 
 
-def relative_word(angle, modulo=True):
+def relative_word(angle, wrapped=True):
     """The word for a turn by so many degrees, taken modulo 360; straight on counts as slightly left."""
-    angle = (angle + 180) % 360 - 180 if modulo else angle          # differs 17: theirs leaves this out
+    angle = (angle + 180) % 360 - 180 if wrapped else angle         # differs 17: theirs leaves this out
     if abs(angle) > 45:
         return "left" if angle < 0 else "right"
     return "slightly left" if angle <= 0 else "slightly right"
@@ -402,7 +402,7 @@ class Navigation(Environment):
     data          which of them: "train", "unseen" or "mini"
     in_order      play route `episode` of the file, not one drawn by the seed
     action_space  what turn_direction(x) takes: "absolute" compass words or "relative" ones
-    turn_words    relative words from headings "modulo" 360 or "plain" (as the official code, a quarter on the wrong side)
+    turn_words    relative words from angles "wrapped" at 180 degrees or "unwrapped" (official: a quarter on the wrong side)
     view_headings where the four views look, relative to the agent: "prompt" (front, right, back, left, as the prompt
                   says) or "official" (what the official code crops)
     resolution    pixels of a view; the grid of four is 2 * resolution + 5 wide
@@ -414,14 +414,14 @@ class Navigation(Environment):
     retry_prompt = "nav_retry"
     known_faults, faulty_reply = ("walk_past", "other_word"), demonstrator.faulty_step
 
-    def __init__(self, root="", data="train", in_order=False, action_space="absolute", turn_words="modulo",
+    def __init__(self, root="", data="train", in_order=False, action_space="absolute", turn_words="wrapped",
                  view_headings="prompt", resolution=448, verify_iter=2, **common):
         settings.check_choice("data", data, FOLDERS)
         settings.check_choice("action_space", action_space, ACTION_SPACES)
-        settings.check_choice("turn_words", turn_words, ("modulo", "plain"))
+        settings.check_choice("turn_words", turn_words, ("wrapped", "unwrapped"))
         settings.check_choice("view_headings", view_headings, VIEW_HEADINGS)
         settings.check_whole("resolution", resolution, 1, cards.MAX_SIZE)
-        self.rule_name, self.modulo = action_space, turn_words == "modulo"
+        self.rule_name, self.wrapped = action_space, turn_words == "wrapped"
         super().__init__(verify_iter=verify_iter, **common)
         folders = [Path(root) / name for name in FOLDERS[data]]
         self.folder = next((folder for folder in folders if folder.is_dir()), None)
@@ -442,7 +442,7 @@ class Navigation(Environment):
         self.number = episode % len(self.routes) if self.in_order else None
         route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
         heading = route.init_heading or self.rng.randint(0, 359)        # 0 in a file means: any
-        words = [relative_word(new - old, self.modulo) for old, new in zip((heading, *route.headings), route.headings)]
+        words = [relative_word(new - old, self.wrapped) for old, new in zip((heading, *route.headings), route.headings)]
         self.sentences = self.instruct(route, words)
         self.rail = list(self.lay_rail(route, heading, words))
         self.at = 0

@@ -5,7 +5,7 @@
     python evaluate.py --model PATH --task gp-l --env prompt_file=official/gp-l.json
 
 recipes/official.sh does all of it. The files of the copy are read as text: nothing in them runs. First prompts, verdicts and the shape
-of a reply are theirs, for both rules; V-IRL wants turn_words=plain and view_headings=official beside them.
+of a reply are theirs, for both rules; V-IRL wants turn_words=unwrapped and view_headings=official beside them.
 """
 import argparse
 import ast
@@ -20,7 +20,7 @@ SOURCES = {"prompts": "prompt_lib/prompts.py", "verdicts": "utils_rl.py", "argum
            "dialogue": "evaluation/evaluator/llama_evaluator.py", "walk": "gym/gym_virl/envs/navigation_environment.py"}
 
 
-class OtherShape(Exception):
+class OtherShape(ValueError):
     """A file does not say what is looked for in the way it is looked for."""
 
 
@@ -260,7 +260,7 @@ def read_wording(repo):
     try:
         return {"gp-l": general_points(trees, vision=False), "gp-vl": general_points(trees, vision=True),
                 "virl-l": navigation(trees, vision=False), "virl-vl": navigation(trees, vision=True)}
-    except OtherShape as fault:
+    except (ValueError, AttributeError, IndexError, TypeError) as fault:          # a part that is not there can be missed anyhow
         raise ValueError(f"--repo {repo}: the copy is of another version than 5a6ea55, which can be read: not found as expected: "
                          f"{fault}") from None
 

@@ -24,7 +24,7 @@ python data/official_prompts.py --repo "$REPO" --out "$OUT"
 env=("prompt_file=$OUT/$TASK.json") test=(--dtype bfloat16 --max-new-tokens 256)
 case $TASK in
     gp-vl) env+=("card_dir=$REPO/gym/gym_cards/envs/img") ;;
-    virl-*) env+=(turn_words=plain) ;;
+    virl-*) env+=(turn_words=unwrapped) ;;
 esac
 if [ -n "${SMOKE:-}" ]; then
     test=(--max-new-tokens 8 --generate-tokens 4096)

@@ -14,7 +14,7 @@ import pytest
 import model
 from conftest import ROOT
 from data.official_prompts import read_wording
-from envs import make_env
+from envs import make_env, relative_word
 from support import violations
 from support.chat import read_text
 from support.settings import read_splits
@@ -83,7 +83,7 @@ def test_dialogues_about_cards_are_byte_for_byte_those_of_the_official_code(task
 @pytest.mark.parametrize("split", ["id", "rule_ood"])
 def test_dialogues_on_a_walk_are_byte_for_byte_those_of_the_official_code(task, split, wording, city):
     played = play_theirs(task, split, city / "train")
-    env = make_env("virl-l", split, root=city, turn_words="plain", prompt_file=str(wording / f"{task}.json"))
+    env = make_env("virl-l", split, root=city, turn_words="unwrapped", prompt_file=str(wording / f"{task}.json"))
     env.vision, env.picture = task == "virl-vl", lambda: None      # the city has no pictures, the words are the same
     for number, episode in enumerate(played):
         env.rng = random.Random(SEED + number)
@@ -92,6 +92,15 @@ def test_dialogues_on_a_walk_are_byte_for_byte_those_of_the_official_code(task, 
         env.begin_dialogue()
         follow(env, episode["dialogues"])
     assert len(played) == EPISODES and len(verdicts(played)) == 2
+
+
+@needs_repo
+def test_the_recipe_runs_on_a_blank_model_and_names_the_papers_numbers(tmp_path):
+    variables = {**os.environ, "SMOKE": "1", "TASK": "gp-l", "REPO": os.path.abspath(os.environ["OFFICIAL_REPO"]), "OUT": str(tmp_path),
+                 "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(["bash", ROOT / "recipes" / "official.sh"], env=variables, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "decoded with --temperature 0.0 --top-p 1.0" in ran.stdout and "in the paper 11.5 at the start" in ran.stdout
 
 
 # ---- From files of the same shape, in words of our own -----------------------------------------------------------
@@ -218,7 +227,7 @@ def test_a_verdict_may_list_all_that_is_wrong(reply, told, shaped):
 
 def test_walks_are_worded_by_one_prompt_file_under_both_rules(shaped, city):
     for split, actions in (("id", "go [north]"), ("rule_ood", "go [left]")):
-        env = make_env("virl-l", split, root=city, prompt_file=str(shaped / "virl-l.json"), turn_words="plain")
+        env = make_env("virl-l", split, root=city, prompt_file=str(shaped / "virl-l.json"), turn_words="unwrapped")
         told = env.reset(seed=0)[0][0]["content"]
         assert told.startswith("I 1) T1 ") and f"| A {actions} H o1 nothing; |a1 | O {{}}" in told
         crossings = [position for position in env.rail if position.intersection and not position.landmark]
@@ -244,7 +253,11 @@ def test_a_misread_hand_is_told_in_place_of_the_verdict_if_the_text_says_so(shap
     ("prompt_lib/prompts.py", "T {target_number}; {face", "T {{x}} {target_number}; {face", "{x}"),
     ("evaluation/evaluator/base_evaluator.py", "self.treat_face_cards_as_10", "other", "face cards"),
     ("gym/gym_virl/envs/navigation_environment.py", '"T1" if idx == 0 else "T"', '"T1" if idx == 0 else "U"', "turn"),
-    ("gym/gym_virl/envs/navigation_environment.py", "views; {inter}", "views {inter}", "history")])
+    ("gym/gym_virl/envs/navigation_environment.py", "views; {inter}", "views {inter}", "history"),
+    ("gym/gym_virl/envs/navigation_environment.py", 'insert(0, "nothing")', "insert(0)", "version"),
+    ("gym/gym_virl/envs/navigation_environment.py", 'inter = "crossing" if "crossing" in observation_list[-1] else ""', 'inter = ""', "version"),
+    ("gym/gym_virl/envs/navigation_environment.py", 'append("M.")', "append()", "version"),
+    ("utils_rl.py", '["NO_SOLUTION"], "none")', '["NO_SOLUTION"])', "version")])
 def test_another_repository_or_version_is_one_line_that_names_what_was_looked_for(path, old, new, named, tmp_path):
     write_shape(tmp_path)
     text = SHAPE[path]
@@ -294,6 +307,19 @@ def test_splits_may_have_prompt_files_of_their_own(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"gp_task": name}))
     splits = read_splits(["id", f"prompt_file={tmp_path / 'a.json'}", "rule_ood", f"prompt_file={tmp_path / 'b.json'}"])
     assert [make_env("gp-l", split.name, **split.settings).prompts["gp_task"] for split in splits] == ["a", "b"]
+
+
+def test_turn_words_are_wrapped_at_180_degrees_or_taken_from_the_headings_as_they_are(city):
+    assert [relative_word(angle) for angle in (300, -300, 10)] == ["left", "right", "slightly right"]
+    assert [relative_word(angle, wrapped=False) for angle in (300, -300, 10)] == ["right", "left", "slightly right"]
+    ours, theirs = (make_env("virl-l", "rule_ood", root=city, turn_words=words) for words in ("wrapped", "unwrapped"))
+    turned = 0
+    for seed in range(20):
+        ours.reset(seed=seed), theirs.reset(seed=seed)
+        told = [[position.action for position in env.rail if position.kind == "turn"] for env in (ours, theirs)]
+        assert all(action[15:-1] in sentence for action, sentence in zip(told[1], theirs.sentences[::2]))
+        turned += told[0] != told[1]
+    assert turned > 5
 
 
 def test_bracketed_solutions_are_right_formulas_and_hold_redundant_brackets():
