@@ -1,11 +1,11 @@
-"""Write prompt files in the wording of the official code, read from your own copy of it, to evaluate what was trained on that.
+"""Write prompt files in the wording of the official code, from your own copy of it, to evaluate what was trained on that.
 
     git clone https://github.com/LeslieTrue/SFTvsRL
     python data/official_prompts.py --repo SFTvsRL --out official
     python evaluate.py --model PATH --task gp-l --env prompt_file=official/gp-l.json
 
-recipes/official.sh does all of it. The files of the copy are read as text: nothing in them runs. First prompts, verdicts and the shape
-of a reply are theirs, for both rules; V-IRL wants turn_words=unwrapped and view_headings=official beside them.
+recipes/official.sh does all of it. The files of the copy are read as text: nothing in them runs. First prompts, verdicts and the
+shape of a reply are theirs, under both rules; V-IRL wants turn_words=unwrapped and view_headings=official beside them.
 """
 import argparse
 import ast
@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 RULES = {"10,10,10": True, "11,12,13": False}     # of GeneralPoints: whether faces count as 10
-SOURCES = {"prompts": "prompt_lib/prompts.py", "verdicts": "utils_rl.py", "arguments": "evaluation/evaluator/base_evaluator.py",
-           "dialogue": "evaluation/evaluator/llama_evaluator.py", "walk": "gym/gym_virl/envs/navigation_environment.py"}
+SOURCES = {"prompts": "prompt_lib/prompts.py", "verdicts": "utils_rl.py", "walk": "gym/gym_virl/envs/navigation_environment.py",
+           "arguments": "evaluation/evaluator/base_evaluator.py", "dialogue": "evaluation/evaluator/llama_evaluator.py"}
 
 
 class OtherShape(ValueError):
@@ -140,7 +140,7 @@ def general_points_verdicts(tree):
              "breaks_off", "no_solution", "end")
     keys = ["ILLEGAL_FORMULA"] * 7 + ["INCORRECT_NUMBER"] * 3 + ["CORRECT_SOLUTION", "PARTIAL_SOLUTION"] + ["NO_SOLUTION"] * 2
     calls = arguments_of(step, "stepper.add", len(names))
-    expect([ast.unparse(reward) for reward, _ in calls] == [f"REWARD_FN['{key}']" for key in keys], "the calls of stepper.add")
+    expect([ast.unparse(reward) for reward, _ in calls] == [f"REWARD_FN['{key}']" for key in keys], "what stepper.add gets")
     lists = {name: "[{numbers}]" for name in ("invalid_numbers", "overused_numbers", "underused_numbers")}
     found = {f"feedback_violation_{name}": as_template(text, {**lists, "prev_register": "{beginning}"})
              for name, (_, text) in zip(names, calls) if name}
@@ -153,19 +153,21 @@ def general_points_verdicts(tree):
 def general_points(trees, vision):
     """The templates of gp-l or gp-vl."""
     prompts = read_prompts(trees["prompts"])
-    value = first([node for node in assigned(find_function(trees["arguments"], "formulate_oracle_arguments"),
-                                             "self.oracle_arguments['face_card_msg']")], "the sentence on face cards")
-    expect(isinstance(value, ast.IfExp) and ast.unparse(value.test) == "self.treat_face_cards_as_10", "the sentence on face cards")
+    sentence = "the sentence on face cards"
+    value = first(assigned(find_function(trees["arguments"], "formulate_oracle_arguments"),
+                           "self.oracle_arguments['face_card_msg']"), sentence)
+    expect(isinstance(value, ast.IfExp) and ast.unparse(value.test) == "self.treat_face_cards_as_10", sentence)
     told = {rule: as_template(value.body if as_ten else value.orelse, {}) for rule, as_ten in RULES.items()}
     text = prompts["Q_GeneralPoint_EQN_VL" if vision else "Q_GeneralPoint_EQN_L"]
-    fields = ["target_number", "face_card_msg", "target_number", *([] if vision else ["cards"]), "face_card_msg", "target_number"]
+    task = ["target_number", "face_card_msg", "target_number"]
+    fields = [*task, *([] if vision else ["cards"]), *task[1:]]
     worded = {rule: fill_format(text, fields, {"target_number": "{target}", "face_card_msg": said, "cards": "{cards}"})
               for rule, said in told.items()}
     if vision:
         parts = {"gp_task": worded, "gp_input_picture": "", "gp_output": ""}
     else:
-        parts = {"gp_task": {rule: whole.partition("{cards}")[0] for rule, whole in worded.items()}, "gp_input_text": "{cards}",
-                 "gp_output": {rule: whole.partition("{cards}")[2] for rule, whole in worded.items()}}
+        before, after = ({rule: whole.split("{cards}")[part] for rule, whole in worded.items()} for part in (0, 1))
+        parts = {"gp_task": before, "gp_input_text": "{cards}", "gp_output": after}
     reply = fill_format(prompts["ResponseEqn"], ["cards", "numbers", "formula"],
                         {name: f"{{{name}}}" for name in ("cards", "numbers", "formula")})
     return {**parts, "gp_card": "'{card}'", "gp_reply": reply, "gp_retry": read_retries(trees["dialogue"])[0],
@@ -177,11 +179,13 @@ def navigation_verdicts(tree):
     shape = {"format_token": as_template(first(assigned(step, "format_token"), "the text format_token"), {})}
     calls = arguments_of(step, "stepper.add", 4)
     keys = ["CORRECT_ACTION", "INCORRECT_OBS", "INCORRECT_OBS", "INCORRECT_ACTION"]
-    expect([ast.unparse(reward) for reward, _ in calls] == [f"REWARD_FN_VIRL['{key}']" for key in keys], "the calls of stepper.add")
+    expect([ast.unparse(reward) for reward, _ in calls] == [f"REWARD_FN_VIRL['{key}']" for key in keys],
+           "what stepper.add gets")
     found = {f"feedback_violation_{name}": as_template(text, shape)
              for name, (_, text) in zip(("intersection", "no_intersection", "action"), calls[1:])}
     found |= {f"feedback_{name}": frame for name in ("no_action", "wrong_action")}
-    return found | {f"feedback_{name}": "{verdict}" for name in ("missed_landmark", "missed_intersection", "invented_intersection")}
+    return found | {f"feedback_{name}": "{verdict}"
+                    for name in ("missed_landmark", "missed_intersection", "invented_intersection")}
 
 
 def read_sentences(tree):
@@ -244,14 +248,13 @@ def navigation(trees, vision):
     choices = [node for node in in_order(find_function(trees["verdicts"], "set_str_action_space"), ast.If)
                if "absolute_action" in ast.unparse(node.test)]
     choice = first(choices, "the list of actions")
-    actions = {rule: as_template(first([node.value for node in branch if isinstance(node, ast.Assign)], "a list of actions"), {})
-               for rule, branch in (("absolute", choice.body), ("relative", choice.orelse))}
-    reply = fill_format(prompts["ResponseVIRL"], ["current_observation", "current_instruction", "action"],
-                        {"current_observation": "{observation}", "current_instruction": "{instruction}", "action": "{action}"})
+    actions = {rule: as_template(branch[0].value, {}) for rule, branch in (("absolute", choice.body), ("relative", choice.orelse))}
+    names = {"current_observation": "{observation}", "current_instruction": "{instruction}", "action": "{action}"}
+    reply = fill_format(prompts["ResponseVIRL"], list(names), names)
     return {"nav_task": task, "nav_instruction": "{instruction}", "nav_see_views" if vision else "nav_see_words": see,
             "nav_actions": actions, "nav_history": history + "{obs_act_seq}", "nav_output": output, "nav_reply": reply,
-            "nav_retry": read_retries(trees["dialogue"])[1], **read_sentences(trees["walk"]), **read_observations(trees["walk"]),
-            **navigation_verdicts(trees["verdicts"])}
+            "nav_retry": read_retries(trees["dialogue"])[1], **read_sentences(trees["walk"]),
+            **read_observations(trees["walk"]), **navigation_verdicts(trees["verdicts"])}
 
 
 def read_wording(repo):
@@ -260,9 +263,9 @@ def read_wording(repo):
     try:
         return {"gp-l": general_points(trees, vision=False), "gp-vl": general_points(trees, vision=True),
                 "virl-l": navigation(trees, vision=False), "virl-vl": navigation(trees, vision=True)}
-    except (ValueError, AttributeError, IndexError, TypeError) as fault:          # a part that is not there can be missed anyhow
-        raise ValueError(f"--repo {repo}: the copy is of another version than 5a6ea55, which can be read: not found as expected: "
-                         f"{fault}") from None
+    except (ValueError, AttributeError, IndexError, TypeError) as fault:          # a part that is missing can raise any of them
+        raise ValueError(f"--repo {repo}: this copy is of another version than 5a6ea55, which can be read: it has not, or not as "
+                         f"expected, {fault}") from None
 
 
 def main():

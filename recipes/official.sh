@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Evaluates a checkpoint that was released with the paper (or trained by its code), asked in its own wording and decoded as its own
-# settings say, beside the paper's numbers.
+# Evaluates a checkpoint that was released with the paper, or trained by its code: asked in its own wording, decoded as its
+# own settings say, its figures beside the paper's.
 #
 #   git clone https://github.com/LeslieTrue/SFTvsRL
 #   MODEL=GP-L-Init TASK=gp-l REPO=SFTvsRL bash recipes/official.sh
@@ -8,10 +8,10 @@
 #   SMOKE=1 TASK=gp-l REPO=SFTvsRL bash recipes/official.sh
 #
 #   MODEL=PATH   the model folder; TASK=gp-l, gp-vl, virl-l or virl-vl
-#   REPO=PATH    your copy of the official code: prompts and verdicts are made from it, and with gp-vl its pictures of cards shown
+#   REPO=PATH    your copy of the official code: prompts and verdicts are made from it; gp-vl shows its pictures of cards
 #   DATA=PATH    V-IRL: the folder with nyc_1k_routes/ and VLN_mini/
 #   OUT=PATH     where the prompt files go [runs/official];  SEEDS=0;  NPROC=1 GPUs
-#   SMOKE=1      on a CPU with a tiny random-init model, where MODEL is not set, and V-IRL's data made up; the numbers mean nothing
+#   SMOKE=1      on a CPU, without MODEL and DATA with a tiny random-init model and an invented city; the numbers mean nothing
 #
 # Relative paths are relative to the repository. What stays different: README, "Where we follow the paper".
 set -euo pipefail
@@ -34,7 +34,7 @@ if [ -n "${SMOKE:-}" ]; then
     fi
 fi
 [[ $TASK != virl-* ]] || env+=("root=${DATA:?set DATA to the folder with nyc_1k_routes/ and VLN_mini/, or SMOKE=1}")
-[ "$TASK" != virl-vl ] || env+=(view_headings=official "resolution=$([ -n "${SMOKE:-}" ] && echo 56 || echo 560)")   # README, item 18
+[ "$TASK" != virl-vl ] || env+=(view_headings=official "resolution=$([ -n "${SMOKE:-}" ] && echo 56 || echo 560)")
 [ "$TASK" != gp-vl ] || [ -z "${SMOKE:-}" ] || env+=(resolution=112)
 if [ -n "${SMOKE:-}" ] && [ -z "${MODEL:-}" ]; then
     MODEL=$OUT/blank-$TASK
@@ -42,18 +42,18 @@ if [ -n "${SMOKE:-}" ] && [ -z "${MODEL:-}" ]; then
 fi
 [ -f "${MODEL:?set MODEL to a model folder, or SMOKE=1}/config.json" ] ||
     { echo "MODEL=$MODEL: no such model folder (it would have a config.json)" >&2; exit 2; }
-# Theirs says nothing but the limit, so a checkpoint decodes by its generation_config.json: a stock Llama-3.2 samples at 0.6, top-p 0.9.
+# Theirs sets only the limit, so a checkpoint decodes by its generation_config.json: a stock Llama-3.2 at 0.6, top-p 0.9.
 sample=$(python - "$MODEL/generation_config.json" <<'PY'
 import json, pathlib, sys
 path = pathlib.Path(sys.argv[1])
 says = json.loads(path.read_text()) if path.is_file() else {}
-samples = says.get("do_sample", False)
-print("--temperature", (says.get("temperature") or 1.0) if samples else 0.0, "--top-p", (says.get("top_p") or 1.0) if samples else 1.0)
+temperature, top_p = (says.get("temperature") or 1.0, says.get("top_p") or 1.0) if says.get("do_sample") else (0.0, 1.0)
+print("--temperature", temperature, "--top-p", top_p)
 PY
 )
 echo "== $TASK: $MODEL, decoded with $sample"
 run=(python)
 [ "${NPROC:-1}" = 1 ] || run=(torchrun --standalone --nproc-per-node "$NPROC")
-"${run[@]}" evaluate.py --model "$MODEL" --task "$TASK" --splits "${splits[@]}" --env "${env[@]}" --paper --seeds "${SEEDS:-0}" \
-    $sample "${test[@]}"
+"${run[@]}" evaluate.py --model "$MODEL" --task "$TASK" --splits "${splits[@]}" --env "${env[@]}" --paper \
+    --seeds "${SEEDS:-0}" $sample "${test[@]}"
 [ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a tiny model to see that everything runs. Its numbers mean nothing."

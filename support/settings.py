@@ -82,8 +82,8 @@ def check_whole(name, value, low, high=None):
 def load_templates(path, templates, more_values, rule=""):
     """`templates` with those of a JSON file put over them; ValueError names what the file may not hold.
 
-    A template may use the {names} of the one that it replaces, and those that `more_values` has for it. In its place may stand
-    an object with one for each rule.
+    A template may use the {names} of the one that it replaces, and those that `more_values` has for it. In its place may
+    stand an object with one for each rule.
     """
     if not path:
         return templates
@@ -99,8 +99,8 @@ def load_templates(path, templates, more_values, rule=""):
             raise ValueError(f"prompt file {path}: unknown template {name!r}; allowed: {', '.join(templates)}")
         if isinstance(text, dict):
             if rule not in text:
-                raise ValueError(f"prompt file {path}: template {name!r} is worded for {' and '.join(text) or 'no rule'}, not for "
-                                 f"the rule {rule}")
+                raise ValueError(f"prompt file {path}: template {name!r} is worded for {' and '.join(text) or 'no rule'}, "
+                                 f"not for the rule {rule}")
             text = chosen[name] = text[rule]
         if not isinstance(text, str):
             raise ValueError(f"prompt file {path}: template {name!r} must be text, got {type(text).__name__}")

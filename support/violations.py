@@ -1,4 +1,4 @@
-"""All that is wrong with a reply, item by item, as the official code finds it: what a prompt file's verdicts may say by {violations}.
+"""All that is wrong with a reply, item by item, as the official code finds it: {violations} in the verdicts of a prompt file.
 
 A violation is (name of its text in TEXTS, {values}). They change no status and no reward.
 """
@@ -24,8 +24,8 @@ TEXTS = {
     "violation_no_intersection": "there is an intersection here",
     "violation_action": "the action is wrong",
 }
-SHAPES = ("{}{}{}{}{}{}{}", "({}{}{}){}{}{}{}", "({}{}{}{}{}){}{}", "{}{}({}{}{}){}{}", "{}{}({}{}{}{}{})", "{}{}{}{}({}{}{})",
-          "({}{}{}){}({}{}{})")
+SHAPES = ("{}{}{}{}{}{}{}", "({}{}{}){}{}{}{}", "({}{}{}{}{}){}{}", "{}{}({}{}{}){}{}", "{}{}({}{}{}{}{})",
+          "{}{}{}{}({}{}{})", "({}{}{}){}({}{}{})")
 TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 # What a token may follow, by kinds: n a number, o an operator, brackets as they are, "" the beginning.
 FOLLOWS = {"n": ("", "o", "("), "o": ("n", ")"), "(": ("", "o", "("), ")": ("n", ")")}

@@ -112,8 +112,7 @@ def make_formula(rng, numbers, solutions, may_solve):
     a, b, c, d = rng.sample(numbers, 4)
     o, p, q = rng.choices("+-*/", k=3)
     exact = [text for text in solutions if eval(text) == 24]
-    kind = rng.choice(("right", "value", "value", "value", "foreign", "repeated", "unused", "soup", "letters", "none", "cut", "zero",
-                       "changed"))
+    kind = rng.choice("right value value value foreign repeated unused soup letters none cut zero changed".split())
     near = rng.choice(exact or ["1"])
     return {"right": near if may_solve else f"{a}{o}{b}",
             "value": rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}({c}{q}{d})", f"{a}{o}({b}{p}{c}{q}{d})",
@@ -133,8 +132,8 @@ def is_right(formula):
 
 
 def reply_cards(rng, env):
-    """A reply about the hand of an environment; never a right formula over misread cards, which ends ours, nor from a picture the
-    right cards without a formula, which ours takes for misread."""
+    """A reply about the hand of an environment; from a picture never a right formula over misread cards, which ends ours, nor
+    the right cards without a formula, which ours takes for misread."""
     cards = list(env.cards_without_suit)
     if rng.random() < 0.3:
         cards[rng.randrange(4)] = rng.choice("A23")
@@ -157,8 +156,10 @@ def reply_walk(rng, env):
                        f"{here['observation']}; an intersection"))
     if rng.random() < 0.03:
         return f'I would rather not.{rng.choice(("", chr(10)))}'
-    action = here["gt_action"] if rng.random() < 0.8 else rng.choice(("forward()", "stop()", "turn_direction(left)", "turn_direction(north)"))
-    return f'{{\n  "current observation": "{seen}",\n  "current instruction": "{here["instruction"]}",\n  "action": "{action}",\n}}'
+    others = "forward()", "stop()", "turn_direction(left)", "turn_direction(north)"
+    action = here["gt_action"] if rng.random() < 0.8 else rng.choice(others)
+    return (f'{{\n  "current observation": "{seen}",\n  "current instruction": "{here["instruction"]}",\n'
+            f'  "action": "{action}",\n}}')
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------
@@ -175,9 +176,9 @@ def play(repo, task, other_rule, episodes, routes, seed):
     else:
         from gym_virl.envs.navigation_environment import NavigationEnvironment as kind
         name, prompt = "gym_virl/Navigation-v0", "Q_VIRL"
-        settings = dict(route_info_path=str(routes / "route_infos.json"), resolution=8, verify_iter=2, absolute_action=not other_rule,
-                        relocation=True, drop_rate=0.5, straight_line_length=5, platform_save_dir=tempfile.mkdtemp(),
-                        platform_cfg={"mapping": str(routes / "gps_pano_mapping.pkl")})
+        settings = dict(route_info_path=str(routes / "route_infos.json"), resolution=8, verify_iter=2,
+                        absolute_action=not other_rule, relocation=True, drop_rate=0.5, straight_line_length=5,
+                        platform_save_dir=tempfile.mkdtemp(), platform_cfg={"mapping": str(routes / "gps_pano_mapping.pkl")})
     sys.modules["gymnasium"].kinds[name] = kind
     from evaluation.evaluator import llama_evaluator
     env_config = Config(id=name, **settings)

@@ -96,8 +96,8 @@ def test_dialogues_on_a_walk_are_byte_for_byte_those_of_the_official_code(task, 
 
 @needs_repo
 def test_the_recipe_runs_on_a_blank_model_and_names_the_papers_numbers(tmp_path):
-    variables = {**os.environ, "SMOKE": "1", "TASK": "gp-l", "REPO": os.path.abspath(os.environ["OFFICIAL_REPO"]), "OUT": str(tmp_path),
-                 "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    variables = {**os.environ, "SMOKE": "1", "TASK": "gp-l", "REPO": os.path.abspath(os.environ["OFFICIAL_REPO"]),
+                 "OUT": str(tmp_path), "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(["bash", ROOT / "recipes" / "official.sh"], env=variables, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "decoded with --temperature 0.0 --top-p 1.0" in ran.stdout and "in the paper 11.5 at the start" in ran.stdout
@@ -217,7 +217,8 @@ def test_one_prompt_file_words_cards_under_both_rules(task, split, told, replied
     ('{"formula": "7+10"}', "no: missing [2, 1]!"), ('{"formula": "7+9+9"}', "no: no [9], missing [10, 2, 1]!"),
     ('{"formula": "7+7+10+2+1+)"}', "no: v6, often [7]!"), ('{"formula": "2)(7+10+1"}', "no: v5, v4!"),
     ('{"formula": "*2 7+10+1"}', "no: v1!"), ("nothing", "no: v1!"), ('{"formula": "(7+10+2+1"}', "no: up to (7!"),
-    ('{"formula": "1*(2*7+10"}', "no: begun!"), ('{"formula": "10-7*2+1=24"}', "no: up to 10!"), ('{"formula": "2*7/10+1"}', "no: up to 2*7/!")])
+    ('{"formula": "1*(2*7+10"}', "no: begun!"), ('{"formula": "10-7*2+1=24"}', "no: up to 10!"),
+    ('{"formula": "2*7/10+1"}', "no: up to 2*7/!")])
 def test_a_verdict_may_list_all_that_is_wrong(reply, told, shaped):
     env = make_env("gp-l", "id", prompt_file=str(shaped / "gp-l.json"))
     env.deal = lambda: ([(rank, "S") for rank in ("7", "Q", "2", "A")], [7, 10, 2, 1])
@@ -247,7 +248,8 @@ def test_a_misread_hand_is_told_in_place_of_the_verdict_if_the_text_says_so(shap
 @pytest.mark.parametrize("path, old, new, named", [
     ("utils_rl.py", None, None, "utils_rl.py"), ("utils_rl.py", "def step_rewards(", "def step rewards(", "utils_rl.py"),
     ("utils_rl.py", "def step_rewards(", "def other(", "step_rewards"), ("utils_rl.py", "', '.join", "' '.join", "message_list"),
-    ("utils_rl.py", '"v3")', 'v3())', "v3()"), ("utils_rl.py", '    stepper.add(REWARD_FN["NO_SOLUTION"], "none")\n', "", "stepper.add"),
+    ("utils_rl.py", '"v3")', 'v3())', "v3()"),
+    ("utils_rl.py", '    stepper.add(REWARD_FN["NO_SOLUTION"], "none")\n', "", "stepper.add"),
     ("prompt_lib/prompts.py", "{cards} O", "O", "cards"), ("prompt_lib/prompts.py", "ResponseEqn =", "Other =", "ResponseEqn"),
     ("prompt_lib/prompts.py", "{obs_act_seq} O {{}}", "{obs_act_seq} O {", "format"),
     ("prompt_lib/prompts.py", "T {target_number}; {face", "T {{x}} {target_number}; {face", "{x}"),
@@ -255,7 +257,7 @@ def test_a_misread_hand_is_told_in_place_of_the_verdict_if_the_text_says_so(shap
     ("gym/gym_virl/envs/navigation_environment.py", '"T1" if idx == 0 else "T"', '"T1" if idx == 0 else "U"', "turn"),
     ("gym/gym_virl/envs/navigation_environment.py", "views; {inter}", "views {inter}", "history"),
     ("gym/gym_virl/envs/navigation_environment.py", 'insert(0, "nothing")', "insert(0)", "version"),
-    ("gym/gym_virl/envs/navigation_environment.py", 'inter = "crossing" if "crossing" in observation_list[-1] else ""', 'inter = ""', "version"),
+    ("gym/gym_virl/envs/navigation_environment.py", '"crossing" if "crossing" in observation_list[-1] else ""', '""', "version"),
     ("gym/gym_virl/envs/navigation_environment.py", 'append("M.")', "append()", "version"),
     ("utils_rl.py", '["NO_SOLUTION"], "none")', '["NO_SOLUTION"])', "version")])
 def test_another_repository_or_version_is_one_line_that_names_what_was_looked_for(path, old, new, named, tmp_path):
@@ -277,7 +279,8 @@ def test_no_code_of_the_copy_runs(tmp_path):
 
 @pytest.mark.parametrize("task", ["gp-l", "virl-l"])
 def test_listing_what_is_wrong_takes_any_reply_and_stays_short(task, shaped, city):
-    env = make_env(task, "id", prompt_file=str(shaped / f"{task}.json"), verify_iter=1000, **({"root": city} if task == "virl-l" else {}))
+    more = {"root": city} if task == "virl-l" else {}
+    env = make_env(task, "id", prompt_file=str(shaped / f"{task}.json"), verify_iter=1000, **more)
     env.reset(seed=0)
     rng = random.Random(0)
     odd = ["9" * 5000, "(" * 5000, "1+" * 4000 + "1", "\u0663+1", "", None, 7, [1], {}, "\ud800", "1/0", "((1)"]
@@ -331,7 +334,8 @@ def test_bracketed_solutions_are_right_formulas_and_hold_redundant_brackets():
 
 def test_the_date_in_a_system_block_is_that_of_the_models_template_if_it_sets_one(tiny):
     processor = copy.copy(tiny[1])
-    dated = "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}Today: {{ date_string }}"
+    dated = ("{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+             "Today: {{ date_string }}")
     processor.chat_template = dated
     assert model.render(processor, [{"role": "user", "content": "x"}]) == "Today: 01 Jan 2025"
     processor.chat_template = "{% set date_string = '26 Jul 2024' %}" + dated
