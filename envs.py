@@ -60,21 +60,23 @@ from pathlib import Path
 from zlib import crc32
 
 from support import cards, demonstrator, play, settings, streets
-from support.chat import user_message
+from support.chat import user_message, within_quotes
 from support.solver import solutions
-from verify import FEEDBACK, LAST_TRY_PENALTY, fill, judge_general_points, judge_navigation
+from verify import FEEDBACK, LAST_TRY_PENALTY, LISTING, fill, judge_general_points, judge_navigation
 
 # Our words for the paper's prompt structure (A.2: task, input, output; B.2: task, instruction, what an observation is,
-# actions, history, output). A prompt file may replace each by name.
+# actions, history, output). A prompt file may replace each by name, by a text or one for each rule: {"absolute": ..., ...},
+# {"10,10,10": ..., ...} (data/official_prompts.py writes such).
 PROMPTS = {                                  # differs 15: ours; theirs by a prompt file
     "gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, and use every card "
-               "exactly once. An ace counts as 1, J counts as {J}, "
-               "Q counts as {Q} and K counts as {K}.",
+               "exactly once. An ace counts as 1, J counts as {J}, Q counts as {Q} and K counts as {K}.",
     "gp_input_text": "\nCards: {cards}",
+    "gp_card": "\"{card}\"",
     "gp_input_picture": "\nThe picture shows the four cards.",
     "gp_output": "\nReply with a JSON object:\n"
                  "{\"cards\": [the ranks you see], \"number\": [their values], "
                  "\"formula\": \"an equation ending in ={target}\"}",
+    "gp_reply": "{\"cards\": {cards}, \"number\": {numbers}, \"formula\": \"{formula}\"}",
     "gp_retry": "{verdict} Try another formula in the same format.",
     "nav_task": "Walk to a destination: follow the instructions, one action at a time.",
     "nav_instruction": "\nInstructions:{instruction}",
@@ -92,13 +94,17 @@ PROMPTS = {                                  # differs 15: ours; theirs by a pro
     "nav_between": "{landmark}",
     "nav_at_intersection": "{landmark}; intersection",
     "nav_no_landmark": "No landmark",
+    "nav_no_landmark_at_intersection": "No landmark",
     "nav_views": "The picture",
     "nav_output": "\nReply with a JSON object:\n{\"current observation\": what you see now, "
                   "\"current instruction\": the sentence you follow now, \"action\": your action}",
+    "nav_reply": "{\"current observation\": \"{observation}\", \"current instruction\": \"{instruction}\", "
+                 "\"action\": \"{action}\"}",
     "nav_retry": "{verdict} Try another action in the same format.",
     **{f"feedback_{name}": text for name, text in FEEDBACK.items()},
 }
-MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"}}   # what a prompt file may use beside the {names} above
+MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"},    # what a prompt file may use beside the {names} above
+               **{f"feedback_{name}": {"violations"} for name in LISTING}}
 
 
 # ---- What an environment must have -------------------------------------------------------------------------
@@ -121,6 +127,7 @@ class Environment(ABC):
     kinds: tuple         # of positions; metrics are reported for each apart
     retry_prompt: str    # the template around a verdict that asks for another try
     known_faults = ()    # what an imperfect demonstrator may do (the setting `faults`)
+    rule_name = ""       # by which a prompt file may have several texts
 
     def __init_subclass__(cls):
         for name in ("kinds", "retry_prompt"):
@@ -131,7 +138,7 @@ class Environment(ABC):
         settings.check_whole("verify_iter", verify_iter, 1)
         settings.check_choice("feedback", feedback, ("informative", "plain"))
         self.vision, self.verify_iter, self.feedback = vision, verify_iter, feedback
-        self.prompts = settings.load_templates(prompt_file, PROMPTS, MORE_VALUES)
+        self.prompts = settings.load_templates(prompt_file, PROMPTS, MORE_VALUES, self.rule_name)
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
         self.shares = demonstrator.parse_faults(faults, self.known_faults)
         self.rng, self.done = random.Random("0"), True
@@ -296,6 +303,7 @@ class GeneralPoints(Environment):
         self.deck = [(rank, suit) for suit in suits for rank in range(13)]
         for rank, suit in self.deck if card_dir else ():           # a bad file is an error now, not in mid-training
             cards.card_picture(RANKS[rank], suit, *cards.CARD, card_dir)
+        self.rule_name = ",".join(map(str, self.rule_jqk or ("random",)))
         super().__init__(**common)
 
     def draw_rule(self):
@@ -333,9 +341,12 @@ class GeneralPoints(Environment):
     def picture(self):
         return cards.draw_hand(self.hand, self.resolution, self.card_dir)
 
+    def list_cards(self):
+        return f"[{', '.join(fill(self.prompts['gp_card'], card=card) for card in self.cards)}]"
+
     def prompt(self):
         task = fill(self.prompts["gp_task"], target=self.target, **dict(zip("JQK", self.jqk)))
-        shown = fill(self.prompts["gp_input_picture" if self.vision else "gp_input_text"], cards=json.dumps(self.cards))
+        shown = fill(self.prompts["gp_input_picture" if self.vision else "gp_input_text"], cards=self.list_cards())
         return task + shown + fill(self.prompts["gp_output"], target=self.target)
 
     def judge(self, reply):
@@ -347,7 +358,8 @@ class GeneralPoints(Environment):
                 "ranks_right": verdict.ranks_right}
 
     def format_reply(self, answer, numbers=None):
-        return json.dumps({"cards": self.cards, "number": numbers or self.numbers, "formula": f"{answer}={self.target}"})
+        return fill(self.prompts["gp_reply"], cards=self.list_cards(), numbers=json.dumps(numbers or self.numbers),
+                    formula=within_quotes(f"{answer}={self.target}"))
 
     def expert_reply(self):
         return self.format_reply(self.formula)
@@ -373,22 +385,9 @@ VIEW_HEADINGS = {"prompt": (0, 90, 180, 270), "official": (-135, -45, 45, 135)} 
 DROP_RATE = 0.5                              # a place between two points is left out with this probability
 
 
-@dataclass(frozen=True)
-class Position:
-    """One place on the rail: what the expert sees there, does there, and which instruction is current."""
-    kind: str            # "turn", "forward" or "stop"
-    action: str
-    other_action: str    # by the other rule
-    pano: str
-    heading: int
-    landmark: str        # "Aldo Cafe is on your left", or ""
-    intersection: bool
-    sentence: str
-
-
-def relative_word(angle):
+def relative_word(angle, wrapped=True):
     """The word for a turn by so many degrees, taken modulo 360; straight on counts as slightly left."""
-    angle = (angle + 180) % 360 - 180                               # differs 17: theirs leaves this out
+    angle = (angle + 180) % 360 - 180 if wrapped else angle         # differs 17: theirs leaves this out
     if abs(angle) > 45:
         return "left" if angle < 0 else "right"
     return "slightly left" if angle <= 0 else "slightly right"
@@ -403,6 +402,7 @@ class Navigation(Environment):
     data          which of them: "train", "unseen" or "mini"
     in_order      play route `episode` of the file, not one drawn by the seed
     action_space  what turn_direction(x) takes: "absolute" compass words or "relative" ones
+    turn_words    relative words from angles "wrapped" at 180 degrees or "unwrapped" (official: a quarter on the wrong side)
     view_headings where the four views look, relative to the agent: "prompt" (front, right, back, left, as the prompt
                   says) or "official" (what the official code crops)
     resolution    pixels of a view; the grid of four is 2 * resolution + 5 wide
@@ -414,12 +414,14 @@ class Navigation(Environment):
     retry_prompt = "nav_retry"
     known_faults, faulty_reply = ("walk_past", "other_word"), demonstrator.faulty_step
 
-    def __init__(self, root="", data="train", in_order=False, action_space="absolute", view_headings="prompt",
-                 resolution=448, verify_iter=2, **common):
+    def __init__(self, root="", data="train", in_order=False, action_space="absolute", turn_words="wrapped",
+                 view_headings="prompt", resolution=448, verify_iter=2, **common):
         settings.check_choice("data", data, FOLDERS)
         settings.check_choice("action_space", action_space, ACTION_SPACES)
+        settings.check_choice("turn_words", turn_words, ("wrapped", "unwrapped"))
         settings.check_choice("view_headings", view_headings, VIEW_HEADINGS)
         settings.check_whole("resolution", resolution, 1, cards.MAX_SIZE)
+        self.rule_name, self.wrapped = action_space, turn_words == "wrapped"
         super().__init__(verify_iter=verify_iter, **common)
         folders = [Path(root) / name for name in FOLDERS[data]]
         self.folder = next((folder for folder in folders if folder.is_dir()), None)
@@ -440,7 +442,7 @@ class Navigation(Environment):
         self.number = episode % len(self.routes) if self.in_order else None
         route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
         heading = route.init_heading or self.rng.randint(0, 359)        # 0 in a file means: any
-        words = [relative_word(new - old) for old, new in zip((heading, *route.headings), route.headings)]
+        words = [relative_word(new - old, self.wrapped) for old, new in zip((heading, *route.headings), route.headings)]
         self.sentences = self.instruct(route, words)
         self.rail = list(self.lay_rail(route, heading, words))
         self.at = 0
@@ -467,12 +469,12 @@ class Navigation(Environment):
             # differs 20: a sentence belongs to its leg; theirs counts on, and a leg without places shifts the later ones
             for between in route.between[i - 1] if i else ():
                 if self.rng.random() >= DROP_RATE and between is not None:
-                    yield Position("forward", *2 * ["forward()"], between, heading, "", False, self.sentences[2 * i - 1])
+                    yield streets.Position("forward", *2 * ["forward()"], between, heading, "", False, self.sentences[2 * i - 1])
             if i == len(words):
-                yield Position("stop", *2 * ["stop()"], pano, heading, landmark, False, self.sentences[-1])
+                yield streets.Position("stop", *2 * ["stop()"], pano, heading, landmark, False, self.sentences[-1])
             else:
                 actions = [f"turn_direction({word})" for word in (route.directions[i], words[i])]
-                yield Position("turn", *actions[::-1 if self.action_space == "relative" else 1], pano, heading, landmark,
+                yield streets.Position("turn", *actions[::-1 if self.action_space == "relative" else 1], pano, heading, landmark,
                                i > 0, self.sentences[2 * i])
 
     position = property(lambda self: self.rail[self.at])
@@ -498,7 +500,8 @@ class Navigation(Environment):
         return fill(self.prompts["nav_at_intersection" if intersection else "nav_between"], landmark=landmark)
 
     def observation(self, position):
-        return self.observe(position.landmark or self.prompts["nav_no_landmark"], position.intersection)
+        nothing = self.prompts["nav_no_landmark_at_intersection" if position.intersection else "nav_no_landmark"]
+        return self.observe(position.landmark or nothing, position.intersection)
 
     def prompt(self):
         prompts, here = self.prompts, self.position
@@ -523,8 +526,8 @@ class Navigation(Environment):
 
     def format_reply(self, answer, position=None, sentence=None):
         """`position`: where the observation is of, if not here; `sentence`: another instruction than the current one."""
-        return json.dumps({"current observation": self.observation(position or self.position),
-                           "current instruction": sentence or self.position.sentence, "action": answer})
+        return fill(self.prompts["nav_reply"], observation=within_quotes(self.observation(position or self.position)),
+                    instruction=within_quotes(sentence or self.position.sentence), action=within_quotes(answer))
 
     def expert_reply(self):
         return self.format_reply(self.position.action)

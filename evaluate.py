@@ -254,6 +254,12 @@ def odd_replies(row):
     return f"of {row['replies']} replies, {', '.join(odd)}" if odd else ""
 
 
+def beside_paper(task, row):
+    """In words, a row of an evaluation beside the paper's numbers; "" where the paper has none."""
+    return "; ".join(f"{metric.replace('_', ' ')} {100 * row[metric]:.1f} %, in the paper {start} at the start, {sft} after SFT, "
+                     f"{rl} after RL" for (of, split, metric), (start, sft, rl) in PAPER.items() if (of, split) == (task, row["split"]))
+
+
 def evaluate_model(path, called, known, config, write, kept=None):
     """Evaluate a checkpoint, or the API's model under its name, on every split and seed that its `known` rows do not
     cover; `write` gets each new row. `called` is what to call it, `kept` as in LocalModel."""
@@ -283,6 +289,8 @@ def evaluate_model(path, called, known, config, write, kept=None):
             found = ", ".join(f"{name.replace('_', ' ')} {100 * row[name]:.1f} +- {100 * row[f'{name}_stderr']:.1f} %"
                               for name in ("first_try", *envs.TASKS[config.task].metrics))
             running.say(f"{called}, {split.label}, seed {seed}: {found}")
+            if config.paper and (beside := beside_paper(config.task, row)):
+                running.say(f"{called}, {split.label}, seed {seed}: {beside}")
             if odd := odd_replies(row):
                 running.say(f"{called}, {split.label}, seed {seed}: {odd}")
 

@@ -104,17 +104,19 @@ class Samples:
     def __init__(self, config):
         splits, common = settings.read_splits(config.mix, weighted=True), settings.read_settings(config.env)
         common.setdefault("verify_iter", config.failed_tries + 1)  # so that no failed try ends the episode
-        self.envs = [envs.make_env(config.task, split.name, common, **split.settings) for split in splits]
+        made = not config.data or config.env or tuple(config.mix) != ("id",)      # with --data only to check what is given
+        self.envs = [envs.make_env(config.task, split.name, common, **split.settings) for split in splits] if made else []
         self.weights = [split.weight for split in splits]
         for split, env in zip(splits, self.envs):
             if env.verify_iter <= config.failed_tries:
                 raise ValueError(f"--mix {split.label}: verify_iter {env.verify_iter} must be above --failed-tries "
                                  f"{config.failed_tries}")
-        if config.balance and len(self.envs[0].kinds) == 1:
-            raise ValueError(f"--balance: {config.task} has one kind of position only")
         if config.data and (config.failed_tries or config.balance or len(splits) > 1 or splits[0].settings):
             raise ValueError("--data: --mix, --failed-tries and --balance are for samples that are made on the fly")
-        self.pairs = config.data and conversations.read_conversations(config.data, self.envs[0].vision, IMAGE_TOKEN)
+        if config.balance and len(self.envs[0].kinds) == 1:
+            raise ValueError(f"--balance: {config.task} has one kind of position only")
+        self.pairs = config.data and conversations.read_conversations(config.data, envs.TASKS[config.task].fixed["vision"],
+                                                                             IMAGE_TOKEN)
         self.config, self.epoch = config, None
 
     def __getitem__(self, i):
@@ -147,7 +149,7 @@ def set_up(config):
     config = replace(config, dtype=running.pick_dtype(config.dtype, device, config.out))
     newest = run_folder.newest_checkpoint(config)
     torch.manual_seed(config.seed)
-    load = partial(load_policy, str(newest or config.model), config.dtype, vision=samples.envs[0].vision,
+    load = partial(load_policy, str(newest or config.model), config.dtype, vision=envs.TASKS[config.task].fixed["vision"],
                    freeze=config.freeze, gradient_checkpointing=config.gradient_checkpointing,
                    param_dtype=config.param_dtype)
     with run_folder.damage_advice(newest):

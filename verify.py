@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from support import violations
+
 REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal_formula": -3.0}
 MISREAD_PENALTY = -1.5
 NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action": -1.0}
@@ -42,21 +44,24 @@ MAX_NAME = 1000     # characters of an observation or an action that are compare
 MAX_SCALARS = 500   # words and numbers in an object that is not JSON
 MAX_WORK = 3000     # about microseconds; after so many false starts a reply counts as holding no object
 
-# What the model is told. A prompt file may replace any of these by name (envs.py); {braces} are filled in.
+# What the model is told. A prompt file may replace any of these by name (envs.py); {braces} are filled in. In those of
+# LISTING {violations} may stand as well: all that is wrong, as a list.
+LISTING = ("no_formula", "illegal_formula", "wrong_numbers", "wrong_value", "no_action", "wrong_action")
 FEEDBACK = {
     "correct": "Correct.",
     "no_formula": "No JSON object with a \"formula\" was found in your reply.",
     "illegal_formula": "Your formula is not legal: {fault}.",
     "wrong_numbers": "Your formula uses {used}, but the cards give {numbers}.",
     "wrong_value": "Your formula uses the right numbers, but it makes {value}, not {target}.",
-    "misread_cards": "You read the cards as {read}; that is not what they show.",
-    "no_cards": "Your reply lists no \"cards\".",
+    "misread_cards": "{verdict} You read the cards as {read}; that is not what they show.",
+    "no_cards": "{verdict} Your reply lists no \"cards\".",
     "no_action": "No JSON object with an \"action\" was found in your reply.",
     "wrong_action": "The action {action} is wrong here.",
-    "missed_landmark": "You did not name the landmark in sight.",
-    "missed_intersection": "You did not see the intersection.",
-    "invented_intersection": "There is no intersection here.",
+    "missed_landmark": "{verdict} You did not name the landmark in sight.",
+    "missed_intersection": "{verdict} You did not see the intersection.",
+    "invented_intersection": "{verdict} There is no intersection here.",
     "plain": "That is not correct.",
+    **violations.TEXTS,
 }
 
 
@@ -327,6 +332,13 @@ def in_place(stated, truth):
     return sum(str(said) == true for said, true in zip(stated, truth)) if is_plain_list(stated) else 0
 
 
+def fill_verdict(phrases, name, find_violations, **values):
+    """The phrase of a verdict, its violations found only where it lists them."""
+    if "{violations}" in phrases[name]:
+        values["violations"] = ", ".join(fill(phrases[kind], **of) for kind, of in find_violations())
+    return fill(phrases[name], **values)
+
+
 def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative", phrases=FEEDBACK):
     """Judge one GeneralPoints reply (paper A.3; the table at the top of this file). Any string in, never an exception.
 
@@ -353,13 +365,16 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
         except ValueError as fault:
             values = {"fault": fault}
     reward = REWARDS[status]                                        # differs 2: one status; theirs adds up penalties
-    message = fill(phrases[phrase], **values)
+    formula = found["formula"].split("=", 1)[0][:MAX_FORMULA] if found and isinstance(found["formula"], str) else None
+    message = fill_verdict(phrases, phrase, lambda: violations.of_formula(formula, numbers, target, parse_formula), **values)
     if vision and not cards_read:                                   # differs 19: theirs pays -1.5 instead, and the episode goes on
         reward += MISREAD_PENALTY
         stated = found.get("cards") if found else None
         if is_plain_list(stated):
             named = json.dumps([plain(card) if isinstance(card, str) else card for card in stated[:MAX_ECHO]])[:MAX_ECHO]
-        message += " " + (fill(phrases["misread_cards"], read=named) if is_plain_list(stated) else phrases["no_cards"])
+            message = fill(phrases["misread_cards"], verdict=message, read=named)
+        else:
+            message = fill(phrases["no_cards"], verdict=message)
     if feedback == "plain":
         message = phrases["correct" if status == "correct" else "plain"]
     return Verdict(status, reward, message, answer_at, cards_read, numbers_right,
@@ -390,17 +405,19 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     found, answer_at = read_reply(reply, ("action", "current observation"))
     found = found or {}
     stated, observed, name = found.get("action"), found.get("current observation"), plain_name(landmark)
+    said = observed if found else last_value(reply, "current observation")[0]
     observed = plain_name(observed) if isinstance(observed, str) else ""
     beside_name = observed.replace(name, "") if name else observed
     sees_intersection = "intersection" in NO_INTERSECTION.sub("", beside_name)
-    message = fill(phrases["wrong_action"], action=plain(stated)) if found else phrases["no_action"]
+    message = fill_verdict(phrases, "wrong_action" if found else "no_action",
+                           lambda: violations.of_step(said, landmark), action=plain(stated))
     if isinstance(stated, str) and plain_action(stated) == plain_action(action):
         status, message = "correct", phrases["correct"]
     elif name not in observed:                                      # differs 16: theirs looks for another word here
-        status, message = "wrong_observation", f"{message} {phrases['missed_landmark']}"
+        status, message = "wrong_observation", fill(phrases["missed_landmark"], verdict=message)
     elif sees_intersection != intersection:
         fault = "missed_intersection" if intersection else "invented_intersection"
-        status, message = "wrong_observation", f"{message} {phrases[fault]}"
+        status, message = "wrong_observation", fill(phrases[fault], verdict=message)
     else:
         status = "wrong_action"
     if feedback == "plain":

@@ -1,4 +1,5 @@
 """A message in the Hugging Face chat format, as the environments write it: the picture before the text, if there is one."""
+import json
 
 
 def user_message(text, picture=None):
@@ -11,3 +12,8 @@ def read_text(message):
     """The text of a message, its picture left out."""
     content = message["content"]
     return content if isinstance(content, str) else content[-1]["text"]
+
+
+def within_quotes(text):
+    """A text as it stands between the quotes of a JSON object."""
+    return json.dumps(text)[1:-1]

@@ -79,10 +79,11 @@ def check_whole(name, value, low, high=None):
         raise ValueError(f"{name} {value}: must be at most {high}")
 
 
-def load_templates(path, templates, more_values):
+def load_templates(path, templates, more_values, rule=""):
     """`templates` with those of a JSON file put over them; ValueError names what the file may not hold.
 
-    A template may use the {names} of the one that it replaces, and those that `more_values` has for it.
+    A template may use the {names} of the one that it replaces, and those that `more_values` has for it. In its place may
+    stand an object with one for each rule.
     """
     if not path:
         return templates
@@ -92,9 +93,15 @@ def load_templates(path, templates, more_values):
         raise ValueError(f"prompt file {path}: {error}") from None
     if not isinstance(given, dict):
         raise ValueError(f"prompt file {path}: expected a JSON object of templates, got {type(given).__name__}")
+    chosen = {**templates, **given}
     for name, text in given.items():
         if name not in templates:
             raise ValueError(f"prompt file {path}: unknown template {name!r}; allowed: {', '.join(templates)}")
+        if isinstance(text, dict):
+            if rule not in text:
+                raise ValueError(f"prompt file {path}: template {name!r} is worded for {' and '.join(text) or 'no rule'}, "
+                                 f"not for the rule {rule}")
+            text = chosen[name] = text[rule]
         if not isinstance(text, str):
             raise ValueError(f"prompt file {path}: template {name!r} must be text, got {type(text).__name__}")
         allowed = set(re.findall(r"\{(\w+)\}", templates[name])) | more_values.get(name, set())
@@ -102,4 +109,4 @@ def load_templates(path, templates, more_values):
         if foreign:
             raise ValueError(f"prompt file {path}: template {name!r} uses {{{min(foreign)}}}; "
                              f"allowed: {', '.join(sorted(allowed)) or 'none'}")
-    return {**templates, **given}
+    return chosen

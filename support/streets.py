@@ -144,6 +144,19 @@ class Route:
     between: tuple       # (k,) of each leg: () if it is too short, else POINTS_PER_LEG panoramas, None where no place fits
 
 
+@dataclass(frozen=True)
+class Position:
+    """One place on the rail: what the expert sees there, does there, and which instruction is current."""
+    kind: str            # "turn", "forward" or "stop"
+    action: str
+    other_action: str    # by the other rule
+    pano: str
+    heading: int
+    landmark: str        # "Aldo Cafe is on your left", or ""
+    intersection: bool
+    sentence: str
+
+
 # A field, or the end of a block. A value ends at a quote that ends its line or the block, so that one with a brace or a
 # line break in it, as names have them, is read whole; a quote that is missing takes no other field in.
 MILESTONE = re.compile(r"""

@@ -8,6 +8,7 @@ from PIL import Image
 
 import model
 import sft
+import verify
 from model import IMAGE_TOKEN
 from support import conversations
 from support.chat import read_text
@@ -16,6 +17,28 @@ from support.conversations import read_conversations
 
 def record(*turns):
     return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]}
+
+
+def test_records_of_the_released_text_sets_are_read_as_they_are_and_their_replies_judged_correct(tmp_path):
+    """Their replies are no JSON: card lists in single quotes, a comma before the last brace, a line break around them."""
+    cards = record("\n[Task]\nMake 24. {\n  \"cards\": [x, y, z, w],\n}\n\n",
+                   "\n{\n  \"cards\": ['A', 'K', '2', '7'],\n  \"number\": [1, 10, 2, 7],\n  \"formula\": \"(1*2)*7+10=24\",\n}")
+    walk = record("\n[Task]\nGo on.\n\nO_1: No landmark; \nA_1: \n\n{\n  \"action\": x,\n}\n",
+                  "\n{\n  \"current observation\": \"No landmark; \",\n  \"current instruction\": \"Go to Café \u00d8.\",\n"
+                  "  \"action\": \"forward()\",\n}\n")
+    for name, records in (("gp-l", [cards, cards | {"image": None}]), ("virl-l", [walk, walk | {"image": [], "id": 7}])):
+        folder = tmp_path / "SFT_Data" / name
+        folder.mkdir(parents=True)
+        (folder / "data.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+        pairs = read_conversations(folder / "data.json", False, IMAGE_TOKEN)
+        assert [(messages[0]["content"], reply) for messages, reply in pairs] == [
+            tuple(turn["value"] for turn in record["conversations"]) for record in records]
+        samples = sft.Samples(sft.Config(task=name, data=str(folder / "data.json")))    # without routes
+        assert samples[0] in pairs
+    reply = cards["conversations"][1]["value"]
+    verdict = verify.judge_general_points(reply, ["A", "K", "2", "7"], [1, 10, 2, 7])
+    assert verdict.status == "correct" and verdict.cards_read and verdict.numbers_right
+    assert verify.judge_navigation(walk["conversations"][1]["value"], "forward()", "", False).status == "correct"
 
 
 def test_the_released_data_shape_is_read_one_sample_a_reply_in_seeded_order(tmp_path):

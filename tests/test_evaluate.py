@@ -111,6 +111,13 @@ def test_the_paper_plays_234_hands_48_routes_and_18_of_the_visual_test():
         assert evaluate.num_episodes(SimpleNamespace(paper=True, task=task), Split(split, {})) == expected
 
 
+def test_a_row_stands_beside_the_papers_numbers_where_it_has_some():
+    row = {"split": "rule_ood", "success": 0.1234, "paper_step_accuracy": 0.5}
+    assert evaluate.beside_paper("gp-l", row) == "success 12.3 %, in the paper 11.5 at the start, 3.4 after SFT, 15.0 after RL"
+    assert evaluate.beside_paper("virl-l", row).startswith("paper step accuracy 50.0 %, in the paper 80.8 at the start")
+    assert evaluate.beside_paper("gp-l", row | {"split": "id"}) == evaluate.beside_paper("gp-l", row | {"split": "rule_ood target=36"}) == ""
+
+
 def test_error_bars_are_binomial_for_one_run_and_over_runs_for_several():
     row = {"success": 0.2, "success_stderr": math.sqrt(0.2 * 0.8 / 100), "run": "a", "start": "s"}
     assert evaluate.mean_and_error([row], "success") == pytest.approx((20.0, 4.0))
