@@ -43,7 +43,7 @@ virl-l)
     rl="$rl --lr-warmup 1 --lr-horizon 10 --thought-coef 1.0"
     sft="--steps 50 --save-every 10"
     rl_settings=("--temperature 1.0 --lr 1e-4 --lr-final 1e-4" "--temperature 1.0 --lr 3e-4 --lr-final 3e-4"
-                 "--temperature 0.2 --lr 1e-4 --lr-final 1e-4") sft_settings=("--lr 1e-3")
+                 "--temperature 0.2 --lr 1e-4 --lr-final 1e-4" "--temperature 0.2 --lr 3e-5 --lr-final 3e-5") sft_settings=("--lr 1e-3")
     test="--episodes 300 --dtype float32" ;;
 gp-vl)
     env=(resolution=224); train="id fold=train"; max_new_tokens=40
