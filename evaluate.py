@@ -537,7 +537,7 @@ def draw(arms, task, splits, figure):
         own = [arm for arm in arms if arm.split()[0] == kind]
         colours |= {arm: shades(0.75 - 0.45 * i / len(own)) for i, arm in enumerate(own)}
     shape = len(metrics), len(splits)
-    fig, axes = plt.subplots(*shape, figsize=(4.5 * len(splits), 3.6 * len(metrics)), squeeze=False)
+    fig, axes = plt.subplots(*shape, figsize=(4.5 * len(splits), 3.6 * len(metrics)), squeeze=False, layout="constrained")
     for panels, metric in zip(axes, metrics):
         for axis, split in zip(panels, splits):
             start = mean_and_error([row for row in arms["start"] if row["split"] == split], metric)
@@ -546,14 +546,14 @@ def draw(arms, task, splits, figure):
                                                for gflops, rows in at_checkpoints(arms[arm], split)))
                 axis.errorbar(x, y, e, label=arm, color=colours[arm], marker="o", markersize=3, capsize=2)
             axis.plot([0], start[:1], "k*", markersize=11, label="start")
-            for arm, value in zip(("start", "SFT", "RL"), PAPER.get((task, split, metric), ())):
-                axis.plot([1.04], [value], "<", color={"start": "black", "SFT": "tab:orange", "RL": "tab:blue"}[arm], transform=axis.get_yaxis_transform(), clip_on=False,
-                          label="paper: start, SFT, RL" if arm == "start" else None)
+            for colour, value in zip(("black", "tab:orange", "tab:blue"), PAPER.get((task, split, metric), ())):
+                axis.plot([1.04], [value], "<", color=colour, transform=axis.get_yaxis_transform(), clip_on=False,
+                          label="paper: start, SFT, RL" if colour == "black" else None)
             axis.margins(0.06, 0.12)                                # no curve on the frame
             axis.set(title=f"{task.upper()}: {TITLES.get(split, split)}", xlabel="GFLOPs of post-training",
                      ylabel=f"{metric.replace('_', ' ')} %")
-            axis.legend(fontsize=8)
-    fig.tight_layout()
+    labels = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
+    fig.legend(labels.values(), labels, loc="outside lower center", ncol=3, fontsize=8)
     fig.savefig(figure, dpi=150)
     print(f"\nfigure: {figure}")
 
