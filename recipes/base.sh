@@ -2,7 +2,7 @@
 # Step 0 of the tiny run: a stand-in for a foundation model's pre-training, committed as data/base/ (bfloat16).
 #
 #   bash recipes/base.sh                 data/base/gp-l, 53 minutes on one busy core
-#   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about fifteen minutes on two cores (nineteen on one)
+#   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about 25 minutes on one core
 #   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl, about twenty minutes on one core
 #
 # BASE is the folder to write, OUT the folder for the runs. SMOKE=1 takes a few steps and writes to OUT/base, never to

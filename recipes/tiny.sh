@@ -6,7 +6,7 @@
 #   TASK=gp-vl bash recipes/tiny.sh         GeneralPoints from pictures, tested on red suits as well
 #   SMOKE=1 bash recipes/tiny.sh            everything once in about a minute, in a folder of its own; the numbers mean
 #                                           nothing
-#   STARTS="0 1 2" SEEDS="0 1" TASK=virl-l bash recipes/tiny.sh     as in results/: two seeds from each of three starts
+#   STARTS="0 1 2" TASK=virl-l bash recipes/tiny.sh      as in results/: a seed (or SEEDS="0 1") from each of three starts
 #   MODEL=folder bash recipes/tiny.sh       another start, with SMOKE=1 as well; OUT=folder for the runs; MORE_RL,
 #                                           MORE_SFT, MORE_TEST hold further options (gpu.sh); RL_SETTINGS="--lr 1e-5;--lr
 #                                           3e-5" and SFT_SETTINGS: others than those below, all run (study.sh)
