@@ -43,9 +43,9 @@ for name in ${PANELS:-unseen_by_id two_by_two}; do
             folder=$OUT/${cell%%:*}
             mkdir -p "$folder"
             for start in $STARTS; do
+                after=$(ls -d "$OUT/making_$start"/2/step_?????? | tail -1)
                 [ -d "$folder/start_$start" ] ||
-                    SEED=$start BASE=$folder/start_$start OUT=$folder/making_$start FAULTS=${cell#*:} \
-                        AFTER=$(ls -d "$OUT/making_$start"/2/step_?????? | tail -1) bash recipes/base.sh
+                    SEED=$start BASE=$folder/start_$start OUT=$folder/making_$start FAULTS=${cell#*:} AFTER=$after bash recipes/base.sh
             done
             panel "${cell%%:*}"
         done ;;
