@@ -4,7 +4,7 @@
 # (gp-l) or paper_step_accuracy (virl-l); settings within one standard error of their arm's best tie, and tiny.sh runs them all.
 #
 #   SEED=9 BASE=runs/grid-gp-l/start OUT=runs/grid-gp-l/making bash recipes/base.sh     # the start
-#   bash recipes/grid.sh                                      # gp-l; prints a table at its end, see results/grid.md
+#   bash recipes/grid.sh                                      # gp-l; prints a table at its end, see results/grid_gp_l.md
 #   TASK=virl-l ... likewise, with runs/grid-virl-l
 #
 # JOBS runs are trained at the same time, each on one core. It can be stopped; the same command goes on.
