@@ -18,11 +18,11 @@ export OMP_NUM_THREADS=1
 case $TASK in
 gp-l)
     common="--model $MODEL --task gp-l --micro-batch-tokens 8192 --seed $SEED"
-    rl="--split id fold=train --updates 12 --save-every 3 --num-envs 128 --turns-per-env 5 --minibatch-turns 128 --epochs 1 --max-new-tokens 40"
-    rl="$rl --generate-tokens 8192 --clip 0.2 --value-coef 0.1 --value-lr 1e-3 --lr-horizon 12"
-    sft="--mix id fold=train --steps 60 --save-every 15"
+    rl="--split id fold=train --updates 24 --save-every 6 --num-envs 128 --turns-per-env 5 --minibatch-turns 128 --epochs 1 --max-new-tokens 40"
+    rl="$rl --generate-tokens 8192 --clip 0.2 --value-coef 0.1 --value-lr 1e-3 --lr-warmup 2 --lr-horizon 24 --thought-coef 1.0"
+    sft="--mix id fold=train --steps 200 --save-every 50"
     test="--splits id --episodes 500 --seeds $SEED --dtype float32 --max-new-tokens 40 --no-start"
-    temperatures="0.2 0.5 1.0" rl_rates="1e-5 3e-5 1e-4" sft_rates="1e-4 3e-4 1e-3" ;;
+    temperatures="0.2 0.5" rl_rates="3e-5 5e-5" sft_rates="1e-4 3e-4 1e-3" counts=success ;;     # the first grid: results/grid_gp_l.md
 virl-l)
     [ -d "$OUT/city" ] || python data/synthetic_city.py --out "$OUT/city" --routes 1000 --most-legs 5 --no-pictures
     common="--model $MODEL --task virl-l --env root=$OUT/city --micro-batch-tokens 8192 --seed $SEED"
@@ -30,7 +30,7 @@ virl-l)
     rl="$rl --generate-tokens 8192 --clip 0.2 --value-coef 0.1 --value-lr 1e-3 --lr-warmup 1 --lr-horizon 10 --thought-coef 1.0"
     sft="--mix id --steps 50 --save-every 25"
     test="--splits id --episodes 300 --seeds $SEED --dtype float32 --max-new-tokens 48 --no-start"
-    temperatures="0.2 0.5 1.0" rl_rates="3e-5 1e-4 3e-4" sft_rates="1e-4 3e-4 1e-3" ;;
+    temperatures="0.2 0.5 1.0" rl_rates="3e-5 1e-4 3e-4" sft_rates="1e-4 3e-4 1e-3" counts=paper_step_accuracy ;;
 *) echo "TASK=$TASK: allowed are gp-l and virl-l" >&2; exit 2 ;;
 esac
 mkdir -p "$OUT"
@@ -45,16 +45,16 @@ for temperature in $temperatures; do
     done
 done
 printf '%s\n' "${jobs[@]}" | xargs -P "$JOBS" -d '\n' -I{} bash -c '{}' >"$OUT/log" 2>&1
-python - "$OUT" "$TASK" <<'PY'
+python - "$OUT" "$TASK" "$counts" <<'PY'
 import json, sys
 from pathlib import Path
 import envs
 names = ("first_try", *envs.TASKS[sys.argv[2]].metrics)
-print(f"| run | GFLOPs | {' | '.join(name.replace('_', ' ') for name in names)} | the last at each checkpoint |")
+print(f"| run | GFLOPs | {' | '.join(name.replace('_', ' ') for name in names)} | {sys.argv[3].replace('_', ' ')} at each checkpoint |")
 print("|---|---|" + "---|" * len(names) + "---|")
 for run in sorted(path.parent for path in Path(sys.argv[1]).glob("*/eval.jsonl")):
     rows = sorted(map(json.loads, (run / "eval.jsonl").read_text().splitlines()), key=lambda row: row["step"])
     cells = [f"{100 * rows[-1][name]:.1f} ± {100 * rows[-1][f'{name}_stderr']:.1f}" for name in names]
-    curve = ", ".join(f"{100 * row[names[-1]]:.1f}" for row in rows)
+    curve = ", ".join(f"{100 * row[sys.argv[3]]:.1f}" for row in rows)
     print(f"| {run.name} | {rows[-1]['gflops']:,.0f} | {' | '.join(cells)} | {curve} |")
 PY
