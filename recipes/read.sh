@@ -3,18 +3,21 @@
 #
 #   bash recipes/read.sh               one seed, about ten minutes on two cores
 #   SEEDS="0 1 2" bash recipes/read.sh
+#   FAMILY=qwen3_vl bash recipes/read.sh    another kind of vision model (support/vision.py), in a folder of its own
 #   SMOKE=1 bash recipes/read.sh       a few steps, in a folder of its own; the numbers mean nothing
 #
 # Recognition is the paper's Fig. 8: one reply, no verifier, all four cards in any order; rank accuracy counts cards
 # named in their place, by chance one in thirteen. The hands of the unseen split were never trained on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/read${SMOKE:+-smoke}}
+FAMILY=${FAMILY:-mllama}
+OUT=${OUT:-runs/read-$FAMILY${SMOKE:+-smoke}}
 steps="--steps 700 --save-every 100 --batch-size 64" test="--episodes 234"
 [ -z "${SMOKE:-}" ] || steps="--steps 4 --save-every 2 --batch-size 8" test="--episodes 8"
 [ -z "${SMOKE:-}" ] || SEEDS=0
 for seed in ${SEEDS:-0}; do
-    [ -d "$OUT/blank_$seed" ] || python support/tiny.py --task gp-vl --out "$OUT/blank_$seed" --size 96x4 --seed "$seed" --env resolution=224
+    [ -d "$OUT/blank_$seed" ] || python support/tiny.py --task gp-vl --family "$FAMILY" --out "$OUT/blank_$seed" --size 96x4 \
+        --seed "$seed" --env resolution=224
     python sft.py --task gp-vl --model "$OUT/blank_$seed" --out "$OUT/sft_$seed" --seed "$seed" --mix id fold=train \
         --env resolution=224 verify_iter=1 $steps --lr 1e-3 --micro-batch-tokens 8192
     python evaluate.py --run-folder "$OUT/sft_$seed" --no-start --seeds "$seed" --splits id unseen visual_ood $test \

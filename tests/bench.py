@@ -11,6 +11,7 @@ first, and a difference ends the program. The baselines are written here, in our
     vision     the same two with a picture: batch 1, the vision tower in every `generate` and forward, a row per turn
     turns      the same two for whole rollouts of five turns, and ours that keeps nothing from turn to turn
     sft        Hugging Face's own loss over `labels`, the whole batch padded to its longest
+    trl        TRL's SFTTrainer (`pip install trl`), on one micro-batch
     verifier   fields by regular expressions, checks on the characters, `eval`, a search in the list of solutions
     envs       random cards until some permutation, operators and brackets `eval` to 24
     growth     none: rates of ours as batch, prompt, common head or dialogue grow
@@ -125,16 +126,18 @@ def expect_close(what, ours, baseline):
 
 # ---- Models -------------------------------------------------------------------------------------------------------
 
+def make_tokenizer():
+    return tiny.train_tokenizer(tiny.sample_texts("gp-l", num=20), envs.make_env("gp-l", "id").atoms())
+
+
 def make_policy(args, vocab_size, layers, dtype="float32", **shape):
     """A random-init Llama, 256 wide unless told else, that may sample every token; none of them ends a reply."""
-    env = envs.make_env("gp-l", "id")
-    processor = tiny.train_tokenizer(tiny.sample_texts("gp-l", num=20), env.atoms())
     shape = dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=8, intermediate_size=672) | shape
     torch.manual_seed(args.seed)
     with args.device:
         backbone = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_hidden_layers=layers, bos_token_id=None,
                                                 eos_token_id=None, pad_token_id=0, **shape))
-        policy = Policy(backbone, processor, dtype)
+        policy = Policy(backbone, make_tokenizer(), dtype)
     policy.banned.fill_(False)
     policy.eos_id = -1
     return policy
@@ -491,6 +494,53 @@ def sft(args, rates):
         yield row(what, medians(args, ours, baseline), flops=flops, rates=rates)
 
 
+def trl(args, rates):
+    """A step of TRL's SFTTrainer without its data loading, and then ours, on the same batch: every loss must be the same."""
+    try:
+        import datasets
+        import trl
+    except ImportError as error:
+        yield f"not measured: {error}", "", "", None
+        return
+    vocab_size, rng = 32000, random.Random(args.seed)
+    policy = make_policy(args, vocab_size, layers=4)
+    optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=1e-5, weight_decay=0.0)
+    lengths = [(total - total // 4, total // 4) for total in (rng.randint(64, 256) for _ in range(16))]
+    samples = random_samples(args, vocab_size, lengths)
+    config = SimpleNamespace(micro_batch_tokens=2048, max_grad_norm=1.0)
+    ours = partial(train_step, policy, optimizer, [(*sample, None) for sample in samples], config)
+    clocks, losses = {"ours": [], "theirs": []}, []
+
+    class OursBefore(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            started = time.perf_counter()
+            losses.append(ours()[0])
+            clocks["ours"].append(time.perf_counter() - started)
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            clocks["theirs"].append(time.perf_counter() - self.began)
+
+    rows = [{"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)} for p, r in samples]
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as out:
+        trainer = trl.SFTTrainer(
+            copy.deepcopy(policy.backbone), processing_class=make_tokenizer(), callbacks=[OursBefore()],
+            train_dataset=datasets.Dataset.from_list(rows * (args.rounds + 1)),
+            args=trl.SFTConfig(out, max_steps=args.rounds + 1, per_device_train_batch_size=len(rows), learning_rate=1e-5,
+                               lr_scheduler_type="constant", completion_only_loss=True, activation_checkpointing=False,
+                               bf16=False, train_sampling_strategy="sequential", use_cpu=args.device.type == "cpu",
+                               logging_steps=1, disable_tqdm=True, report_to="none", save_strategy="no",
+                               dataloader_pin_memory=False, seed=args.seed))
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    for ours_loss, logged in zip(losses, trainer.state.log_history, strict=False):
+        expect_close("training loss", ours_loss, logged["loss"])
+    yield row(f"the mixed lengths of `sft`; baseline: SFTTrainer of TRL {trl.__version__}, its data loading left out",
+              [statistics.median(column[1:]) for column in clocks.values()],
+              flops=flops_needed(policy, 6, sum(map(sum, lengths)), sum(response for _, response in lengths)), rates=rates)
+
+
 # ---- Verifier -----------------------------------------------------------------------------------------------------
 
 FIELDS = {name: re.compile(rf'"{name}"\s*:\s*(\[[^\]]*\]|"[^"]*")') for name in ("cards", "number", "formula")}
@@ -845,7 +895,7 @@ def ranks_row(args, options, steps=4):
 
 # ---- Running ------------------------------------------------------------------------------------------------------
 
-SECTIONS = {"rollout": rollout, "turns": rollout_in_turns, "logprob": logprob, "vision": vision, "sft": sft, "verifier": verifier,
+SECTIONS = {"rollout": rollout, "turns": rollout_in_turns, "logprob": logprob, "vision": vision, "sft": sft, "trl": trl, "verifier": verifier,
             "envs": environment, "virl": virl, "growth": growth, "limits": limits, "ranks": ranks}
 
 

@@ -93,15 +93,17 @@ def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_w
              "tokens": dict(task="gp-vl", env=("resolution=60",))}                  # pictures that are tokens
     models = {"words": tiny_folder(), "pictures": tiny_folder(vision=True), "tokens": tiny_folder(family="qwen3_vl")}
     untied_in_the_file_only(tmp_path / "untied")
-    for processes, more in (1, {}), (2, {"gradient_checkpointing": True}):          # for sft.py: rl.py goes without
+    # With two, the weights are sharded, and what a dialogue has read is kept from turn to turn; with one, it is read anew.
+    for processes, kept, more in (1, 0, {}), (2, 1, {"gradient_checkpointing": True}):      # more: for sft.py alone
         (tmp_path / str(processes)).mkdir()
         jobs = []
         for name, task in tasks.items():
             out, start = tmp_path / str(processes), tmp_path / "1" / f"sft_{name}" / "step_000003"
-            test = dict(run_folder=out / f"rl_{name}", episodes=5, env=("verify_iter=2",), max_new_tokens=10, device="cpu")
+            test = dict(run_folder=out / f"rl_{name}", episodes=5, env=("verify_iter=2",), max_new_tokens=10, device="cpu",
+                        kept_gib=kept)
             played = {**task, "env": (*task.get("env", ()), "verify_iter=4")}
             jobs += [("sft", dict(SFT, out=out / f"sft_{name}", steps=3, model=models[name], **task, **more)),
-                     ("rl", {**RL, "out": out / f"rl_{name}", "updates": 3, "model": start, **played})]
+                     ("rl", {**RL, "out": out / f"rl_{name}", "updates": 3, "model": start, "kept_gib": kept, **played})]
             jobs += [("evaluate", test)] * (name != "tokens")      # it takes time, and shows what rl.py shows
         jobs.append(("sft", dict(SFT, out=out / "sft_untied", steps=3, model=tmp_path / "untied")))
         run_all(processes, *jobs)
