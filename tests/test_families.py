@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import envs
 import model
@@ -49,6 +49,12 @@ WORKING = {                                                        # model type:
     "exaone4": (SLIDING, TAGS),
     "seed_oss": (dict(head_dim=8), CHATML + CHATML_PROMPT),
     "hunyuan_v1_dense": (dict(head_dim=8), TAGS),
+}
+TOWER = dict(hidden_size=32, patch_size=14, intermediate_size=64)
+WITH_TOWER = {                                                     # released with an encoder of pictures, which is not used here
+    "qwen3_5": (WORKING["qwen3_5_text"][0], dict(TOWER, depth=1, num_heads=2, out_hidden_size=32, num_position_embeddings=64), {}),
+    "gemma3": (dict(head_dim=8, **SLIDING), dict(TOWER, num_hidden_layers=1, num_attention_heads=2, image_size=56),
+               dict(mm_tokens_per_image=4)),
 }
 REFUSED = {                                                        # and why
     "gemma2": (dict(head_dim=8, **SLIDING), "its logits are not plain products"),                       # soft-capped
@@ -124,6 +130,27 @@ def test_a_model_of_today_samples_learns_and_is_saved_like_any_other(model_type,
     tied = policy.backbone.config.tie_word_embeddings
     for backbone in (plain, again.backbone, policy.backbone):
         assert (backbone.lm_head.weight is backbone.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("model_type", WITH_TOWER)
+def test_a_folder_with_an_encoder_of_pictures_that_is_unknown_here_is_a_model_of_words(model_type, tmp_path, device):
+    text, tower, more = WITH_TOWER[model_type]
+    folder = shutil.copytree(tiny_folder(), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    AutoModelForImageTextToText.from_config(AutoConfig.for_model(
+        model_type, text_config=dict(SHAPE, vocab_size=len(tokenizer), **text), vision_config=tower, **more)).save_pretrained(folder)
+    policy, processor = model.load_policy(str(folder), device=device)
+    prompts = [model.encode(processor, envs.make_env("gp-l", "id").reset(i)[0]) for i in range(3)]
+    replies = policy.generate(prompts, model.sampling_uniforms([(0, i) for i in range(3)], 8), 8, 0.7)
+    found, _ = policy(model.collate([[(p, ids)] for p, (ids, _) in zip(prompts, replies)], policy.device), 0.7)
+    for row, (ids, logprobs) in zip(found, replies):
+        torch.testing.assert_close(row[:len(ids)].cpu(), torch.tensor(logprobs), atol=1e-4, rtol=0)
+    saved = run_folder.ensure_checkpoint(tmp_path, 1, policy, processor, torch.optim.AdamW(policy.parameters()), {})
+    again, ids = model.load_policy(str(saved))[0], torch.tensor([prompts[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(again.backbone(ids).logits, policy.backbone.cpu()(ids).logits)
+    with pytest.raises(ValueError, match="reads no pictures"):
+        model.load_policy(str(folder), vision=True)
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
