@@ -14,7 +14,7 @@
 # the paper (10/10/10 and 11/12/13) are never drawn, and a tenth of the hands is held out. First single tries; then dialogues
 # with up to four failed replies of the model's own before the expert's (data/own_failures.py), so that it learns to read a
 # verdict and not to repeat itself; then such dialogues once more, in which first tries are an imperfect demonstrator's:
-# FAULTS, 0.4 leave a card out and 0.15 count J, Q, K as ten whatever the rule says. The first fault is one that both rules
+# FAULTS, 0.6 leave a card out and 0.15 count J, Q, K as ten whatever the rule says. The first fault is one that both rules
 # share and RL may cure, the second makes the model unsure of the rule, as a model is that knows other card games.
 # data/base/gp-l is from before that: its second and third stage had random failed tries, and no faults were planted.
 #
@@ -68,7 +68,7 @@ gp-l)
         train 2 "$(newest "$OUT/1")" 160 $((3 * SEED + 1)) --lr "$second" --data "$OUT/own_2.json" --save-every 40
         AFTER=$(newest "$OUT/2")
     fi
-    own 3 "$AFTER" 15360 $((3 * SEED + 2)) --mix $mix --env "faults=${FAULTS-leave_out:0.4,ten:0.15}"
+    own 3 "$AFTER" 15360 $((3 * SEED + 2)) --mix $mix --env "faults=${FAULTS-leave_out:0.6,ten:0.15}"
     train 3 "$AFTER" 120 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 40
     start=$(newest "$OUT/3") ;;
 virl-l)

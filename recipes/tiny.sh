@@ -31,10 +31,10 @@ ppo="--clip 0.2 --value-coef 0.1 --value-lr 1e-3"
 case $TASK in
 gp-l)
     env=(); train="id fold=train"; max_new_tokens=40
-    rl="--updates 14 --save-every 7 --num-envs 256 --turns-per-env 4 --minibatch-turns 256 --epochs 1"
-    rl="$rl --lr-final 1e-5 --lr-horizon 14"
-    sft="--steps 260 --save-every 65"
-    rl_settings=("--temperature 0.7 --lr 3e-5") sft_settings=("--lr 1e-4")
+    rl="--updates 24 --save-every 4 --num-envs 128 --turns-per-env 5 --minibatch-turns 128 --epochs 1"
+    rl="$rl --lr-warmup 2 --lr-horizon 24 --thought-coef 1.0"
+    sft="--steps 200 --save-every 40"
+    rl_settings=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5") sft_settings=("--lr 3e-4")
     test="--episodes 500 --dtype float32" ;;
 virl-l)
     DATA=${DATA:-$OUT/city}
