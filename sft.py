@@ -45,6 +45,8 @@ def train_step(policy, optimizer, samples, config):
     for rows, weight in running.even_out(groups):                  # weight 0: only so that all make as many passes
         logprobs, _ = policy(collate([[samples[row][:2]] for row in rows], policy.device,
                                      [samples[row][2] for row in rows]))                           # (B, R)
+        if config.dft:                                             # a token that the model holds unlikely pulls less
+            logprobs = logprobs.detach().exp() * logprobs
         micro_loss = -weight * logprobs.sum() / num_targets
         (micro_loss * running.WORLD).backward()                    # gradients are averaged over processes
         loss += float(micro_loss.detach())
@@ -80,6 +82,7 @@ class Config:
     # differs 24: the default is what their script asks for, not what ran
     schedule: str = knob("cosine", "after the warm-up: cosine to 0, as the official script says, or constant, as it ran",
                          choices=("cosine", "constant"))
+    dft: bool = knob(False, "weigh each token by its probability (dynamic fine-tuning, arXiv 2508.05629; not in the paper)")
     freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)} (Fig. 16)")
     weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
     beta2: float = knob(0.98, "AdamW beta 2; beta 1 is 0.9, eps 1e-7", low=0, high=0.999999)

@@ -58,6 +58,7 @@ import model
 import rl
 import verify
 from model import LlamaDecoder, Policy, RolloutMemory, collate, sampling_uniforms
+from sft import Config as SFTConfig
 from sft import train_step
 from support import solver, streets, tiny
 from support.cards import draw_hand
@@ -486,7 +487,7 @@ def sft(args, rates):
             (f"the same, 64 to 256 tokens each, a quarter response; ours: micro-batches of 2048, baseline: padded to "
              f"{max(mixed)}", 2048, [(total - total // 4, total // 4) for total in mixed])]:
         samples = random_samples(args, vocab_size, lengths)
-        config = SimpleNamespace(micro_batch_tokens=budget, max_grad_norm=1.0)
+        config = SFTConfig(micro_batch_tokens=budget)
         ours = partial(train_step, policy, optimizers[0], [(*sample, None) for sample in samples], config)
         baseline = partial(baseline_train_step, model, optimizers[1], samples)
         expect_close("training loss", ours()[0], baseline())
@@ -507,7 +508,7 @@ def trl(args, rates):
     optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=1e-5, weight_decay=0.0)
     lengths = [(total - total // 4, total // 4) for total in (rng.randint(64, 256) for _ in range(16))]
     samples = random_samples(args, vocab_size, lengths)
-    config = SimpleNamespace(micro_batch_tokens=2048, max_grad_norm=1.0)
+    config = SFTConfig(micro_batch_tokens=2048)
     ours = partial(train_step, policy, optimizer, [(*sample, None) for sample in samples], config)
     clocks, losses = {"ours": [], "theirs": []}, []
 
@@ -810,7 +811,7 @@ def update_rows(args, rates, name, policy, turns, budget):
     tower = sum(p.numel() for p in policy.backbone.model.vision_model.parameters()) if policy.picture_tokens else 0
     head, rate = policy.backbone.lm_head.weight.numel(), rates[str(policy.dtype).removeprefix("torch.")]
     for what, predicted, function in (
-            ("SFT step", 64, partial(train_step, policy, adam, samples, config)),
+            ("SFT step", 64, partial(train_step, policy, adam, samples, SFTConfig(micro_batch_tokens=budget))),
             ("PPO update, 3 turns in one row", 3 * 64, partial(rl.ppo_update, policy, adam, turns, old_logprobs,
                                                                old_values, gains, gains, 0, config))):
         tokens = len(dialogues) * 512
