@@ -26,13 +26,11 @@ An environment is a conversation with the verifier (sequential revision, Section
     messages, info = env.reset(seed=0)                                  # user: the prompt
     messages, reward, terminated, truncated, info = env.step(reply)     # + assistant: reply, user: the verdict
 
-`messages` is the Hugging Face chat format. In turn two the model sees all of turn one and the verdict:
+`messages` is the Hugging Face chat format (token ids: `model.encode`). In turn two the model sees turn one and the verdict:
 
     user         Make 24 from four cards. ... J counts as 10, Q counts as 10 and K counts as 10. Cards: ["Q", "10", ...
     assistant    {"cards": ["Q", "10", "A", "3"], "number": [10, 10, 1, 3], "formula": "(10-1)*3-10=24"}
     user         Your formula uses the right numbers, but it makes 17, not 24. Try another formula in the same format.
-
-(As token ids: `model.encode` makes them, and keeps the sampled ids of earlier replies.)
 
 Every setting of an environment (the lists at `GeneralPoints` and `Navigation`) is a word KEY=VALUE, in all scripts:
 
@@ -47,8 +45,7 @@ Every setting of an environment (the lists at `GeneralPoints` and `Navigation`) 
     python envs.py virl-l root=city0 --show DIR        # write what is seen along a route: views and prompts
     python envs.py --read runs/rl                      # read the conversations of a run; --html FILE as a page
 
-Neither torch nor transformers is imported here. Left out of V-IRL: the official code's mode off the rails, in which a
-wrong action moves the agent as well.
+Left out of V-IRL: the official code's mode off the rails, in which a wrong action moves the agent as well.
 """
 import inspect
 import json
@@ -134,10 +131,11 @@ class Environment(ABC):
             if not hasattr(cls, name):
                 raise TypeError(f"environment {cls.__name__} has no {name}")
 
-    def __init__(self, vision=False, verify_iter=5, feedback="informative", prompt_file="", faults=""):
+    def __init__(self, vision=False, verify_iter=5, feedback="informative", prompt_file="", faults="", reward="verdict"):
         settings.check_whole("verify_iter", verify_iter, 1)
         settings.check_choice("feedback", feedback, ("informative", "plain"))
-        self.vision, self.verify_iter, self.feedback = vision, verify_iter, feedback
+        settings.check_choice("reward", reward, ("verdict", "random"))
+        self.vision, self.verify_iter, self.feedback, self.reward = vision, verify_iter, feedback, reward
         self.prompts = settings.load_templates(prompt_file, PROMPTS, MORE_VALUES, self.rule_name)
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
         self.shares = demonstrator.parse_faults(faults, self.known_faults)
@@ -145,8 +143,7 @@ class Environment(ABC):
 
     @abstractmethod
     def lay_out(self, episode):
-        """Draw an episode from `self.rng` and stand at its first position. `episode` is the number of a test episode, for
-        data that are played in order."""
+        """Draw an episode from `self.rng` and stand at its first position (`episode`: its number, for data played in order)."""
 
     @abstractmethod
     def prompt(self):
@@ -240,7 +237,9 @@ class Environment(ABC):
         else:
             told = verdict.message if self.done else fill(self.prompts[self.retry_prompt], verdict=verdict.message)
             self.messages = self.messages + [{"role": "assistant", "content": reply}, {"role": "user", "content": told}]
-        return self.messages, verdict.reward + LAST_TRY_PENALTY * truncated, terminated, truncated, info
+        earned = verdict.reward + LAST_TRY_PENALTY * truncated
+        reward = earned if self.reward == "verdict" else self.rng.choice((-1.0, 1.0))
+        return self.messages, reward, terminated, truncated, info
 
 
 # ---- GeneralPoints -----------------------------------------------------------------------------------------
@@ -282,6 +281,7 @@ class GeneralPoints(Environment):
     vision        show the cards in a picture instead of telling them; misread cards cost extra (set by the task)
     verify_iter   judged replies per episode (5 in the paper)
     feedback      "informative" names the fault, "plain" only says the try failed
+    reward        "verdict" is the paper's, "random" is 1 or -1 whatever the reply (a control)
     prompt_file   JSON object of templates that replace those of PROMPTS
     faults        of an imperfect demonstrator: leave_out (a card), ten (J, Q, K count ten whatever the rule), with shares
     """
@@ -407,7 +407,7 @@ class Navigation(Environment):
                   says) or "official" (what the official code crops)
     resolution    pixels of a view; the grid of four is 2 * resolution + 5 wide
     verify_iter   judged replies per position (2 in the paper)
-    vision, feedback, prompt_file   as in GeneralPoints
+    vision, feedback, reward, prompt_file   as in GeneralPoints
     faults        of an imperfect demonstrator: walk_past (an intersection), other_word (of the other rule), with shares
     """
     kinds = ("turn", "forward", "stop")

@@ -354,6 +354,21 @@ def test_two_environments_share_nothing():
     assert one.step(one.expert_reply())[2] and not two.done
 
 
+def test_a_random_reward_is_a_coin_of_the_environments_own_and_changes_nothing_else():
+    def played(**settings):
+        env, found = make_env("gp-l", "id", **settings), []
+        for seed in range(20):
+            env.reset(seed=seed)
+            found += [env.step(env.flawed_reply()), env.step(env.expert_reply())]
+        return [step[1] for step in found], [(step[0][-1], *step[2:]) for step in found]
+
+    (coins, seen), (again, _), (rewards, as_ever) = played(reward="random"), played(reward="random"), played()
+    assert set(coins[::2]) == set(coins[1::2]) == {-1.0, 1.0} and coins == again
+    assert set(rewards[1::2]) == {5.0} and seen == as_ever
+    with pytest.raises(ValueError, match="reward 'none': allowed are verdict, random"):
+        make_env("gp-l", "id", reward="none")
+
+
 def test_informative_feedback_names_the_fault_and_plain_feedback_only_says_that_the_try_failed():
     informative, plain = make_env("gp-l", "id"), make_env("gp-l", "id", feedback="plain")
     informative.reset(seed=0), plain.reset(seed=0)
