@@ -70,8 +70,8 @@ def play(policy, processor, environments, numbers, config):
 
 def main(config):
     with running.one_line_errors():
-        if not config.out or Path(config.out).exists() or not config.model:
-            raise ValueError(f"--out {config.out!r} must name a new file, --model a model folder")
+        if not config.out or Path(config.out).exists() or not Path(config.out).parent.is_dir() or not config.model:
+            raise ValueError(f"--out {config.out!r} must name a new file in a folder that is there, --model a model folder")
         splits, common = settings.read_splits(config.mix, weighted=True), settings.read_settings(config.env)
         common.setdefault("verify_iter", config.failed_tries + 1)   # so that no failed try ends the episode
         kinds = [partial(envs.make_env, config.task, split.name, common, **split.settings) for split in splits]

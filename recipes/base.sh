@@ -38,6 +38,7 @@ OUT=${OUT:-runs/base-$TASK${SMOKE:+-smoke}}
 [ -z "${SMOKE:-}" ] || BASE=${BASE:-$OUT/base}
 BASE=${BASE:-data/base/$TASK}
 SEED=${SEED:-0}
+mkdir -p "$OUT"
 newest() { ls -d "$1"/step_?????? | tail -1; }
 say() { echo "== $TASK start: $1 ($((SECONDS / 60)) minutes so far)"; }
 blank() {   # a random-init model of this size, once

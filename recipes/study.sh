@@ -1,55 +1,117 @@
 #!/usr/bin/env bash
-# What the tiny run's effect hangs on, and the paper's other figures in miniature: a panel each, from the starts of the tiny run.
+# What the tiny run's effect hangs on, and the paper's other figures in miniature: panels of runs from the starts of the tiny run,
+# and one table of them all at the end (results/paper_in_miniature.md).
 #
-#   bash recipes/study.sh                  all panels; it can be stopped, the same command goes on
+#   bash recipes/study.sh                  all panels, about five hours of one core; it can be stopped, the same command goes on
 #   PANELS="two_by_two" bash recipes/study.sh
 #   SMOKE=1 bash recipes/study.sh          everything once, a few steps each; the numbers mean nothing
 #
-# Panels, all on virl-l so far:
-#   unseen_by_id   settings that a choice on the training rule alone does not tell apart, or only just: SFT at three learning rates,
-#                  PPO at three temperatures, each tested on both rules
-#   two_by_two     the starts again, with the fault that both rules share planted or not, with the mix-ups of the rules planted or
-#                  not, from the same model before: which start gives which sign in which arm
+#   virl       V-IRL-L: learning rates of SFT and temperatures of PPO, what the training rule does not tell (Fig. 17); tries at a
+#              position in training (Fig. 10); plain feedback; a reward that is drawn at random; SFT on dialogues with failed tries
+#              (Fig. 15); SFT with tokens weighed by their probability (DFT). Tested on routes never trained on, too
+#   two_by_two V-IRL-L: the starts again, with the fault that both rules share planted or not, with the mix-ups of the rules planted
+#              or not, from the same model before: which start gives which sign in which arm
+#   no_start   V-IRL-L: PPO from a model that knows nothing, not even the format (Fig. 9)
+#   overfit    V-IRL-L: PPO from the end of SFT (Fig. 19)
+#   cards      GP-L: SFT on one rule, and on many; PPO; tested on hands never trained on, and on "fake": the prompt states the other
+#              rule, the training rule is scored
 #
-# Each panel is recipes/tiny.sh with other settings or starts; its table and figure are in OUT/PANEL.
+# Each panel is recipes/tiny.sh with other settings or starts, in OUT/PANEL. STARTS="0 1 2", a seed from each; JOBS as in tiny.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export TASK=virl-l
 OUT=${OUT:-runs/study${SMOKE:+-smoke}}
 STARTS=${STARTS:-0 1 2}
 [ -z "${SMOKE:-}" ] || STARTS=0
-export DATA=${DATA:-$OUT/city}
+PANELS=${PANELS:-virl two_by_two no_start overfit cards}
+export DATA=${DATA:-$OUT/city} SEEDS=0
 mkdir -p "$OUT"
 [ -d "$DATA" ] || python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
-for start in $STARTS; do
-    [ -d "$OUT/start_$start" ] || SEED=$start BASE=$OUT/start_$start OUT=$OUT/making_$start bash recipes/base.sh
-done
-panel() {    # NAME: recipes/tiny.sh in a folder of its own
-    echo "== panel $1"
-    OUT=$OUT/$1 STARTS=$STARTS SEEDS=0 bash recipes/tiny.sh | tee "$OUT/$1/table"
+start_of() {     # TASK START: OUT/TASK/START, made if it is not there
+    [ -d "$OUT/$1/$2" ] || TASK=$1 SEED=$2 BASE=$OUT/$1/$2 OUT=$OUT/$1/making_$2 bash recipes/base.sh
 }
-for name in ${PANELS:-unseen_by_id two_by_two}; do
+begin() {        # PANEL FOLDER: the panel's starts are FOLDER with the start's number for @
+    mkdir -p "$OUT/$1"
+    for start in $STARTS; do
+        ln -sfn "$(realpath "${2//@/$start}")" "$OUT/$1/start_$start"
+    done
+}
+panel() {        # PANEL TASK, with the settings of tiny.sh before it
+    echo "== panel $1"
+    OUT=$OUT/$1 TASK=$2 STARTS=$STARTS bash recipes/tiny.sh
+}
+ppo="--temperature 0.2 --lr 3e-5 --lr-final 3e-5"
+warm="--lr 1e-4 --lr-final 1e-4 --temperature"
+for name in $PANELS; do
+    [ "$name" = cards ] && task=gp-l || task=virl-l
+    for start in $STARTS; do
+        start_of $task "$start"
+    done
     case $name in
-    unseen_by_id)
-        mkdir -p "$OUT/$name"
-        for start in $STARTS; do
-            [ -d "$OUT/$name/start_$start" ] || cp -r "$OUT/start_$start" "$OUT/$name/start_$start"
-        done
-        SFT_SETTINGS="--lr 1e-4;--lr 3e-4;--lr 1e-3" \
-            RL_SETTINGS="--temperature 0.2 --lr 1e-4 --lr-final 1e-4;--temperature 0.5 --lr 1e-4 --lr-final 1e-4;--temperature 1.0 --lr 1e-4 --lr-final 1e-4" \
-            panel "$name" ;;
+    virl)
+        begin virl "$OUT/virl-l/@"
+        city="root=$DATA"
+        RL_SETTINGS="$ppo;$warm 0.2;$warm 0.5;$warm 1.0;$ppo --env $city verify_iter=1;$ppo --env $city verify_iter=5;$ppo --env $city \
+feedback=plain;$ppo --env $city reward=random" \
+            SFT_SETTINGS="--lr 1e-3;--lr 3e-4;--lr 1e-4;--lr 1e-3 --failed-tries 1;--lr 1e-3 --dft" MORE_RL="--save-every 5" MORE_SFT="--save-every 25" \
+            MORE_TEST="--splits id rule_ood unseen --env $city verify_iter=2 feedback=informative reward=verdict" panel virl virl-l ;;
     two_by_two)
         for cell in both:walk_past:0.6,other_word:0.15 fault_alone:walk_past:0.6 mix_ups_alone:other_word:0.15 neither:; do
-            folder=$OUT/${cell%%:*}
+            folder=$OUT/two_by_two/${cell%%:*}
             mkdir -p "$folder"
             for start in $STARTS; do
-                after=$(ls -d "$OUT/making_$start"/2/step_?????? | tail -1)
-                [ -d "$folder/start_$start" ] ||
-                    SEED=$start BASE=$folder/start_$start OUT=$folder/making_$start FAULTS=${cell#*:} AFTER=$after bash recipes/base.sh
+                after=$(ls -d "$OUT/virl-l/making_$start"/2/step_?????? | tail -1)
+                [ -d "$folder/start_$start" ] || TASK=virl-l SEED=$start BASE=$folder/start_$start OUT=$folder/making_$start \
+                    FAULTS=${cell#*:} AFTER=$after bash recipes/base.sh
             done
-            panel "${cell%%:*}"
+            RL_SETTINGS=$ppo SFT_SETTINGS="--lr 1e-3" MORE_RL="--save-every 10" MORE_SFT="--save-every 50" panel "two_by_two/${cell%%:*}" virl-l
         done ;;
-    *) echo "PANELS=$name: allowed are unseen_by_id and two_by_two" >&2; exit 2 ;;
+    no_start)
+        begin no_start "$OUT/virl-l/making_@/blank"
+        RL_SETTINGS=$ppo SFT_SETTINGS=none MORE_RL="--save-every 10" panel no_start virl-l ;;
+    overfit)
+        for start in $STARTS; do
+            ln -sfn "$(realpath "$OUT/virl/sft_0_$((10 * start))"/step_?????? | tail -1)" "$OUT/virl-l/overfit_$start"
+        done
+        begin overfit "$OUT/virl-l/overfit_@"
+        RL_SETTINGS=$ppo SFT_SETTINGS=none MORE_RL="--save-every 10" panel overfit virl-l ;;
+    cards)
+        begin cards "$OUT/gp-l/@"
+        echo '{"gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, and use every card exactly once. An ace counts as 1, J counts as 11, Q counts as 12 and K counts as 13."}' >"$OUT/fake.json"
+        RL_SETTINGS=$ppo SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train" MORE_RL="--save-every 24" MORE_SFT="--save-every 200" \
+            MORE_TEST="--splits id rule_ood unseen id face_card=true prompt_file=$OUT/fake.json" panel cards gp-l ;;
+    *) echo "PANELS=$name: allowed are virl, two_by_two, no_start, overfit and cards" >&2; exit 2 ;;
     esac
 done
+python - "$OUT" <<'PY'
+import json, sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+import envs
+from evaluate import name_arms
+print("| panel | arm | starts | tested on | start | change |\n|---|---|---|---|---|---|")
+for panel in sorted({path.parent.parent for path in Path(sys.argv[1]).rglob("eval.jsonl")}):
+    runs = sorted(path.parent for path in panel.glob("*/eval.jsonl"))
+    configs = {run: json.loads((run / "config.json").read_text()) for run in runs}
+    arms, starts, changes = name_arms(configs), {}, defaultdict(list)
+    rows = {run: list(map(json.loads, (run / "eval.jsonl").read_text().splitlines())) for run in runs}
+    for run in runs:
+        starts |= {(configs[run]["model"], row["split"]): row for row in rows[run] if not row["step"]}
+    for run in runs:
+        last = max(row["step"] for row in rows[run])
+        for row in rows[run]:
+            if row["step"] == last:
+                measure = envs.TASKS[configs[run]["task"]].metrics[0]
+                before = starts[configs[run]["model"], row["split"]][measure]
+                changes[arms[run], row["split"]].append((before, row[measure] - before))
+    for (arm, split), pairs in changes.items():
+        cells = []
+        for values in zip(*pairs):
+            error = f" ± {100 * stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+            cells.append(f"{100 * mean(values):.1f}{error}")
+        print(f"| {panel.relative_to(sys.argv[1])} | {arm} | {len(pairs)} | {split} | {' | '.join(cells)} |")
+PY
+if [ -d "$OUT/virl" ]; then
+    python recipes/distance.py $(for start in $STARTS; do echo "$OUT/virl/"{sft_0,rl_0,rl_3}_$((10 * start)); done) ${SMOKE:+--num 16}
+fi
 [ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

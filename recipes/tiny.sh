@@ -9,7 +9,8 @@
 #   STARTS="0 1 2" TASK=virl-l bash recipes/tiny.sh      as in results/: a seed (or SEEDS="0 1") from each of three starts
 #   MODEL=folder bash recipes/tiny.sh       another start, with SMOKE=1 as well; OUT=folder for the runs; MORE_RL,
 #                                           MORE_SFT, MORE_TEST hold further options (gpu.sh); RL_SETTINGS="--lr 1e-5;--lr
-#                                           3e-5" and SFT_SETTINGS: others than those below, all run (study.sh)
+#                                           3e-5" and SFT_SETTINGS: others than those below, all run, or none (grid.sh and
+#                                           study.sh)
 #
 # JOBS runs go on side by side, one core each (two, if nothing is said); what each prints is in OUT/log_NAME. It can be
 # stopped at any time (Ctrl-C); the same command goes on.
@@ -54,8 +55,6 @@ gp-vl)
     test="--episodes 200 --splits id rule_ood visual_ood" ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
-[ -z "${RL_SETTINGS:-}" ] || IFS=';' read -ra rl_settings <<<"$RL_SETTINGS"
-[ -z "${SFT_SETTINGS:-}" ] || IFS=';' read -ra sft_settings <<<"$SFT_SETTINGS"
 more_rl=${MORE_RL:-} more_sft=${MORE_SFT:-} test="$test ${MORE_TEST:-}"        # the last of two equal options counts
 if [ -n "${SMOKE:-}" ]; then
     rl="--updates 2 --save-every 1 --num-envs 16 --turns-per-env 2 --minibatch-turns 16 --epochs 1"
@@ -63,6 +62,10 @@ if [ -n "${SMOKE:-}" ]; then
     rl_settings=("${rl_settings[0]}") sft_settings=("${sft_settings[0]}") more_rl= more_sft=
     test=$(echo "$test" | sed "s/--episodes [0-9]*/--episodes 32/g")
 fi
+[ -z "${RL_SETTINGS:-}" ] || IFS=';' read -ra rl_settings <<<"$RL_SETTINGS"
+[ -z "${SFT_SETTINGS:-}" ] || IFS=';' read -ra sft_settings <<<"$SFT_SETTINGS"
+[ "${RL_SETTINGS:-}" != none ] || rl_settings=()
+[ "${SFT_SETTINGS:-}" != none ] || sft_settings=()
 mkdir -p "$OUT"
 say() { echo "== $TASK: $1 ($((SECONDS / 60)) minutes so far)"; }
 [ "$TASK" != virl-l ] || [ -d "$DATA" ] ||
@@ -96,7 +99,8 @@ for start in $STARTS; do
             start_too=--no-start
         done
         for i in "${!sft_settings[@]}"; do
-            job "sft_${i}_$number" sft.py --no-start "${common[@]}" --mix $train $sft ${sft_settings[i]} $more_sft
+            job "sft_${i}_$number" sft.py "$start_too" "${common[@]}" --mix $train $sft ${sft_settings[i]} $more_sft
+            start_too=--no-start
         done
     done
 done
@@ -113,6 +117,8 @@ export TASK OUT
 export -f run_job
 say "${#jobs[@]} runs, each trained and then played on every split; $JOBS at a time"
 printf '%s\0' "${jobs[@]}" | xargs -0 -n 1 -P "$JOBS" bash -c 'run_job "$1"' tiny.sh
-say "table and figure"
-python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
+if [ ${#rl_settings[@]} != 0 ] && [ ${#sft_settings[@]} != 0 ]; then
+    say "table and figure"
+    python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
+fi
 [ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

@@ -1,0 +1,66 @@
+"""How far runs have moved from their starts, under the rule they were trained on and under the other: a table.
+
+    python recipes/distance.py runs/tiny-virl-l/sft_0_0 runs/tiny-virl-l/rl_3_0
+
+The distance of a checkpoint is KL(checkpoint || start) of a first try in nats a reply, estimated on replies that the checkpoint
+samples at temperature 1 (in V-IRL at any position of a route). Of every run the newest checkpoint counts. Not in the paper;
+used by recipes/study.sh.
+"""
+import random
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
+from model import EVALUATION, collate, encode, load_policy, sampling_uniforms
+from support import running, settings
+
+SPLITS = ("id", "rule_ood")
+
+
+@torch.no_grad()
+def distances(policy, start, processor, task, split, common, seed, num):
+    """KL estimates of `num` replies, each the difference of the two log-probs of one that `policy` sampled."""
+    env, prompts = envs.make_env(task, split, common), []
+    for i in range(num):
+        env.reset(f"{seed}/distance/{i}", episode=i)
+        prompts.append(encode(processor, env.skip_ahead(random.Random(f"{seed}/at/{i}"), balance=False)))
+    uniforms = sampling_uniforms([(EVALUATION, seed, i) for i in range(num)], 64)
+    replies = [ids for ids, _ in policy.generate(prompts, uniforms, 64, 1.0)]
+    found = []
+    for first in range(0, num, 64):
+        batch = collate([[pair] for pair in zip(prompts[first:first + 64], replies[first:first + 64])], policy.device)
+        here, there = (p(batch, 1.0)[0].sum(1) for p in (policy, start))                          # (B,)
+        found += (here - there).tolist()
+    return found
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", help="run folders of sft.py or rl.py, in words")
+    parser.add_argument("--num", type=int, default=256, help="replies for each rule [256]")
+    args = parser.parse_args()
+    print("| run | KL to the start, training rule | the other rule |\n|---|---|---|")
+    for run in args.runs:
+        with running.one_line_errors():
+            config = running.read_run_config(Path(run))
+            if "model" not in config:
+                raise ValueError(f"run {run!r}: not a run folder of sft.py or rl.py")
+            newest = sorted(Path(run).glob("step_??????"))[-1:]
+            if not newest:
+                raise ValueError(f"run {run!r}: it has no checkpoint yet")
+            policy, processor = load_policy(str(newest[0]))
+            start, common = load_policy(config["model"])[0], settings.read_settings(config.get("env", ()))
+            cells = []
+            for split in SPLITS:
+                found = distances(policy, start, processor, config["task"], split, common, config["seed"], args.num)
+                cells.append(f"{mean(found):.2f} ± {stdev(found) / len(found) ** 0.5:.2f}")
+        print(f"| {run} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
