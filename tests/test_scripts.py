@@ -392,6 +392,21 @@ def test_a_loss_that_is_not_finite_ends_sft_with_one_line_that_names_the_samples
     assert "error: step 3, samples 16 to 23: loss nan, grad_norm nan; the last checkpoint is whole" in capsys.readouterr().err
 
 
+def test_the_distance_of_a_run_from_its_start_is_0_at_first_and_grows(start, tmp_path, run_script):
+    first, last = (path.name for path in run_folder.checkpoints(start))
+    for checkpoint, began in (first, start / first), (last, tiny_folder()):
+        run = shutil.copytree(start, tmp_path / checkpoint, ignore=lambda _, names: {n for n in names if n.startswith("step_")})
+        shutil.copytree(start / checkpoint, run / checkpoint)
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"model": str(began)}))
+    done = run_script("recipes/distance.py", first, last, "--num", "64")
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert done.returncode == 0 and rows[0][1:] == ["0.00 ± 0.00", "0.00 ± 0.00 |"], done.stdout + done.stderr
+    assert all(float(cell.split()[0]) > 0 for cell in rows[1][1:])
+    done = run_script("recipes/distance.py", "nothing")
+    assert done.returncode and done.stderr.endswith("run 'nothing': not a run folder of sft.py or rl.py\n"), done.stderr
+
+
 def test_an_out_folder_of_another_config_is_not_touched(start, device, capsys):
     before = {p: p.stat().st_mtime_ns for p in start.rglob("*")}
     with pytest.raises(SystemExit):
