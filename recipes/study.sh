@@ -123,6 +123,8 @@ for panel in sorted({path.parent.parent for path in Path(sys.argv[1]).rglob("eva
         print(f"| {panel.relative_to(sys.argv[1])} | {arm} | {len(pairs)} | {split} | {' | '.join(cells)} |")
 PY
 if [ -d "$OUT/virl" ]; then
+    rates=$(for start in $STARTS; do echo "$OUT/virl/"{sft_0,sft_1,sft_2,rl_0,rl_1,rl_2,rl_3}_$((10 * start)); done)
+    python evaluate.py --compare "$(tr -s ' \n' ',' <<<"$rates" | sed 's/,$//')" --figure "$OUT/unseen_by_id.png"
     python recipes/distance.py $(for start in $STARTS; do echo "$OUT/virl/"{sft_0,rl_0,rl_3}_$((10 * start)); done) ${SMOKE:+--num 16}
 fi
 [ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
