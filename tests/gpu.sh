@@ -5,10 +5,11 @@
 #   bash tests/gpu.sh                 writes results/gpu_NAME.md as it goes; with torch 2.11 or later and transformers 5.17 or later
 #   DEVICE=cpu bash tests/gpu.sh      the same on a CPU, in small, to see that the script works
 #
-# OUT=folder for the page and the logs instead of results/ and runs/gpu-check; LIMITS="150 100 150 60" seconds for each part.
+# OUT=folder for the page and the logs instead of results/ and runs/gpu-check; LIMITS="150 150 90" seconds for the first three parts;
+# the rollouts have what is left of TOTAL=460.
 cd "$(dirname "$0")/.." || exit 1
 export DEVICE=${DEVICE:-cuda}
-read -r tests_limit rollout_limit machine_limit recipe_limit <<<"${LIMITS:-150 100 150 60}"
+read -r tests_limit machine_limit recipe_limit <<<"${LIMITS:-150 150 90}"
 name=$(python -c "
 import os, re, torch
 print(re.sub(r'\W+', '_', torch.cuda.get_device_name() if os.environ['DEVICE'] == 'cuda' else 'cpu').strip('_'))") || exit 1
@@ -40,8 +41,9 @@ rounds=3
 bench="python tests/bench.py --device $DEVICE --rounds $rounds --force"
 part tests "$tests_limit" python -m pytest -q -p no:cacheprovider tests/test_model.py tests/test_families.py tests/test_rl.py tests/test_sft.py \
     tests/test_vision.py
-part rollouts "$rollout_limit" $bench --only turns,logprob
 part machine "$machine_limit" $bench --only limits
 part recipe "$recipe_limit" env SMOKE=1 SEEDS=0 OUT="$logs/recipe" bash recipes/gpu.sh
+left=$((${TOTAL:-460} - SECONDS))
+part rollouts $((left > 10 ? left : 10)) $bench --only turns,logprob
 printf '\nIn short:%s\n' "$summary" >>"$page"
 echo "$page:$summary"
