@@ -8,7 +8,6 @@ used by recipes/study.sh.
 """
 import random
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -17,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 from model import EVALUATION, collate, encode, load_policy, sampling_uniforms
-from support import running, settings
+from support import run_folder, running, settings
 
 SPLITS = ("id", "rule_ood")
 
@@ -40,17 +39,19 @@ def distances(policy, start, processor, task, split, common, seed, num):
 
 
 def main():
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = running.OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders of sft.py or rl.py, in words")
     parser.add_argument("--num", type=int, default=256, help="replies for each rule [256]")
     args = parser.parse_args()
+    if args.num < 2:
+        parser.error(f"--num {args.num}: must be at least 2, for an error")
     print("| run | KL to the start, training rule | the other rule |\n|---|---|---|")
     for run in args.runs:
         with running.one_line_errors():
             config = running.read_run_config(Path(run))
             if "model" not in config:
                 raise ValueError(f"run {run!r}: not a run folder of sft.py or rl.py")
-            newest = sorted(Path(run).glob("step_??????"))[-1:]
+            newest = run_folder.checkpoints(Path(run))[-1:]
             if not newest:
                 raise ValueError(f"run {run!r}: it has no checkpoint yet")
             policy, processor = load_policy(str(newest[0]))

@@ -4,7 +4,7 @@
 # success (gp-l) or paper_step_accuracy (virl-l); settings within one standard error of their arm's best tie, and tiny.sh runs
 # them all.
 #
-#   bash recipes/grid.sh                   gp-l, an hour and a half on two cores, the start included; results/grid_gp_l.md
+#   bash recipes/grid.sh                   gp-l, by its parts an hour and a half on two cores, the start included; results/grid_gp_l.md
 #   TASK=virl-l bash recipes/grid.sh       results/grid_virl_l.md
 #
 # It can be stopped; the same command goes on. JOBS and SMOKE=1 as in tiny.sh.

@@ -403,6 +403,7 @@ def test_the_distance_of_a_run_from_its_start_is_0_at_first_and_grows(start, tmp
     rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
     assert done.returncode == 0 and rows[0][1:] == ["0.00 ± 0.00", "0.00 ± 0.00 |"], done.stdout + done.stderr
     assert all(float(cell.split()[0]) > 0 for cell in rows[1][1:])
+    assert run_script("recipes/distance.py", first, "--num", "1").stderr.endswith("--num 1: must be at least 2, for an error\n")
     done = run_script("recipes/distance.py", "nothing")
     assert done.returncode and done.stderr.endswith("run 'nothing': not a run folder of sft.py or rl.py\n"), done.stderr
 
