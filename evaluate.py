@@ -409,8 +409,10 @@ def name_arms(configs):
         alike = [configs[other] for other in configs if kinds[other] == kinds[run]]
         varied = {key for key in config.keys() - NOT_OF_THE_METHOD if any(other.get(key) != config[key] for other in alike)}
         varied -= {"lr_final"} if config.get("lr_final") == config.get("lr") else set()       # constant: said once
-        words = [f"{key} {' '.join(config[key]) if isinstance(config[key], list) else config[key]}" for key in sorted(varied)]
-        names[run] = " ".join([kinds[run], *words])
+        values = {key: config[key] for key in sorted(varied)}
+        for key in (key for key in varied if isinstance(config[key], list)):           # of a list the words that not all have
+            values[key] = " ".join(word for word in config[key] if any(word not in other.get(key, ()) for other in alike))
+        names[run] = " ".join([kinds[run], *(f"{key} {value}" for key, value in values.items() if value != "")])
     return names
 
 

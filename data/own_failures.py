@@ -2,12 +2,13 @@
 
     python data/own_failures.py --task gp-l --model runs/base-gp-l/2/step_000200 --out own.json --mix rule_family fold=train
 
+    python data/own_failures.py --task gp-vl --model PATH --out own.json                  # pictures in a folder own/
+
 Random failed tries (`sft.py --failed-tries`) are not those that a model makes: one that has seen only them repeats its own.
 Each dialogue has up to `--failed-tries` failed replies, as the model samples them; one that succeeds earlier, or writes a control
 token as text, is kept up to the reply before. The failed ones are marked "loss": false; only the last reply is learnt, the
 expert's (at a first try, with `--env faults=...`, that of an imperfect demonstrator). Used by recipes/base.sh.
 """
-import json
 import random
 import sys
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import envs
-from model import SAMPLES, RolloutMemory, decode_reply, encode, load_policy, sampling_uniforms
+from model import SAMPLES, RolloutMemory, decode_reply, encode, load_policy, picture_of, sampling_uniforms
 from support import running, settings
-from support.chat import read_text
+from support.conversations import write_conversations
 from support.running import knob
 
 
@@ -27,7 +28,7 @@ class Config:
     """What is written."""
     out: str = knob("", "a new file such as own.json")
     model: str = knob("", "a model folder")
-    task: str = knob("gp-l", "which environment", choices=tuple(name for name in envs.TASKS if name.endswith("-l")))
+    task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
     mix: tuple = knob(("id",), "splits and their weights, as in sft.py")
     env: tuple = knob((), "settings of the environment, as in sft.py")
     balance: bool = knob(False, "V-IRL: turns, forwards and stops equally often")
@@ -50,17 +51,18 @@ def play(policy, processor, environments, numbers, config):
         messages = env.skip_ahead(rng, config.balance)
         going[number], found[number] = (env, rng.randint(0, config.failed_tries)), messages
         prompts[number] = encode(processor, messages)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    never = ["<image>", *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)]
     for turn in range(config.failed_tries):
         going = {number: (env, tries) for number, (env, tries) in going.items() if tries > turn}
         if not going:
             break
         uniforms = sampling_uniforms([(SAMPLES, config.seed, number, turn) for number in going], config.max_new_tokens)
         replies = policy.generate([prompts[number] for number in going], uniforms, config.max_new_tokens, config.temperature,
-                                  memory=memory, owners=list(going))
+                                  pictures=[picture_of(found[number]) for number in going], memory=memory, owners=list(going))
         for (number, (env, _)), (ids, _) in zip(list(going.items()), replies):
             reply = decode_reply(processor, ids)
-            if env.judge(reply).status == "correct" or any(token.special and token.content in reply for token in
-                                                           processor.added_tokens_decoder.values()):
+            if env.judge(reply).status == "correct" or any(token in reply for token in never):
                 del going[number]
                 continue
             found[number], *_ = env.step(reply)
@@ -68,29 +70,30 @@ def play(policy, processor, environments, numbers, config):
     return [found[number] for number in numbers]
 
 
+def dialogues(policy, processor, kinds, weights, config):
+    """All dialogues, in order: messages with the expert's reply last, and only that one to be learnt."""
+    for first in running.progress(range(0, config.num, config.side_by_side), desc="dialogues"):
+        numbers = range(first, min(first + config.side_by_side, config.num))
+        environments = [random.Random(f"{config.seed}/mix/{number}").choices(kinds, weights)[0]() for number in numbers]
+        for env, messages in zip(environments, play(policy, processor, environments, numbers, config)):
+            messages = [message | ({"loss": False} if message["role"] == "assistant" else {}) for message in messages]
+            yield [*messages, {"role": "assistant", "content": env.demonstrate()}]
+
+
 def main(config):
     with running.one_line_errors():
-        if not config.out or Path(config.out).exists() or not Path(config.out).parent.is_dir() or not config.model:
-            raise ValueError(f"--out {config.out!r} must name a new file in a folder that is there, --model a model folder")
+        if not config.out or not config.model:
+            raise ValueError("--out and --model are required: a new file such as own.json, and a model folder")
         splits, common = settings.read_splits(config.mix, weighted=True), settings.read_settings(config.env)
         common.setdefault("verify_iter", config.failed_tries + 1)   # so that no failed try ends the episode
         kinds = [partial(envs.make_env, config.task, split.name, common, **split.settings) for split in splits]
-        if any(make().verify_iter <= config.failed_tries for make in kinds):
+        made = [make() for make in kinds]
+        if any(env.verify_iter <= config.failed_tries for env in made):
             raise ValueError(f"verify_iter must be above --failed-tries {config.failed_tries}")
         device = running.pick_device(config.device)
-        policy, processor = load_policy(config.model, running.pick_dtype(config.dtype, device), device)
-        records = []
-        for first in running.progress(range(0, config.num, config.side_by_side), desc="dialogues"):
-            numbers = range(first, min(first + config.side_by_side, config.num))
-            environments = [random.Random(f"{config.seed}/mix/{number}").choices(kinds, [split.weight for split in splits])[0]()
-                            for number in numbers]
-            for env, messages in zip(environments, play(policy, processor, environments, numbers, config)):
-                turns = [{"role": message["role"], "content": read_text(message)} for message in messages]
-                turns = [turn | ({"loss": False} if turn["role"] == "assistant" else {}) for turn in turns]
-                records.append({"conversations": [*turns, {"role": "assistant", "content": env.demonstrate()}]})
-        running.write_atomically(config.out, json.dumps(records) + "\n")
-    tries = sum(len(record["conversations"]) // 2 - 1 for record in records)
-    print(f"{config.out}: {len(records)} dialogues with {tries} failed replies")
+        policy, processor = load_policy(config.model, running.pick_dtype(config.dtype, device), device, vision=made[0].vision)
+        write_conversations(config.out, "--out", dialogues(policy, processor, kinds, [split.weight for split in splits], config))
+    print(f"{config.out}: {config.num} dialogues")
 
 
 if __name__ == "__main__":

@@ -87,23 +87,14 @@ import json, sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
-import envs, rl, sft
-from evaluate import NOT_OF_THE_METHOD
-
-def name_arm(config, alike):
-    """The arm, and what differs between runs of its kind, but for defaults."""
-    defaults = vars((rl if "updates" in config else sft).Config())
-    words = [f"{key} {' '.join(word for word in value if not word.startswith('root=')) if isinstance(value, list) else value}"
-             for key, value in sorted(config.items()) if key not in NOT_OF_THE_METHOD | {"lr_final"} and value != defaults[key]
-             and any(other[key] != value for other in alike)]
-    return " ".join(["RL" if "updates" in config else "SFT", *(word for word in words if word != "env ")])
+import envs
+from evaluate import name_arms
 
 print("| panel | arm | starts | tested on | start | change |\n|---|---|---|---|---|---|")
 for panel in sorted({path.parent.parent for path in Path(sys.argv[1]).rglob("eval.jsonl")}):
     runs = sorted(path.parent for path in panel.glob("*/eval.jsonl"))
     configs = {run: json.loads((run / "config.json").read_text()) for run in runs}
-    arms = {run: name_arm(config, [other for other in configs.values() if ("updates" in other) == ("updates" in config)])
-            for run, config in configs.items()}
+    arms = name_arms(configs)
     starts, changes = {}, defaultdict(list)
     rows = {run: list(map(json.loads, (run / "eval.jsonl").read_text().splitlines())) for run in runs}
     for run in runs:

@@ -148,44 +148,50 @@ def open_pictures(messages):
             for message in messages]
 
 
-def dump(samples, config):
-    """Write the first `num` samples in the released shape, pictures in a folder beside the file, all of it or nothing."""
-    path, folder = Path(config.dump), Path(config.dump).with_suffix("")
+def write_conversations(path, option, dialogues):
+    """Write dialogues, each the messages up to and with the last reply, in the released shape, pictures in a folder beside the
+    file: all of it or nothing. A message's "loss" goes with it. ValueError names the option if the path is not a new one."""
+    path, folder = Path(path), Path(path).with_suffix("")
     partial = folder.with_name(f"{folder.name}.unfinished")
-    if config.failed_tries:
-        raise ValueError(f"--dump with --failed-tries {config.failed_tries}: in the released shape every reply is a "
-                         "target, failed ones would be learnt; make such dialogues on the fly")
-    if config.data:
-        raise ValueError(f"--dump with --data {config.data}: that is such a file already")
     if path.exists() or folder.exists() or path == folder:
-        raise ValueError(f"--dump {config.dump}: must be a new file with a suffix, such as data.json, and no folder "
-                         f"{folder} may be there yet")
+        raise ValueError(f"{option} {path}: must be a new file with a suffix, such as data.json, and no folder {folder} may be "
+                         "there yet")
     if not path.parent.is_dir():
-        raise ValueError(f"--dump {config.dump}: there is no folder {path.parent}")
-    if running.RANK > 0:
-        return
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
     try:
         records = []
-        shutil.rmtree(partial, ignore_errors=True)                   # of a dump that was killed
+        shutil.rmtree(partial, ignore_errors=True)                   # of a run that was killed
         (partial / "pictures").mkdir(parents=True)
-        for i in running.progress(range(config.num), desc="dump"):
-            messages, reply = samples[i]
+        for i, messages in enumerate(dialogues):
             record, turns = {}, []
-            for message in [*messages, {"role": "assistant", "content": reply}]:
+            for message in messages:
                 text, slots = message["content"], ""
                 if not isinstance(text, str):
                     picture, text = text[0]["image"], text[1]["text"]
                     record["image"], slots = f"{folder.name}/{i:06d}.png", "<image>\n"
                     picture.save(partial / "pictures" / f"{i:06d}.png")
                 if "<image>" in text:
-                    raise ValueError("--dump: a text holds <image>, which marks the picture in the released shape")
-                turns.append({"from": WRITTEN[message["role"]], "value": slots + text})
+                    raise ValueError(f"{option}: a text holds <image>, which marks the picture in the released shape")
+                marks = {key: message[key] for key in MARKS if key in message}
+                turns.append({"from": WRITTEN[message["role"]], "value": slots + text, **marks})
             records.append({**record, "conversations": turns})
         (partial / "data.json").write_text(json.dumps(records, indent=1) + "\n")
         if any((partial / "pictures").iterdir()):
             (partial / "pictures").rename(folder)
         (partial / "data.json").rename(path)
     except OSError as error:
-        raise ValueError(f"--dump {config.dump}: {error}") from None
+        raise ValueError(f"{option} {path}: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def dump(samples, config):
+    """Write the first `num` samples of sft.py."""
+    if config.failed_tries:
+        raise ValueError(f"--dump with --failed-tries {config.failed_tries}: in the released shape every reply is a "
+                         "target, failed ones would be learnt; make such dialogues on the fly")
+    if config.data:
+        raise ValueError(f"--dump with --data {config.data}: that is such a file already")
+    if running.RANK == 0:
+        made = map(samples.__getitem__, running.progress(range(config.num), desc="dump"))
+        write_conversations(config.dump, "--dump", ([*messages, {"role": "assistant", "content": reply}] for messages, reply in made))

@@ -86,6 +86,7 @@ def check_owner(config):
         if "out" not in theirs:
             raise ValueError(f"out folder {config.out} has a config.json that is none of a run, such as a model's: choose "
                              "another --out")
+        theirs = json.loads(json.dumps(asdict(type(config)()))) | theirs           # from before an option was there: its default
         differing = [k for k in {**theirs, **ours} if k not in MAY_DIFFER
                      and resolved(theirs.get(k, MISSING)) != resolved(ours.get(k, MISSING))]
         if differing:

@@ -279,21 +279,24 @@ def test_no_panorama_stands_so_close_to_a_crossing_that_it_looks_like_one():
 
 # ---- Dialogues with a model's own failures -----------------------------------------------------------------------
 
-def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt(tmp_path):
+@pytest.mark.parametrize("task, env", [("gp-l", ()), ("gp-vl", ("resolution=48",))])
+def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt(tmp_path, task, env):
     import own_failures
-    config = own_failures.Config(out=str(tmp_path / "own.json"), model=tiny_folder(), num=20, failed_tries=2, max_new_tokens=6,
-                                 mix=("id", "rule_ood"), dtype="float32", device="cpu", side_by_side=16)
+    vision = task == "gp-vl"
+    config = own_failures.Config(out=str(tmp_path / "own.json"), model=tiny_folder(vision), num=20, failed_tries=2, max_new_tokens=6,
+                                 task=task, env=env, mix=("id", "rule_ood"), dtype="float32", device="cpu", side_by_side=16)
     own_failures.main(config)
     records = json.loads((tmp_path / "own.json").read_text())
     tries = [len(record["conversations"]) // 2 - 1 for record in records]
     assert set(tries) == {0, 1, 2} and len(records) == 20                    # a blank model always fails
     for record in records:
         *earlier, last = record["conversations"]
-        assert all(turn["loss"] is False for turn in earlier if turn["role"] == "assistant") and "loss" not in last
-        assert '"formula": "' in last["content"] and all("No JSON object" in turn["content"] for turn in earlier[2::2])
-    pairs = read_conversations(tmp_path / "own.json", False, "<|image|>")
-    assert [reply for _, reply in pairs] == [record["conversations"][-1]["content"] for record in records]
+        assert all(turn["loss"] is False for turn in earlier if turn["from"] == "gpt") and "loss" not in last
+        assert '"formula": "' in last["value"] and all("Try another formula" in turn["value"] for turn in earlier[2::2])
+    pairs = read_conversations(tmp_path / "own.json", vision, "<|image|>")
+    assert len(list(tmp_path.glob("own/*.png"))) == 20 * vision
+    assert [reply for _, reply in pairs] == [record["conversations"][-1]["value"] for record in records]
     own_failures.main(replace(config, out=str(tmp_path / "again.json")))
-    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "own.json").read_bytes()
+    assert (tmp_path / "again.json").read_text().replace("again/", "own/") == (tmp_path / "own.json").read_text()
     with pytest.raises(SystemExit):
         own_failures.main(config)
