@@ -409,10 +409,14 @@ def name_arms(configs):
         alike = [configs[other] for other in configs if kinds[other] == kinds[run]]
         varied = {key for key in config.keys() - NOT_OF_THE_METHOD if any(other.get(key) != config[key] for other in alike)}
         varied -= {"lr_final"} if config.get("lr_final") == config.get("lr") else set()       # constant: said once
-        values = {key: config[key] for key in sorted(varied)}
-        for key in (key for key in varied if isinstance(config[key], list)):           # of a list the words that not all have
-            values[key] = " ".join(word for word in config[key] if any(word not in other.get(key, ()) for other in alike))
-        names[run] = " ".join([kinds[run], *(f"{key} {value}" for key, value in values.items() if value != "")])
+        words = []
+        for key in sorted(varied):
+            value = config[key]
+            if isinstance(value, list):                                # the words of it that not all have
+                value = " ".join(word for word in value if any(word not in other.get(key, ()) for other in alike))
+            if value:                                                  # what is off is left out
+                words.append(key if value is True else value if key == "env" else f"{key} {value}")
+        names[run] = " ".join([kinds[run], *words])
     return names
 
 

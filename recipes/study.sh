@@ -82,37 +82,7 @@ feedback=plain;$ppo --env $city reward=random" \
     *) echo "PANELS=$name: allowed are virl, two_by_two, no_start, overfit and cards" >&2; exit 2 ;;
     esac
 done
-python - "$OUT" <<'PY'
-import json, sys
-from collections import defaultdict
-from pathlib import Path
-from statistics import mean, stdev
-import envs
-from evaluate import name_arms
-
-print("| panel | arm | starts | tested on | start | change |\n|---|---|---|---|---|---|")
-for panel in sorted({path.parent.parent for path in Path(sys.argv[1]).rglob("eval.jsonl")}):
-    runs = sorted(path.parent for path in panel.glob("*/eval.jsonl"))
-    configs = {run: json.loads((run / "config.json").read_text()) for run in runs}
-    arms = name_arms(configs)
-    starts, changes = {}, defaultdict(list)
-    rows = {run: list(map(json.loads, (run / "eval.jsonl").read_text().splitlines())) for run in runs}
-    for run in runs:
-        starts |= {(configs[run]["model"], row["split"]): row for row in rows[run] if not row["step"]}
-    for run in runs:
-        last = max(row["step"] for row in rows[run])
-        for row in rows[run]:
-            if row["step"] == last:
-                measure = envs.TASKS[configs[run]["task"]].metrics[0]
-                before = starts[configs[run]["model"], row["split"]][measure]
-                changes[arms[run], row["split"]].append((before, row[measure] - before))
-    for (arm, split), pairs in changes.items():
-        cells = []
-        for values in zip(*pairs):
-            error = f" ± {100 * stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-            cells.append(f"{100 * mean(values):.1f}{error}")
-        print(f"| {panel.relative_to(sys.argv[1])} | {arm} | {len(pairs)} | {split} | {' | '.join(cells)} |")
-PY
+python recipes/panels.py "$OUT" --figure "$OUT/panels.png"
 if [ -d "$OUT/virl" ]; then
     rates=$(for start in $STARTS; do echo "$OUT/virl/"{sft_0,sft_1,sft_2,rl_0,rl_1,rl_2,rl_3}_$((10 * start)); done)
     python evaluate.py --compare "$(tr -s ' \n' ',' <<<"$rates" | sed 's/,$//')" --figure "$OUT/unseen_by_id.png"

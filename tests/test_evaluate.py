@@ -3,6 +3,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -259,6 +260,37 @@ def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
     evaluate.compare([str(tmp_path / name) for name in ("sft", "long", "short")], "")
     out = capsys.readouterr().out
     assert "nearest to 50 GFLOPs" in out and "| 10.0 ± 1.0 | 8.0 ± 1.0 (-2.0 ± 1.4) | 13.0 ± 1.0 (+3.0 ± 1.0) |" in out
+
+
+def test_an_arm_is_named_by_what_is_on_in_it_and_not_in_all_of_its_kind():
+    kinds = {"a": {"steps": 1, "lr": 1e-3, "dft": False, "failed_tries": 0, "env": ["root=city"], "mix": ["id", "fold=train"]}}
+    kinds |= {"b": kinds["a"] | {"dft": True}, "c": kinds["a"] | {"failed_tries": 2, "mix": ["rule_family", "fold=train"]}}
+    kinds |= {"d": {"updates": 1, "lr": 1e-5, "env": ["root=city"]}, "e": {"updates": 1, "lr": 1e-5, "env": ["root=city", "reward=random"]}}
+    assert evaluate.name_arms(kinds) == {"a": "SFT mix id", "b": "SFT dft mix id", "c": "SFT failed_tries 2 mix rule_family", "d": "RL",
+                                         "e": "RL reward=random"}
+
+
+def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_path, monkeypatch, capsys):
+    def told(folder):
+        monkeypatch.setattr(sys, "argv", ["panels.py", str(folder)])
+        panels.main()
+        return capsys.readouterr().out.splitlines()
+    monkeypatch.syspath_prepend(Path(evaluate.__file__).parent / "recipes")
+    import panels
+    for panel, start, before in (("virl", "x", 0.1), ("virl", "y", 0.3), ("deeper/cell", "x", 0.1)):
+        (tmp_path / "study" / panel).mkdir(parents=True, exist_ok=True)
+        for arm, success in (("RL", before + 0.1), ("SFT", before / 2)):
+            points = [(0, 0.0, before)] if arm == "RL" else []                      # one run has evaluated the start for both
+            write_run(tmp_path / "study" / panel / f"{arm}_{start}", arm, [*points, (1, 5.0, 0.9), (2, 9.0, success)], start=start,
+                      knobs={"task": "gp-l"})
+    lines = told(tmp_path / "study")
+    assert len(lines) == 2 + 2 * 4 and lines[2] == "| deeper/cell | RL | 1 | id | 10.0 | 10.0 |", lines
+    assert "| virl | RL | 2 | rule_ood | 20.0 ± 10.0 | 10.0 ± 0.0 |" in lines and "| virl | SFT | 2 | id | 20.0 ± 10.0 | -10.0 ± 5.0 |" in lines
+    (tmp_path / "study" / "virl" / "RL_y" / "eval.jsonl").unlink()
+    for folder, message in (("study", "has evaluated its start y on id"), ("other", "other: no evaluated run in a folder of a folder there")):
+        with pytest.raises(SystemExit):
+            told(tmp_path / folder)
+        assert message in capsys.readouterr().err
 
 
 def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
