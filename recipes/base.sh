@@ -59,17 +59,18 @@ own() {     # OUT/own_NAME.json, dialogues with a model's own failed replies: NA
     [ -f "$file" ] || python data/own_failures.py --task "$TASK" --model "$model" --out "$file" --num "$num" --seed "$seed" "$@"
 }
 case $TASK in
-gp-l)
-    env=() stages=3 mix="rule_family fold=train"
+gp-l | gp-vl)
+    env=() stages=3 mix="rule_family fold=train" first_steps=400 size=160x4
+    [ "$TASK" = gp-l ] || { env=(resolution=224) mix="rule_family:0.8 fold=train rule_family:0.2 fold=train suits=HD" first_steps=500 size=128x4; }
     read -r first second third <<<"${LRS:-2e-3 1e-3 1e-3}"
     if [ -z "${AFTER:-}" ]; then
-        blank "${SIZE:-160x4}" $((3 * SEED))
-        train 1 "$OUT/blank" 400 $((3 * SEED)) --lr "$first" --mix $mix --save-every 50
-        own 2 "$(newest "$OUT/1")" 20480 $((3 * SEED + 1)) --mix $mix
+        blank "${SIZE:-$size}" $((3 * SEED))
+        train 1 "$OUT/blank" $first_steps $((3 * SEED)) --lr "$first" --mix $mix --save-every 50
+        own 2 "$(newest "$OUT/1")" 20480 $((3 * SEED + 1)) --mix $mix ${env[@]+--env "${env[@]}"}
         train 2 "$(newest "$OUT/1")" 160 $((3 * SEED + 1)) --lr "$second" --data "$OUT/own_2.json" --save-every 40
         AFTER=$(newest "$OUT/2")
     fi
-    own 3 "$AFTER" 15360 $((3 * SEED + 2)) --mix $mix --env "faults=${FAULTS-leave_out:0.6,ten:0.15}"
+    own 3 "$AFTER" 15360 $((3 * SEED + 2)) --mix $mix --env ${env[@]+"${env[@]}"} "faults=${FAULTS-leave_out:0.6,ten:0.15}"
     train 3 "$AFTER" 120 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 40
     start=$(newest "$OUT/3") ;;
 virl-l)
@@ -87,13 +88,6 @@ virl-l)
         --env "${env[@]}" "faults=${FAULTS-walk_past:0.6,other_word:0.15}"
     train 3 "$AFTER" 100 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 50
     start=$(newest "$OUT/3") ;;
-gp-vl)
-    env=(resolution=224) stages=2
-    mix="--mix rule_family fold=train"
-    blank 128x4 0
-    train 1 "$OUT/blank" 500 0 --lr 2e-3 $mix --save-every 50
-    train 2 "$(ls -d "$OUT"/1/step_000300 2>/dev/null || newest "$OUT/1")" 120 1 --lr 1e-3 $mix --failed-tries 4 --save-every 40
-    start=$(ls -d "$OUT"/2/step_000080 2>/dev/null || newest "$OUT/2") ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
 rm -rf "$BASE.tmp"
