@@ -2,6 +2,7 @@
 trained on and under others.
 
     python recipes/panels.py runs/study --figure panels.png
+    python recipes/panels.py runs/tiny-virl-l --every              # every evaluation of every run, in a table
 
 A panel is a folder of evaluated runs, such as runs/study/virl; its runs are averaged by arm and split, newest checkpoints
 alone. Changes are in points of the task's first measure (`envs.TASKS`), each of a run since its own start, with the
@@ -42,6 +43,17 @@ def with_error(values):
     return mean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
+def print_every(runs):
+    """The rows of the eval.jsonl of each run, all of one task."""
+    metrics = (*envs.TASKS[running.read_run_config(runs[0])["task"]].metrics, "first_try", "retries")
+    print(f"| run | step | GFLOPs | split | {' | '.join(metrics).replace('_', ' ')} | repeats | replies |\n{'|---' * (len(metrics) + 6)}|")
+    for run in runs:
+        for row in sorted(running.read_jsonl(run / "eval.jsonl", "step", "split", "seed"), key=lambda row: (row["step"], row["split"])):
+            cells = [f"{100 * row[name]:.1f} ± {100 * row[f'{name}_stderr']:.1f}" for name in metrics]
+            replies = ", ".join(f"{status} {count}" for status, count in row["statuses"].items())
+            print(f"| {run.name} | {row['step']} | {row['gflops']:,.0f} | {row['split']} | {' | '.join(cells)} | {100 * row['repeats']:.0f} | {replies} |")
+
+
 def draw(panels, figure):
     """A row for each arm, one mark for each split it was tested on; SFT in orange, RL in blue."""
     try:
@@ -77,12 +89,17 @@ def main():
     parser = running.OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", help="a folder of panels, each a folder of run folders")
     parser.add_argument("--figure", help="write the picture here (needs matplotlib)")
+    parser.add_argument("--every", action="store_true", help="print every evaluation of every run instead")
     args = parser.parse_args()
     with running.one_line_errors():
         folders = sorted({path.parent.parent for path in Path(args.study).rglob("eval.jsonl")})
         panels = {str(folder.relative_to(args.study)): panel for folder in folders if (panel := read_panel(folder))}
         if not panels:
             raise ValueError(f"{args.study}: no evaluated run in a folder of a folder there")
+        if args.every:
+            for folder in folders:
+                print_every(sorted(path.parent for path in folder.glob("*/eval.jsonl")))
+            return
         print("| panel | arm | runs | tested on | start | change |\n|---|---|---|---|---|---|")
         for name, panel in panels.items():
             for (arm, split), pairs in panel.items():

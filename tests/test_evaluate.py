@@ -148,7 +148,8 @@ def write_run(folder, arm, points, start="start", episodes=100, knobs={}, **env)
     for step, gflops, success in points:
         for split in ("id", "rule_ood"):
             running.log_jsonl(folder / "eval.jsonl", step=step, gflops=gflops, split=split, seed=0, success=success,
-                            success_stderr=0.01, settings={"task": "gp-l", "episodes": episodes, "env": {"verify_iter": 5, "target": 24, **env}})
+                            success_stderr=0.01, first_try=0.05, first_try_stderr=0.02, retries=0.0, retries_stderr=0.0, repeats=0.5,
+                            statuses={"correct": 5, "wrong_value": 95}, settings={"task": "gp-l", "episodes": episodes, "env": {"verify_iter": 5, "target": 24, **env}})
 
 
 def test_the_table_compares_at_equal_compute_beside_the_paper(tmp_path, capsys, monkeypatch):
@@ -271,8 +272,8 @@ def test_an_arm_is_named_by_what_is_on_in_it_and_not_in_all_of_its_kind():
 
 
 def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_path, monkeypatch, capsys):
-    def told(folder):
-        monkeypatch.setattr(sys, "argv", ["panels.py", str(folder)])
+    def told(folder, *flags):
+        monkeypatch.setattr(sys, "argv", ["panels.py", str(folder), *flags])
         panels.main()
         return capsys.readouterr().out.splitlines()
     monkeypatch.syspath_prepend(Path(evaluate.__file__).parent / "recipes")
@@ -286,6 +287,8 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
     lines = told(tmp_path / "study")
     assert len(lines) == 2 + 2 * 4 and lines[2] == "| deeper/cell | RL | 1 | id | 10.0 | 10.0 |", lines
     assert "| virl | RL | 2 | rule_ood | 20.0 ± 10.0 | 10.0 ± 0.0 |" in lines and "| virl | SFT | 2 | id | 20.0 ± 10.0 | -10.0 ± 5.0 |" in lines
+    assert told(tmp_path / "study" / "deeper", "--every")[-1] == (
+        "| SFT_x | 2 | 9 | rule_ood | 5.0 ± 1.0 | 5.0 ± 2.0 | 0.0 ± 0.0 | 50 | correct 5, wrong_value 95 |")
     (tmp_path / "study" / "virl" / "RL_y" / "eval.jsonl").unlink()
     for folder, message in (("study", "has evaluated its start y on id"), ("other", "other: no evaluated run in a folder of a folder there")):
         with pytest.raises(SystemExit):
