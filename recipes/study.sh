@@ -52,7 +52,7 @@ for name in $PANELS; do
         city="root=$DATA"
         RL_SETTINGS="$ppo;$warm 0.2;$warm 0.5;$warm 1.0;$ppo --env $city verify_iter=1;$ppo --env $city verify_iter=5;$ppo --env $city \
 feedback=plain;$ppo --env $city reward=random" \
-            SFT_SETTINGS="--lr 1e-3;--lr 3e-4;--lr 1e-4;--lr 1e-3 --failed-tries 1;--lr 1e-3 --dft" MORE_RL="--save-every 5" MORE_SFT="--save-every 25" \
+            SFT_SETTINGS="--lr 1e-3;--lr 3e-4;--lr 1e-4;--lr 1e-3 --failed-tries 1;--lr 1e-3 --dft;--lr 3e-5;--lr 1e-5" MORE_RL="--save-every 5" MORE_SFT="--save-every 25" \
             MORE_TEST="--splits id rule_ood unseen --env $city verify_iter=2 feedback=informative reward=verdict" panel virl virl-l ;;
     two_by_two)
         for cell in both:walk_past:0.6,other_word:0.15 fault_alone:walk_past:0.6 mix_ups_alone:other_word:0.15 neither:; do
@@ -84,8 +84,8 @@ feedback=plain;$ppo --env $city reward=random" \
 done
 python recipes/panels.py "$OUT" --figure "$OUT/panels.png"
 if [ -d "$OUT/virl" ]; then
-    rates=$(for start in $STARTS; do echo "$OUT/virl/"{sft_0,sft_1,sft_2,rl_0,rl_1,rl_2,rl_3}_$((10 * start)); done)
+    rates=$(for start in $STARTS; do echo "$OUT/virl/"{sft_0,sft_1,sft_2,sft_5,sft_6,rl_0,rl_1,rl_2,rl_3}_$((10 * start)); done)
     python evaluate.py --compare "$(tr -s ' \n' ',' <<<"$rates" | sed 's/,$//')" --figure "$OUT/unseen_by_id.png"
-    python recipes/distance.py $(for start in $STARTS; do echo "$OUT/virl/"{sft_0,rl_0,rl_3}_$((10 * start)); done) ${SMOKE:+--num 16}
+    python recipes/distance.py $(for start in $STARTS; do echo "$OUT/virl/"{sft_0,sft_5,sft_6,rl_0,rl_3}_$((10 * start)); done) ${SMOKE:+--num 16}
 fi
 [ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
