@@ -30,13 +30,14 @@ SEEDS=${SEEDS:-0}
 export JOBS=${JOBS:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ppo="--clip 0.2 --value-coef 0.1 --value-lr 1e-3"
 case $TASK in
-gp-l)
+gp-l | gp-vl)
     env=(); train="id fold=train"; max_new_tokens=40
     rl="--updates 24 --save-every 4 --num-envs 128 --turns-per-env 5 --minibatch-turns 128 --epochs 1"
     rl="$rl --lr-warmup 2 --lr-horizon 24 --thought-coef 1.0"
     sft="--steps 200 --save-every 40"
     rl_settings=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5") sft_settings=("--lr 3e-4")
-    test="--episodes 500 --dtype float32" ;;
+    test="--episodes 500 --dtype float32"
+    [ "$TASK" = gp-l ] || { env=(resolution=224); test="--episodes 300 --dtype float32 --splits id rule_ood visual_ood"; } ;;
 virl-l)
     DATA=${DATA:-$OUT/city}
     env=("root=$DATA"); train="id"; max_new_tokens=48
@@ -46,13 +47,6 @@ virl-l)
     rl_settings=("--temperature 1.0 --lr 1e-4 --lr-final 1e-4" "--temperature 1.0 --lr 3e-4 --lr-final 3e-4"
                  "--temperature 0.2 --lr 1e-4 --lr-final 1e-4" "--temperature 0.2 --lr 3e-5 --lr-final 3e-5") sft_settings=("--lr 1e-3")
     test="--episodes 300 --dtype float32" ;;
-gp-vl)
-    env=(resolution=224); train="id fold=train"; max_new_tokens=40
-    rl="--updates 14 --save-every 7 --num-envs 256 --turns-per-env 4 --minibatch-turns 256 --epochs 1"
-    rl="$rl --lr-final 1e-5 --lr-horizon 14"
-    sft="--steps 184 --save-every 92"
-    rl_settings=("--temperature 0.7 --lr 3e-5") sft_settings=("--lr 1e-4")
-    test="--episodes 200 --splits id rule_ood visual_ood" ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
 more_rl=${MORE_RL:-} more_sft=${MORE_SFT:-} test="$test ${MORE_TEST:-}"        # the last of two equal options counts
