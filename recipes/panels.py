@@ -1,12 +1,13 @@
-"""The arms of a study in a table, panel by panel, and in one picture: how far each moved from its start, under the rule it was
+"""The arms of a study in a table, panel by panel, and in pictures: how far each moved from its start, under the rule it was
 trained on and under others.
 
-    python recipes/panels.py runs/study --figure panels.png
+    python recipes/panels.py runs/study --figure panels.png        # a row for each arm
+    python recipes/panels.py runs/study/virl --paths paths.png     # the other rule against the training rule, at all checkpoints
     python recipes/panels.py runs/tiny-virl-l --every              # every evaluation of every run, in a table
 
-A panel is a folder of evaluated runs, such as runs/study/virl; its runs are averaged by arm and split, newest checkpoints
-alone. Changes are in points of the task's first measure (`envs.TASKS`), each of a run since its own start, with the
-standard error over runs. Used by recipes/study.sh; results/paper_in_miniature.md says which panel is which figure of the paper.
+A panel is a folder of evaluated runs, such as runs/study/virl; its runs are averaged by arm and split. Changes are in points of
+the task's first measure (`envs.TASKS`), each of a run since its own start, with the standard error over runs. Used by
+recipes/study.sh; results/paper_in_miniature.md says which panel is which figure of the paper.
 """
 import sys
 from collections import defaultdict
@@ -22,20 +23,24 @@ MARKS = {"id": "o", "unseen": "s", "rule_ood": "D"}        # others: a cross
 
 
 def read_panel(folder):
-    """{(arm, split): [(value at the start, change since), ...]}, in percent, one pair for every run."""
+    """{arm: {step: {split: [(value at the start, change since), ...]}}}, in percent, one pair for every run."""
     runs = {path.parent: running.read_jsonl(path, "step", "split", "seed") for path in sorted(folder.glob("*/eval.jsonl"))}
     configs = {run: running.read_run_config(run) for run in runs}
-    arms, found = name_arms(configs), defaultdict(list)
+    arms, found = name_arms(configs), defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     starts = {(configs[run]["model"], row["split"], row["seed"]): row for run, rows in runs.items() for row in rows if not row["step"]}
     for run, rows in sorted(runs.items(), key=lambda pair: arms[pair[0]]):
         metric = envs.TASKS[configs[run]["task"]].metrics[0]
-        last = max((row["step"] for row in rows), default=0)
-        for row in {row["split"]: row for row in rows if row["step"] == last > 0}.values():
+        for row in {(row["step"], row["split"], row["seed"]): row for row in rows if row["step"]}.values():      # the last of equals
             start = starts.get((configs[run]["model"], row["split"], row["seed"]))
             if start is None:
                 raise ValueError(f"run {str(run)!r}: no run of {folder} has evaluated its start {configs[run]['model']} on {row['split']}")
-            found[arms[run], row["split"]].append((100 * start[metric], 100 * (row[metric] - start[metric])))
+            found[arms[run]][row["step"]][row["split"]].append((100 * start[metric], 100 * (row[metric] - start[metric])))
     return found
+
+
+def newest(panel):
+    """(arm, split, pairs) of the newest checkpoint of each arm."""
+    return [(arm, split, pairs) for arm, steps in panel.items() for split, pairs in steps[max(steps)].items()]
 
 
 def with_error(values):
@@ -54,21 +59,14 @@ def print_every(runs):
             print(f"| {run.name} | {row['step']} | {row['gflops']:,.0f} | {row['split']} | {' | '.join(cells)} | {100 * row['repeats']:.0f} | {replies} |")
 
 
-def draw(panels, figure):
+def draw_rows(plt, panels):
     """A row for each arm, one mark for each split it was tested on; SFT in orange, RL in blue."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("\nno figure: matplotlib is not installed (pip install matplotlib)")
-        return
-    counts = [len({arm for arm, _ in panel}) for panel in panels.values()]
+    counts = [len(panel) for panel in panels.values()]
     fig, axes = plt.subplots(len(panels), 1, figsize=(9, 0.9 * len(panels) + 0.27 * sum(counts)), squeeze=False, sharex=True,
                              height_ratios=[count + 1 for count in counts], layout="constrained")
     for axis, (name, panel) in zip(axes.flat, panels.items()):
-        arms = list(dict.fromkeys(arm for arm, _ in panel))
-        for (arm, split), pairs in panel.items():
+        arms = list(panel)
+        for arm, split, pairs in newest(panel):
             change, error = with_error([change for _, change in pairs])
             colour = "grey" if split in ("id", "unseen") else "tab:orange" if arm.startswith("SFT") else "tab:blue"
             axis.errorbar([change], [arms.index(arm)], xerr=[error], fmt=MARKS.get(split, "x"), color=colour, markersize=5, capsize=2,
@@ -79,6 +77,33 @@ def draw(panels, figure):
         axis.set_title(name, fontsize=9, loc="left")
         axis.grid(axis="x", alpha=0.3)
     axes[-1, 0].set_xlabel("change since the start, points")
+    return fig, axes
+
+
+def draw_paths(plt, panels):
+    """A path for each arm, from its start over its checkpoints: to the right it gains on the training rule, downwards it loses
+    the other."""
+    fig, axes = plt.subplots(len(panels), 1, figsize=(8, 6.5 * len(panels)), squeeze=False, layout="constrained")
+    for axis, (name, panel) in zip(axes.flat, panels.items()):
+        kinds = {kind: [arm for arm in panel if arm.startswith(kind)] for kind in ("SFT", "RL")}
+        for kind, shades in (("SFT", plt.cm.Oranges), ("RL", plt.cm.Blues)):
+            for i, arm in enumerate(kinds[kind]):
+                points = [splits for _, splits in sorted(panel[arm].items()) if {"id", "rule_ood"} <= splits.keys()]
+                x, y = ([(0.0, 0.0)] + [with_error([change for _, change in splits[split]]) for splits in points]
+                        for split in ("id", "rule_ood"))
+                axis.errorbar(*zip(*((a, b) for (a, _), (b, _) in zip(x, y))), [e for _, e in y], [e for _, e in x], label=arm,
+                              color=shades(0.9 - 0.6 * i / len(kinds[kind])), marker="os^vDPX*<>"[i % 10], markersize=5, elinewidth=0.5)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(title=name if len(panels) > 1 else "", xlabel="training rule: change since the start, points",
+                 ylabel="the other rule: change since the start, points")
+        axis.grid(alpha=0.3)
+    return fig, axes
+
+
+def save(drawn, figure):
+    """Write a figure with one legend below."""
+    fig, axes = drawn
     labels = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
     fig.legend(labels.values(), labels, loc="outside lower center", ncol=2, fontsize=8)
     fig.savefig(figure, dpi=130)
@@ -87,8 +112,9 @@ def draw(panels, figure):
 
 def main():
     parser = running.OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", help="a folder of panels, each a folder of run folders")
-    parser.add_argument("--figure", help="write the picture here (needs matplotlib)")
+    parser.add_argument("study", help="a folder of panels, each a folder of run folders; or one of these")
+    parser.add_argument("--figure", help="write a picture of the newest checkpoints here (needs matplotlib)")
+    parser.add_argument("--paths", help="write a picture of all checkpoints here, the other rule against the training rule")
     parser.add_argument("--every", action="store_true", help="print every evaluation of every run instead")
     args = parser.parse_args()
     with running.one_line_errors():
@@ -102,11 +128,21 @@ def main():
             return
         print("| panel | arm | runs | tested on | start | change |\n|---|---|---|---|---|---|")
         for name, panel in panels.items():
-            for (arm, split), pairs in panel.items():
+            for arm, split, pairs in newest(panel):
                 cells = [f"{value:.1f} ± {error:.1f}" if len(pairs) > 1 else f"{value:.1f}" for value, error in map(with_error, zip(*pairs))]
                 print(f"| {name} | {arm} | {len(pairs)} | {split} | {' | '.join(cells)} |")
+    if args.figure or args.paths:
+        try:
+            import matplotlib
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+        except ImportError:
+            print("\nno figure: matplotlib is not installed (pip install matplotlib)")
+            return
         if args.figure:
-            draw(panels, args.figure)
+            save(draw_rows(plt, panels), args.figure)
+        if args.paths:
+            save(draw_paths(plt, panels), args.paths)
 
 
 if __name__ == "__main__":

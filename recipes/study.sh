@@ -11,6 +11,7 @@
 #              (Fig. 15); SFT with tokens weighed by their probability (DFT). Tested on routes never trained on, too
 #   two_by_two V-IRL-L: the starts again, with the fault that both rules share planted or not, with the mix-ups of the rules planted
 #              or not, from the same model before: which start gives which sign in which arm
+#   long       V-IRL-L: PPO for three times as many updates: does it lose the other rule later?
 #   no_start   V-IRL-L: PPO from a model that knows nothing, not even the format (Fig. 9)
 #   overfit    V-IRL-L: PPO from the end of SFT (Fig. 19)
 #   cards      GP-L: SFT on one rule, and on many; PPO; tested on hands never trained on, and on "fake": the prompt states the other
@@ -22,7 +23,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/study${SMOKE:+-smoke}}
 STARTS=${STARTS:-0 1 2}
 [ -z "${SMOKE:-}" ] || STARTS=0
-PANELS=${PANELS:-virl two_by_two no_start overfit cards}
+PANELS=${PANELS:-virl two_by_two long no_start overfit cards}
 export DATA=${DATA:-$OUT/city} SEEDS=0
 mkdir -p "$OUT"
 [ -d "$DATA" ] || python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
@@ -51,7 +52,7 @@ for name in $PANELS; do
         begin virl "$OUT/virl-l/@"
         city="root=$DATA"
         RL_SETTINGS="$ppo;$warm 0.2;$warm 0.5;$warm 1.0;$ppo --env $city verify_iter=1;$ppo --env $city verify_iter=5;$ppo --env $city \
-feedback=plain;$ppo --env $city reward=random" \
+feedback=plain;$ppo --env $city reward=random;--temperature 1.0 --lr 3e-5 --lr-final 3e-5" \
             SFT_SETTINGS="--lr 1e-3;--lr 3e-4;--lr 1e-4;--lr 1e-3 --failed-tries 1;--lr 1e-3 --dft;--lr 3e-5;--lr 1e-5" MORE_RL="--save-every 5" MORE_SFT="--save-every 25" \
             MORE_TEST="--splits id rule_ood unseen --env $city verify_iter=2 feedback=informative reward=verdict" panel virl virl-l ;;
     two_by_two)
@@ -68,6 +69,9 @@ feedback=plain;$ppo --env $city reward=random" \
     no_start)
         begin no_start "$OUT/virl-l/making_@/blank"
         RL_SETTINGS=$ppo SFT_SETTINGS=none MORE_RL="--save-every 10" panel no_start virl-l ;;
+    long)
+        begin long "$OUT/virl-l/@"
+        RL_SETTINGS=$ppo SFT_SETTINGS=none MORE_RL="--updates 30 --lr-horizon 30 --save-every 5" panel long virl-l ;;
     overfit)
         for start in $STARTS; do
             ln -sfn "$(realpath "$OUT/virl/sft_0_$((10 * start))"/step_?????? | tail -1)" "$OUT/virl-l/overfit_$start"
@@ -79,13 +83,12 @@ feedback=plain;$ppo --env $city reward=random" \
         echo '{"gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, and use every card exactly once. An ace counts as 1, J counts as 11, Q counts as 12 and K counts as 13."}' >"$OUT/fake.json"
         RL_SETTINGS=$ppo SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train" MORE_RL="--save-every 24" MORE_SFT="--save-every 200" \
             MORE_TEST="--splits id rule_ood unseen id face_card=true prompt_file=$OUT/fake.json" panel cards gp-l ;;
-    *) echo "PANELS=$name: allowed are virl, two_by_two, no_start, overfit and cards" >&2; exit 2 ;;
+    *) echo "PANELS=$name: allowed are virl, two_by_two, long, no_start, overfit and cards" >&2; exit 2 ;;
     esac
 done
 python recipes/panels.py "$OUT" --figure "$OUT/panels.png"
 if [ -d "$OUT/virl" ]; then
-    rates=$(for start in $STARTS; do echo "$OUT/virl/"{sft_0,sft_1,sft_2,sft_5,sft_6,rl_0,rl_1,rl_2,rl_3}_$((10 * start)); done)
-    python evaluate.py --compare "$(tr -s ' \n' ',' <<<"$rates" | sed 's/,$//')" --figure "$OUT/unseen_by_id.png"
-    python recipes/distance.py $(for start in $STARTS; do echo "$OUT/virl/"{sft_0,sft_5,sft_6,rl_0,rl_3}_$((10 * start)); done) ${SMOKE:+--num 16}
+    python recipes/panels.py "$OUT/virl" --paths "$OUT/paths.png" | tail -n 1
+    python recipes/distance.py $(for start in $STARTS; do echo "$OUT/virl/"{sft_{0,1,2,5,6},rl_{0,1,2,3,8}}_$((10 * start)); done) ${SMOKE:+--num 16}
 fi
 [ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
