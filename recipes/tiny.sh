@@ -19,8 +19,8 @@
 # rule of the paper was in its training, so what is asked there is generalisation. V-IRL-L: relative actions were, so what
 # is asked is retention; its routes had two or three legs, those here have up to five. GP-VL: as GP-L, and red suits are
 # nowhere in any training. What differs from the published defaults is written out below: larger learning rates, fewer
-# turns to an update, a faster value head. Of virl-l those settings are run that recipes/grid.sh could not tell apart on the
-# training rule, and the best of PPO at the official temperature, 0.2 (results/grid_virl_l.md): a band, not a pick.
+# turns to an update, a faster value head. Those settings are run that recipes/grid.sh could not tell apart on the training
+# rule, and the best of PPO at the official temperature, 0.2 (results/grid_gp_l.md, grid_virl_l.md): a band, not a pick.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TASK=${TASK:-gp-l}
@@ -35,7 +35,8 @@ gp-l | gp-vl)
     rl="--updates 24 --save-every 4 --num-envs 128 --turns-per-env 5 --minibatch-turns 128 --epochs 1"
     rl="$rl --lr-warmup 2 --lr-horizon 24 --thought-coef 1.0"
     sft="--steps 200 --save-every 40"
-    rl_settings=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5") sft_settings=("--lr 3e-4")
+    rl_settings=("--temperature 0.5 --lr 5e-5 --lr-final 5e-5" "--temperature 0.2 --lr 3e-5 --lr-final 3e-5")
+    sft_settings=("--lr 1e-3" "--lr 3e-4")
     test="--episodes 500 --dtype float32"
     [ "$TASK" = gp-l ] || { env=(resolution=224); test="--episodes 300 --dtype float32 --splits id rule_ood visual_ood"; } ;;
 virl-l)
