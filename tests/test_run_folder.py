@@ -170,6 +170,21 @@ def test_paths_of_a_config_are_compared_however_they_are_spelt(tmp_path, monkeyp
             run_folder.newest_checkpoint(Config(**other))
 
 
+def test_a_run_from_before_an_option_was_there_goes_on_where_that_is_off(tmp_path, monkeypatch):
+    @dataclass
+    class Before:
+        out: str = "run"
+
+    @dataclass
+    class Config(Before):
+        dft: bool = False
+    monkeypatch.chdir(tmp_path)
+    run_folder.open_run(Before(), None)
+    assert run_folder.newest_checkpoint(Config()) is None
+    with pytest.raises(ValueError, match="another config .dft False there, True here"):
+        run_folder.newest_checkpoint(Config(dft=True))
+
+
 # ---- What else lies in a folder
 
 def test_only_whole_folders_with_the_name_of_a_checkpoint_are_checkpoints(run, capsys):
