@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Step 0 of the tiny run: a stand-in for a foundation model's pre-training, committed as data/base/ (bfloat16).
 #
-#   bash recipes/base.sh                 data/base/gp-l, 53 minutes on one busy core
+#   bash recipes/base.sh                 data/base/gp-l, half an hour on one core
 #   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about 25 minutes on one core
-#   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl, about twenty minutes on one core
+#   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl
 #
 # BASE is the folder to write, OUT the folder for the runs. SMOKE=1 takes a few steps and writes to OUT/base, never to
-# data/base. For gp-l and virl-l, SIZE, SEED, LRS (learning rates of the three stages) and FAULTS (empty: none) may be set
+# data/base. SIZE, SEED, LRS (learning rates of the three stages) and FAULTS (empty: none) may be set
 # (gpu.sh sets the first three), and AFTER: a model to begin the third stage with, instead of the first two.
 #
 # gp-l: a random-init Llama of 1.3 M parameters learns from expert replies to play GeneralPoints under a family of rules:
@@ -16,7 +16,7 @@
 # verdict and not to repeat itself; then such dialogues once more, in which first tries are an imperfect demonstrator's:
 # FAULTS, 0.6 leave a card out and 0.15 count J, Q, K as ten whatever the rule says. The first fault is one that both rules
 # share and RL may cure, the second makes the model unsure of the rule, as a model is that knows other card games.
-# data/base/gp-l is from before that: its second and third stage had random failed tries, and no faults were planted.
+# data/base/gp-l is start 0 (SEED=0).
 #
 # virl-l: one of 0.9 M parameters learns to walk routes of two or three legs through a synthetic city, with compass words
 # in four samples of five and relative words in the fifth: the rule that is tested later is in it. Then on its own failed
@@ -24,11 +24,9 @@
 # named in the other rule's word, at first tries. tiny.sh goes on with routes of up to five legs.
 # data/base/virl-l is start 0 (SEED=0).
 #
-# gp-vl: as gp-l, but a random-init vision model of 1.7 M parameters that sees the hand, in black suits only, on a canvas
-# of 224 pixels. It learns to read them along with the rest; both parts are left before their end. How well it then reads
-# red suits, which it has never seen, differs much from run to run: this one names all four cards of half the hands; another,
-# with 300 and 80 steps on schedules of their own, of one in fifty. data/base/gp-vl is from before the curves of the drawn
-# cards were made smoother.
+# gp-vl: as gp-l, but a random-init vision model of 1.7 M parameters that sees the hand on a canvas of 224 pixels, four times in
+# five in black suits, the fifth in red ones: the look that is tested later is in it. data/base/gp-vl is from before that: black
+# suits only, random failed tries, no faults.
 #
 # Training stops while the model is still weak.
 set -euo pipefail

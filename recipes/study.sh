@@ -14,7 +14,7 @@
 #   long       V-IRL-L: PPO for three times as many updates: does it lose the other rule later?
 #   no_start   V-IRL-L: PPO from a model that knows nothing, not even the format (Fig. 9)
 #   overfit    V-IRL-L: PPO from the end of SFT (Fig. 19)
-#   cards      GP-L: SFT on one rule, and on many; PPO; tested on hands never trained on, and on "fake": the prompt states the other
+#   cards      GP-L: SFT on one rule, at two rates, and on many; PPO; tested on hands never trained on, and on "fake": the prompt states the other
 #              rule, the training rule is scored
 #
 # Each panel is recipes/tiny.sh with other settings or starts, in OUT/PANEL. STARTS="0 1 2", a seed from each; JOBS as in tiny.sh.
@@ -81,7 +81,7 @@ feedback=plain;$ppo --env $city reward=random;--temperature 1.0 --lr 3e-5 --lr-f
     cards)
         begin cards "$OUT/gp-l/@"
         echo '{"gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, and use every card exactly once. An ace counts as 1, J counts as 11, Q counts as 12 and K counts as 13."}' >"$OUT/fake.json"
-        RL_SETTINGS=$ppo SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train" MORE_RL="--save-every 24" MORE_SFT="--save-every 200" \
+        RL_SETTINGS=$ppo SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train;--lr 1e-4" MORE_RL="--save-every 24" MORE_SFT="--save-every 200" \
             MORE_TEST="--splits id rule_ood unseen id face_card=true prompt_file=$OUT/fake.json" panel cards gp-l ;;
     *) echo "PANELS=$name: allowed are virl, two_by_two, long, no_start, overfit and cards" >&2; exit 2 ;;
     esac

@@ -18,7 +18,7 @@
 # Start 0 is data/base/$TASK; another is made first by recipes/base.sh, which says what was planted in it. GP-L: neither
 # rule of the paper was in its training, so what is asked there is generalisation. V-IRL-L: relative actions were, so what
 # is asked is retention; its routes had two or three legs, those here have up to five. GP-VL: as GP-L, and red suits are
-# nowhere in any training. What differs from the published defaults is written out below: larger learning rates, fewer
+# in a fifth of its training, in none of these. What differs from the published defaults is written out below: larger learning rates, fewer
 # turns to an update, a faster value head. Those settings are run that recipes/grid.sh could not tell apart on the training
 # rule, and the best of PPO at the official temperature, 0.2 (results/grid_gp_l.md, grid_virl_l.md): a band, not a pick.
 set -euo pipefail
@@ -82,7 +82,7 @@ for start in $STARTS; do
         say "start $start is made"
         SEED=$start BASE=$model OUT=$OUT/making_$start bash recipes/base.sh
     fi
-    # data/base/gp-l and gp-vl were trained when the prompt named the operations in words, and are told so still.
+    # data/base/gp-vl was trained when the prompt named the operations in words, and is told so still.
     told=(${env[@]+"${env[@]}"})
     [ ! -f "$model/prompts.json" ] || told+=("prompt_file=$model/prompts.json")
     for seed in $SEEDS; do
