@@ -81,14 +81,16 @@ feedback=plain;$ppo --env $city reward=random;--temperature 1.0 --lr 3e-5 --lr-f
     cards)
         begin cards "$OUT/gp-l/@"
         echo '{"gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, and use every card exactly once. An ace counts as 1, J counts as 11, Q counts as 12 and K counts as 13."}' >"$OUT/fake.json"
-        RL_SETTINGS=$ppo SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train;--lr 1e-4" MORE_RL="--save-every 24" MORE_SFT="--save-every 200" \
+        RL_SETTINGS=$ppo SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train;--lr 1e-4" MORE_RL="--save-every 8" \
             MORE_TEST="--splits id rule_ood unseen id face_card=true prompt_file=$OUT/fake.json" panel cards gp-l ;;
     *) echo "PANELS=$name: allowed are virl, two_by_two, long, no_start, overfit and cards" >&2; exit 2 ;;
     esac
 done
 python recipes/panels.py "$OUT" --figure "$OUT/panels.png"
+for name in virl cards; do
+    [ ! -d "$OUT/$name" ] || python recipes/panels.py "$OUT/$name" --paths "$OUT/paths_$name.png" | tail -n 1
+done
 if [ -d "$OUT/virl" ]; then
-    python recipes/panels.py "$OUT/virl" --paths "$OUT/paths.png" | tail -n 1
     python recipes/distance.py $(for start in $STARTS; do echo "$OUT/virl/"{sft_{0,1,2,5,6},rl_{0,1,2,3,8}}_$((10 * start)); done) ${SMOKE:+--num 16}
 fi
 [ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
