@@ -25,8 +25,8 @@
 # data/base/virl-l is start 0 (SEED=0).
 #
 # gp-vl: as gp-l, but a random-init vision model of 1.7 M parameters that sees the hand on a canvas of 224 pixels, four times in
-# five in black suits, the fifth in red ones: the look that is tested later is in it. data/base/gp-vl is from before that: black
-# suits only, random failed tries, no faults.
+# five in black suits, the fifth in red ones: the look that is tested later is in it. Not run in full yet: data/base/gp-vl is
+# from before that, black suits only, random failed tries, no faults.
 #
 # Training stops while the model is still weak.
 set -euo pipefail

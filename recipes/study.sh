@@ -14,8 +14,8 @@
 #   long       V-IRL-L: PPO for three times as many updates: does it lose the other rule later?
 #   no_start   V-IRL-L: PPO from a model that knows nothing, not even the format (Fig. 9)
 #   overfit    V-IRL-L: PPO from the end of SFT (Fig. 19)
-#   cards      GP-L: SFT on one rule, at two rates, and on many; PPO; tested on hands never trained on, and on "fake": the prompt states the other
-#              rule, the training rule is scored
+#   cards      GP-L: SFT on one rule, at two rates, and on many; PPO; tested on hands never trained on, and on "fake": the prompt
+#              states the other rule, the training rule is scored
 #
 # Each panel is recipes/tiny.sh with other settings or starts, in OUT/PANEL. STARTS="0 1 2", a seed from each; JOBS as in tiny.sh.
 set -euo pipefail

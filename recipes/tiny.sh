@@ -17,10 +17,11 @@
 #
 # Start 0 is data/base/$TASK; another is made first by recipes/base.sh, which says what was planted in it. GP-L: neither
 # rule of the paper was in its training, so what is asked there is generalisation. V-IRL-L: relative actions were, so what
-# is asked is retention; its routes had two or three legs, those here have up to five. GP-VL: as GP-L, and red suits are
-# in a fifth of its training, in none of these. What differs from the published defaults is written out below: larger learning rates, fewer
-# turns to an update, a faster value head. Those settings are run that recipes/grid.sh could not tell apart on the training
-# rule, and the best of PPO at the official temperature, 0.2 (results/grid_gp_l.md, grid_virl_l.md): a band, not a pick.
+# is asked is retention; its routes had two or three legs, those here have up to five. GP-VL: as GP-L, and red suits
+# are in a fifth of the start's training (of data/base/gp-vl, which is older, in none), in none of these. What differs from the
+# published defaults is written out below: larger learning rates, fewer turns to an update, a faster value head. Those settings
+# are run that recipes/grid.sh could not tell apart on the training rule, and the best of PPO at the official temperature, 0.2
+# (results/grid_gp_l.md, grid_virl_l.md): a band, not a pick. Those of gp-vl are gp-l's, not chosen for it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TASK=${TASK:-gp-l}
