@@ -12,18 +12,17 @@ recipes/study.sh; results/paper_in_miniature.md says which panel is which figure
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
-from evaluate import TITLES, name_arms
+from evaluate import TITLES, name_arms, spread
 from support import running
 
 MARKS = {"id": "o", "unseen": "s", "rule_ood": "D"}        # others: a cross
 
 
 def read_panel(folder):
-    """{arm: {step: {split: [(value at the start, change since), ...]}}}, in percent, one pair for every run."""
+    """{arm: {step: {split: [(value at the start, change since), ...]}}}, in percent, one pair for every run and seed of its tests."""
     runs = {path.parent: running.read_jsonl(path, "step", "split", "seed") for path in sorted(folder.glob("*/eval.jsonl"))}
     configs = {run: running.read_run_config(run) for run in runs}
     arms, found = name_arms(configs), defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
@@ -45,7 +44,7 @@ def newest(panel):
 
 def with_error(values):
     """Mean and standard error; no error of a single one."""
-    return mean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return spread(values) if len(values) > 1 else (values[0], 0.0)
 
 
 def print_every(runs):
@@ -117,6 +116,9 @@ def main():
     parser.add_argument("--paths", help="write a picture of all checkpoints here, the other rule against the training rule")
     parser.add_argument("--every", action="store_true", help="print every evaluation of every run instead")
     args = parser.parse_args()
+    for figure in filter(None, (args.figure, args.paths)):
+        if not Path(figure).parent.is_dir():
+            parser.error(f"{figure}: there is no folder {Path(figure).parent}")
     with running.one_line_errors():
         folders = sorted({path.parent.parent for path in Path(args.study).rglob("eval.jsonl")})
         panels = {str(folder.relative_to(args.study)): panel for folder in folders if (panel := read_panel(folder))}

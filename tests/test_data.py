@@ -279,8 +279,8 @@ def test_no_panorama_stands_so_close_to_a_crossing_that_it_looks_like_one():
 
 # ---- Dialogues with a model's own failures -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("task, env", [("gp-l", ()), ("gp-vl", ("resolution=48",))])
-def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt(tmp_path, task, env):
+@pytest.mark.parametrize("task, env, told", [("gp-l", (), "No JSON object"), ("gp-vl", ("resolution=48",), "Try another formula")])
+def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt(tmp_path, task, env, told):
     import own_failures
     vision = task == "gp-vl"
     config = own_failures.Config(out=str(tmp_path / "own.json"), model=tiny_folder(vision), num=20, failed_tries=2, max_new_tokens=6,
@@ -292,7 +292,7 @@ def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt
     for record in records:
         *earlier, last = record["conversations"]
         assert all(turn["loss"] is False for turn in earlier if turn["from"] == "gpt") and "loss" not in last
-        assert '"formula": "' in last["value"] and all("Try another formula" in turn["value"] for turn in earlier[2::2])
+        assert '"formula": "' in last["value"] and all(told in turn["value"] for turn in earlier[2::2])
     pairs = read_conversations(tmp_path / "own.json", vision, "<|image|>")
     assert len(list(tmp_path.glob("own/*.png"))) == 20 * vision
     assert [reply for _, reply in pairs] == [record["conversations"][-1]["value"] for record in records]
