@@ -109,9 +109,8 @@ MORE_VALUES = {"nav_sentence": {"n"}, "nav_past": {"n"},    # what a prompt file
 class Environment(ABC):
     """One conversation with the verifier at a time: what all environments share, and what each must have.
 
-    A new one adds a class with the members below (Python refuses one that lacks any), its texts in PROMPTS, a row in
-    TASKS, and a judge with its texts in verify.py. Its constructor has a default for every setting; what it does not use
-    itself it hands on to this one's.
+    A new one adds a class with the members below (Python refuses one that lacks any), its texts in PROMPTS, a row in TASKS, and
+    a judge with its texts in verify.py. Its constructor has a default for every setting, and hands the common ones on to this.
 
     An episode is a row of positions (GeneralPoints: one, the hand); at each the model has `verify_iter` tries. A correct
     reply leads to the next position, where a new dialogue begins, or terminates the episode at the last; a wrong one is
@@ -127,18 +126,19 @@ class Environment(ABC):
     rule_name = ""       # by which a prompt file may have several texts
 
     def __init_subclass__(cls):
-        for name in ("kinds", "retry_prompt"):
-            if not hasattr(cls, name):
-                raise TypeError(f"environment {cls.__name__} has no {name}")
+        if missing := [name for name in ("kinds", "retry_prompt") if not hasattr(cls, name)]:
+            raise TypeError(f"environment {cls.__name__} has no {missing[0]}")
 
-    def __init__(self, vision=False, verify_iter=5, feedback="informative", prompt_file="", faults="", reward="verdict"):
+    def __init__(self, vision=False, verify_iter=5, feedback="informative", prompt_file="", faults="", faulty_tries=1,
+                 reward="verdict"):
         settings.check_whole("verify_iter", verify_iter, 1)
+        settings.check_whole("faulty_tries", faulty_tries, 1)
         settings.check_choice("feedback", feedback, ("informative", "plain"))
         settings.check_choice("reward", reward, ("verdict", "random"))
         self.vision, self.verify_iter, self.feedback, self.reward = vision, verify_iter, feedback, reward
         self.prompts = settings.load_templates(prompt_file, PROMPTS, MORE_VALUES, self.rule_name)
         self.phrases = {name: self.prompts[f"feedback_{name}"] for name in FEEDBACK}
-        self.shares = demonstrator.parse_faults(faults, self.known_faults)
+        self.shares, self.faulty_tries = demonstrator.parse_faults(faults, self.known_faults), faulty_tries
         self.rng, self.done = random.Random("0"), True
 
     @abstractmethod
@@ -194,8 +194,8 @@ class Environment(ABC):
         raise NotImplementedError
 
     def demonstrate(self):
-        """What SFT learns from: the expert's reply, or at a first try, with their shares, those of an imperfect demonstrator."""
-        draw = self.rng.random() if self.shares and not self.tries else 1.0
+        """What SFT learns from: the expert's reply, or at the first `faulty_tries` an imperfect demonstrator's, with its shares."""
+        draw = self.rng.random() if self.shares and self.tries < self.faulty_tries else 1.0
         for fault, share in self.shares.items():
             if draw < share:
                 return self.faulty_reply(fault)
@@ -237,8 +237,7 @@ class Environment(ABC):
         else:
             told = verdict.message if self.done else fill(self.prompts[self.retry_prompt], verdict=verdict.message)
             self.messages = self.messages + [{"role": "assistant", "content": reply}, {"role": "user", "content": told}]
-        earned = verdict.reward + LAST_TRY_PENALTY * truncated
-        reward = earned if self.reward == "verdict" else self.rng.choice((-1.0, 1.0))
+        reward = verdict.reward + LAST_TRY_PENALTY * truncated if self.reward == "verdict" else self.rng.choice((-1.0, 1.0))
         return self.messages, reward, terminated, truncated, info
 
 
@@ -284,6 +283,7 @@ class GeneralPoints(Environment):
     reward        "verdict" is the paper's, "random" is 1 or -1 whatever the reply (a control)
     prompt_file   JSON object of templates that replace those of PROMPTS
     faults        of an imperfect demonstrator: leave_out (a card), ten (J, Q, K count ten whatever the rule), with shares
+    faulty_tries  how many tries have them (1: only the first)
     """
     kinds = ("formula",)
     retry_prompt = "gp_retry"
@@ -407,7 +407,7 @@ class Navigation(Environment):
                   says) or "official" (what the official code crops)
     resolution    pixels of a view; the grid of four is 2 * resolution + 5 wide
     verify_iter   judged replies per position (2 in the paper)
-    vision, feedback, reward, prompt_file   as in GeneralPoints
+    vision, feedback, reward, prompt_file, faulty_tries   as in GeneralPoints
     faults        of an imperfect demonstrator: walk_past (an intersection), other_word (of the other rule), with shares
     """
     kinds = ("turn", "forward", "stop")

@@ -268,7 +268,8 @@ def evaluate_model(path, called, known, config, write, kept=None):
     for split in settings.read_splits(config.splits):
         env = envs.make_env(config.task, split.name, common, **split.settings)
         chosen = {name: getattr(config, name) for name in names}
-        chosen["env"] = {name: value for name, value in env.settings.items() if name not in ("solution", "faults")}   # no expert plays
+        experts = ("solution", "faults", "faulty_tries")                                       # no expert plays
+        chosen["env"] = {name: value for name, value in env.settings.items() if name not in experts}
         if config.api_url and (extra := read_extra(config.api_extra)):
             chosen["api_extra"] = extra
         done = {row["seed"] for row in known if row["split"] == split.label and row["settings"] == chosen

@@ -6,7 +6,7 @@
 #   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl
 #
 # BASE is the folder to write, OUT the folder for the runs. SMOKE=1 takes a few steps and writes to OUT/base, never to
-# data/base. SIZE, SEED, LRS (learning rates of the three stages) and FAULTS (empty: none) may be set
+# data/base. SIZE, SEED, LRS (learning rates of the three stages), FAULTS (empty: none) and FAULTY_TRIES may be set
 # (gpu.sh sets the first three), and AFTER: a model to begin the third stage with, instead of the first two.
 #
 # gp-l: a random-init Llama of 1.3 M parameters learns from expert replies to play GeneralPoints under a family of rules:
@@ -68,7 +68,8 @@ gp-l | gp-vl)
         train 2 "$(newest "$OUT/1")" 160 $((3 * SEED + 1)) --lr "$second" --data "$OUT/own_2.json" --save-every 40
         AFTER=$(newest "$OUT/2")
     fi
-    own 3 "$AFTER" 15360 $((3 * SEED + 2)) --mix $mix --env ${env[@]+"${env[@]}"} "faults=${FAULTS-leave_out:0.6,ten:0.15}"
+    own 3 "$AFTER" 15360 $((3 * SEED + 2)) --mix $mix --env ${env[@]+"${env[@]}"} "faults=${FAULTS-leave_out:0.6,ten:0.15}" \
+        "faulty_tries=${FAULTY_TRIES:-1}"
     train 3 "$AFTER" 120 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 40
     start=$(newest "$OUT/3") ;;
 virl-l)

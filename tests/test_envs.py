@@ -729,6 +729,16 @@ def test_an_imperfect_demonstrator_has_its_faults_as_often_as_said_and_the_exper
         assert plain.demonstrate() == plain.expert_reply() == imperfect.expert_reply() != imperfect.demonstrate()
 
 
+@pytest.mark.parametrize("faulty_tries, faulty", [(1, [True, False, False]), (2, [True, True, False]), (5, [True, True, True])])
+def test_the_demonstrators_faults_are_in_as_many_tries_as_said(faulty_tries, faulty):
+    env, seen = make_env("gp-l", "id", faults="leave_out:1", faulty_tries=faulty_tries), []
+    env.reset(0)
+    for _ in range(3):
+        seen.append(env.demonstrate() != env.expert_reply())
+        env.step(env.flawed_reply())
+    assert seen == faulty
+
+
 @pytest.mark.parametrize("formula, rest", [("(10-4)*3+6", "(10-4)*3"), ("3*8*(2-1)", "3*8"), ("8/(3-8/3)", "(3-8/3)"), ("1+2-3", "1+2")])
 def test_without_its_last_step_a_formula_lacks_a_card(formula, rest):
     assert demonstrator.without_last_step(formula) == rest
