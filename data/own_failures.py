@@ -7,7 +7,7 @@
 Random failed tries (`sft.py --failed-tries`) are not those that a model makes: one that has seen only them repeats its own.
 Each dialogue has up to `--failed-tries` failed replies, as the model samples them; one that succeeds earlier, or writes a control
 token as text, is kept up to the reply before. The failed ones are marked "loss": false; only the last reply is learnt, the
-expert's (at a first try, with `--env faults=...`, that of an imperfect demonstrator). Used by recipes/base.sh.
+expert's (with `--env faults=...` an imperfect demonstrator's). Used by recipes/base.sh.
 """
 import random
 import sys

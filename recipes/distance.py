@@ -19,6 +19,7 @@ from model import EVALUATION, collate, encode, load_policy, sampling_uniforms
 from support import run_folder, running, settings
 
 SPLITS = ("id", "rule_ood")
+LONGEST, TOGETHER = 64, 64      # tokens of a reply; replies in a batch
 
 
 @torch.no_grad()
@@ -28,11 +29,12 @@ def distances(policy, start, processor, task, split, common, seed, num):
     for i in range(num):
         env.reset(f"{seed}/distance/{i}", episode=i)
         prompts.append(encode(processor, env.skip_ahead(random.Random(f"{seed}/at/{i}"), balance=False)))
-    uniforms = sampling_uniforms([(EVALUATION, seed, i) for i in range(num)], 64)
-    replies = [ids for ids, _ in policy.generate(prompts, uniforms, 64, 1.0)]
+    uniforms = sampling_uniforms([(EVALUATION, seed, i) for i in range(num)], LONGEST)
+    replies = [ids for ids, _ in policy.generate(prompts, uniforms, LONGEST, 1.0)]
     found = []
-    for first in range(0, num, 64):
-        batch = collate([[pair] for pair in zip(prompts[first:first + 64], replies[first:first + 64])], policy.device)
+    for first in range(0, num, TOGETHER):
+        some = slice(first, first + TOGETHER)
+        batch = collate([[pair] for pair in zip(prompts[some], replies[some])], policy.device)
         here, there = (p(batch, 1.0)[0].sum(1) for p in (policy, start))                          # (B,)
         found += (here - there).tolist()
     return found

@@ -6,12 +6,13 @@ trained on and under others.
     python recipes/panels.py runs/tiny-virl-l --every              # every evaluation of every run, in a table
 
 A panel is a folder of evaluated runs, such as runs/study/virl; its runs are averaged by arm and split. Changes are in points of
-the task's first measure (`envs.TASKS`), each of a run since its own start, with the standard error over runs. Used by
-recipes/study.sh; results/paper_in_miniature.md says which panel is which figure of the paper.
+the task's first measure (`envs.TASKS`), each of a run since its own start, with the standard error over the starts, or over the
+runs if there is one start. Used by recipes/study.sh; results/paper_in_miniature.md says which panel is which figure of the paper.
 """
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
@@ -22,19 +23,28 @@ MARKS = {"id": "o", "unseen": "s", "rule_ood": "D"}        # others: a cross
 
 
 def read_panel(folder):
-    """{arm: {step: {split: [(value at the start, change since), ...]}}}, in percent, one pair for every run and seed of its tests."""
+    """{arm: {step: {split: [(value at the start, change since), ...]}}}, in percent, one pair for every start; if there is only one,
+    for every run and seed of its tests."""
     runs = {path.parent: running.read_jsonl(path, "step", "split", "seed") for path in sorted(folder.glob("*/eval.jsonl"))}
     configs = {run: running.read_run_config(run) for run in runs}
-    arms, found = name_arms(configs), defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    arms, found = name_arms(configs), defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
     starts = {(configs[run]["model"], row["split"], row["seed"]): row for run, rows in runs.items() for row in rows if not row["step"]}
     for run, rows in sorted(runs.items(), key=lambda pair: arms[pair[0]]):
         metric = envs.TASKS[configs[run]["task"]].metrics[0]
         for row in {(row["step"], row["split"], row["seed"]): row for row in rows if row["step"]}.values():      # the last of equals
-            start = starts.get((configs[run]["model"], row["split"], row["seed"]))
+            model = configs[run]["model"]
+            start = starts.get((model, row["split"], row["seed"]))
             if start is None:
-                raise ValueError(f"run {str(run)!r}: no run of {folder} has evaluated its start {configs[run]['model']} on {row['split']}")
-            found[arms[run]][row["step"]][row["split"]].append((100 * start[metric], 100 * (row[metric] - start[metric])))
-    return found
+                raise ValueError(f"run {str(run)!r}: no run of {folder} has evaluated its start {model} on {row['split']}")
+            pair = 100 * start[metric], 100 * (row[metric] - start[metric])
+            found[arms[run]][row["step"]][row["split"]][model].append(pair)
+    return {arm: {step: {split: over_starts(list(pairs.values())) for split, pairs in splits.items()} for step, splits in steps.items()}
+            for arm, steps in found.items()}
+
+
+def over_starts(pairs):
+    """The pairs of each start -> one pair for each; of a single start all of its."""
+    return pairs[0] if len(pairs) == 1 else [tuple(map(mean, zip(*own))) for own in pairs]
 
 
 def newest(panel):
@@ -120,7 +130,8 @@ def main():
         if not Path(figure).parent.is_dir():
             parser.error(f"{figure}: there is no folder {Path(figure).parent}")
     with running.one_line_errors():
-        folders = sorted({path.parent.parent for path in Path(args.study).rglob("eval.jsonl")})
+        folders = sorted({path.parent.parent for depth in ("*", "*/*", "*/*/*")
+                          for path in Path(args.study).glob(f"{depth}/eval.jsonl")})                   # through links, too
         panels = {str(folder.relative_to(args.study)): panel for folder in folders if (panel := read_panel(folder))}
         if not panels:
             raise ValueError(f"{args.study}: no evaluated run in a folder of a folder there")
@@ -128,7 +139,7 @@ def main():
             for folder in folders:
                 print_every(sorted(path.parent for path in folder.glob("*/eval.jsonl")))
             return
-        print("| panel | arm | runs | tested on | start | change |\n|---|---|---|---|---|---|")
+        print("| panel | arm | starts or runs | tested on | start | change |\n|---|---|---|---|---|---|")
         for name, panel in panels.items():
             for arm, split, pairs in newest(panel):
                 cells = [f"{value:.1f} ± {error:.1f}" if len(pairs) > 1 else f"{value:.1f}" for value, error in map(with_error, zip(*pairs))]
