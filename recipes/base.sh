@@ -13,9 +13,10 @@
 # J, Q and K are each worth any number from 1 to 13, drawn anew for every hand and told in the prompt. The two rules of
 # the paper (10/10/10 and 11/12/13) are never drawn, and a tenth of the hands is held out. First single tries; then dialogues
 # with up to four failed replies of the model's own before the expert's (data/own_failures.py), so that it learns to read a
-# verdict and not to repeat itself; then such dialogues once more, in which first tries are an imperfect demonstrator's:
+# verdict and not to repeat itself; then such dialogues once more, in which the last reply is an imperfect demonstrator's:
 # FAULTS, 0.6 leave a card out and 0.15 count J, Q, K as ten whatever the rule says. The first fault is one that both rules
 # share and RL may cure, the second makes the model unsure of the rule, as a model is that knows other card games.
+# FAULTY_TRIES=1: at first tries only (results/gp_l_first_tries.md).
 # data/base/gp-l is start 0 (SEED=0).
 #
 # virl-l: one of 0.9 M parameters learns to walk routes of two or three legs through a synthetic city, with compass words
@@ -69,7 +70,7 @@ gp-l | gp-vl)
         AFTER=$(newest "$OUT/2")
     fi
     own 3 "$AFTER" 15360 $((3 * SEED + 2)) --mix $mix --env ${env[@]+"${env[@]}"} "faults=${FAULTS-leave_out:0.6,ten:0.15}" \
-        "faulty_tries=${FAULTY_TRIES:-1}"
+        "faulty_tries=${FAULTY_TRIES:-5}"
     train 3 "$AFTER" 120 $((3 * SEED + 2)) --lr "$third" --data "$OUT/own_3.json" --save-every 40
     start=$(newest "$OUT/3") ;;
 virl-l)
