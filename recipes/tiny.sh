@@ -6,7 +6,8 @@
 #   TASK=gp-vl bash recipes/tiny.sh         GeneralPoints from pictures, tested on red suits as well
 #   SMOKE=1 bash recipes/tiny.sh            everything once in about a minute, in a folder of its own; the numbers mean
 #                                           nothing
-#   STARTS="0 1 2" TASK=virl-l bash recipes/tiny.sh      as in results/: a seed (or SEEDS="0 1") from each of three starts
+#   STARTS="0 1 2" BAND=1 bash recipes/tiny.sh           as in results/: a seed (or SEEDS="0 1") from each of three starts,
+#                                           with all settings
 #   MODEL=folder bash recipes/tiny.sh       another start, with SMOKE=1 as well; OUT=folder for the runs; MORE_RL,
 #                                           MORE_SFT, MORE_TEST hold further options (gpu.sh); RL_SETTINGS="--lr 1e-5;--lr
 #                                           3e-5" and SFT_SETTINGS: others than those below, all run, or none (grid.sh and
@@ -21,7 +22,8 @@
 # are in a fifth of the start's training (of data/base/gp-vl, which is older, in none), in none of these. What differs from the
 # published defaults is written out below: larger learning rates, fewer turns to an update, a faster value head. Those settings
 # are run that recipes/grid.sh could not tell apart on the training rule, and the best of PPO at the official temperature, 0.2
-# (results/grid_gp_l.md, grid_virl_l.md): a band, not a pick. Those of gp-vl are gp-l's, not chosen for it.
+# (results/grid_gp_l.md, grid_virl_l.md): a band, not a pick. On GP-L four of PPO tie: BAND=1 runs them all, without it the best
+# alone. Those of gp-vl are gp-l's, not chosen for it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TASK=${TASK:-gp-l}
@@ -36,13 +38,14 @@ gp-l | gp-vl)
     rl="--updates 24 --save-every 4 --num-envs 128 --turns-per-env 5 --minibatch-turns 128 --epochs 1"
     rl="$rl --lr-warmup 2 --lr-horizon 24 --thought-coef 1.0"
     sft="--steps 200 --save-every 40"
-    rl_settings=("--temperature 0.5 --lr 5e-5 --lr-final 5e-5" "--temperature 0.2 --lr 3e-5 --lr-final 3e-5")
-    sft_settings=("--lr 1e-3" "--lr 3e-4")
+    rl_settings=("--temperature 0.2 --lr 5e-5 --lr-final 5e-5") sft_settings=("--lr 1e-3" "--lr 3e-4")
+    tied=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5" "--temperature 0.5 --lr 3e-5 --lr-final 3e-5"
+          "--temperature 0.5 --lr 5e-5 --lr-final 5e-5")
     test="--episodes 500 --dtype float32"
     [ "$TASK" = gp-l ] || { env=(resolution=224); test="--episodes 300 --dtype float32 --splits id rule_ood visual_ood"; } ;;
 virl-l)
     DATA=${DATA:-$OUT/city}
-    env=("root=$DATA"); train="id"; max_new_tokens=48
+    env=("root=$DATA"); train="id"; max_new_tokens=48 tied=()
     rl="--updates 10 --save-every 2 --num-envs 128 --turns-per-env 4 --minibatch-turns 128 --epochs 1"
     rl="$rl --lr-warmup 1 --lr-horizon 10 --thought-coef 1.0"
     sft="--steps 50 --save-every 10"
@@ -51,6 +54,7 @@ virl-l)
     test="--episodes 300 --dtype float32" ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
+[ -z "${BAND:-}" ] || rl_settings+=(${tied[@]+"${tied[@]}"})
 more_rl=${MORE_RL:-} more_sft=${MORE_SFT:-} test="$test ${MORE_TEST:-}"        # the last of two equal options counts
 if [ -n "${SMOKE:-}" ]; then
     rl="--updates 2 --save-every 1 --num-envs 16 --turns-per-env 2 --minibatch-turns 16 --epochs 1"
