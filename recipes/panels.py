@@ -9,6 +9,7 @@ A panel is a folder of evaluated runs, such as runs/study/virl; its runs are ave
 the task's first measure (`envs.TASKS`), each of a run since its own start, with the standard error over the starts, or over the
 runs if there is one start. Used by recipes/study.sh; results/paper_in_miniature.md says which panel is which figure of the paper.
 """
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -27,17 +28,17 @@ def read_panel(folder):
     for every run and seed of its tests."""
     runs = {path.parent: running.read_jsonl(path, "step", "split", "seed") for path in sorted(folder.glob("*/eval.jsonl"))}
     configs = {run: running.read_run_config(run) for run in runs}
+    models = {run: os.path.realpath(config["model"]) for run, config in configs.items()}          # one start, however it is spelt
     arms, found = name_arms(configs), defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
-    starts = {(configs[run]["model"], row["split"], row["seed"]): row for run, rows in runs.items() for row in rows if not row["step"]}
+    starts = {(models[run], row["split"], row["seed"]): row for run, rows in runs.items() for row in rows if not row["step"]}
     for run, rows in sorted(runs.items(), key=lambda pair: arms[pair[0]]):
         metric = envs.TASKS[configs[run]["task"]].metrics[0]
         for row in {(row["step"], row["split"], row["seed"]): row for row in rows if row["step"]}.values():      # the last of equals
-            model = configs[run]["model"]
-            start = starts.get((model, row["split"], row["seed"]))
+            start = starts.get((models[run], row["split"], row["seed"]))
             if start is None:
-                raise ValueError(f"run {str(run)!r}: no run of {folder} has evaluated its start {model} on {row['split']}")
+                raise ValueError(f"run {str(run)!r}: no run of {folder} has evaluated its start {configs[run]['model']} on {row['split']}")
             pair = 100 * start[metric], 100 * (row[metric] - start[metric])
-            found[arms[run]][row["step"]][row["split"]][model].append(pair)
+            found[arms[run]][row["step"]][row["split"]][models[run]].append(pair)
     return {arm: {step: {split: over_starts(list(pairs.values())) for split, pairs in splits.items()} for step, splits in steps.items()}
             for arm, steps in found.items()}
 

@@ -289,7 +289,7 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
     assert "| virl | RL | 2 | rule_ood | 20.0 ± 10.0 | 10.0 ± 0.0 |" in lines and "| virl | SFT | 2 | id | 20.0 ± 10.0 | -10.0 ± 5.0 |" in lines
     assert told(tmp_path / "study" / "deeper", "--every")[-1] == (
         "| SFT_x | 2 | 9 | rule_ood | 5.0 ± 1.0 | 5.0 ± 2.0 | 0.0 ± 0.0 | 50 | correct 5, wrong_value 95 |")
-    write_run(tmp_path / "study" / "virl" / "RL_x2", "RL", [(1, 5.0, 0.9), (2, 9.0, 0.4)], start="x", knobs={"task": "gp-l", "seed": 1})
+    write_run(tmp_path / "study" / "virl" / "RL_x2", "RL", [(1, 5.0, 0.9), (2, 9.0, 0.4)], start="./x", knobs={"task": "gp-l", "seed": 1})
     (tmp_path / "linked").symlink_to(tmp_path / "study" / "virl")
     for study, name in (("study", "virl"), ("linked", ".")):                        # seeds of a start are averaged first: 20, not 16.7
         assert f"| {name} | RL | 2 | rule_ood | 20.0 ± 10.0 | 15.0 ± 5.0 |" in told(tmp_path / study)
