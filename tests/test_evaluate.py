@@ -90,6 +90,16 @@ def test_rows_without_todays_measures_are_evaluated_again_and_not_compared(tmp_p
         evaluate.compare([str(tmp_path / "sft")], "")
 
 
+def test_what_is_said_of_an_expert_makes_no_other_evaluation(monkeypatch):
+    """None plays in a test: a run that was trained on an imperfect one stands beside a run that was not."""
+    monkeypatch.setattr(evaluate, "LocalModel", lambda *_: SimpleNamespace(
+        reply=lambda of, split, seed, turn, pending: [("", "length") for _ in pending], forget=lambda of: None))
+    rows = []
+    for env, num in (((), 1), (("solution=random", "faults=leave_out:0.6", "faulty_tries=5"), 1), (("target=7",), 2)):
+        evaluate.evaluate_model("x", "x", list(rows), evaluate.Config(task="gp-l", splits=("id",), episodes=2, env=env), rows.append)
+        assert len(rows) == num
+
+
 def test_the_visual_test_plays_the_routes_in_order_and_tells_the_cities_apart(city):
     """Played by someone who only knows the streets of the first two cities."""
     def choose(env):
