@@ -60,7 +60,8 @@ def summarise(infos, verify_iter, kinds=()):
     paper_step_accuracy the same with one wrong reply more for an episode that was cut short: the official code has the
                         model write it, unread, and counts it
     first_try           first replies to a hand or at a position that are correct
-    retries             later ones that are, and how many of them repeat a reply that had failed (`repeats`)
+    retries             later ones that are
+    repeats             later ones that are word for word an earlier reply of the dialogue
     recognition         hands whose four cards the first reply names, in any order (paper Fig. 8); it must be a reply
                         that can be judged, with a formula
     rank_accuracy       cards that the first reply names in their place; by chance, one in thirteen
@@ -77,13 +78,15 @@ def summarise(infos, verify_iter, kinds=()):
         return share(list(map(sum, picked)), list(map(len, picked)))
 
     turns = [info for episode in infos for info in episode]
+    repeated = [[info["repeated"] for info in episode if info["try"] > 1] for episode in infos]
     shares = {"success": share([episode[-1]["success"] for episode in infos], [1] * len(infos)),
               "step_accuracy": accuracy(lambda info: True),
               # differs 22: theirs has no other, and solved_and_read below for success
               "paper_step_accuracy": share([sum(info["status"] == "correct" for info in episode) for episode in infos],
                                            [len(episode) + (not episode[-1]["success"]) for episode in infos]),
               "first_try": accuracy(lambda info: info["try"] == 1),
-              "retries": accuracy(lambda info: info["try"] > 1)}
+              "retries": accuracy(lambda info: info["try"] > 1),
+              "repeats": share(list(map(sum, repeated)), list(map(len, repeated)))}
     kinds = sorted({*kinds, *(info["kind"] for info in turns)})
     for kind in kinds if len(kinds) > 1 else ():
         shares[f"step_accuracy_{kind}"] = accuracy(lambda info: info["kind"] == kind)
@@ -96,7 +99,6 @@ def summarise(infos, verify_iter, kinds=()):
     row = {"episodes": len(infos), "replies": len(turns)}
     for name, (value, error) in shares.items():
         row |= {name: value, f"{name}_stderr": error}
-    row["repeats"] = mean([info["repeated"] for info in turns if info["try"] > 1] or [0])
     solved_at = [max(info["try"] for info in episode) for episode in infos if episode[-1]["success"]]
     row["success_within"] = [sum(at <= tries for at in solved_at) / len(infos) for tries in range(1, verify_iter + 1)]
     row["reward"] = sum(info["reward"] for info in turns) / len(infos)
@@ -370,7 +372,7 @@ def mean_and_error(rows, metric):
     means = [100 * mean([row[metric] for row in own]) for own in units(rows)]
     if len(means) > 1:
         return spread(means)
-    return means[0], 100 * math.sqrt(sum(row[f"{metric}_stderr"] ** 2 for row in rows)) / len(rows)
+    return means[0], 100 * math.sqrt(sum(row.get(f"{metric}_stderr", 0) ** 2 for row in rows)) / len(rows)
 
 
 def change_and_error(rows, start_rows, metric):
@@ -388,7 +390,7 @@ def change_and_error(rows, start_rows, metric):
         changes.append({"run": run, "start": own[0]["start"], metric: change,
                         f"{metric}_stderr": math.hypot(*(mean_and_error(part, metric)[1] / 100 for part in (own, before)))})
     change, error = mean_and_error(changes, metric)
-    return change, max(error, math.sqrt(sum((100 * row[f"{metric}_stderr"]) ** 2 for row in rows)) / len(rows))
+    return change, max(error, math.sqrt(sum((100 * row.get(f"{metric}_stderr", 0)) ** 2 for row in rows)) / len(rows))
 
 
 def difference(one, two):
@@ -505,7 +507,7 @@ def compare(folders, figure):
           f"({' and '.join(f'{num} {arm}' for num, arm in zip(num_runs, tried))} runs, starts: {num_starts})\n")
     print(f"| metric | split | start | {' | '.join(tried)} | paper: start | SFT | RL |\n{'|---' * (len(tried) + 6)}|")
     found, verdicts = [], Counter()
-    for metric in envs.TASKS[task].metrics:
+    for metric in (*envs.TASKS[task].metrics, "first_try", "retries", "repeats"):
         for split in splits:
             start = [row for row in start_rows if row["split"] == split]
             cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(start, metric))]
