@@ -16,6 +16,7 @@
 #   overfit    V-IRL-L: PPO from the end of SFT (Fig. 19)
 #   cards      GP-L: SFT on one rule, at two rates, and on many; PPO; tested on hands never trained on, and on "fake": the prompt
 #              states the other rule, the training rule is scored
+#   frozen     GP-VL: SFT of all of the model, of all but the vision encoder, and of the language model alone (Fig. 16)
 #
 # Each panel is recipes/tiny.sh with other settings or starts, in OUT/PANEL. STARTS="0 1 2", a seed from each; JOBS as in tiny.sh.
 set -euo pipefail
@@ -23,7 +24,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/study${SMOKE:+-smoke}}
 STARTS=${STARTS:-0 1 2}
 [ -z "${SMOKE:-}" ] || STARTS=0
-PANELS=${PANELS:-virl two_by_two long no_start overfit cards}
+PANELS=${PANELS:-virl two_by_two long no_start overfit cards frozen}
 export DATA=${DATA:-$OUT/city} SEEDS=0
 mkdir -p "$OUT"
 [ -d "$DATA" ] || python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
@@ -43,7 +44,7 @@ panel() {        # PANEL TASK, with the settings of tiny.sh before it
 ppo="--temperature 0.2 --lr 3e-5 --lr-final 3e-5"
 warm="--lr 1e-4 --lr-final 1e-4 --temperature"
 for name in $PANELS; do
-    [ "$name" = cards ] && task=gp-l || task=virl-l
+    case $name in cards) task=gp-l ;; frozen) task=gp-vl ;; *) task=virl-l ;; esac
     for start in $STARTS; do
         start_of $task "$start"
     done
@@ -83,7 +84,10 @@ feedback=plain;$ppo --env $city reward=random;--temperature 1.0 --lr 3e-5 --lr-f
         echo '{"gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, and use every card exactly once. An ace counts as 1, J counts as 11, Q counts as 12 and K counts as 13."}' >"$OUT/fake.json"
         RL_SETTINGS="--temperature 0.2 --lr 5e-5 --lr-final 5e-5" SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train;--lr 1e-4" MORE_RL="--save-every 8" \
             MORE_TEST="--splits id rule_ood unseen id face_card=true prompt_file=$OUT/fake.json" panel cards gp-l ;;
-    *) echo "PANELS=$name: allowed are virl, two_by_two, long, no_start, overfit and cards" >&2; exit 2 ;;
+    frozen)
+        begin frozen "$OUT/gp-vl/@"
+        RL_SETTINGS=none SFT_SETTINGS="--lr 1e-3;--lr 1e-3 --freeze vision;--lr 1e-3 --freeze vision,projector" panel frozen gp-vl ;;
+    *) echo "PANELS=$name: allowed are virl, two_by_two, long, no_start, overfit, cards and frozen" >&2; exit 2 ;;
     esac
 done
 python recipes/panels.py "$OUT" --figure "$OUT/panels.png"
