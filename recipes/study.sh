@@ -11,6 +11,7 @@
 #              (Fig. 15); SFT with tokens weighed by their probability (DFT). Tested on routes never trained on, too
 #   two_by_two V-IRL-L: the starts again, with the fault that both rules share planted or not, with the mix-ups of the rules planted
 #              or not, from the same model before: which start gives which sign in which arm
+#   gate       V-IRL-L: likewise with fewer mix-ups, and with more (none and 0.15 are in two_by_two)
 #   long       V-IRL-L: PPO for three times as many updates: does it lose the other rule later?
 #   no_start   V-IRL-L: PPO from a model that knows nothing, not even the format (Fig. 9)
 #   overfit    V-IRL-L: PPO from the end of SFT (Fig. 19)
@@ -24,7 +25,7 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/study${SMOKE:+-smoke}}
 STARTS=${STARTS:-0 1 2}
 [ -z "${SMOKE:-}" ] || STARTS=0
-PANELS=${PANELS:-virl two_by_two long no_start overfit cards frozen}
+PANELS=${PANELS:-virl two_by_two gate long no_start overfit cards frozen}
 export DATA=${DATA:-$OUT/city} SEEDS=0
 mkdir -p "$OUT"
 [ -d "$DATA" ] || python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
@@ -56,16 +57,18 @@ for name in $PANELS; do
 feedback=plain;$ppo --env $city reward=random;--temperature 1.0 --lr 3e-5 --lr-final 3e-5" \
             SFT_SETTINGS="--lr 1e-3;--lr 3e-4;--lr 1e-4;--lr 1e-3 --failed-tries 1;--lr 1e-3 --dft;--lr 3e-5;--lr 1e-5" MORE_RL="--save-every 5" MORE_SFT="--save-every 25" \
             MORE_TEST="--splits id rule_ood unseen --env $city verify_iter=2 feedback=informative reward=verdict" panel virl virl-l ;;
-    two_by_two)
-        for cell in both:walk_past:0.6,other_word:0.15 fault_alone:walk_past:0.6 mix_ups_alone:other_word:0.15 neither:; do
-            folder=$OUT/two_by_two/${cell%%:*}
+    two_by_two | gate)
+        cells="both:walk_past:0.6,other_word:0.15 fault_alone:walk_past:0.6 mix_ups_alone:other_word:0.15 neither:"
+        [ "$name" = two_by_two ] || cells="share_0.05:walk_past:0.6,other_word:0.05 share_0.3:walk_past:0.6,other_word:0.3"
+        for cell in $cells; do
+            folder=$OUT/$name/${cell%%:*}
             mkdir -p "$folder"
             for start in $STARTS; do
                 after=$(ls -d "$OUT/virl-l/making_$start"/2/step_?????? | tail -1)
                 [ -d "$folder/start_$start" ] || TASK=virl-l SEED=$start BASE=$folder/start_$start OUT=$folder/making_$start \
                     FAULTS=${cell#*:} AFTER=$after bash recipes/base.sh
             done
-            RL_SETTINGS=$ppo SFT_SETTINGS="--lr 1e-3" MORE_RL="--save-every 10" MORE_SFT="--save-every 50" panel "two_by_two/${cell%%:*}" virl-l
+            RL_SETTINGS=$ppo SFT_SETTINGS="--lr 1e-3" MORE_RL="--save-every 10" MORE_SFT="--save-every 50" panel "$name/${cell%%:*}" virl-l
         done ;;
     no_start)
         begin no_start "$OUT/virl-l/making_@/blank"
@@ -87,7 +90,7 @@ feedback=plain;$ppo --env $city reward=random;--temperature 1.0 --lr 3e-5 --lr-f
     frozen)
         begin frozen "$OUT/gp-vl/@"
         RL_SETTINGS=none SFT_SETTINGS="--lr 1e-3;--lr 1e-3 --freeze vision;--lr 1e-3 --freeze vision,projector" panel frozen gp-vl ;;
-    *) echo "PANELS=$name: allowed are virl, two_by_two, long, no_start, overfit, cards and frozen" >&2; exit 2 ;;
+    *) echo "PANELS=$name: allowed are virl, two_by_two, gate, long, no_start, overfit, cards and frozen" >&2; exit 2 ;;
     esac
 done
 python recipes/panels.py "$OUT" --figure "$OUT/panels.png"
