@@ -5,7 +5,7 @@
 #
 #   bash recipes/grid.sh                   gp-l, by its parts an hour and a half on two cores, the start included; results/grid_gp_l.md
 #   TASK=virl-l bash recipes/grid.sh       results/grid_virl_l.md
-#   TASK=gp-vl bash recipes/grid.sh
+#   TASK=gp-vl bash recipes/grid.sh        results/grid_gp_vl.md
 #
 # It can be stopped; the same command goes on. JOBS and SMOKE=1 as in tiny.sh.
 set -euo pipefail

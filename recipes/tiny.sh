@@ -22,8 +22,8 @@
 # are in a fifth of the start's training (of data/base/gp-vl, which is older, in none), in none of these. What differs from the
 # published defaults is written out below: larger learning rates, fewer turns to an update, a faster value head. Those settings
 # are run that recipes/grid.sh could not tell apart on the training rule, and the best of PPO at the official temperature, 0.2
-# (results/grid_gp_l.md, grid_virl_l.md): a band, not a pick. On GP-L four of PPO tie: BAND=1 runs them all, without it the best
-# alone. Those of gp-vl are gp-l's, not chosen for it.
+# (results/grid_gp_l.md, grid_virl_l.md, grid_gp_vl.md): a band, not a pick. On GP-L four of PPO tie, on GP-VL three: BAND=1 runs
+# them all, without it that best one alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TASK=${TASK:-gp-l}
@@ -42,7 +42,11 @@ gp-l | gp-vl)
     tied=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5" "--temperature 0.5 --lr 3e-5 --lr-final 3e-5"
           "--temperature 0.5 --lr 5e-5 --lr-final 5e-5")
     test="--episodes 500 --dtype float32"
-    [ "$TASK" = gp-l ] || { env=(resolution=224); test="--episodes 300 --dtype float32 --splits id rule_ood visual_ood"; } ;;
+    if [ "$TASK" = gp-vl ]; then
+        env=(resolution=224) test="--episodes 300 --dtype float32 --splits id rule_ood visual_ood"
+        rl_settings=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5")
+        tied=("--temperature 0.5 --lr 5e-5 --lr-final 5e-5" "--temperature 0.5 --lr 3e-5 --lr-final 3e-5")
+    fi ;;
 virl-l)
     DATA=${DATA:-$OUT/city}
     env=("root=$DATA"); train="id"; max_new_tokens=48 tied=()
