@@ -3,7 +3,7 @@
 #
 #   bash recipes/base.sh                 data/base/gp-l, half an hour on one core
 #   TASK=virl-l bash recipes/base.sh     data/base/virl-l, about 25 minutes on one core
-#   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl
+#   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl, 40 minutes on one core
 #
 # BASE is the folder to write, OUT the folder for the runs. SMOKE=1 takes a few steps and writes to OUT/base, never to
 # data/base. SIZE, SEED, LRS (learning rates of the three stages), FAULTS (empty: none) and FAULTY_TRIES may be set
@@ -25,9 +25,8 @@
 # named in the other rule's word, at first tries. tiny.sh goes on with routes of up to five legs.
 # data/base/virl-l is start 0 (SEED=0).
 #
-# gp-vl: as gp-l, but a random-init vision model of 1.7 M parameters that sees the hand on a canvas of 224 pixels, four times in
-# five in black suits, the fifth in red ones: the look that is tested later is in it. Not run in full yet: data/base/gp-vl is
-# from before that, black suits only, random failed tries, no faults.
+# gp-vl: as gp-l, but a random-init vision model of 1.7 M parameters that sees the hand on a canvas of 224 pixels, four
+# times in five in black suits, the fifth in red ones: the look that is tested later is in it. data/base/gp-vl is start 0.
 #
 # Training stops while the model is still weak.
 set -euo pipefail

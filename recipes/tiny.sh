@@ -16,14 +16,14 @@
 # JOBS runs go on side by side, one core each (two, if nothing is said); what each prints is in OUT/log_NAME. It can be
 # stopped at any time (Ctrl-C); the same command goes on.
 #
-# Start 0 is data/base/$TASK; another is made first by recipes/base.sh, which says what was planted in it. GP-L: neither
-# rule of the paper was in its training, so what is asked there is generalisation. V-IRL-L: relative actions were, so what
-# is asked is retention; its routes had two or three legs, those here have up to five. GP-VL: as GP-L, and red suits
-# are in a fifth of the start's training (of data/base/gp-vl, which is older, in none), in none of these. What differs from the
-# published defaults is written out below: larger learning rates, fewer turns to an update, a faster value head. Those settings
-# are run that recipes/grid.sh could not tell apart on the training rule, and the best of PPO at the official temperature, 0.2
-# (results/grid_gp_l.md, grid_virl_l.md, grid_gp_vl.md): a band, not a pick. On GP-L four of PPO tie, on GP-VL three: BAND=1 runs
-# them all, without it that best one alone.
+# Start 0 is data/base/$TASK; another is made first by recipes/base.sh, which says what was planted in it. GP-L: neither rule
+# of the paper was in its training, so what is asked there is generalisation. V-IRL-L: relative actions were, so what is asked
+# is retention; its routes had two or three legs, those here have up to five. GP-VL: as GP-L, and red suits are in a fifth of
+# the start's training, in none of these. What differs from the published defaults is written out below: larger learning
+# rates, fewer turns to an update, a faster value head. Those settings are run that recipes/grid.sh could not tell apart on
+# the training rule, and the best of PPO at the official temperature, 0.2 (results/grid_gp_l.md, grid_virl_l.md,
+# grid_gp_vl.md): a band, not a pick. On GP-L four of PPO tie, on GP-VL three: BAND=1 runs them all, without it that best one
+# alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TASK=${TASK:-gp-l}
@@ -91,12 +91,9 @@ for start in $STARTS; do
         say "start $start is made"
         SEED=$start BASE=$model OUT=$OUT/making_$start bash recipes/base.sh
     fi
-    # data/base/gp-vl was trained when the prompt named the operations in words, and is told so still.
-    told=(${env[@]+"${env[@]}"})
-    [ ! -f "$model/prompts.json" ] || told+=("prompt_file=$model/prompts.json")
     for seed in $SEEDS; do
         number=$((10 * start + seed)) start_too=
-        common=(--model "$model" --seed "$number" ${told[@]+--env "${told[@]}"})
+        common=(--model "$model" --seed "$number" ${env[@]+--env "${env[@]}"})
         sample="--max-new-tokens $max_new_tokens --generate-tokens 16384"
         for i in "${!rl_settings[@]}"; do
             job "rl_${i}_$number" rl.py "$start_too" "${common[@]}" --split $train $rl $ppo $sample ${rl_settings[i]} $more_rl
