@@ -2,7 +2,7 @@
 # What the tiny run's effect hangs on, and the paper's other figures in miniature: panels of runs from the starts of the tiny run,
 # and one table of them all at the end (results/paper_in_miniature.md).
 #
-#   bash recipes/study.sh                  all panels, by their parts some eight hours of one core, the starts apart; it can be stopped, the same command goes on
+#   bash recipes/study.sh                  all panels, by their parts some eleven hours of one core, the starts apart; it can be stopped, the same command goes on
 #   PANELS="two_by_two" bash recipes/study.sh
 #   SMOKE=1 bash recipes/study.sh          everything once, a few steps each; the numbers mean nothing
 #
