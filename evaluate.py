@@ -368,11 +368,12 @@ def spread(values):
 
 
 def mean_and_error(rows, metric):
-    """Mean of a metric (%) and its standard error: over starts or runs if there are several, over episodes for one."""
+    """Mean of a metric (%) and its standard error: over starts or runs if there are several, over episodes for one (nan if the
+    row is from before that was kept)."""
     means = [100 * mean([row[metric] for row in own]) for own in units(rows)]
     if len(means) > 1:
         return spread(means)
-    return means[0], 100 * math.sqrt(sum(row.get(f"{metric}_stderr", 0) ** 2 for row in rows)) / len(rows)
+    return means[0], 100 * math.sqrt(sum(row.get(f"{metric}_stderr", math.nan) ** 2 for row in rows)) / len(rows)
 
 
 def change_and_error(rows, start_rows, metric):
@@ -390,7 +391,8 @@ def change_and_error(rows, start_rows, metric):
         changes.append({"run": run, "start": own[0]["start"], metric: change,
                         f"{metric}_stderr": math.hypot(*(mean_and_error(part, metric)[1] / 100 for part in (own, before)))})
     change, error = mean_and_error(changes, metric)
-    return change, max(error, math.sqrt(sum((100 * row.get(f"{metric}_stderr", 0)) ** 2 for row in rows)) / len(rows))
+    # `error` first: max then keeps it beside a nan
+    return change, max(error, math.sqrt(sum((100 * row.get(f"{metric}_stderr", math.nan)) ** 2 for row in rows)) / len(rows))
 
 
 def difference(one, two):
