@@ -511,7 +511,7 @@ def load_folder(path, vision, dtype, hollow):
         raise ValueError(f"model {path!r}: architecture {config.model_type} is not supported; "
                          f"supported are {', '.join(FAMILIES)} and causal LMs shaped like Llama (.model and .lm_head)")
     if family:
-        family.check(path, config, processor)
+        family.check(path, backbone, processor)
     if not hollow:
         check_model(path, backbone, processor, vision)
     return backbone, processor

@@ -234,9 +234,10 @@ class LlamaDecoder(CacheDecoder):
     """The same for Llama, faster: prompts are read as above, but each token is appended by a method of its own.
 
     Keys and values stand in buffers made once per batch; projections are fused and weights cast once per `generate`.
-    With `LlamaDecoder.graphs = True` a token is one launch of a CUDA graph. It is off until somebody has measured it on
-    a GPU (tests/bench.py does, with --device cuda): so far a test plays capture and replay on the CPU.
+    On a GPU a token is one launch of a CUDA graph, unless `LlamaDecoder.graphs = False`.
     """
+
+    graphs = None                                                  # True, False, or None: on a GPU
 
     def __init__(self, policy, memory):
         super().__init__(policy, memory)
@@ -253,6 +254,8 @@ class LlamaDecoder(CacheDecoder):
             "norm_2": layer.post_attention_layernorm.weight.float(),
         } for layer in self.model.model.layers for a, m in [(layer.self_attn, layer.mlp)]]
         self.last_norm, self.dtype = self.model.model.norm.weight.float(), dtype
+        if self.graphs is None:
+            self.graphs = policy.device.type == "cuda"
         if self.model.model.rotary_emb.rope_type in ("dynamic", "longrope"):    # they look at positions: no graph can
             self.graphs = False
 

@@ -14,13 +14,29 @@ model.py and support/decoder.py use of a family:
 
     S states of a picture   D hidden size   B rows   T tokens   P columns of prompts
 """
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil   # needs no torchvision
+
+torch.backends.cudnn.allow_tf32 = False             # else a float32 model's patches are multiplied in less than float32
+
+
+def with_cudnn_attention(forward):
+    """A layer's forward with cuDNN's attention where it can be had: a tower's layers see few shapes, and with a mask over 6,400
+    places of a picture it takes less than half the time on an H100 (results/devices.md). Elsewhere it is off (support/decoder.py)."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+    def wrapped(*args, **kwargs):
+        with sdpa_kernel(order, set_priority=True):
+            return forward(*args, **kwargs)
+    return wrapped
 
 
 class MllamaVision:
@@ -37,8 +53,8 @@ class MllamaVision:
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
     @staticmethod
-    def check(path, config, processor):
-        tiles, taken = processor.image_processor.max_image_tiles, config.vision_config.max_num_tiles
+    def check(path, backbone, processor):
+        tiles, taken = processor.image_processor.max_image_tiles, backbone.config.vision_config.max_num_tiles
         if tiles > taken:
             raise ValueError(f"model {path!r}: its processor cuts a picture into up to {tiles} tiles, the model takes "
                              f"{taken} (max_image_tiles of its preprocessor)")
@@ -46,6 +62,9 @@ class MllamaVision:
     def __init__(self, backbone, processor):
         self.model, vision = backbone.model, backbone.config.vision_config
         self.image_processor, self.image_id = processor.image_processor, processor.image_token_id
+        tower = self.model.vision_model
+        for layer in (*tower.transformer.layers, *tower.global_transformer.layers):
+            layer.forward = with_cudnn_attention(layer.forward)
         # a picture counts all tiles, used or not
         self.picture_tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
 
@@ -123,12 +142,15 @@ class QwenVision:
                              {path.name: path.read_text() for path in paths if path.is_file()})
 
     @staticmethod
-    def check(path, config, processor):
+    def check(path, backbone, processor):
+        if "mm_encoder_outputs" not in inspect.signature(backbone.model.forward).parameters:     # it would play blind
+            raise ValueError(f"model {path!r}: transformers {transformers.__version__} takes no states of pictures in "
+                             "Qwen-VL; requirements.txt names one that does")
         if processor.image_token is None:
-            raise ValueError(f"model {path!r}: its image_token_id {config.image_token_id} is no token of its tokenizer")
+            raise ValueError(f"model {path!r}: its image_token_id {backbone.config.image_token_id} is no token of its tokenizer")
         names = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
         for name, of_model in names.items():
-            cut, taken = getattr(processor.image_processor, name), getattr(config.vision_config, of_model)
+            cut, taken = getattr(processor.image_processor, name), getattr(backbone.config.vision_config, of_model)
             if cut != taken:
                 raise ValueError(f"model {path!r}: its processor cuts pictures with {name} {cut}, the model takes {taken}")
 

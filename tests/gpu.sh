@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# All that somebody with a GPU and eight minutes can tell us: the tests on it, speed and how close to the machine, and recipes/gpu.sh in
-# its smoke mode. Each part has its own time limit, and none stops the others.
+# All that somebody with a GPU and twelve minutes can tell us: the tests on it, recipes/tiny.sh, how close to the machine, speed beside
+# the baselines, and whole PPO updates of a larger model. Each part has its own time limit, and none stops the others.
 #
 #   bash tests/gpu.sh                 writes results/gpu_NAME.md as it goes; with torch 2.11 or later and transformers 5.17 or later
 #   DEVICE=cpu bash tests/gpu.sh      the same on a CPU, in small, to see that the script works
 #
-# OUT=folder for the page and the logs instead of results/ and runs/gpu-check; LIMITS="150 150 90" seconds for the first three parts;
-# the rollouts have what is left of TOTAL=460.
+# OUT=folder for the page and the logs instead of results/ and runs/gpu-check; PARTS="tests tiny limits decode logprob turns update"
+# some of them alone; LIMIT=seconds for each, in place of its own.
 cd "$(dirname "$0")/.." || exit 1
 export DEVICE=${DEVICE:-cuda}
-read -r tests_limit machine_limit recipe_limit <<<"${LIMITS:-150 150 90}"
+parts=" ${PARTS:-tests tiny limits decode logprob turns update} "
 name=$(python -c "
 import os, re, torch
 print(re.sub(r'\W+', '_', torch.cuda.get_device_name() if os.environ['DEVICE'] == 'cuda' else 'cpu').strip('_'))") || exit 1
 logs=${OUT:-runs/gpu-check} page=${OUT:-results}/gpu_$name.md summary=""
 mkdir -p "$logs" "$(dirname "$page")"
 part() {     # NAME SECONDS COMMAND...: its output goes to the page, whatever becomes of it
-    part=$1 limit=$2 began=$SECONDS
+    part=$1 limit=${LIMIT:-$2} began=$SECONDS
     shift 2
+    [[ $parts == *" $part "* ]] || return
     printf '\n## %s\n\n`%s`\n\n' "$part" "$*" >>"$page"
-    timeout -k 10 "$limit" "$@" >"$logs/$part.log" 2>&1
+    timeout -s INT -k 10 "$limit" "$@" >"$logs/$part.log" 2>&1      # as Ctrl-C: pytest then still says what failed
     status=$?
     case $status in
     0) ended=finished ;;
@@ -31,19 +32,35 @@ part() {     # NAME SECONDS COMMAND...: its output goes to the page, whatever be
     summary="$summary $part: $ended ($((SECONDS - began)) s)."
     echo "$part: $ended ($((SECONDS - began)) s)"
 }
+update() {   # two updates of a random-init Llama; what metrics.jsonl says of the second, as a table
+    rm -rf "$logs/blank" "$logs/update"
+    python support/tiny.py --task gp-l --out "$logs/blank" --size "$1" &&
+        python rl.py --task gp-l --model "$logs/blank" --out "$logs/update" --device "$DEVICE" --updates 2 --save-every 2 $2 &&
+        python - "$logs/update/metrics.jsonl" <<'PY'
+import json, sys
+row = json.loads(open(sys.argv[1]).read().splitlines()[-1])
+names = "turns", "response_length", "seconds_rollout", "seconds_update"
+print("| of the second update |", " | ".join(names), "|\n|", "--- |" * (len(names) + 1))
+print("| |", " | ".join(f"{row[name]:,.1f}" for name in names), "|")
+PY
+}
 python - >"$page" <<'PY'
 import os, torch, transformers
 name = torch.cuda.get_device_name() if os.environ["DEVICE"] == "cuda" else "a CPU, in small"
 print(f"# On {name}\n\n`DEVICE={os.environ['DEVICE']} bash tests/gpu.sh`, torch {torch.__version__}, transformers {transformers.__version__}")
 PY
-rounds=3
-[ "$DEVICE" = cuda ] || rounds=1
-bench="python tests/bench.py --device $DEVICE --rounds $rounds --force"
-part tests "$tests_limit" python -m pytest -q -p no:cacheprovider tests/test_model.py tests/test_families.py tests/test_rl.py tests/test_sft.py \
-    tests/test_vision.py
-part machine "$machine_limit" $bench --only limits
-part recipe "$recipe_limit" env SMOKE=1 SEEDS=0 OUT="$logs/recipe" bash recipes/gpu.sh
-left=$((${TOTAL:-460} - SECONDS))
-part rollouts $((left > 10 ? left : 10)) $bench --only turns,logprob
+rounds=3 tiny="" size=2048x16 settings="--num-envs 256 --turns-per-env 2 --minibatch-turns 256 --epochs 4 --max-new-tokens 128"
+[ "$DEVICE" = cuda ] || { rounds=1 tiny=SMOKE=1 size=64x2; settings="--num-envs 16 --turns-per-env 2 --minibatch-turns 16 --epochs 1 --max-new-tokens 16"; }
+bench="python tests/bench.py --device $DEVICE --force --rounds"
+export -f update
+export logs
+part tests 150 python -m pytest -q -p no:cacheprovider tests/test_model.py tests/test_families.py tests/test_rl.py tests/test_sft.py \
+    tests/test_vision.py tests/test_qwen_vl.py
+part tiny 200 env JOBS=3 $tiny OUT="$logs/tiny" bash recipes/tiny.sh
+part limits 150 $bench $rounds --only limits
+part decode 100 $bench $rounds --only decode
+part logprob 60 $bench $rounds --only logprob
+part turns 200 $bench 1 --only turns
+part update 180 bash -c 'update "$@"' update $size "$settings"
 printf '\nIn short:%s\n' "$summary" >>"$page"
 echo "$page:$summary"

@@ -84,7 +84,7 @@ def greedy(backbone, prompt, num):
     """Plain transformers without a cache, one prompt alone."""
     ids = list(prompt)
     for _ in range(num):
-        ids.append(int(backbone(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        ids.append(int(backbone(input_ids=torch.tensor([ids], device=backbone.device), use_cache=False).logits[0, -1].argmax()))
     return ids[len(prompt):]
 
 

@@ -256,6 +256,8 @@ def test_a_decoder_under_cuda_graphs_samples_the_same(tiny, monkeypatch):
     uniforms = model.sampling_uniforms([(i,) for i in range(len(prompts))], limit).clip(0.001)
     uniforms[range(len(prompts)), [10 + 3 * i for i in range(len(prompts))]] = 0
     monkeypatch.setattr(policy, "eos_id", int((~policy.banned).nonzero()[0]))   # what a uniform of 0 draws
+    assert model.LlamaDecoder(policy, model.RolloutMemory(policy, 1)).graphs == (policy.device.type == "cuda")
+    monkeypatch.setattr(model.LlamaDecoder, "graphs", False)
     expected = policy.generate(prompts, uniforms, limit, 1.0)
     one_by_one = policy.generate(alike, uniforms[-2:, :5], 5, 1.0, token_budget=1)
     assert len({len(ids) for ids, _ in expected}) > 10
@@ -626,10 +628,10 @@ def test_sampling_in_bfloat16_sees_logits_that_are_not_rounded(decoder, monkeypa
 
 def test_top_p_samples_from_the_likeliest_tokens_that_have_this_share(tiny):
     policy, _ = tiny
-    probs = torch.full(policy.banned.shape, 1e-12)
+    probs = torch.full(policy.banned.shape, 1e-12, device=policy.device)
     free = (~policy.banned).nonzero()[:4, 0]
-    probs[free] = torch.tensor([0.1, 0.5, 0.3, 0.1])
-    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    probs[free] = probs.new_tensor([0.1, 0.5, 0.3, 0.1])
+    uniforms = (torch.arange(1000, dtype=torch.float64, device=policy.device) + 0.5) / 1000
     for top_p, shares in ((1.0, [0.1, 0.5, 0.3, 0.1]), (0.75, [0, 0.625, 0.375, 0]), (0.4, [0, 1, 0, 0]), (0.01, [0, 1, 0, 0])):
         ids, logprobs = policy.pick(probs.log().expand(1000, -1), uniforms, 1.0, top_p)
         assert [round(float((ids == i).float().mean()), 2) for i in free] == [round(share, 2) for share in shares]

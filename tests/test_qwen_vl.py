@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from PIL import Image
-from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin, Qwen2_5_VLProcessor,
-                          Qwen3VLProcessor)
+from transformers import (AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin, Qwen2_5_VLModel,
+                          Qwen2_5_VLProcessor, Qwen3VLModel, Qwen3VLProcessor)
 
 import envs
 import evaluate
@@ -31,7 +32,7 @@ def tiny_qwen(request, device):
     torch.manual_seed(0)
     policy, processor = model.load_policy(FOLDERS[request.param], device=device, vision=True)
     for p in policy.backbone.parameters():
-        p.data += 0.1 * torch.randn_like(p)
+        p.data += 0.1 * torch.randn(p.shape).to(p)                # drawn on the CPU: the same on every device
     return policy, processor
 
 
@@ -238,6 +239,13 @@ def test_a_folder_that_cannot_be_used_is_refused_by_name(family, file, change, t
         (folder / file).unlink()
     with pytest.raises(ValueError, match=f"model '{folder}': .*{told}"):
         model.load_policy(str(folder), vision=True)
+
+
+@pytest.mark.parametrize("family, kind", [("qwen2_5_vl", Qwen2_5_VLModel), ("qwen3_vl", Qwen3VLModel)])
+def test_a_transformers_that_would_not_show_the_pictures_in_sampling_is_refused(family, kind, monkeypatch):
+    monkeypatch.setattr(kind, "forward", lambda self, input_ids, **kwargs: None)           # as in 5.17
+    with pytest.raises(ValueError, match=f"transformers {transformers.__version__} takes no states of pictures"):
+        model.load_policy(FOLDERS[family], vision=True)
 
 
 CUT = {"patch_size": 28, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
