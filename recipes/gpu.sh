@@ -15,7 +15,7 @@ SEEDS=${SEEDS:-0 1 2}
 export SIZE=${SIZE:-512x8} LRS=${LRS:-6e-4 3e-4 3e-4}
 [ -z "${SMOKE:-}" ] || SIZE=64x2
 export MORE_RL=${MORE_RL:---updates 40 --save-every 10 --lr-horizon 40}
-export MORE_SFT=${MORE_SFT:---steps 700 --save-every 175 --lr 3e-5}
+export MORE_SFT=${MORE_SFT:---steps 700 --save-every 175} SFT_SETTINGS=${SFT_SETTINGS:---lr 3e-5}
 export MORE_TEST=${MORE_TEST:---episodes 1000}
 mkdir -p "$OUT"
 runs="" jobs=()
