@@ -30,7 +30,7 @@ torch.backends.cudnn.allow_tf32 = False             # else a float32 model's pat
 
 def with_cudnn_attention(forward):
     """A layer's forward with cuDNN's attention where it can be had: a tower's layers see few shapes, and with a mask over 6,400
-    places of a picture it takes less than half the time on an H100 (results/devices.md). Elsewhere it is off (support/decoder.py)."""
+    places of a picture it takes less than half the time on an H100 (results/h100.md). Elsewhere it is off (support/decoder.py)."""
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
     def wrapped(*args, **kwargs):

@@ -2,7 +2,7 @@
 # All that somebody with a GPU and twelve minutes can tell us: the tests on it, recipes/tiny.sh, how close to the machine, speed beside
 # the baselines, and whole PPO updates of a larger model. Each part has its own time limit, and none stops the others.
 #
-#   bash tests/gpu.sh                 writes results/gpu_NAME.md as it goes; with torch 2.11 or later and transformers 5.17 or later
+#   bash tests/gpu.sh                 writes results/gpu_NAME.md as it goes; with torch 2.11 or later
 #   DEVICE=cpu bash tests/gpu.sh      the same on a CPU, in small, to see that the script works
 #
 # OUT=folder for the page and the logs instead of results/ and runs/gpu-check; PARTS="tests tiny limits decode logprob turns update"
@@ -13,6 +13,10 @@ parts=" ${PARTS:-tests tiny limits decode logprob turns update} "
 name=$(python -c "
 import os, re, torch
 print(re.sub(r'\W+', '_', torch.cuda.get_device_name() if os.environ['DEVICE'] == 'cuda' else 'cpu').strip('_'))") || exit 1
+for part in $parts; do
+    [[ " tests tiny limits decode logprob turns update " == *" $part "* ]] ||
+        { echo "PARTS=$part: allowed are tests, tiny, limits, decode, logprob, turns and update" >&2; exit 2; }
+done
 logs=${OUT:-runs/gpu-check} page=${OUT:-results}/gpu_$name.md summary=""
 mkdir -p "$logs" "$(dirname "$page")"
 part() {     # NAME SECONDS COMMAND...: its output goes to the page, whatever becomes of it
