@@ -10,8 +10,8 @@
 #                                           with all settings
 #   MODEL=folder bash recipes/tiny.sh       another start, with SMOKE=1 as well; OUT=folder for the runs; MORE_RL,
 #                                           MORE_SFT, MORE_TEST hold further options (gpu.sh); RL_SETTINGS="--lr 1e-5;--lr
-#                                           3e-5" and SFT_SETTINGS: others than those below, all run, or none (grid.sh and
-#                                           study.sh)
+#                                           3e-5" and SFT_SETTINGS: others than those below, all run, or none (grid.sh,
+#                                           study.sh and gpu.sh)
 #
 # JOBS runs go on side by side, one core each (two, if nothing is said); what each prints is in OUT/log_NAME. It can be
 # stopped at any time (Ctrl-C); the same command goes on.

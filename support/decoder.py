@@ -234,7 +234,8 @@ class LlamaDecoder(CacheDecoder):
     """The same for Llama, faster: prompts are read as above, but each token is appended by a method of its own.
 
     Keys and values stand in buffers made once per batch; projections are fused and weights cast once per `generate`.
-    On a GPU a token is one launch of a CUDA graph, unless `LlamaDecoder.graphs = False`.
+    On a GPU a token is one launch of a CUDA graph, but for the first two of a shape, and for rotary embeddings that change
+    with the length.
     """
 
     graphs = None                                                  # True, False, or None: on a GPU
@@ -262,7 +263,7 @@ class LlamaDecoder(CacheDecoder):
     def prefill(self, prompts, owners, pictures, max_new_tokens, seen=None):
         logits = super().prefill(prompts, owners, pictures, max_new_tokens)
         P = self.mask.shape[1]
-        self.end, self.shape = P, None
+        self.end, self.shape, self.graph, self.logits = P, None, None, None        # a graph holds memory
         self.keys, self.values = zip(*(layer.buffers for layer in self.cache.layers))    # per layer (B, kv_heads, capacity, head_dim)
         del self.cache
         torch.clear_autocast_cache()                               # `append` has weights of its own
@@ -288,7 +289,7 @@ class LlamaDecoder(CacheDecoder):
             return self.step(ids)
         if self.graph is None:
             self.graph, self.ids = torch.cuda.CUDAGraph(), ids.clone()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):    # NCCL has a thread of its own
                 self.logits = self.step(self.ids)
         self.ids.copy_(ids)
         self.graph.replay()

@@ -5,7 +5,7 @@ prompt. In the Qwen-VL models a picture's states stand in the text as tokens of 
 model.py and support/decoder.py use of a family:
 
     parts                   what --freeze names -> a pattern of parameter names
-    load_processor, check   the processor of a folder, and ValueError if it does not fit the model
+    load_processor, check   the processor of a folder, and ValueError if it or transformers does not fit the model
     picture_tokens          tokens of a picture beside those in the prompt
     num_patches(picture)    what the encoder computes for it
     inputs(...)             what the model takes beside the ids in an update; the encoder runs, with gradients
@@ -16,6 +16,7 @@ model.py and support/decoder.py use of a family:
 """
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,15 +29,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 torch.backends.cudnn.allow_tf32 = False             # else a float32 model's patches are multiplied in less than float32
 
 
-def with_cudnn_attention(forward):
+def by_cudnn_attention(forward, *args, **kwargs):
     """A layer's forward with cuDNN's attention where it can be had: a tower's layers see few shapes, and with a mask over 6,400
     places of a picture it takes less than half the time on an H100 (results/h100.md). Elsewhere it is off (support/decoder.py)."""
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-    def wrapped(*args, **kwargs):
-        with sdpa_kernel(order, set_priority=True):
-            return forward(*args, **kwargs)
-    return wrapped
+    with sdpa_kernel(order, set_priority=True):
+        return forward(*args, **kwargs)
 
 
 class MllamaVision:
@@ -64,7 +62,7 @@ class MllamaVision:
         self.image_processor, self.image_id = processor.image_processor, processor.image_token_id
         tower = self.model.vision_model
         for layer in (*tower.transformer.layers, *tower.global_transformer.layers):
-            layer.forward = with_cudnn_attention(layer.forward)
+            layer.forward = partial(by_cudnn_attention, layer.forward)
         # a picture counts all tiles, used or not
         self.picture_tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
 

@@ -280,9 +280,9 @@ def rollout_in_turns(args, rates):
                 baseline_generate(theirs, prompts, max(map(len, replies)))
 
         # In bfloat16 a rounding tips one token in some of a random model: then just the first of each reply.
-        first = 1 if policy.dtype == torch.bfloat16 else R
-        same = [ids[:first] == other[:first] for ids, other in zip(itertools.chain(*sample()), itertools.chain(*sample(0)))]
-        assert all(same) or first == 1 and sum(same) > len(same) / 2
+        compared = 1 if policy.dtype == torch.bfloat16 else R
+        same = [ids[:compared] == other[:compared] for ids, other in zip(itertools.chain(*sample()), itertools.chain(*sample(0)))]
+        assert all(same) or compared == 1 and sum(same) > len(same) / 2
         t_ours, t_official, t_kept, t_batched, t_anew = medians(args, ours, official, sample, batched, lambda: sample(0))
         num, num_few = (sum(len(reply) for _, _, replies in turns for reply in replies[:rows]) for rows in (E, few))
         yield row(f"{what}; {E} dialogues of five turns, {num / 5 / E:.0f} tokens to a reply, sampled and scored; baseline: batch 1, "

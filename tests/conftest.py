@@ -125,7 +125,7 @@ def on_cuda(tensor):
 class PretendOperations(TorchDispatchMode):
     """An operation on tensors of two devices is an error, as it is with a real GPU; what it makes is where they are.
 
-    Not played: what autocast does on CUDA only, limits of its kernels, several processes, `.cuda()` and `.to(tensor)`.
+    Not played: what autocast does on CUDA only, limits of its kernels, graphs, several processes, `.cuda()` and `.to(tensor)`.
     """
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -183,7 +183,9 @@ def pretend_cuda(monkeypatch):
 
     @contextlib.contextmanager
     def pretend():
+        from support.decoder import LlamaDecoder
         monkeypatch.setattr(torch, "autocast", CpuAutocast)
+        monkeypatch.setattr(LlamaDecoder, "graphs", False)
         with PretendOperations(), PretendCalls():
             yield
     return pretend

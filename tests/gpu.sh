@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# All that somebody with a GPU and twelve minutes can tell us: the tests on it, recipes/tiny.sh, how close to the machine, speed beside
+# All that somebody with a GPU and a quarter of an hour can tell us: the tests on it, recipes/tiny.sh, how close to the machine, speed beside
 # the baselines, and whole PPO updates of a larger model. Each part has its own time limit, and none stops the others.
 #
-#   bash tests/gpu.sh                 writes results/gpu_NAME.md as it goes; with torch 2.11 or later
+#   bash tests/gpu.sh                 writes results/gpu_NAME.md as it goes; with torch 2.11 or later; the tests of Qwen-VL
+#                                     need the transformers of requirements.txt
 #   DEVICE=cpu bash tests/gpu.sh      the same on a CPU, in small, to see that the script works
 #
 # OUT=folder for the page and the logs instead of results/ and runs/gpu-check; PARTS="tests tiny limits decode logprob turns update"
@@ -63,7 +64,7 @@ part tests 150 python -m pytest -q -p no:cacheprovider tests/test_model.py tests
 part tiny 200 env JOBS=3 $tiny OUT="$logs/tiny" bash recipes/tiny.sh
 part limits 150 $bench $rounds --only limits
 part decode 100 $bench $rounds --only decode
-part logprob 60 $bench $rounds --only logprob
+part logprob 120 $bench $rounds --only logprob
 part turns 200 $bench 1 --only turns
 part update 180 bash -c 'update "$@"' update $size "$settings"
 printf '\nIn short:%s\n' "$summary" >>"$page"

@@ -233,7 +233,7 @@ class TapedGraph(TorchDispatchMode):
 
     @classmethod
     @contextlib.contextmanager
-    def capture(cls, graph):
+    def capture(cls, graph, capture_error_mode):
         with graph:
             yield
         for *_, written in reversed(graph.tape):
