@@ -1,4 +1,5 @@
 """Models that read pictures: against plain transformers, padding, turns, checkpoints, and the scripts on GP-VL."""
+import copy
 import json
 import signal
 
@@ -52,6 +53,15 @@ def dialogues(tiny_vl, temperature=0.7, num=4):
 def logprobs_of(policy, played, pictures, temperature=0.7):
     batch = model.collate([[turn[:2] for turn in turns] for turns, _ in played], policy.device, pictures)
     return policy(batch, temperature)
+
+
+def test_a_copy_of_a_policy_sees_with_its_own_tower(tiny_vl):
+    policy, _ = tiny_vl
+    picture, twin = Image.new("RGB", (224, 224), "red"), copy.deepcopy(policy)
+    assert torch.equal(policy.see([picture])[0][0], twin.see([picture])[0][0])
+    for p in twin.backbone.model.vision_model.transformer.layers.parameters():
+        p.data += 0.1
+    assert (policy.see([picture])[0][0] - twin.see([picture])[0][0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
