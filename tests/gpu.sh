@@ -24,7 +24,7 @@ part() {     # NAME SECONDS COMMAND...: its output goes to the page, whatever be
     part=$1 limit=${LIMIT:-$2} began=$SECONDS
     shift 2
     [[ $parts == *" $part "* ]] || return
-    printf '\n## %s\n\n`%s`\n\n' "$part" "$*" >>"$page"
+    printf '\n## %s\n\n`%s`\n\n' "$part" "${*/'bash -c update "$@" '/}" >>"$page"
     timeout -s INT -k 10 "$limit" "$@" >"$logs/$part.log" 2>&1      # as Ctrl-C: pytest then still says what failed
     status=$?
     case $status in
