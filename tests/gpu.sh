@@ -24,7 +24,7 @@ part() {     # NAME SECONDS COMMAND...: its output goes to the page, whatever be
     part=$1 limit=${LIMIT:-$2} began=$SECONDS
     shift 2
     [[ $parts == *" $part "* ]] || return
-    printf '\n## %s\n\n`%s`\n\n' "$part" "${*/'bash -c update "$@" '/}" >>"$page"
+    printf '\n## %s\n\n`%s`\n\n' "$part" "${shown:-$*}" >>"$page"
     timeout -s INT -k 10 "$limit" "$@" >"$logs/$part.log" 2>&1      # as Ctrl-C: pytest then still says what failed
     status=$?
     case $status in
@@ -66,6 +66,7 @@ part limits 150 $bench $rounds --only limits
 part decode 100 $bench $rounds --only decode
 part logprob 120 $bench $rounds --only logprob
 part turns 200 $bench 1 --only turns
+shown="update $size $settings"
 part update 180 bash -c 'update "$@"' update $size "$settings"
 printf '\nIn short:%s\n' "$summary" >>"$page"
 echo "$page:$summary"
