@@ -10,13 +10,13 @@
 # some of them alone; LIMIT=seconds for each, in place of its own.
 cd "$(dirname "$0")/.." || exit 1
 export DEVICE=${DEVICE:-cuda}
-parts=" ${PARTS:-tests tiny limits decode logprob turns update} "
+all="tests tiny limits decode logprob turns update"
+parts=" ${PARTS:-$all} "
 name=$(python -c "
 import os, re, torch
 print(re.sub(r'\W+', '_', torch.cuda.get_device_name() if os.environ['DEVICE'] == 'cuda' else 'cpu').strip('_'))") || exit 1
 for part in $parts; do
-    [[ " tests tiny limits decode logprob turns update " == *" $part "* ]] ||
-        { echo "PARTS=$part: allowed are tests, tiny, limits, decode, logprob, turns and update" >&2; exit 2; }
+    [[ " $all " == *" $part "* ]] || { echo "PARTS=$part: allowed are ${all// /, }" >&2; exit 2; }
 done
 logs=${OUT:-runs/gpu-check} page=${OUT:-results}/gpu_$name.md summary=""
 mkdir -p "$logs" "$(dirname "$page")"
