@@ -395,6 +395,17 @@ def change_and_error(rows, start_rows, metric):
     return change, max(error, math.sqrt(sum((100 * row.get(f"{metric}_stderr", math.nan)) ** 2 for row in rows)) / len(rows))
 
 
+def p_value(change, error, num):
+    """Two-sided p of a mean change of `num` starts or runs with its standard error, by Student's t (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    freedom = num - 1
+    angle = math.atan2(abs(change), error * math.sqrt(freedom))
+    term, total = math.cos(angle) ** (freedom % 2), 0.0
+    for k in range(freedom % 2, freedom - 1, 2):
+        total += term * math.sin(angle)
+        term *= (k + 1) / (k + 2) * math.cos(angle) ** 2
+    return 1 - (total if freedom % 2 == 0 else (total + angle) * 2 / math.pi)
+
+
 def difference(one, two):
     """In words, in what two settings of an evaluation differ; "" if in nothing."""
     one, two = ({**given, **given.get("env", {})} for given in (one, two))
@@ -521,7 +532,9 @@ def compare(folders, figure):
                     sign = SIGNS[split][arm.split()[0]]
                     verdict = judge_sign(sign, change, error)
                     verdicts[verdict] += 1
-                    found.append(f"{arm} on {TITLES[split]} {change:+.1f} ± {error:.1f} (paper: {sign}; {verdict})")
+                    num = len(units(rows))
+                    p = f", p = {p_value(change, error, num):.2g}" if num > 1 else ""
+                    found.append(f"{arm} on {TITLES[split]} {change:+.1f} ± {error:.1f}{p} (paper: {sign}; {verdict})")
             paper = PAPER.get((task, split, metric), ())
             cells += [f"{p} ({p - paper[0]:+.1f})" if i else f"{p}" for i, p in enumerate(paper)] or ["-"] * 3
             print(f"| {metric.replace('_', ' ')} | {split} | {' | '.join(cells)} |")

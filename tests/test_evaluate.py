@@ -202,6 +202,7 @@ def test_errors_are_over_starts_where_every_seed_has_its_own(tmp_path, capsys):
     evaluate.compare([str(tmp_path / f"{arm}{number}") for number in (0, 1) for arm in ("sft", "rl")], "")
     out = capsys.readouterr().out
     assert "starts: 2" in out and "| success | id | 20.0 ± 10.0 | 8.0 ± 0.0 (-12.0 ± 10.0) |" in out
+    assert "SFT on the training rule -12.0 ± 10.0, p = 0.44 (paper: up; undecided)" in out      # t = 1.2
 
 
 def test_one_start_and_one_run_under_several_spellings_are_one(tmp_path, monkeypatch, capsys):
@@ -322,7 +323,7 @@ def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
     assert "(2 SFT lr 0.0001 and 2 SFT lr 0.001 and 1 RL runs, starts: 1)" in out
     assert "| metric | split | start | SFT lr 0.0001 | SFT lr 0.001 | RL | paper: start | SFT | RL |" in out
     assert "| 10.0 ± 1.0 | 21.0 ± 1.0 (+11.0 ± 1.0) | 3.0 ± 1.0 (-7.0 ± 1.0) | 15.0 ± 1.0 (+5.0 ± 1.4) | 11.5 |" in out
-    assert "SFT lr 0.0001 on the other rule +11.0 ± 1.0 (paper: down; not met)" in out
+    assert "SFT lr 0.0001 on the other rule +11.0 ± 1.0, p = 0.058 (paper: down; not met)" in out
     assert "Of the paper's 6 signs 4 met, 2 not met, 0 undecided" in out
     with pytest.raises(ValueError, match=r"of each start all arms \(start, SFT lr 0.0001, SFT lr 0.001, RL\); of other it found RL"):
         write_run(tmp_path / "other", "RL", [(1, 50.0, 0.15)], start="other", knobs={"lr": 1e-5, "temperature": 0.2})
@@ -339,6 +340,9 @@ def test_a_run_named_twice_and_rows_that_came_twice_count_once(tmp_path):
 def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_standard_errors(tmp_path, capsys):
     assert [evaluate.judge_sign("up", change, 1.0) for change in (2.1, 1.9, -1.9, -2.1)] == ["met", "undecided", "undecided", "not met"]
     assert evaluate.judge_sign("down", -2.1, 1.0) == "met"
+    table = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}             # Student's t that 5 % exceed, by the number of runs
+    assert [evaluate.p_value(-t, 1.0, num) for num, t in table.items()] == pytest.approx([0.05] * 5, rel=1e-3)
+    assert [evaluate.p_value(change, 0.0, 3) for change in (0.0, 1.0)] == pytest.approx([1, 0])
     assert evaluate.paper_metric("virl-vl", "visual_ood") == "success" and evaluate.paper_metric("virl-vl", "id") == "paper_step_accuracy"
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.05)])
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)])
