@@ -3,6 +3,7 @@ trained on and under others.
 
     python recipes/panels.py runs/study --figure panels.png        # a row for each arm
     python recipes/panels.py runs/study/virl --paths paths.png     # the other rule against the training rule, at all checkpoints
+    python recipes/panels.py runs/study --gate gate.png            # both arms against the share of mix-ups in the start
     python recipes/panels.py runs/tiny-virl-l --every              # every evaluation of every run, in a table
 
 A panel is a folder of evaluated runs, such as runs/study/virl; its runs are averaged by arm and split. Changes are in points of
@@ -21,6 +22,7 @@ from evaluate import TITLES, name_arms, spread
 from support import running
 
 MARKS = {"id": "o", "unseen": "s", "rule_ood": "D"}        # others: a cross
+GATE = {0: "two_by_two/fault_alone", 0.05: "gate/share_0.05", 0.15: "two_by_two/both", 0.3: "gate/share_0.3"}   # share of mix-ups: panel
 
 
 def read_panel(folder):
@@ -111,6 +113,23 @@ def draw_paths(plt, panels):
     return fig, axes
 
 
+def draw_gate(plt, panels):
+    """The change of both arms, a picture for each rule, against the share of turns that the start's teacher named in the other
+    rule's word."""
+    changes = {(share, arm.split()[0], split): with_error([change for _, change in pairs])
+               for share, name in GATE.items() if name in panels for arm, split, pairs in newest(panels[name])}
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4), squeeze=False, layout="constrained")
+    for axis, split in zip(axes.flat, ("id", "rule_ood")):
+        for kind, colour in (("SFT", "tab:orange"), ("RL", "tab:blue")):
+            points = [(share, *changes[share, kind, split]) for share in GATE if (share, kind, split) in changes]
+            if points:
+                axis.errorbar(*zip(*points), label=kind, color=colour, marker="o", markersize=4, capsize=2)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(title=TITLES[split], xlabel="share of mix-ups in the start's last steps", ylabel="change since the start, points")
+        axis.grid(alpha=0.3)
+    return fig, axes
+
+
 def save(drawn, figure):
     """Write a figure with one legend below."""
     fig, axes = drawn
@@ -125,9 +144,11 @@ def main():
     parser.add_argument("study", help="a folder of panels, each a folder of run folders; or one of these")
     parser.add_argument("--figure", help="write a picture of the newest checkpoints here (needs matplotlib)")
     parser.add_argument("--paths", help="write a picture of all checkpoints here, the other rule against the training rule")
+    parser.add_argument("--gate", help="write a picture of both arms against the share of mix-ups in the start here")
     parser.add_argument("--every", action="store_true", help="print every evaluation of every run instead")
     args = parser.parse_args()
-    for figure in filter(None, (args.figure, args.paths)):
+    figures = {figure: draw for figure, draw in ((args.figure, draw_rows), (args.paths, draw_paths), (args.gate, draw_gate)) if figure}
+    for figure in figures:
         if not Path(figure).parent.is_dir():
             parser.error(f"{figure}: there is no folder {Path(figure).parent}")
     with running.one_line_errors():
@@ -145,7 +166,7 @@ def main():
             for arm, split, pairs in newest(panel):
                 cells = [f"{value:.1f} ± {error:.1f}" if len(pairs) > 1 else f"{value:.1f}" for value, error in map(with_error, zip(*pairs))]
                 print(f"| {name} | {arm} | {len(pairs)} | {split} | {' | '.join(cells)} |")
-    if args.figure or args.paths:
+    if figures:
         try:
             import matplotlib
             matplotlib.use("Agg")
@@ -153,10 +174,8 @@ def main():
         except ImportError:
             print("\nno figure: matplotlib is not installed (pip install matplotlib)")
             return
-        if args.figure:
-            save(draw_rows(plt, panels), args.figure)
-        if args.paths:
-            save(draw_paths(plt, panels), args.paths)
+        for figure, draw in figures.items():
+            save(draw(plt, panels), figure)
 
 
 if __name__ == "__main__":

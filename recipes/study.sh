@@ -97,6 +97,7 @@ python recipes/panels.py "$OUT" --figure "$OUT/panels.png"
 for name in virl cards; do
     [ ! -d "$OUT/$name" ] || python recipes/panels.py "$OUT/$name" --paths "$OUT/paths_$name.png" | tail -n 1
 done
+[ ! -d "$OUT/gate" ] || python recipes/panels.py "$OUT" --gate "$OUT/gate.png" | tail -n 1
 if [ -d "$OUT/virl" ]; then
     python recipes/distance.py $(for start in $STARTS; do echo "$OUT/virl/"{sft_{0,1,2,5,6},rl_{0,1,2,3,8}}_$((10 * start)); done) ${SMOKE:+--num 16}
 fi

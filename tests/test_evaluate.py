@@ -313,6 +313,21 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
         assert message in capsys.readouterr().err
 
 
+def test_the_gates_picture_holds_the_shares_that_were_run(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.syspath_prepend(Path(evaluate.__file__).parent / "recipes")
+    import panels
+    names = ("two_by_two/both", "gate/share_0.3", "virl")                           # shares 0.15 and 0.3, and a panel of no share
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        for arm in ("SFT", "RL"):
+            write_run(tmp_path / name / arm, arm, [(0, 0.0, 0.1), (1, 5.0, 0.2)], knobs={"task": "gp-l"})
+    figure, axes = panels.draw_gate(plt, {name: panels.read_panel(tmp_path / name) for name in names})
+    for axis in axes.flat:
+        assert [line.get_xydata().round(6).tolist() for line in axis.get_lines() if line.get_marker() == "o"] == 2 * [[[0.15, 10], [0.3, 10]]]
+    plt.close(figure)
+
+
 def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
     for name, lr, seed, success in (("a", 1e-3, 0, 0.02), ("b", 1e-3, 1, 0.04), ("c", 1e-4, 0, 0.2), ("d", 1e-4, 1, 0.22)):
         write_run(tmp_path / name, "SFT", [(0, 0.0, 0.1), (5, 50.0, success)],
