@@ -86,7 +86,7 @@ feedback=plain;$ppo --env $city reward=random;--temperature 1.0 --lr 3e-5 --lr-f
         begin cards "$OUT/gp-l/@"
         echo '{"gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, and use every card exactly once. An ace counts as 1, J counts as 11, Q counts as 12 and K counts as 13."}' >"$OUT/fake.json"
         RL_SETTINGS="--temperature 0.2 --lr 5e-5 --lr-final 5e-5" SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train;--lr 1e-4" MORE_RL="--save-every 8" \
-            MORE_TEST="--splits id rule_ood unseen id face_card=true prompt_file=$OUT/fake.json" panel cards gp-l ;;
+            MORE_TEST="--splits id rule_ood unseen id face_card=true id face_card=true prompt_file=$OUT/fake.json" panel cards gp-l ;;
     frozen)
         begin frozen "$OUT/gp-vl/@"
         RL_SETTINGS=none SFT_SETTINGS="--lr 1e-3;--lr 1e-3 --freeze vision;--lr 1e-3 --freeze vision,projector" panel frozen gp-vl ;;
