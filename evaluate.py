@@ -396,7 +396,8 @@ def change_and_error(rows, start_rows, metric):
 
 
 def p_value(change, error, num):
-    """Two-sided p of a mean change of `num` starts or runs with its standard error, by Student's t (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    """Two-sided p of a mean change of `num` starts or runs, by Student's t (Abramowitz and Stegun 26.7.3, 26.7.4); too large where
+    the error is that over episodes."""
     freedom = num - 1
     angle = math.atan2(abs(change), error * math.sqrt(freedom))
     term, total = math.cos(angle) ** (freedom % 2), 0.0

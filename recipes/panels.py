@@ -157,6 +157,8 @@ def main():
         panels = {str(folder.relative_to(args.study)): panel for folder in folders if (panel := read_panel(folder))}
         if not panels:
             raise ValueError(f"{args.study}: no evaluated run in a folder of a folder there")
+        if args.gate and not panels.keys() & set(GATE.values()):
+            raise ValueError(f"{args.study}: --gate needs one of its panels {', '.join(GATE.values())}")
         if args.every:
             for folder in folders:
                 print_every(sorted(path.parent for path in folder.glob("*/eval.jsonl")))

@@ -304,6 +304,9 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
         "| SFT_x | 2 | 9 | rule_ood | 5.0 ± 1.0 | 5.0 ± 2.0 | 0.0 ± 0.0 | 50 | correct 5, wrong_value 95 |")
     write_run(tmp_path / "study" / "virl" / "RL_x2", "RL", [(1, 5.0, 0.9), (2, 9.0, 0.4)], start="./x", knobs={"task": "gp-l", "seed": 1})
     (tmp_path / "linked").symlink_to(tmp_path / "study" / "virl")
+    with pytest.raises(SystemExit):
+        told(tmp_path / "linked", "--gate", str(tmp_path / "gate.png"))
+    assert "linked: --gate needs one of its panels two_by_two/fault_alone, gate/share_0.05" in capsys.readouterr().err
     for study, name in (("study", "virl"), ("linked", ".")):                        # seeds of a start are averaged first: 20, not 16.7
         assert f"| {name} | RL | 2 | rule_ood | 20.0 ± 10.0 | 15.0 ± 5.0 |" in told(tmp_path / study)
     (tmp_path / "study" / "virl" / "RL_y" / "eval.jsonl").unlink()
