@@ -114,8 +114,8 @@ def draw_paths(plt, panels):
 
 
 def draw_gate(plt, panels):
-    """The change of both arms, a picture for each rule, against the share of turns that the start's teacher named in the other
-    rule's word."""
+    """The change of both arms, a picture for each rule, against the share of its teacher's first tries at a turn that were
+    named in the other rule's word."""
     changes = {(share, arm.split()[0], split): with_error([change for _, change in pairs])
                for share, name in GATE.items() if name in panels for arm, split, pairs in newest(panels[name])}
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), squeeze=False, layout="constrained")
