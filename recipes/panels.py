@@ -5,10 +5,11 @@ trained on and under others.
     python recipes/panels.py runs/study/virl --paths paths.png     # the other rule against the training rule, at all checkpoints
     python recipes/panels.py runs/study --gate gate.png            # both arms against the share of mix-ups in the start
     python recipes/panels.py runs/tiny-virl-l --every              # every evaluation of every run, in a table
+    python recipes/panels.py results/paper_in_miniature.md --figure panels.png         # from the table on a page, without the runs
 
 A panel is a folder of evaluated runs, such as runs/study/virl; its runs are averaged by arm and split. Changes are in points of
 the task's first measure (`envs.TASKS`), each of a run since its own start, with the standard error over the starts, or over the
-runs if there is one start. Used by recipes/study.sh; results/paper_in_miniature.md says which panel is which figure of the paper.
+runs if there is one start. A page instead of a folder: the table that was printed here once, read again. Used by recipes/study.sh; results/paper_in_miniature.md says which panel is which figure of the paper.
 """
 import os
 import sys
@@ -22,6 +23,7 @@ from evaluate import TITLES, name_arms, spread
 from support import running
 
 MARKS = {"id": "o", "unseen": "s", "rule_ood": "D"}        # others: a cross
+HEAD = "| panel | arm | starts or runs | tested on | start | change |\n|---|---|---|---|---|---|\n"
 GATE = {0: "two_by_two/fault_alone", 0.05: "gate/share_0.05", 0.15: "two_by_two/both", 0.3: "gate/share_0.3"}   # share of mix-ups: panel
 
 
@@ -50,9 +52,32 @@ def over_starts(pairs):
     return pairs[0] if len(pairs) == 1 else [tuple(map(mean, zip(*own))) for own in pairs]
 
 
-def newest(panel):
-    """(arm, split, pairs) of the newest checkpoint of each arm."""
-    return [(arm, split, pairs) for arm, steps in panel.items() for split, pairs in steps[max(steps)].items()]
+def table_of(panels):
+    """{panel: [(arm, starts or runs, split, start, change), ...]} of the newest checkpoint of each arm, start and change each as a
+    mean and its error."""
+    return {name: [(arm, len(pairs), split, *map(with_error, zip(*pairs))) for arm, steps in panel.items()
+                   for split, pairs in steps[max(steps)].items()] for name, panel in panels.items()}
+
+
+def read_table(page):
+    """What table_of gave, from a page that has it as it was printed."""
+    found = defaultdict(list)
+    for line in page.read_text().partition(HEAD)[2].partition("\n\n")[0].splitlines():
+        name, arm, num, split, *values = line.strip("| ").split(" | ")
+        start, change = ((float(value), float(error or 0)) for value, _, error in (text.partition(" ± ") for text in values))
+        found[name].append((arm, int(num), split, start, change))
+    if not found:
+        raise ValueError(f"{page}: no table that begins with {HEAD.splitlines()[0]!r}")
+    return found
+
+
+def print_table(table):
+    """The rows of all panels."""
+    print(HEAD, end="")
+    for name, rows in table.items():
+        for arm, num, split, *values in rows:
+            cells = [f"{value:.1f} ± {error:.1f}" if num > 1 else f"{value:.1f}" for value, error in values]
+            print(f"| {name} | {arm} | {num} | {split} | {' | '.join(cells)} |")
 
 
 def with_error(values):
@@ -71,15 +96,14 @@ def print_every(runs):
             print(f"| {run.name} | {row['step']} | {row['gflops']:,.0f} | {row['split']} | {' | '.join(cells)} | {100 * row['repeats']:.0f} | {replies} |")
 
 
-def draw_rows(plt, panels):
+def draw_rows(plt, table):
     """A row for each arm, one mark for each split it was tested on; SFT in orange, RL in blue."""
-    counts = [len(panel) for panel in panels.values()]
+    panels = {name: list(dict.fromkeys(arm for arm, *_ in rows)) for name, rows in table.items()}
+    counts = [len(arms) for arms in panels.values()]
     fig, axes = plt.subplots(len(panels), 1, figsize=(9, 0.9 * len(panels) + 0.27 * sum(counts)), squeeze=False, sharex=True,
                              height_ratios=[count + 1 for count in counts], layout="constrained")
-    for axis, (name, panel) in zip(axes.flat, panels.items()):
-        arms = list(panel)
-        for arm, split, pairs in newest(panel):
-            change, error = with_error([change for _, change in pairs])
+    for axis, (name, arms) in zip(axes.flat, panels.items()):
+        for arm, _, split, _, (change, error) in table[name]:
             colour = "grey" if split in ("id", "unseen") else "tab:orange" if arm.startswith("SFT") else "tab:blue"
             axis.errorbar([change], [arms.index(arm)], xerr=[error], fmt=MARKS.get(split, "x"), color=colour, markersize=5, capsize=2,
                           markerfacecolor="white" if split == "unseen" else colour, label=TITLES.get(split, split))
@@ -113,11 +137,10 @@ def draw_paths(plt, panels):
     return fig, axes
 
 
-def draw_gate(plt, panels):
+def draw_gate(plt, table):
     """The change of both arms, a picture for each rule, against the share of its teacher's first tries at a turn that were
     named in the other rule's word."""
-    changes = {(share, arm.split()[0], split): with_error([change for _, change in pairs])
-               for share, name in GATE.items() if name in panels for arm, split, pairs in newest(panels[name])}
+    changes = {(share, arm.split()[0], split): change for share, name in GATE.items() for arm, _, split, _, change in table.get(name, ())}
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), squeeze=False, layout="constrained")
     for axis, split in zip(axes.flat, ("id", "rule_ood")):
         for kind, colour in (("SFT", "tab:orange"), ("RL", "tab:blue")):
@@ -141,33 +164,33 @@ def save(drawn, figure):
 
 def main():
     parser = running.OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", help="a folder of panels, each a folder of run folders; or one of these")
+    parser.add_argument("study", help="a folder of panels, each a folder of run folders; or one of these; or a page with their table")
     parser.add_argument("--figure", help="write a picture of the newest checkpoints here (needs matplotlib)")
     parser.add_argument("--paths", help="write a picture of all checkpoints here, the other rule against the training rule")
     parser.add_argument("--gate", help="write a picture of both arms against the share of mix-ups in the start here")
     parser.add_argument("--every", action="store_true", help="print every evaluation of every run instead")
     args = parser.parse_args()
-    figures = {figure: draw for figure, draw in ((args.figure, draw_rows), (args.paths, draw_paths), (args.gate, draw_gate)) if figure}
-    for figure in figures:
+    study = Path(args.study)
+    if study.is_file() and (args.paths or args.every):
+        parser.error(f"{study}: --paths and --every need the runs, this is a file")
+    for figure in filter(None, (args.figure, args.paths, args.gate)):
         if not Path(figure).parent.is_dir():
             parser.error(f"{figure}: there is no folder {Path(figure).parent}")
     with running.one_line_errors():
-        folders = sorted({path.parent.parent for depth in ("*", "*/*", "*/*/*")
-                          for path in Path(args.study).glob(f"{depth}/eval.jsonl")})                   # through links, too
-        panels = {str(folder.relative_to(args.study)): panel for folder in folders if (panel := read_panel(folder))}
-        if not panels:
-            raise ValueError(f"{args.study}: no evaluated run in a folder of a folder there")
-        if args.gate and not panels.keys() & set(GATE.values()):
-            raise ValueError(f"{args.study}: --gate needs one of its panels {', '.join(GATE.values())}")
+        folders = sorted({path.parent.parent for depth in ("*", "*/*", "*/*/*") for path in study.glob(f"{depth}/eval.jsonl")})   # through links, too
         if args.every:
             for folder in folders:
                 print_every(sorted(path.parent for path in folder.glob("*/eval.jsonl")))
             return
-        print("| panel | arm | starts or runs | tested on | start | change |\n|---|---|---|---|---|---|")
-        for name, panel in panels.items():
-            for arm, split, pairs in newest(panel):
-                cells = [f"{value:.1f} ± {error:.1f}" if len(pairs) > 1 else f"{value:.1f}" for value, error in map(with_error, zip(*pairs))]
-                print(f"| {name} | {arm} | {len(pairs)} | {split} | {' | '.join(cells)} |")
+        panels = {str(folder.relative_to(study)): panel for folder in folders if (panel := read_panel(folder))}
+        table = read_table(study) if study.is_file() else table_of(panels)
+        if not table:
+            raise ValueError(f"{study}: no evaluated run in a folder of a folder there")
+        if args.gate and not table.keys() & set(GATE.values()):
+            raise ValueError(f"{study}: --gate needs one of its panels {', '.join(GATE.values())}")
+        print_table(table)
+    figures = {figure: drawn for figure, drawn in ((args.figure, (draw_rows, table)), (args.paths, (draw_paths, panels)),
+                                                   (args.gate, (draw_gate, table))) if figure}
     if figures:
         try:
             import matplotlib
@@ -176,8 +199,8 @@ def main():
         except ImportError:
             print("\nno figure: matplotlib is not installed (pip install matplotlib)")
             return
-        for figure, draw in figures.items():
-            save(draw(plt, panels), figure)
+        for figure, (draw, what) in figures.items():
+            save(draw(plt, what), figure)
 
 
 if __name__ == "__main__":

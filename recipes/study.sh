@@ -29,7 +29,9 @@ PANELS=${PANELS:-virl two_by_two gate long no_start overfit cards frozen}
 export DATA=${DATA:-$OUT/city} SEEDS=0
 mkdir -p "$OUT"
 [ -d "$DATA" ] || python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
-start_of() {     # TASK START: OUT/TASK/START, made if it is not there
+start_of() {     # TASK START: OUT/TASK/START, made if it is not there; start 0 is data/base/TASK, but V-IRL-L's, whose stages other panels begin with
+    mkdir -p "$OUT/$1"
+    [ "$1/$2" = virl-l/0 ] || [ "$2" != 0 ] || ln -sfn "$PWD/data/base/$1" "$OUT/$1/0"
     [ -d "$OUT/$1/$2" ] || TASK=$1 SEED=$2 BASE=$OUT/$1/$2 OUT=$OUT/$1/making_$2 bash recipes/base.sh
 }
 begin() {        # PANEL FOLDER: the panel's starts are FOLDER with the start's number for @

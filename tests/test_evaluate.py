@@ -309,6 +309,14 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
     assert "linked: --gate needs one of its panels two_by_two/fault_alone, gate/share_0.05" in capsys.readouterr().err
     for study, name in (("study", "virl"), ("linked", ".")):                        # seeds of a start are averaged first: 20, not 16.7
         assert f"| {name} | RL | 2 | rule_ood | 20.0 ± 10.0 | 15.0 ± 5.0 |" in told(tmp_path / study)
+    page, lines = tmp_path / "page.md", told(tmp_path / "study")
+    page.write_text("\n".join(("# A page", "", "| panel | of another table |", "", *lines, "", "| and | more |")))
+    assert told(page) == lines                                                      # what was printed is read again
+    page.write_text("# A page without a table")
+    for flags, message in (([], "no table that begins with '| panel | arm |"), (["--every"], "--paths and --every need the runs")):
+        with pytest.raises(SystemExit):
+            told(page, *flags)
+        assert message in capsys.readouterr().err
     (tmp_path / "study" / "virl" / "RL_y" / "eval.jsonl").unlink()
     for folder, message in (("study", "has evaluated its start y on id"), ("other", "other: no evaluated run in a folder of a folder there")):
         with pytest.raises(SystemExit):
@@ -325,7 +333,7 @@ def test_the_gates_picture_holds_the_shares_that_were_run(tmp_path, monkeypatch)
         (tmp_path / name).mkdir(parents=True)
         for arm in ("SFT", "RL"):
             write_run(tmp_path / name / arm, arm, [(0, 0.0, 0.1), (1, 5.0, 0.2)], knobs={"task": "gp-l"})
-    figure, axes = panels.draw_gate(plt, {name: panels.read_panel(tmp_path / name) for name in names})
+    figure, axes = panels.draw_gate(plt, panels.table_of({name: panels.read_panel(tmp_path / name) for name in names}))
     for axis in axes.flat:
         assert [line.get_xydata().round(6).tolist() for line in axis.get_lines() if line.get_marker() == "o"] == 2 * [[[0.15, 10], [0.3, 10]]]
     plt.close(figure)
