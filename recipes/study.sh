@@ -2,7 +2,8 @@
 # What the tiny run's effect hangs on, and the paper's other figures in miniature: panels of runs from the starts of the tiny run,
 # and one table of them all at the end (results/paper_in_miniature.md).
 #
-#   bash recipes/study.sh                  all panels, by their parts some eleven hours of one core, the starts apart; it can be stopped, the same command goes on
+#   bash recipes/study.sh                  all panels, by their parts twelve hours of one core and three for the starts; it can be stopped, the same command goes on
+#   STARTS=0 bash recipes/study.sh         from one start: a good two hours on two cores
 #   PANELS="two_by_two" bash recipes/study.sh
 #   SMOKE=1 bash recipes/study.sh          everything once, a few steps each; the numbers mean nothing
 #
