@@ -178,16 +178,16 @@ def main():
             parser.error(f"{figure}: there is no folder {Path(figure).parent}")
     with running.one_line_errors():
         folders = sorted({path.parent.parent for depth in ("*", "*/*", "*/*/*") for path in study.glob(f"{depth}/eval.jsonl")})   # through links, too
-        if args.every:
-            for folder in folders:
-                print_every(sorted(path.parent for path in folder.glob("*/eval.jsonl")))
-            return
         panels = {str(folder.relative_to(study)): panel for folder in folders if (panel := read_panel(folder))}
         table = read_table(study) if study.is_file() else table_of(panels)
         if not table:
             raise ValueError(f"{study}: no evaluated run in a folder of a folder there")
         if args.gate and not table.keys() & set(GATE.values()):
             raise ValueError(f"{study}: --gate needs one of its panels {', '.join(GATE.values())}")
+        if args.every:
+            for folder in folders:
+                print_every(sorted(path.parent for path in folder.glob("*/eval.jsonl")))
+            return
         print_table(table)
     figures = {figure: drawn for figure, drawn in ((args.figure, (draw_rows, table)), (args.paths, (draw_paths, panels)),
                                                    (args.gate, (draw_gate, table))) if figure}

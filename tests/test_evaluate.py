@@ -318,9 +318,10 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
             told(page, *flags)
         assert message in capsys.readouterr().err
     (tmp_path / "study" / "virl" / "RL_y" / "eval.jsonl").unlink()
-    for folder, message in (("study", "has evaluated its start y on id"), ("other", "other: no evaluated run in a folder of a folder there")):
+    for folder, message, *flags in (("study", "has evaluated its start y on id"), ("other", "other: no evaluated run in a folder of a folder there"),
+                                    ("other", "other: no evaluated run in a folder of a folder there", "--every")):
         with pytest.raises(SystemExit):
-            told(tmp_path / folder)
+            told(tmp_path / folder, *flags)
         assert message in capsys.readouterr().err
 
 
