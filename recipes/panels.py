@@ -9,7 +9,8 @@ trained on and under others.
 
 A panel is a folder of evaluated runs, such as runs/study/virl; its runs are averaged by arm and split. Changes are in points of
 the task's first measure (`envs.TASKS`), each of a run since its own start, with the standard error over the starts, or over the
-runs if there is one start. A page instead of a folder: the table that was printed here once, read again. Used by recipes/study.sh; results/paper_in_miniature.md says which panel is which figure of the paper.
+runs if there is one start. A page instead of a folder: the table that was printed here once, read again. Used by recipes/study.sh;
+results/paper_in_miniature.md says which panel is which figure of the paper.
 """
 import os
 import sys
