@@ -1,52 +1,55 @@
-"""Judge a reply: exact arithmetic, one status and one reward per turn, a sentence for the model.
+"""VER, the verifier: it judges a reply by a status, a reward and a sentence for the model.
 
-The paper calls this VER: it maps the model's reply to a reward and to text that the model reads before it tries
-again (Section 3). The first line that applies decides the turn. GeneralPoints pays the column of appendix A.3:
+The paper's VER maps what the model says to a reward and to text, which the model reads before it
+tries again (Section 3). GeneralPoints pays these rewards (appendix A.3):
 
-    status            reward   when
-    illegal_formula     -3     no reply object, no formula, or not a legal one (only integers, + - * / (or − × · ÷) and
-                               brackets; a division by zero has no value and is illegal too)
-    wrong_numbers       -2     legal, but its numbers are not exactly the cards: foreign, used twice or left out
-    wrong_value         -1     the cards, each once, but another value than the target
-    correct             +5     the left side of the formula makes the target; what follows the first = is not read
-    cards misread     -1.5     added to any of the above when the cards come as a picture; a correct equation over
-                               misread cards earns 3.5 and still ends the episode
-    last try failed     -1     added by the environment (envs.py), which counts the tries
+    status             reward  when
+    illegal_formula      -3    the reply holds no formula, or not a legal one
+    wrong_numbers        -2    it is legal, but its numbers are not the cards, each once
+    wrong_value          -1    its numbers are the cards, but it makes another value than the target
+    correct              +5    it makes the target from the cards
+    cards misread      -1.5    added if the cards are a picture, and "cards" is not what it shows
+    last try failed      -1    added by envs.py, which counts the tries
 
-V-IRL pays the column of appendix B.3:
+V-IRL pays these (appendix B.3):
 
-    correct             +1     the action is the expert's
-    wrong_observation  -1.5    it is not, and the observation says nothing of the landmark in sight, or of the
-                               intersection, or speaks of an intersection where there is none
-    wrong_action        -1     it is not, though the observation is right
-    last try failed     -1     as above, with the tries counted anew at every position
+    status             reward  when
+    correct              +1    the action is the expert's
+    wrong_observation  -1.5    it is not, and the observation is wrong: it does not name the
+                               landmark in sight, misses an intersection or invents one
+    wrong_action         -1    it is not, though the observation is right
+    last try failed      -1    added by envs.py, which counts the tries anew at each position
 
-A reply has one status, only the two penalties that are "added" come on top, and a half-right formula earns nothing. No
-`eval`: formulas are read by a tokenizer and a recursive descent over exact fractions, so 8/(3-8/3) is 24 and 9**9**9 is not
-a formula. This file knows neither torch nor the environments; `python envs.py gp-l` is the way to meet it.
+A status is decided by checks in a fixed order: the first that fails gives it. Only the "added"
+lines come on top, and a formula that is partly right earns nothing. A formula that is right by the
+true cards is `correct` even if the "cards" list names one of them wrong. It earns 5 - 1.5, and the
+episode ends. A formula that fits the misread cards has the wrong numbers.
+
+A formula holds integers, + - * / (or − × · ÷) and brackets. A division by zero is illegal. What
+follows the first = is not read. Values are exact fractions, so 8/(3-8/3) makes 24. No `eval` runs.
+
+`reading.read_reply` (support/reading.py) finds the answer in the reply. It reads what a person
+would read, also where the JSON is damaged or stands within prose. Of several answers the last one
+counts. It never raises an error, and its work on a hostile reply is bounded. This file knows
+neither torch nor the environments. Meet it with `python envs.py gp-l`.
 """
-import json
 import re
-import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from support import violations
+from support import reading, violations
 
 REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal_formula": -3.0}
 MISREAD_PENALTY = -1.5
 NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action": -1.0}
 LAST_TRY_PENALTY = -1.0
-MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the depth of the recursion.
-MAX_ECHO = 100      # characters of what a reply states, when a verdict repeats it
-MAX_NAME = 1000     # characters of an observation or an action that are compared
-MAX_SCALARS = 500   # words and numbers in an object that is not JSON
-MAX_WORK = 3000     # about microseconds; after so many false starts a reply counts as holding no object
+MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the recursion's depth.
 
-# What the model is told. A prompt file may replace any of these by name (envs.py); {braces} are filled in. In those of
-# LISTING {violations} may stand as well: all that is wrong, as a list.
-LISTING = ("no_formula", "illegal_formula", "wrong_numbers", "wrong_value", "no_action", "wrong_action")
+# What the model is told. A prompt file may replace each text by name (envs.py). {names} are filled
+# in. In the texts of LISTING, {violations} may stand as well: a list of all that is wrong.
+LISTING = ("no_formula", "illegal_formula", "wrong_numbers", "wrong_value", "no_action",
+           "wrong_action")
 FEEDBACK = {
     "correct": "Correct.",
     "no_formula": "No JSON object with a \"formula\" was found in your reply.",
@@ -69,11 +72,10 @@ FEEDBACK = {
 class Verdict:
     """What the verifier found in one reply.
 
-    `answer_at` is where in the reply the key of the answer stands, at its end if there is none: rl.py weighs what comes
-    before otherwise.
-    `cards_read` and `numbers_right` say whether the reply's "cards" and "number" lists match the deal as multisets,
-    `ranks_right` how many of the "cards" are right in their place; they are measured in every reply, and only
-    `cards_read` is ever paid for (with pictures).
+    `answer_at` is where the answer's key stands in the reply, or the reply's length without one:
+    rl.py weighs what comes before it otherwise. `cards_read` and `numbers_right` say whether the
+    lists "cards" and "number" are the deal's, in any order. `ranks_right` counts the "cards" that
+    are right in their place. Of these three only `cards_read` is paid for, and only with pictures.
     """
     status: str
     reward: float
@@ -84,6 +86,8 @@ class Verdict:
     ranks_right: int | None = None
 
 
+# ---- Words for the model -------------------------------------------------------------------------
+
 @lru_cache(maxsize=None)
 def split_template(template):
     """["Make ", "{target}", " from ..."]: every second part is a {name}."""
@@ -91,164 +95,21 @@ def split_template(template):
 
 
 def fill(template, **values):
-    """Put `values` into the {names} of `template`, leaving every other brace (JSON skeletons) alone."""
+    """Put `values` into the {names} of `template`; all other braces (JSON skeletons) stay."""
     parts = split_template(template).copy()
     for i in range(1, len(parts), 2):
-        parts[i] = str(values.get(parts[i][1:-1], parts[i]))
+        name = parts[i][1:-1]
+        if name in values:
+            parts[i] = str(values[name])
     return "".join(parts)
 
 
-# ---- Reading a reply ---------------------------------------------------------------------------------------
-
-SCALAR = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|([^{}\[\]:,"'\s][^{}\[\]:,"']*))\s*""", re.S)
-OPEN_LIST, CLOSE_LIST, CLOSE_OBJECT = (re.compile(rf"\s*{re.escape(mark)}\s*") for mark in "[]}")
-TOKEN = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^{}\[\]:,"'\s][^{}\[\]:,"']*)(\s*:)?|[{}\[\]]""", re.S)
-DECODER = json.JSONDecoder()
+def list_violations(found, phrases):
+    """The text for {violations}: what support/violations.py found, in words."""
+    return ", ".join(fill(phrases[name], **values) for name, values in found)
 
 
-def unescape(word):
-    """A quoted word without its backslashes, read as in JSON where they mean something there."""
-    return re.sub(r"""\\(?:u([0-9a-fA-F]{4})|(["'/\\]))""", lambda found: chr(int(found[1], 16)) if found[1] else found[2],
-                  word) if "\\" in word else word
-
-
-def read_scalar(text, position):
-    """A quoted string or a run of bare words: (its text, where it ends); the text is None where there is neither."""
-    match = SCALAR.match(text, position)
-    if match is None:
-        return None, position
-    return unescape(match[match.lastindex].strip()), match.end()
-
-
-def read_relaxed(text, position):
-    """Read `{key: value, ...}` behind its brace, with single quotes, bare words or trailing commas.
-
-    Values are text or lists of text. Returns (the dict, or None if it is no such object; how many scalars were read,
-    never more than MAX_SCALARS).
-    """
-    found, num_read = {}, 0
-    while not CLOSE_OBJECT.match(text, position):
-        key, position = read_scalar(text, position)
-        num_read += 2                                              # the key and a value
-        if key is None or text[position:position + 1] != ":" or num_read > MAX_SCALARS:
-            return None, num_read
-        opening = OPEN_LIST.match(text, position + 1)
-        if opening:
-            value, position = [], opening.end()
-            while not CLOSE_LIST.match(text, position):
-                item, position = read_scalar(text, position)
-                num_read += 1
-                if item is None or text[position:position + 1] not in (",", "]") or num_read > MAX_SCALARS:
-                    return None, num_read
-                value.append(item)
-                position += text[position] == ","
-            position = CLOSE_LIST.match(text, position).end()
-        else:
-            value, position = read_scalar(text, position + 1)
-            if value is None:
-                return None, num_read
-        found[key] = value
-        if text[position:position + 1] == ",":
-            position += 1
-        elif not CLOSE_OBJECT.match(text, position):
-            return None, num_read
-    return found, num_read
-
-
-def read_json(text, position):
-    """Read one JSON object at its brace: (the dict or None, where reading stopped)."""
-    try:
-        return DECODER.raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        return None, error.pos
-    except (ValueError, RecursionError):   # an integer of thousands of digits; thousands of open brackets
-        return None, len(text)
-
-
-def last_object(reply, key):
-    """(the last complete object of a reply that has `key`, as a dict, and where it begins); (None, 0) if there is none.
-
-    Each object is read as JSON first, then as models really write it: trailing commas, single quotes, unquoted card
-    names; prose and code fences may surround it. An object that JSON finds around the last one is preferred: its
-    braces were text. After MAX_WORK microseconds' worth of false starts it gives up.
-    """
-    if reply.startswith("{"):                                       # the common case: nothing but one JSON object
-        found, end = read_json(reply, 0)
-        if found is not None and key in found and not reply[end:].strip():
-            return found, 0
-    work, position = 0, reply.rfind("{", 0, max(0, reply.rfind(key)))
-    last, last_start = None, len(reply)
-    while position >= 0 and work < MAX_WORK:
-        found, end = read_json(reply, position)
-        work += 8 + (end - position) // 50
-        if found is None and last is None:
-            found, num_read = read_relaxed(reply, position + 1)
-            work += 2 * num_read
-            if found is not None and key in found:
-                work += position // 500
-                within_quotes = (reply.count('"', 0, position) - reply.count('\\"', 0, position)) % 2
-                found = None if within_quotes else found
-        if found is not None and key in found and (last is None or end > last_start):
-            last, last_start = found, position
-        position = reply.rfind("{", 0, position)
-    return last, last_start
-
-
-def find_key(text, start, key):
-    """Where in the object that begins at `start` its (last) `key` stands, and where the object ends."""
-    at, depth = start, 0
-    for token in TOKEN.finditer(text, start):
-        depth += (token[0] in "{[") - (token[0] in "}]")
-        if depth == 0:
-            return at, token.end()
-        if depth == 1 and token[1] and token[0][:-len(token[1])].strip("\"' ") == key:
-            at = token.start()
-    return at, len(text)
-
-
-def last_value(text, key):
-    """(the last quoted text or list behind `key:`, where that key stands); (None, -1) if there is none.
-
-    A key without double quotes counts at the beginning of a line, behind a brace or a comma: elsewhere it is prose.
-    """
-    quoted, bare = rf'"{key}"', rf"""(?:(?<=[{{,\n])|^)[^\S\n]*(['"]?){key}\1"""
-    value, at = None, -1
-    if key not in text:
-        return value, at
-    for match in re.finditer(rf"""(?:{quoted}|{bare})\s*:\s*(?:(["'])((?:\\.|(?!\2)[^\\])*)\2|\[+([^\[\]]*)\])""", text, re.S):
-        value = unescape(match[3]) if match[2] else re.findall(r"""[^\s,"']+""", match[4])
-        at = match.start() + len(match[0]) - len(match[0].lstrip())
-    return value, at
-
-
-def read_reply(reply, keys):
-    """What a reply says of `keys`, the answer's first: (a dict, or None without an answer; where the answer's key stands,
-    at the reply's end without one).
-
-    It is read as a person would. Usually it holds an object (`last_object`). Where a quoted answer stands behind the last
-    of these, in an object that is cut, lacks a brace or a comma or holds a comment, each key has the last quoted text or list
-    behind it.
-    """
-    # differs 21: theirs reads the first object, and only in few forms
-    found, start = last_object(reply, keys[0])
-    if found is not None and reply.count(keys[0]) == 1:             # the common case: that is the key
-        at = reply.index(keys[0])
-        return found, at - (reply[at - 1:at] in ("'", '"'))
-    at, end = find_key(reply, start, keys[0]) if found is not None else (len(reply), 0)
-    if reply.find(keys[0], end) >= 0:
-        answer, answer_at = last_value(reply, keys[0])
-        if isinstance(answer, str) and answer_at >= end:
-            return {keys[0]: answer, **{key: last_value(reply, key)[0] for key in keys[1:]}}, answer_at
-    return found, at
-
-
-def plain(stated):
-    """What a verdict repeats of a reply: short, on one line, and without a character that begins or ends a control token of
-    any tokenizer (<|end|>, </s>, [INST], ...), so that a model cannot write one into its own next prompt."""
-    return re.sub(r"[^A-Za-z0-9 _().,:;'+*/=-]", "?", " ".join(str(stated).split()))[:MAX_ECHO]
-
-
-# ---- Arithmetic --------------------------------------------------------------------------------------------
+# ---- Arithmetic ----------------------------------------------------------------------------------
 
 SYMBOLS = str.maketrans("×·÷−", "**/-")   # as people write them
 LEGAL_TEXT = re.compile(r"[-+*/()0-9\s]*")
@@ -257,20 +118,29 @@ FORMULA_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 
 @lru_cache(maxsize=2 ** 16)   # within a rollout the same formulas come back many times
 def parse_formula(text):
-    """Read a formula: its value as an unreduced (numerator, denominator), and the numbers it uses in order.
+    """Read a formula: its value as an unreduced (numerator, denominator), and its numbers in order.
 
-    Raises ValueError with a short reason if it is not a legal formula or divides by zero.
+    Raises ValueError with a short reason if it is not a legal formula or divides by zero. Each
+    rule of this grammar is one function, which calls the others (recursive descent):
+
+        additive       = multiplicative, then any number of: + or -, multiplicative
+        multiplicative = factor, then any number of: * or /, factor
+        factor         = an integer, or ( additive )
+
+    parse_formula("8/(3-8/3)") == ((24, 1), (8, 3, 8, 3))
     """
     text = text.translate(SYMBOLS)
     if len(text) > MAX_FORMULA:
         raise ValueError(f"it is longer than {MAX_FORMULA} characters")
     legal = LEGAL_TEXT.match(text).end()
     if legal < len(text):
-        raise ValueError(f"unexpected {plain(text[legal])!r}")
+        raise ValueError(f"unexpected {reading.plain(text[legal])!r}")
     tokens = FORMULA_TOKEN.findall(text)
-    tokens.append("")                                          # sentinel: the end
-    numbers, at = [], 0                                        # differs 1: exact; theirs evaluates floats
+    tokens.append("")       # marks the end
+    at = 0                  # the next token's index
+    numbers = []
 
+    # differs 1: exact; theirs evaluates floats
     def factor():
         nonlocal at
         token = tokens[at]
@@ -282,7 +152,8 @@ def parse_formula(text):
             raise ValueError(f"unexpected {token!r}" if token else "it breaks off")
         value = additive()
         if tokens[at] != ")":
-            raise ValueError(f"unexpected {tokens[at]!r}" if tokens[at] else "a bracket is not closed")
+            fault = f"unexpected {tokens[at]!r}" if tokens[at] else "a bracket is not closed"
+            raise ValueError(fault)
         at += 1
         return value
 
@@ -290,24 +161,28 @@ def parse_formula(text):
         nonlocal at
         n, d = factor()
         while tokens[at] in ("*", "/"):
+            operator = tokens[at]
             at += 1
-            if tokens[at - 1] == "*":
-                n2, d2 = factor()
+            n2, d2 = factor()
+            if operator == "*":
+                n, d = n * n2, d * d2
+            elif n2 == 0:
+                raise ValueError("it divides by zero")
             else:
-                d2, n2 = factor()
-                if d2 == 0:
-                    raise ValueError("it divides by zero")
-            n, d = n * n2, d * d2
+                n, d = n * d2, d * n2
         return n, d
 
     def additive():
         nonlocal at
         n, d = multiplicative()
         while tokens[at] in ("+", "-"):
+            operator = tokens[at]
             at += 1
-            sign = 1 if tokens[at - 1] == "+" else -1
             n2, d2 = multiplicative()
-            n, d = n * d2 + sign * n2 * d, d * d2
+            if operator == "+":
+                n, d = n * d2 + n2 * d, d * d2
+            else:
+                n, d = n * d2 - n2 * d, d * d2
         return n, d
 
     value = additive()
@@ -316,110 +191,111 @@ def parse_formula(text):
     return value, tuple(numbers)
 
 
-# ---- Judging -----------------------------------------------------------------------------------------------
+# ---- Judging -------------------------------------------------------------------------------------
 
-def is_plain_list(stated):
-    return isinstance(stated, list) and all(isinstance(item, (str, int, float)) for item in stated)
-
-
-def same_multiset(stated, truth):
-    """Whether a list from a reply holds the same words or numbers as `truth`, in any order."""
-    return repr(stated) == repr(truth) or is_plain_list(stated) and sorted(map(str, stated)) == sorted(map(str, truth))
-
-
-def in_place(stated, truth):
-    """How many items of a list from a reply are those of `truth`, each in its place."""
-    return sum(str(said) == true for said, true in zip(stated, truth)) if is_plain_list(stated) else 0
-
-
-def fill_verdict(phrases, name, find_violations, **values):
-    """The phrase of a verdict, its violations found only where it lists them."""
-    if "{violations}" in phrases[name]:
-        values["violations"] = ", ".join(fill(phrases[kind], **of) for kind, of in find_violations())
-    return fill(phrases[name], **values)
+def check_formula(text, numbers, target):
+    """The status of a formula, and the values that the sentence about this status names."""
+    try:
+        (numerator, denominator), used = parse_formula(text)
+    except ValueError as fault:
+        return "illegal_formula", {"fault": fault}
+    if sorted(used) != sorted(numbers):
+        return "wrong_numbers", {"used": ", ".join(map(str, used)),
+                                 "numbers": ", ".join(map(str, numbers))}
+    if numerator != target * denominator:
+        return "wrong_value", {"value": Fraction(numerator, denominator), "target": target}
+    return "correct", {}
 
 
-def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative", phrases=FEEDBACK):
-    """Judge one GeneralPoints reply (paper A.3; the table at the top of this file). Any string in, never an exception.
+def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative",
+                         phrases=FEEDBACK):
+    """Judge one GeneralPoints reply (paper A.3; the first table above). Any string may come in.
 
-    `cards` are ranks as text ("A", "10", "K"), `numbers` their values under the rule in force. `feedback`
-    "informative" names the fault and its values, "plain" only says that the try failed; `phrases` are the words.
+    `cards` are ranks as text ("A", "10", "K"), `numbers` their values under the rule in force.
+    `feedback` "informative" names the fault and its values, "plain" only says that the try failed.
+    The message is made of `phrases`.
     """
-    found, answer_at = read_reply(reply, ("formula", "cards", "number"))
-    cards_read = found is not None and same_multiset(found.get("cards"), cards)
-    numbers_right = found is not None and same_multiset(found.get("number"), numbers)
-    status, phrase, values = "illegal_formula", "illegal_formula", {"fault": "it is not text"}
-    if found is None:
-        phrase = "no_formula"
-    elif isinstance(found["formula"], str):
-        try:
-            (numerator, denominator), used = parse_formula(found["formula"].split("=", 1)[0])
-            if sorted(used) != sorted(numbers):
-                status = "wrong_numbers"
-                values = {"used": ", ".join(map(str, used)), "numbers": ", ".join(map(str, numbers))}
-            elif numerator != target * denominator:
-                status, values = "wrong_value", {"value": Fraction(numerator, denominator), "target": target}
-            else:
-                status, values = "correct", {}
-            phrase = status
-        except ValueError as fault:
-            values = {"fault": fault}
-    reward = REWARDS[status]                                        # differs 2: one status; theirs adds up penalties
-    formula = found["formula"].split("=", 1)[0][:MAX_FORMULA] if found and isinstance(found["formula"], str) else None
-    message = fill_verdict(phrases, phrase, lambda: violations.of_formula(formula, numbers, target, parse_formula), **values)
-    if vision and not cards_read:                                   # differs 19: theirs pays -1.5 instead, and the episode goes on
-        reward += MISREAD_PENALTY
-        stated = found.get("cards") if found else None
-        if is_plain_list(stated):
-            named = json.dumps([plain(card) if isinstance(card, str) else card for card in stated[:MAX_ECHO]])[:MAX_ECHO]
-            message = fill(phrases["misread_cards"], verdict=message, read=named)
-        else:
-            message = fill(phrases["no_cards"], verdict=message)
+    read = reading.read_reply(reply, ("formula", "cards", "number"))
+    stated = read.values if read.has_answer else {}
+    cards_read = reading.same_multiset(stated.get("cards"), cards)
+
+    # The status is decided here, from what stands before the first =.
+    formula = stated.get("formula")
+    if isinstance(formula, str):
+        formula = formula.split("=", 1)[0]
+        status, values = check_formula(formula, numbers, target)
+    else:
+        status, values = "illegal_formula", {"fault": "it is not text"}
+
+    # The reward is the status's, and with pictures less if the cards were misread.
+    # differs 2: one status; theirs adds up penalties
+    # differs 19: misread cards add -1.5; theirs pays -1.5 instead, and the episode goes on
+    misread = vision and not cards_read
+    reward = REWARDS[status] + (MISREAD_PENALTY if misread else 0)
+
+    # The message is worded here.
     if feedback == "plain":
         message = phrases["correct" if status == "correct" else "plain"]
-    return Verdict(status, reward, message, answer_at, cards_read, numbers_right,
-                   in_place(found and found.get("cards"), cards))
+    else:
+        phrase = phrases[status if read.has_answer else "no_formula"]
+        if "{violations}" in phrase:
+            found = violations.of_formula(formula, numbers, target, parse_formula)
+            values = {**values, "violations": list_violations(found, phrases)}
+        message = fill(phrase, **values)
+        if misread and reading.is_plain_list(stated.get("cards")):
+            shown = reading.plain_list(stated["cards"])
+            message = fill(phrases["misread_cards"], verdict=message, read=shown)
+        elif misread:
+            message = fill(phrases["no_cards"], verdict=message)
+
+    return Verdict(status, reward, message, read.answer_at, cards_read,
+                   numbers_right=reading.same_multiset(stated.get("number"), numbers),
+                   ranks_right=reading.count_in_place(stated.get("cards"), cards))
 
 
-NO_INTERSECTION = re.compile(r"(?:\b(?:not?|never|without|cannot)|n't)(?: (?!landmark|but|this)[\w']+){0,5} intersections?"
-                             r"|intersections?(?: ahead| here)?: no(?:ne)?\b")
+def judge_navigation(reply, action, landmark, intersection, feedback="informative",
+                     phrases=FEEDBACK):
+    """Judge one V-IRL reply (paper B.3; the second table above). Any string may come in.
 
-
-def plain_name(text):
-    """A text for comparison: blanks, capitals, accents' spelling and curly apostrophes make no difference."""
-    return " ".join(unicodedata.normalize("NFKC", text[:MAX_NAME]).replace("\u2019", "'").split()).casefold()
-
-
-def plain_action(text):
-    """An action for comparison: nor do blanks, capitals, quotes and a full stop."""
-    return re.sub(r"[\s\"'.;]", "", plain_name(text))
-
-
-def judge_navigation(reply, action, landmark, intersection, feedback="informative", phrases=FEEDBACK):
-    """Judge one V-IRL reply (paper B.3; the second table at the top). Any string in, never an exception.
-
-    `action` is the expert's, `landmark` the name of the place in sight ("" if there is none), `intersection` whether
-    this is one. Names and the word intersection are found in any spelling of capitals. `feedback` "informative" says
-    what was wrong, and never what would be right.
+    `action` is the expert's. `landmark` is the name of the place in sight, "" if there is none.
+    `intersection` says whether the place is one. Capitals and blanks make no difference.
+    `feedback` "informative" says what was wrong, but never what would be right.
     """
-    found, answer_at = read_reply(reply, ("action", "current observation"))
-    found = found or {}
-    stated, observed, name = found.get("action"), found.get("current observation"), plain_name(landmark)
-    said = observed if found else last_value(reply, "current observation")[0]
-    observed = plain_name(observed) if isinstance(observed, str) else ""
-    beside_name = observed.replace(name, "") if name else observed
-    sees_intersection = "intersection" in NO_INTERSECTION.sub("", beside_name)
-    message = fill_verdict(phrases, "wrong_action" if found else "no_action",
-                           lambda: violations.of_step(said, landmark), action=plain(stated))
-    if isinstance(stated, str) and plain_action(stated) == plain_action(action):
-        status, message = "correct", phrases["correct"]
-    elif name not in observed:                                      # differs 16: theirs looks for another word here
-        status, message = "wrong_observation", fill(phrases["missed_landmark"], verdict=message)
-    elif sees_intersection != intersection:
-        fault = "missed_intersection" if intersection else "invented_intersection"
-        status, message = "wrong_observation", fill(phrases[fault], verdict=message)
+    read = reading.read_reply(reply, ("action", "current observation"))
+    stated = read.values.get("action")
+    observation = read.values.get("current observation")
+    observed = ""           # without an answer the observation does not count
+    if read.has_answer and isinstance(observation, str):
+        observed = reading.plain_name(observation)
+    name = reading.plain_name(landmark)
+    sees_intersection = reading.names_intersection(observed, name)
+
+    # The status is decided here; `remark` names the sentence about a wrong observation.
+    remark = None
+    if isinstance(stated, str) and reading.plain_action(stated) == reading.plain_action(action):
+        status = "correct"
+    elif name not in observed:          # differs 16: theirs looks for another word here
+        status, remark = "wrong_observation", "missed_landmark"
+    elif intersection and not sees_intersection:
+        status, remark = "wrong_observation", "missed_intersection"
+    elif sees_intersection and not intersection:
+        status, remark = "wrong_observation", "invented_intersection"
     else:
         status = "wrong_action"
-    if feedback == "plain":
-        message = phrases["correct" if status == "correct" else "plain"]
-    return Verdict(status, NAVIGATION_REWARDS[status], message, answer_at)
+
+    # The message is worded here.
+    if status == "correct":
+        message = phrases["correct"]
+    elif feedback == "plain":
+        message = phrases["plain"]
+    else:
+        phrase = phrases["wrong_action" if read.has_answer else "no_action"]
+        values = {"action": reading.plain(stated)}
+        if "{violations}" in phrase:
+            found = violations.of_step(observation, landmark)
+            values["violations"] = list_violations(found, phrases)
+        message = fill(phrase, **values)
+        if remark:
+            message = fill(phrases[remark], verdict=message)
+
+    return Verdict(status, NAVIGATION_REWARDS[status], message, read.answer_at)

@@ -1,11 +1,15 @@
-"""All that is wrong with a reply, item by item, as the official code finds it: {violations} in the verdicts of a prompt file.
+"""All that is wrong with a reply, item by item, as the official code finds it.
 
-A violation is (name of its text in TEXTS, {values}). They change no status and no reward.
+A prompt file lists these violations where a verdict's text holds {violations} (verify.LISTING).
+A violation is (the name of its text in TEXTS, {values for that text}). Violations change neither
+status nor reward.
 """
 import re
 from collections import Counter
 from functools import lru_cache
 from itertools import permutations, product
+
+MAX_FORMULA = 100   # characters of a formula that are looked at
 
 TEXTS = {
     "violation_characters": "it is no formula",
@@ -24,64 +28,111 @@ TEXTS = {
     "violation_no_intersection": "there is an intersection here",
     "violation_action": "the action is wrong",
 }
-SHAPES = ("{}{}{}{}{}{}{}", "({}{}{}){}{}{}{}", "({}{}{}{}{}){}{}", "{}{}({}{}{}){}{}", "{}{}({}{}{}{}{})",
-          "{}{}{}{}({}{}{})", "({}{}{}){}({}{}{})")
+# The forms of a solution: the even {} are numbers, the odd ones operators.
+SHAPES = (
+    "{}{}{}{}{}{}{}",
+    "({}{}{}){}{}{}{}",
+    "({}{}{}{}{}){}{}",
+    "{}{}({}{}{}){}{}",
+    "{}{}({}{}{}{}{})",
+    "{}{}{}{}({}{}{})",
+    "({}{}{}){}({}{}{})",
+)
 TOKEN = re.compile(r"[0-9]+|[-+*/()]")
-# What a token may follow, by kinds: n a number, o an operator, brackets as they are, "" the beginning.
-FOLLOWS = {"n": ("", "o", "("), "o": ("n", ")"), "(": ("", "o", "("), ")": ("n", ")")}
+# What a token may follow, by kind: n a number, o an operator, a bracket itself, "" the beginning.
+FOLLOWS = {
+    "n": ("", "o", "("),
+    "o": ("n", ")"),
+    "(": ("", "o", "("),
+    ")": ("n", ")"),
+}
 MISPLACED = {"n": "number", "o": "operator", "(": "opening", ")": "closing"}
 
 
+# ---- GeneralPoints -------------------------------------------------------------------------------
+
 @lru_cache(maxsize=4096)
 def bracketed_solutions(numbers, target, evaluate):
-    """All formulas of four numbers (a sorted tuple) in SHAPES that make `target`, redundant brackets included."""
-    def makes_target(text):
-        try:
-            (numerator, denominator), _ = evaluate(text)
-        except ValueError:
-            return False
-        return numerator == target * denominator
+    """All formulas of four numbers (a sorted tuple) in SHAPES that make `target`.
 
-    texts = (shape.format(a, o, b, p, c, q, d) for a, b, c, d in sorted(set(permutations(numbers)))
-             for o, p, q in product("+-*/", repeat=3) for shape in SHAPES)
-    return tuple(filter(makes_target, texts))
+    Formulas with redundant brackets are among them. `evaluate` is verify.parse_formula.
+    """
+    found = []
+    for a, b, c, d in sorted(set(permutations(numbers))):
+        for o, p, q in product("+-*/", repeat=3):
+            for shape in SHAPES:
+                text = shape.format(a, o, b, p, c, q, d)
+                try:
+                    (numerator, denominator), _ = evaluate(text)
+                except ValueError:          # it divides by zero
+                    continue
+                if numerator == target * denominator:
+                    found.append(text)
+    return tuple(found)
+
+
+def kind_of(token):
+    """The kind of a token: n a number, o an operator, a bracket itself."""
+    if token in ("(", ")"):
+        return token
+    if token in ("+", "-", "*", "/"):
+        return "o"
+    return "n"
 
 
 def of_form(tokens):
     """The violations of the order of tokens."""
-    last, depth = "", 0
+    last = ""
+    depth = 0
     for token in tokens:
-        kind = token if token in "()" else "o" if token in "+-*/" else "n"
+        kind = kind_of(token)
         if last not in FOLLOWS[kind]:
             yield f"violation_{MISPLACED[kind]}", {}
+        elif kind == "(":
+            depth += 1
         elif kind == ")" and depth == 0:
             yield "violation_unmatched", {}
-        else:
-            depth += (kind == "(") - (kind == ")")
+        elif kind == ")":
+            depth -= 1
         last = kind
 
 
 def of_numbers(used, dealt):
-    """The violations of the numbers that a formula uses."""
-    used, dealt = Counter(used), Counter(dealt)
-    for name, wrong in (("foreign", [number for number in used if number not in dealt]),
-                        ("repeated", [number for number in used if used[number] > dealt[number]])):
-        if wrong:
-            yield f"violation_{name}", {"numbers": ", ".join(map(str, wrong))}
-            break
-    if unused := [number for number in dealt if dealt[number] > used[number]]:
+    """The violations of the numbers that a formula uses.
+
+    Numbers used too often are listed only where no number is foreign, as in the official code.
+    """
+    used = Counter(used)
+    dealt = Counter(dealt)
+    foreign = [number for number in used if number not in dealt]
+    repeated = [number for number in used if used[number] > dealt[number]]
+    unused = [number for number in dealt if dealt[number] > used[number]]
+    if foreign:
+        yield "violation_foreign", {"numbers": ", ".join(map(str, foreign))}
+    elif repeated:
+        yield "violation_repeated", {"numbers": ", ".join(map(str, repeated))}
+    if unused:
         yield "violation_unused", {"numbers": ", ".join(map(str, unused))}
 
 
 def of_formula(formula, numbers, target, evaluate):
-    """The violations of a formula (text, or None) that uses `numbers` to make `target`, and does not; `evaluate` is
-    verify.parse_formula."""
-    tokens = TOKEN.findall(formula or "None")
+    """The violations of a formula that should make `target` of `numbers`, and does not.
+
+    `formula` is whatever the reply states, None if it states nothing. `evaluate` is
+    verify.parse_formula.
+    """
+    if not isinstance(formula, str):
+        return [("violation_characters", {})]
+    formula = formula[:MAX_FORMULA]
+    tokens = TOKEN.findall(formula)
     if "".join(tokens) != formula:
         return [("violation_characters", {})]
-    found = [*of_form(tokens), *of_numbers([int(token) for token in tokens if token.isdigit()], numbers)]
+    used = [int(token) for token in tokens if token.isdigit()]
+    found = [*of_form(tokens), *of_numbers(used, numbers)]
     if found:
         return found
+
+    # Form and numbers are right. Where does the formula leave all solutions?
     solutions = bracketed_solutions(tuple(sorted(numbers)), target, evaluate)
 
     def begins_one(text):
@@ -92,16 +143,27 @@ def of_formula(formula, numbers, target, evaluate):
     except ValueError:
         if begins_one(formula):
             return [("violation_breaks_off", {})]
-    beginnings = ["".join(tokens[:end]) for end in range(len(tokens) + 1)]
-    for before, beginning in zip(beginnings, beginnings[1:]):
-        if not begins_one(beginning):
-            return [("violation_end", {"beginning": before}) if before else ("violation_no_solution", {})]
+    before = ""
+    for token in tokens:
+        if not begins_one(before + token):
+            if before:
+                return [("violation_end", {"beginning": before})]
+            return [("violation_no_solution", {})]
+        before += token
     return []
 
 
+# ---- V-IRL ---------------------------------------------------------------------------------------
+
 def of_step(observed, landmark):
-    """The violation of a V-IRL reply whose action is wrong: by whether what it observed, and the landmark in sight, name an
-    intersection."""
-    says, there = isinstance(observed, str) and "intersection" in observed, "intersection" in landmark
-    name = "action" if says == there else "intersection" if says else "no_intersection"
-    return [(f"violation_{name}", {})]
+    """The violation of a V-IRL reply whose action is wrong.
+
+    What it observed and the landmark in sight may both hold the word intersection, or one alone.
+    """
+    is_named = isinstance(observed, str) and "intersection" in observed
+    is_there = "intersection" in landmark
+    if is_named and not is_there:
+        return [("violation_intersection", {})]
+    if is_there and not is_named:
+        return [("violation_no_intersection", {})]
+    return [("violation_action", {})]

@@ -1,0 +1,356 @@
+"""What a person would read in a model's reply, also where it is no clean JSON object.
+
+The prompts ask for one JSON object with an answer ("formula" or "action") and some keys beside it.
+Models also write single quotes, unquoted keys, trailing or missing commas, comments and prose.
+They forget a brace, or the limit on tokens cuts the object. `read_reply` reads all of these:
+
+    read_reply("So: {'action': stop(),} Done.", ("action", "current observation"))
+    -> Reading(values={"action": "stop()"}, answer_at=5, has_answer=True)
+
+Any string may come in, and none raises an error or takes long. Below `read_reply` stands how what
+was read is compared with the truth, and how a verdict repeats it to the model.
+"""
+import json
+import re
+import unicodedata
+from functools import lru_cache
+from typing import NamedTuple
+
+MAX_SCALARS = 500   # words and numbers that are read in an object that is not JSON
+MAX_NAME = 1000     # characters of an observation or an action that are compared
+MAX_ECHO = 100      # characters of what a reply states, when a verdict repeats it
+
+# Every { of a reply may begin the object, and reading from there may go on to the reply's end.
+# A reply of ten thousand braces would so be read ten thousand times, which takes seconds.
+# Therefore each try is charged about the microseconds that it takes on an ordinary processor.
+# When MAX_WORK is spent, no earlier { is tried. The bound counts, and looks at no clock: a reply
+# gets the same verdict on every machine.
+MAX_WORK = 3000         # for all tries on one reply
+WORK_PER_TRY = 8        # to call the JSON reader once
+WORK_PER_SCALAR = 2     # to read one word or number of an object that is not JSON
+JSON_PER_WORK = 50      # characters that the JSON reader passes in one unit of work
+COUNT_PER_WORK = 500    # characters in which quotes are counted in one unit of work
+
+
+class Reading(NamedTuple):
+    """What `read_reply` found in a reply.
+
+    `values` maps each key that was found to what stands behind it. Of an object in the reply it
+    holds all keys. The answer's key is missing from it if there is no answer.
+    `answer_at` is where the answer's key stands in the reply, or the reply's length.
+    """
+    values: dict
+    answer_at: int
+    has_answer: bool
+
+
+# ---- One object, as JSON or more tolerantly ------------------------------------------------------
+
+SCALAR = re.compile(r"""
+    \s*
+    (?: "( (?: [^"\\] | \\. )* )"               # "in double quotes"
+      | '( (?: [^'\\] | \\. )* )'               # 'in single quotes'
+      | ( [^{}\[\]:,"'\s] [^{}\[\]:,"']* )      # bare words: all up to the next mark
+    )
+    \s*""", re.VERBOSE | re.DOTALL)
+TOKEN = re.compile(r"""
+    (?: "(?: [^"\\] | \\. )*"
+      | '(?: [^'\\] | \\. )*'
+      | [^{}\[\]:,"'\s] [^{}\[\]:,"']*
+    )
+    (?P<colon> \s* : )?                         # behind a key
+    | [{}\[\]]""", re.VERBOSE | re.DOTALL)
+OPEN_LIST = re.compile(r"\s*\[\s*")
+CLOSE_LIST = re.compile(r"\s*\]\s*")
+CLOSE_OBJECT = re.compile(r"\s*\}\s*")
+ESCAPE = re.compile(r"""\\(?: u(?P<code>[0-9a-fA-F]{4}) | (?P<mark>["'/\\]) )""", re.VERBOSE)
+DECODER = json.JSONDecoder()
+
+
+def escaped_character(match):
+    """The character that an escape stands for."""
+    if match["code"]:
+        return chr(int(match["code"], 16))
+    return match["mark"]
+
+
+def unescape(word):
+    """A quoted word with the escapes that JSON has for single characters replaced."""
+    if "\\" not in word:
+        return word
+    return ESCAPE.sub(escaped_character, word)
+
+
+def read_scalar(text, position):
+    """Read a quoted string or bare words: (the text, or None if neither stands there; its end)."""
+    match = SCALAR.match(text, position)
+    if match is None:
+        return None, position
+    return unescape(match[match.lastindex].strip()), match.end()
+
+
+def read_list(text, position, max_items):
+    """Read a list behind its [: (the items, or None; where it ends; how many were read)."""
+    items = []
+    num_read = 0
+    while not CLOSE_LIST.match(text, position):
+        item, position = read_scalar(text, position)
+        num_read += 1
+        if item is None or num_read > max_items or text[position:position + 1] not in (",", "]"):
+            return None, position, num_read
+        items.append(item)
+        if text[position] == ",":
+            position += 1
+    return items, CLOSE_LIST.match(text, position).end(), num_read
+
+
+def read_relaxed(text, position):
+    """Read `{key: value, ...}` behind its brace, if it is no JSON.
+
+    Single quotes, bare words and trailing commas are allowed; values are text or lists of text.
+    Returns the dict, or None if it is no such object, and how many scalars were read.
+    """
+    found = {}
+    num_read = 0
+    while not CLOSE_OBJECT.match(text, position):
+        key, position = read_scalar(text, position)
+        num_read += 2                                           # the key and a value
+        if key is None or num_read > MAX_SCALARS or text[position:position + 1] != ":":
+            return None, num_read
+        opening = OPEN_LIST.match(text, position + 1)
+        if opening:
+            value, position, num_items = read_list(text, opening.end(), MAX_SCALARS - num_read)
+            num_read += num_items
+        else:
+            value, position = read_scalar(text, position + 1)
+        if value is None:
+            return None, num_read
+        found[key] = value
+        if text[position:position + 1] == ",":
+            position += 1
+        elif not CLOSE_OBJECT.match(text, position):
+            return None, num_read
+    return found, num_read
+
+
+def read_json(text, position):
+    """Read one JSON object at its brace: (the dict, or None; where reading stopped)."""
+    try:
+        return DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        return None, error.pos
+    except (ValueError, RecursionError):    # an integer of thousands of digits; as many brackets
+        return None, len(text)
+
+
+# ---- The object that counts ----------------------------------------------------------------------
+
+def is_quoted(text, position):
+    """Whether an odd number of double quotes stands before `position`, escaped ones aside."""
+    quotes = text.count('"', 0, position) - text.count('\\"', 0, position)
+    return quotes % 2 == 1
+
+
+def last_object(reply, key):
+    """The last complete object of a reply that has `key`: (a dict, where it begins), or (None, _).
+
+    From the last { backwards, each object is read as JSON. Until one is found, each is also read
+    as models write it. The search goes on after a find, because the find may lie within a value:
+
+        {"thought": "not {formula: 3*8}", "formula": "8/(3-8/3)"}
+
+    A JSON object that begins earlier and reaches over the find therefore replaces it.
+    """
+    # The usual reply is one JSON object and nothing else.
+    if reply.startswith("{"):
+        found, end = read_json(reply, 0)
+        if found is not None and key in found and not reply[end:].strip():
+            return found, 0
+    last = None
+    last_start = len(reply)
+    work = 0
+    position = reply.rfind("{", 0, max(0, reply.rfind(key)))
+    while position >= 0 and work < MAX_WORK:
+        found, end = read_json(reply, position)
+        work += WORK_PER_TRY + (end - position) // JSON_PER_WORK
+        if found is None and last is None:
+            found, num_read = read_relaxed(reply, position + 1)
+            work += WORK_PER_SCALAR * num_read
+            if found is not None and key in found:
+                work += position // COUNT_PER_WORK
+                if is_quoted(reply, position):
+                    found = None
+        if found is not None and key in found and (last is None or end > last_start):
+            last = found
+            last_start = position
+        position = reply.rfind("{", 0, position)
+    return last, last_start
+
+
+def find_key(text, start, key):
+    """Where the (last) `key` of the object that begins at `start` stands, and the object's end."""
+    at = start
+    depth = 0
+    for token in TOKEN.finditer(text, start):
+        word = token[0]
+        if word in ("{", "["):
+            depth += 1
+        elif word in ("}", "]"):
+            depth -= 1
+        if depth == 0:
+            return at, token.end()
+        colon = token["colon"]
+        if depth == 1 and colon and word[:-len(colon)].strip("\"' ") == key:
+            at = token.start()
+    return at, len(text)
+
+
+# ---- Without a complete object -------------------------------------------------------------------
+
+LIST_ITEM = re.compile(r"""[^\s,"']+""")
+
+
+@lru_cache(maxsize=None)
+def value_pattern(key):
+    """The pattern of `key:` with a quoted text or a list behind it, as in these lines:
+
+        "cards": ["3", "8"], "formula": "3*8"
+        formula: '3*8'
+        I tried {'formula': '3*8'
+
+    A key without double quotes counts at the beginning of a line, behind a brace or a comma.
+    Elsewhere it is prose.
+    """
+    return re.compile(rf"""
+        (?: "{re.escape(key)}"
+          | (?: (?<= [{{,\n] ) | ^ )                        # behind a brace, a comma, a line break
+            (?P<blanks> [^\S\n]* )
+            (?P<key_quote> ['"]? ) {re.escape(key)} (?P=key_quote)
+        )
+        \s* : \s*
+        (?: (?P<quote> ["'] )                               # a quoted text
+            (?P<text> (?: \\. | (?! (?P=quote) ) [^\\] )* )
+            (?P=quote)
+          | \[+ (?P<items> [^\[\]]* ) \]                    # or a list, perhaps within a list
+        )""", re.VERBOSE | re.DOTALL)
+
+
+def last_value(text, key):
+    """(The last quoted text or list behind `key:`, where that key stands), or (None, -1)."""
+    value = None
+    at = -1
+    if key not in text:
+        return value, at
+    for match in value_pattern(key).finditer(text):
+        if match["quote"]:
+            value = unescape(match["text"])
+        else:
+            value = LIST_ITEM.findall(match["items"])
+        at = match.start() + len(match["blanks"] or "")
+    return value, at
+
+
+# ---- A reply -------------------------------------------------------------------------------------
+
+def read_reply(reply, keys):
+    """Read a reply as a person would: a `Reading` of `keys`, of which the first is the answer's.
+
+    Usually the last complete object with an answer counts (`last_object`). If a quoted answer
+    stands behind that object, a later object is broken or cut. Then each key has the last quoted
+    text or list behind it (`last_value`); so have the other keys of a reply without an answer.
+    """
+    # differs 21: theirs reads the first object, and only in few forms
+    answer_key, *other_keys = keys
+    found, start = last_object(reply, answer_key)
+
+    # The usual reply names the answer's key once, and there the answer stands.
+    if found is not None and reply.count(answer_key) == 1:
+        at = reply.index(answer_key)
+        if reply[at - 1:at] in ("'", '"'):
+            at -= 1
+        return Reading(found, at, True)
+
+    # Is there an answer behind the last complete object?
+    at = len(reply)
+    end = 0
+    if found is not None:
+        at, end = find_key(reply, start, answer_key)
+    is_later = False
+    if reply.find(answer_key, end) >= 0:
+        later_answer, later_at = last_value(reply, answer_key)
+        is_later = isinstance(later_answer, str) and later_at >= end
+    if found is not None and not is_later:
+        return Reading(found, at, True)
+
+    # Without a complete object that counts, the other keys are looked for one by one.
+    values = {key: last_value(reply, key)[0] for key in other_keys}
+    if not is_later:
+        return Reading(values, at, False)
+    return Reading({answer_key: later_answer, **values}, later_at, True)
+
+
+# ---- Comparing with the truth --------------------------------------------------------------------
+
+def is_plain_list(stated):
+    """Whether what a reply states is a list of texts and numbers only."""
+    return isinstance(stated, list) and all(isinstance(item, (str, int, float)) for item in stated)
+
+
+def same_multiset(stated, truth):
+    """Whether a list from a reply holds the same words or numbers as `truth`, in any order."""
+    return is_plain_list(stated) and sorted(map(str, stated)) == sorted(map(str, truth))
+
+
+def count_in_place(stated, truth):
+    """How many items of a list from a reply are those of `truth`, each in its place."""
+    if not is_plain_list(stated):
+        return 0
+    return len([said for said, true in zip(stated, truth) if str(said) == true])
+
+
+# "no intersection", "I don't see an intersection", "intersection ahead: none"; but not "no landmark
+# at this intersection", whose "no" speaks of something else.
+DENIED_INTERSECTION = re.compile(r"""
+    (?: \b (?: not? | never | without | cannot ) | n't )
+    (?: [ ] (?! landmark | but | this ) [\w']+ ){0,5} [ ] intersections?
+    | intersections? (?: [ ]ahead | [ ]here )? : [ ] no (?: ne )? \b""", re.VERBOSE)
+
+
+def plain_name(text):
+    """A text for comparison: blanks, capitals, accents' spelling and curly apostrophes aside."""
+    text = unicodedata.normalize("NFKC", text[:MAX_NAME]).replace("\u2019", "'")
+    return " ".join(text.split()).casefold()
+
+
+def plain_action(text):
+    """An action for comparison: as `plain_name`, and all blanks, quotes and full stops aside."""
+    return re.sub(r"[\s\"'.;]", "", plain_name(text))
+
+
+def names_intersection(observation, landmark):
+    """Whether an observation says that there is an intersection; both texts are `plain_name`s.
+
+    The word does not count within the landmark's name ("Intersection Bar") or where it is denied.
+    """
+    if landmark:
+        observation = observation.replace(landmark, "")
+    return "intersection" in DENIED_INTERSECTION.sub("", observation)
+
+
+# ---- Repeating to the model ----------------------------------------------------------------------
+
+def plain(stated):
+    """What a verdict repeats of a reply: short, on one line, and with harmless characters only.
+
+    A character that begins or ends a control token (<|end|>, </s>, [INST]) becomes a question mark.
+    So a model cannot write such a token into its next prompt.
+    """
+    return re.sub(r"[^A-Za-z0-9 _().,:;'+*/=-]", "?", " ".join(str(stated).split()))[:MAX_ECHO]
+
+
+def plain_list(stated):
+    """What a verdict repeats of a list (`is_plain_list`) in a reply, as JSON."""
+    shown = []
+    for item in stated[:MAX_ECHO]:
+        shown.append(plain(item) if isinstance(item, str) else item)
+    return json.dumps(shown)[:MAX_ECHO]
