@@ -215,8 +215,8 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     `feedback` "informative" names the fault and its values, "plain" only says that the try failed.
     The message is made of `phrases`.
     """
-    read = reading.read_reply(reply, ("formula", "cards", "number"))
-    stated = read.values if read.has_answer else {}
+    # `stated` is {"formula": ..., "cards": ..., "number": ...}, or {} if there is no formula.
+    stated, answer_at = reading.read_reply(reply, ("formula", "cards", "number"))
     cards_read = reading.same_multiset(stated.get("cards"), cards)
 
     # The status is decided here, from what stands before the first =.
@@ -237,7 +237,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     if feedback == "plain":
         message = phrases["correct" if status == "correct" else "plain"]
     else:
-        phrase = phrases[status if read.has_answer else "no_formula"]
+        phrase = phrases[status if stated else "no_formula"]
         if "{violations}" in phrase:
             found = violations.of_formula(formula, numbers, target, parse_formula)
             values = {**values, "violations": list_violations(found, phrases)}
@@ -248,7 +248,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
         elif misread:
             message = fill(phrases["no_cards"], verdict=message)
 
-    return Verdict(status, reward, message, read.answer_at, cards_read,
+    return Verdict(status, reward, message, answer_at, cards_read,
                    numbers_right=reading.same_multiset(stated.get("number"), numbers),
                    ranks_right=reading.count_in_place(stated.get("cards"), cards))
 
@@ -261,18 +261,17 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     `intersection` says whether the place is one. Capitals and blanks make no difference.
     `feedback` "informative" says what was wrong, but never what would be right.
     """
-    read = reading.read_reply(reply, ("action", "current observation"))
-    stated = read.values.get("action")
-    observation = read.values.get("current observation")
-    observed = ""           # without an answer the observation does not count
-    if read.has_answer and isinstance(observation, str):
-        observed = reading.plain_name(observation)
+    # `stated` is {"action": ..., "current observation": ...}, or {} if there is no action.
+    stated, answer_at = reading.read_reply(reply, ("action", "current observation"))
+    said = stated.get("action")
+    observed = stated.get("current observation")
+    observed = reading.plain_name(observed) if isinstance(observed, str) else ""
     name = reading.plain_name(landmark)
     sees_intersection = reading.names_intersection(observed, name)
 
     # The status is decided here; `remark` names the sentence about a wrong observation.
     remark = None
-    if isinstance(stated, str) and reading.plain_action(stated) == reading.plain_action(action):
+    if isinstance(said, str) and reading.plain_action(said) == reading.plain_action(action):
         status = "correct"
     elif name not in observed:          # differs 16: theirs looks for another word here
         status, remark = "wrong_observation", "missed_landmark"
@@ -289,13 +288,13 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     elif feedback == "plain":
         message = phrases["plain"]
     else:
-        phrase = phrases["wrong_action" if read.has_answer else "no_action"]
-        values = {"action": reading.plain(stated)}
+        phrase = phrases["wrong_action" if stated else "no_action"]
+        values = {"action": reading.plain(said)}
         if "{violations}" in phrase:
-            found = violations.of_step(observation, landmark)
+            found = violations.of_step(reply, stated, landmark)
             values["violations"] = list_violations(found, phrases)
         message = fill(phrase, **values)
         if remark:
             message = fill(phrases[remark], verdict=message)
 
-    return Verdict(status, NAVIGATION_REWARDS[status], message, read.answer_at)
+    return Verdict(status, NAVIGATION_REWARDS[status], message, answer_at)

@@ -5,7 +5,7 @@ Models also write single quotes, unquoted keys, trailing or missing commas, comm
 They forget a brace, or the limit on tokens cuts the object. `read_reply` reads all of these:
 
     read_reply("So: {'action': stop(),} Done.", ("action", "current observation"))
-    -> Reading(values={"action": "stop()"}, answer_at=5, has_answer=True)
+    -> Reading(values={"action": "stop()"}, answer_at=5)
 
 Any string may come in, and none raises an error or takes long. Below `read_reply` stands how what
 was read is compared with the truth, and how a verdict repeats it to the model.
@@ -35,13 +35,11 @@ COUNT_PER_WORK = 500    # characters in which quotes are counted in one unit of 
 class Reading(NamedTuple):
     """What `read_reply` found in a reply.
 
-    `values` maps each key that was found to what stands behind it. Of an object in the reply it
-    holds all keys. The answer's key is missing from it if there is no answer.
-    `answer_at` is where the answer's key stands in the reply, or the reply's length.
+    `values` maps keys to what stands behind them. It is {} if the reply holds no answer.
+    `answer_at` is where the answer's key stands in the reply, or the reply's length without one.
     """
     values: dict
     answer_at: int
-    has_answer: bool
 
 
 # ---- One object, as JSON or more tolerantly ------------------------------------------------------
@@ -256,8 +254,8 @@ def read_reply(reply, keys):
     """Read a reply as a person would: a `Reading` of `keys`, of which the first is the answer's.
 
     Usually the last complete object with an answer counts (`last_object`). If a quoted answer
-    stands behind that object, a later object is broken or cut. Then each key has the last quoted
-    text or list behind it (`last_value`); so have the other keys of a reply without an answer.
+    stands behind that object, or there is no such object, an object is broken or cut. Then each
+    key has the last quoted text or list behind it (`last_value`).
     """
     # differs 21: theirs reads the first object, and only in few forms
     answer_key, *other_keys = keys
@@ -268,25 +266,22 @@ def read_reply(reply, keys):
         at = reply.index(answer_key)
         if reply[at - 1:at] in ("'", '"'):
             at -= 1
-        return Reading(found, at, True)
+        return Reading(found, at)
 
-    # Is there an answer behind the last complete object?
-    at = len(reply)
+    # What was found so far, and where the search for a later answer begins.
+    complete = Reading({}, len(reply))
     end = 0
     if found is not None:
         at, end = find_key(reply, start, answer_key)
-    is_later = False
-    if reply.find(answer_key, end) >= 0:
-        later_answer, later_at = last_value(reply, answer_key)
-        is_later = isinstance(later_answer, str) and later_at >= end
-    if found is not None and not is_later:
-        return Reading(found, at, True)
+        complete = Reading(found, at)
 
-    # Without a complete object that counts, the other keys are looked for one by one.
-    values = {key: last_value(reply, key)[0] for key in other_keys}
-    if not is_later:
-        return Reading(values, at, False)
-    return Reading({answer_key: later_answer, **values}, later_at, True)
+    # Does a quoted answer stand behind it?
+    if reply.find(answer_key, end) >= 0:
+        answer, at = last_value(reply, answer_key)
+        if isinstance(answer, str) and at >= end:
+            beside = {key: last_value(reply, key)[0] for key in other_keys}
+            return Reading({answer_key: answer, **beside}, at)
+    return complete
 
 
 # ---- Comparing with the truth --------------------------------------------------------------------

@@ -9,6 +9,8 @@ from collections import Counter
 from functools import lru_cache
 from itertools import permutations, product
 
+from support import reading
+
 MAX_FORMULA = 100   # characters of a formula that are looked at
 
 TEXTS = {
@@ -155,11 +157,15 @@ def of_formula(formula, numbers, target, evaluate):
 
 # ---- V-IRL ---------------------------------------------------------------------------------------
 
-def of_step(observed, landmark):
+def of_step(reply, stated, landmark):
     """The violation of a V-IRL reply whose action is wrong.
 
-    What it observed and the landmark in sight may both hold the word intersection, or one alone.
+    It is about the word intersection, which the observation or the landmark in sight may hold.
+    `stated` is what verify.py read in the reply. If it is empty, because the reply has no action,
+    the last observation in the reply is looked at.
     """
+    key = "current observation"
+    observed = stated.get(key) if stated else reading.last_value(reply, key)[0]
     is_named = isinstance(observed, str) and "intersection" in observed
     is_there = "intersection" in landmark
     if is_named and not is_there:
