@@ -72,10 +72,10 @@ FEEDBACK = {
 class Verdict:
     """What the verifier found in one reply.
 
-    `answer_at` is where the answer's key stands in the reply, or the reply's length without one:
-    rl.py weighs what comes before it otherwise. `cards_read` and `numbers_right` say whether the
-    lists "cards" and "number" are the deal's, in any order. `ranks_right` counts the "cards" that
-    are right in their place. Of these three only `cards_read` is paid for, and only with pictures.
+    `answer_at` is where the answer's key stands in the reply, or the reply's length without one.
+    rl.py gives the text before it another weight. `cards_read` and `numbers_right` say whether
+    "cards" and "number" list the deal, in any order. `ranks_right` counts the "cards" that are
+    right in their place. Of these three only `cards_read` is paid for, and only with pictures.
     """
     status: str
     reward: float
@@ -121,7 +121,7 @@ def parse_formula(text):
     """Read a formula: its value as an unreduced (numerator, denominator), and its numbers in order.
 
     Raises ValueError with a short reason if it is not a legal formula or divides by zero. Each
-    rule of this grammar is one function, which calls the others (recursive descent):
+    rule of this grammar is a function that returns its value as n, d (recursive descent):
 
         additive       = multiplicative, then any number of: + or -, multiplicative
         multiplicative = factor, then any number of: * or /, factor
@@ -209,7 +209,7 @@ def check_formula(text, numbers, target):
 
 def judge_general_points(reply, cards, numbers, target=24, vision=False, feedback="informative",
                          phrases=FEEDBACK):
-    """Judge one GeneralPoints reply (paper A.3; the first table above). Any string may come in.
+    """Judge one GeneralPoints reply (paper A.3; the first table above). No string raises an error.
 
     `cards` are ranks as text ("A", "10", "K"), `numbers` their values under the rule in force.
     `feedback` "informative" names the fault and its values, "plain" only says that the try failed.
@@ -255,7 +255,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
 
 def judge_navigation(reply, action, landmark, intersection, feedback="informative",
                      phrases=FEEDBACK):
-    """Judge one V-IRL reply (paper B.3; the second table above). Any string may come in.
+    """Judge one V-IRL reply (paper B.3; the second table above). No string raises an error.
 
     `action` is the expert's. `landmark` is the name of the place in sight, "" if there is none.
     `intersection` says whether the place is one. Capitals and blanks make no difference.
@@ -264,8 +264,8 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     # `stated` is {"action": ..., "current observation": ...}, or {} if there is no action.
     stated, answer_at = reading.read_reply(reply, ("action", "current observation"))
     said = stated.get("action")
-    observed = stated.get("current observation")
-    observed = reading.plain_name(observed) if isinstance(observed, str) else ""
+    observation = stated.get("current observation")
+    observed = reading.plain_name(observation) if isinstance(observation, str) else ""
     name = reading.plain_name(landmark)
     sees_intersection = reading.names_intersection(observed, name)
 

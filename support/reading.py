@@ -23,8 +23,8 @@ MAX_ECHO = 100      # characters of what a reply states, when a verdict repeats 
 # Every { of a reply may begin the object, and reading from there may go on to the reply's end.
 # A reply of ten thousand braces would so be read ten thousand times, which takes seconds.
 # Therefore each try is charged about the microseconds that it takes on an ordinary processor.
-# When MAX_WORK is spent, no earlier { is tried. The bound counts, and looks at no clock: a reply
-# gets the same verdict on every machine.
+# When MAX_WORK is spent, no earlier { is tried, and what was found until then counts. The work is
+# counted, not timed, so a reply gets the same verdict on every machine.
 MAX_WORK = 3000         # for all tries on one reply
 WORK_PER_TRY = 8        # to call the JSON reader once
 WORK_PER_SCALAR = 2     # to read one word or number of an object that is not JSON
@@ -150,12 +150,12 @@ def is_quoted(text, position):
 
 
 def last_object(reply, key):
-    """The last complete object of a reply that has `key`: (a dict, where it begins), or (None, _).
+    """The last complete object of a reply that has `key`: (the dict, or None; where it begins).
 
     From the last { backwards, each object is read as JSON. Until one is found, each is also read
     as models write it. The search goes on after a find, because the find may lie within a value:
 
-        {"thought": "not {formula: 3*8}", "formula": "8/(3-8/3)"}
+        So: {"steps": {"formula": "3*8"}, "formula": "8/(3-8/3)"}
 
     A JSON object that begins earlier and reaches over the find therefore replaces it.
     """
@@ -164,6 +164,8 @@ def last_object(reply, key):
         found, end = read_json(reply, 0)
         if found is not None and key in found and not reply[end:].strip():
             return found, 0
+
+    # Else each { that may hold the key is tried, the last one first.
     last = None
     last_start = len(reply)
     work = 0
@@ -176,7 +178,7 @@ def last_object(reply, key):
             work += WORK_PER_SCALAR * num_read
             if found is not None and key in found:
                 work += position // COUNT_PER_WORK
-                if is_quoted(reply, position):
+                if is_quoted(reply, position):                  # braces in a text are no object
                     found = None
         if found is not None and key in found and (last is None or end > last_start):
             last = found
@@ -253,9 +255,9 @@ def last_value(text, key):
 def read_reply(reply, keys):
     """Read a reply as a person would: a `Reading` of `keys`, of which the first is the answer's.
 
-    Usually the last complete object with an answer counts (`last_object`). If a quoted answer
-    stands behind that object, or there is no such object, an object is broken or cut. Then each
-    key has the last quoted text or list behind it (`last_value`).
+    Usually the last complete object with an answer counts (`last_object`). A quoted answer may
+    stand behind that object, or without any, in an object that is broken or cut. Then each key
+    has the last quoted text or list behind it (`last_value`).
     """
     # differs 21: theirs reads the first object, and only in few forms
     answer_key, *other_keys = keys
