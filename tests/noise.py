@@ -2,11 +2,14 @@
 
     python tests/noise.py --replies 1000000 > results/noise.md
 
-Half of the replies are a player's that answers right or wrong, written in one of the forms that models use, and then damaged:
-characters are lost, doubled, swapped, changed or put in, the end is cut off. The other half is harmed only beside the answer.
-Counted are exceptions; replies called correct of which the oracle finds no right answer behind the answer's key; and harmless
-damage of right replies that cost the verdict. The oracle for formulas is Python's parser over fractions; for actions it compares
-letters. Not collected by pytest.
+A player answers right or wrong, in one of the forms that models use. Half of the replies are then
+damaged: characters are lost, doubled, swapped, changed or put in, or the end is cut off. The other
+half has noise beside the answer only, which is harmless.
+
+Three faults are counted: exceptions, replies that are wrongly called correct, and right replies
+with harmless noise that are not called correct. A reply is wrongly called correct if the oracle
+finds no right answer behind the answer's key. For formulas the oracle is Python's parser over
+fractions, for actions it compares letters. pytest does not collect this file.
 """
 import argparse
 import ast
@@ -20,25 +23,29 @@ import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.solver import solutions
 from verify import judge_general_points, judge_navigation
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv}
 LIKE_PYTHON = str.maketrans("×·÷−", "**/-")
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 ALPHABET = '{}[]:,"\'\\ \n+-*/()=0123456789ABCJQKabefnorx×÷−·.;<|>_\u2028é'
-WORDS = ["", "Let me think. ", "I try 3*8 first { no }. ", "It's easy: ", "```json\n", "<think>formula?</think>", "So the \"formula\" is: "]
+WORDS = ["", "Let me think. ", "I try 3*8 first { no }. ", "It's easy: ", "```json\n",
+         "<think>formula?</think>", "So the \"formula\" is: "]
 ENDS = ["", "\n```", " Done.", " }", "\n\nThat's my formula.", " {\"confidence\": 1}", "<|end|>"]
 PLACES = ("Marn Cafe", "Café d'Or", "The Briry Hotel", "Intersection Bar")
-ACTIONS = ("forward()", "stop()", *(f"turn_direction({word})" for word in ("north", "southwest", "left", "slightly right")))
+ACTIONS = ("forward()", "stop()", "turn_direction(north)", "turn_direction(southwest)",
+           "turn_direction(left)", "turn_direction(slightly right)")
 
 
-# ---- The oracle ----------------------------------------------------------------------------------------------
+# ---- The oracle ----------------------------------------------------------------------------------
 
 def value_and_numbers(text):
-    """Of a formula by Python's parser: (its value, the sorted numbers in it); None if it is no such formula."""
+    """(The value of a formula by Python's parser, its numbers sorted), or None if it is none."""
     text = re.sub(r"(?<![0-9])0+(?=[0-9])", "", " ".join(text.translate(LIKE_PYTHON).split()))
 
     def walk(node):
@@ -56,9 +63,14 @@ def value_and_numbers(text):
 
 
 def right_formulas(reply, numbers, target):
-    """For every "formula" in the reply that something like a formula follows: whether it is a right one."""
-    reply = re.sub(r"\\u(00b7|00d7|00f7|2212)", lambda found: chr(int(found[1], 16)), reply).replace("\\/", "/")   # as in JSON
-    runs = re.findall(r"formula[\"'\\ \s]*:?[\s\[]*[\"']?([0-9+\-*/()×·÷−\s]*[0-9][0-9+\-*/()×·÷−\s]*)", reply)
+    """For every "formula" in the reply with something like a formula behind it: is it right?"""
+    def character(found):
+        return chr(int(found[1], 16))
+
+    # Signs that are escaped as in JSON are read first.
+    reply = re.sub(r"\\u(00b7|00d7|00f7|2212)", character, reply).replace("\\/", "/")
+    signs = r"[0-9+\-*/()×·÷−\s]*"
+    runs = re.findall(rf"formula[\"'\\ \s]*:?[\s\[]*[\"']?({signs}[0-9]{signs})", reply)
     return [value_and_numbers(run) == (target, sorted(numbers)) for run in runs]
 
 
@@ -66,41 +78,59 @@ def right_actions(reply, action):
     """For every "action" in the reply: whether the right one follows, letter by letter."""
     def bare(text):
         return re.sub(r"[\s\"'’.;]", "", text).casefold()
-    return [bare(rest).lstrip(":").startswith(bare(action)) for rest in re.split("action", reply)[1:]]
+
+    behind_each = re.split("action", reply)[1:]
+    return [bare(text).lstrip(":").startswith(bare(action)) for text in behind_each]
 
 
-# ---- Replies -------------------------------------------------------------------------------------------------
+# ---- Replies -------------------------------------------------------------------------------------
 
 def write(rng, fields):
     """An object in one of the forms that models write; a person reads the same from each."""
     form = rng.randrange(8)
-    text = json.dumps(fields, indent=rng.choice((None, None, 2)), ensure_ascii=rng.random() < 0.5)
+    indent = rng.choice((None, None, 2))
+    text = json.dumps(fields, indent=indent, ensure_ascii=rng.random() < 0.5)
     quoted = [(key, json.dumps(value, ensure_ascii=False)) for key, value in fields.items()]
-    if form == 1:
+    lines = [f'"{key}": {value}' for key, value in quoted]
+    if form == 1:       # no quotes around the keys
         text = "{" + ", ".join(f"{key}: {value}" for key, value in quoted) + "}"
-    elif form == 2:
-        text = "{" + ", ".join(f'"{key}": {value}' for key, value in quoted) + ",}"
-    elif form == 3:
-        text = "{\n" + "\n".join(f'"{key}": {value}' for key, value in quoted) + "\n}"             # no commas
-    elif form == 4:
-        text = text[:-1]                                                                          # no last brace
-    elif form == 5:
-        text = ", ".join(f'"{key}": {value}' for key, value in quoted)                            # no braces
-    elif form == 6:
-        text = "{ // my answer\n" + ",\n".join(f'"{key}": {value} ' for key, value in quoted) + "}"
-    elif form == 7 and "'" not in "".join(value for _, value in quoted):
-        text = "{" + ", ".join(f"'{key}': " + value.replace('"', "'") for key, value in quoted) + "}"
+    elif form == 2:     # a comma behind the last value
+        text = "{" + ", ".join(lines) + ",}"
+    elif form == 3:     # no commas
+        text = "{\n" + "\n".join(lines) + "\n}"
+    elif form == 4:     # no last brace
+        text = text[:-1]
+    elif form == 5:     # no braces
+        text = ", ".join(lines)
+    elif form == 6:     # a comment
+        text = "{ // my answer\n" + ",\n".join(f"{line} " for line in lines) + "}"
+    elif form == 7 and not any("'" in value for _, value in quoted):    # single quotes
+        single = [f"'{key}': " + value.replace('"', "'") for key, value in quoted]
+        text = "{" + ", ".join(single) + "}"
     return text
 
 
 def damage(rng, text):
+    """The text with one to eight faults, and sometimes without its end."""
     for _ in range(rng.randint(1, 8)):
-        at, fault = rng.randrange(len(text) + 1), rng.randrange(6)
-        text = (text[:at] + text[at + 1:] if fault == 0 else text[:at] + text[at:at + 1] * 2 + text[at + 1:] if fault == 1
-                else text[:at] + text[at + 1:at + 2] + text[at:at + 1] + text[at + 2:] if fault == 2
-                else text[:at] + rng.choice(ALPHABET) + text[at + (fault == 3):] if fault < 5
-                else text[:at] + text[at + rng.randint(1, 20):])
-    return text[:rng.randrange(len(text) + 1)] if text and rng.random() < 0.15 else text
+        at = rng.randrange(len(text) + 1)
+        fault = rng.randrange(6)
+        before, here, behind = text[:at], text[at:at + 1], text[at + 1:]
+        if fault == 0:          # a character is lost
+            text = before + behind
+        elif fault == 1:        # doubled
+            text = before + here + here + behind
+        elif fault == 2:        # swapped with the next
+            text = before + behind[:1] + here + behind[1:]
+        elif fault == 3:        # changed
+            text = before + rng.choice(ALPHABET) + behind
+        elif fault == 4:        # put in
+            text = before + rng.choice(ALPHABET) + here + behind
+        else:                   # up to twenty are lost
+            text = before + text[at + rng.randint(1, 20):]
+    if text and rng.random() < 0.15:
+        text = text[:rng.randrange(len(text) + 1)]
+    return text
 
 
 def formula_of(rng, numbers, found):
@@ -110,7 +140,8 @@ def formula_of(rng, numbers, found):
     else:
         a, b, c, d = rng.sample(numbers, 4)
         o, p, q = rng.choices("+-*/", k=3)
-        text = rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}({c}{q}{d})", f"({a}{o}{b}{p}{c}){q}{d}", f"{a}{o}{b}"))
+        text = rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}({c}{q}{d})",
+                           f"({a}{o}{b}{p}{c}){q}{d}", f"{a}{o}{b}"))
     if rng.random() < 0.2:
         text = text.translate(str.maketrans("*/-", rng.choice(("×÷−", "·÷-"))))
     if rng.random() < 0.2:
@@ -118,74 +149,112 @@ def formula_of(rng, numbers, found):
     return text + rng.choice(("", "=24", " = 24"))
 
 
+class Trial(NamedTuple):
+    """One reply and what became of it."""
+    reply: str
+    correct: bool               # what the judge says
+    rights: list[bool]          # for each answer in the reply: whether the oracle finds it right
+    expected: bool              # whether the judge must call it correct
+
+
 def general_points(rng):
-    """(what the judge says of a reply, whether it is right by the oracle, whether it must be called right, the reply)."""
     cards = [rng.choice(RANKS) for _ in range(4)]
     numbers = [min(RANKS.index(card) + 1, 10) for card in cards]
-    found = solutions(numbers, 24)
-    fields = {"cards": cards, "number": numbers, "formula": formula_of(rng, numbers, found)}
+    formula = formula_of(rng, numbers, solutions(numbers, 24))
+    fields = {"cards": cards, "number": numbers, "formula": formula}
     if rng.random() < 0.3:
-        fields = {rng.choice(("thought", "note")): rng.choice(('an "ace" and more', "it's {odd}", "3*8", "formula")), **fields}
+        key = rng.choice(("thought", "note"))
+        fields = {key: rng.choice(('an "ace" and more', "it's {odd}", "3*8", "formula")), **fields}
     reply = rng.choice(WORDS) + write(rng, fields) + rng.choice(ENDS)
     harmless = rng.random() < 0.5
-    expected = harmless and value_and_numbers(fields["formula"].split("=")[0]) == (24, sorted(numbers))
-    reply = reply if harmless else damage(rng, reply)
+    is_right = value_and_numbers(formula.split("=")[0]) == (24, sorted(numbers))
+    if not harmless:
+        reply = damage(rng, reply)
     verdict = judge_general_points(reply, cards, numbers, vision=rng.random() < 0.5)
-    return verdict.status == "correct", right_formulas(reply, numbers, 24), expected, reply
+    rights = right_formulas(reply, numbers, 24)
+    return Trial(reply, verdict.status == "correct", rights, harmless and is_right)
 
 
 def navigation(rng):
-    action, name = rng.choice(ACTIONS), rng.choice(("", *PLACES))
+    action = rng.choice(ACTIONS)
+    name = rng.choice(("", *PLACES))
     stated = action if rng.random() < 0.6 else rng.choice(ACTIONS)
-    said = rng.choice((stated, stated.upper(), stated.replace("(", " ( "), stated + ".", stated.replace("_", "_").title()))
-    fields = {"current observation": rng.choice((f"{name} is on your left", "No landmark", 'I see "nothing"', "an intersection")),
-              "current instruction": "Turn left to face north.", "action": said}
+    spelt = rng.choice((stated, stated.upper(), stated.replace("(", " ( "), stated + ".",
+                        stated.title()))
+    observation = rng.choice((f"{name} is on your left", "No landmark", 'I see "nothing"',
+                              "an intersection"))
+    fields = {"current observation": observation,
+              "current instruction": "Turn left to face north.", "action": spelt}
     reply = rng.choice(WORDS) + write(rng, fields) + rng.choice(ENDS)
     harmless = rng.random() < 0.5
-    reply = reply if harmless else damage(rng, reply)
+    if not harmless:
+        reply = damage(rng, reply)
     verdict = judge_navigation(reply, action, name, rng.random() < 0.5)
-    return verdict.status == "correct", right_actions(reply, action), harmless and stated == action, reply
+    rights = right_actions(reply, action)
+    return Trial(reply, verdict.status == "correct", rights, harmless and stated == action)
 
 
-# ---- The count -----------------------------------------------------------------------------------------------
+# ---- The count -----------------------------------------------------------------------------------
+
+def faults_of(trial):
+    """The names of what is wrong with the judge's verdict, or of what is worth a look."""
+    if trial.expected and not trial.correct:
+        yield "lost"
+    if trial.correct and not any(trial.rights):
+        yield "wrongly correct"
+    elif trial.correct and not trial.rights[-1]:
+        yield "not the last"
+
 
 def count(play, replies, seed):
-    rng, found, examples = random.Random(seed), Counter(), {}
+    """(How often each thing happened, {fault: the first reply that shows it})."""
+    rng = random.Random(seed)
+    found = Counter()
+    examples = {}
     for _ in range(replies):
         try:
-            correct, rights, expected, reply = play(rng)
-        except Exception as error:                                  # what must not happen
+            trial = play(rng)
+        except Exception as error:                  # what must not happen
             found["exceptions"] += 1
             examples.setdefault("exceptions", repr(error))
             continue
-        found["correct"] += correct
-        found["harmless"] += expected
-        for fault, is_fault in (("wrongly correct", correct and not any(rights)), ("lost", expected and not correct),
-                                ("not the last", correct and any(rights) and not rights[-1])):
-            found[fault] += is_fault
-            if is_fault:
-                examples.setdefault(fault, reply)
+        if trial.correct:
+            found["correct"] += 1
+        if trial.expected:
+            found["harmless"] += 1
+        for fault in faults_of(trial):
+            found[fault] += 1
+            examples.setdefault(fault, trial.reply)
     return found, examples
 
 
+COLUMNS = ("judge", "replies", "called correct", "exceptions",
+           "called correct, the oracle finds no right answer",
+           "right answers with harmless damage", "of them not called correct",
+           "called correct by an answer that is not the last", "seconds")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replies", type=int, default=1_000_000, help="to each judge")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(f"# Noisy replies\n\n`python tests/noise.py --replies {args.replies} --seed {args.seed}`, {platform.machine()}, Python "
-          f"{platform.python_version()}\n")
-    print("| judge | replies | called correct | exceptions | called correct, the oracle finds no right answer | right answers "
-          "with harmless damage | of them not called correct | called correct by an answer that is not the last | seconds |")
-    print("|---" * 9 + "|")
+    command = f"python tests/noise.py --replies {args.replies} --seed {args.seed}"
+    print(f"# Noisy replies\n\n`{command}`, {platform.machine()}, "
+          f"Python {platform.python_version()}\n")
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|---" * len(COLUMNS) + "|")
     shown = {}
     for name, play in (("GeneralPoints", general_points), ("V-IRL", navigation)):
         started = time.perf_counter()
         found, examples = count(play, args.replies, args.seed)
-        cells = [found[key] for key in ("correct", "exceptions", "wrongly correct", "harmless", "lost", "not the last")]
-        print(f"| {name} | {args.replies:,} | " + " | ".join(f"{cell:,}" for cell in cells)
-              + f" | {time.perf_counter() - started:.0f} |", flush=True)
-        shown |= {f"{name}, {fault}": reply for fault, reply in examples.items()}
+        counts = [args.replies, found["correct"], found["exceptions"], found["wrongly correct"],
+                  found["harmless"], found["lost"], found["not the last"]]
+        cells = " | ".join(f"{number:,}" for number in counts)
+        print(f"| {name} | {cells} | {time.perf_counter() - started:.0f} |", flush=True)
+        for fault, reply in examples.items():
+            shown[f"{name}, {fault}"] = reply
     for fault, reply in shown.items():
         print(f"\n{fault}, the first: `{reply!r}`")
 
