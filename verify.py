@@ -140,7 +140,7 @@ def parse_formula(text):
     at = 0                  # the next token's index
     numbers = []
 
-    # differs 1: exact; theirs evaluates floats
+    # differs 1: exact fractions n / d; theirs evaluates floats
     def factor():
         nonlocal at
         token = tokens[at]

@@ -197,6 +197,7 @@ def test_a_verdict_cannot_be_changed_afterwards():
 
 
 def test_formula_value_is_an_exact_fraction():
+    assert parse_formula(RIGHT) == ((24, 1), (8, 3, 8, 3))
     assert formula_value("1/3+1/3+1/3") == 1
     assert formula_value("8/3") == Fraction(8, 3) and isinstance(formula_value("8/3"), Fraction)
     assert formula_value("3-8/3-1") == Fraction(-2, 3)
