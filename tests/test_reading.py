@@ -54,8 +54,9 @@ def test_after_its_work_is_spent_the_search_ends_with_what_it_has():
 
 
 @pytest.mark.parametrize("observation, sees", [
-    ("I see an intersection", True), ("no intersection", False), ("intersection ahead: none", False),
-    ("I don't see any intersection here", False), ("no landmark at this intersection", True),
+    ("I see an intersection", True), ("no intersection", False),
+    ("intersection ahead: none", False), ("I don't see any intersection here", False),
+    ("no landmark at this intersection", True),
     ("intersection bar on the left", False), ("intersection bar at an intersection", True)])
 def test_an_intersection_is_named_unless_it_is_denied_or_part_of_a_name(observation, sees):
     assert reading.names_intersection(observation, "intersection bar") is sees
