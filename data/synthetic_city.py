@@ -46,7 +46,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-CITY_VERSION = 1                # in every random stream: raise it when a change moves a street or a name
+# in every random stream: raise it when a change moves a street or a name
+CITY_VERSION = 1
 GRID, MINI_GRID = 13, 7         # nodes per side of city 0 and of the cities of the mini set
 PAVEMENT = 3.0                  # metres from the kerb to the houses
 BOARD_WIDTH, BOARD_HEIGHT, BOARD_TOP = 4.0, 2.2, 6.2            # metres
@@ -55,19 +56,22 @@ INTERPOLATION = 5               # the environment tries points at 1/5 .. 4/5 of 
 RELOCATION = 20.0               # ... and moves them to the nearest panorama within so many metres
 QUALITY = 75                    # of the JPEG pictures
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
-SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left", "left front")
+SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left",
+         "left front")
 
 # Where the cities lie: near the paper's, so that latitudes and signs vary as they do there. The streets are invented.
-ANCHORS = ((40.74, -73.99), (40.84, -73.88), (45.47, 9.19), (28.62, 77.21), (-34.61, -58.39), (51.51, -0.12),
-           (22.30, 114.17), (-37.81, 144.96), (6.51, 3.37), (37.77, -122.43))
+ANCHORS = ((40.74, -73.99), (40.84, -73.88), (45.47, 9.19), (28.62, 77.21), (-34.61, -58.39),
+           (51.51, -0.12), (22.30, 114.17), (-37.81, 144.96), (6.51, 3.37), (37.77, -122.43))
 
 # The 20 place types of the mini set, how we name them, and the colour of their board.
 PLACES = {
-    "bank": ("{} Bank", "#1f4e8c"), "restaurant": ("{} Kitchen", "#a33b20"), "supermarket": ("{} Market", "#2f7d32"),
-    "bakery": ("{} Bakery", "#9a5b13"), "cafe": ("{} Cafe", "#6b4226"), "pharmacy": ("{} Pharmacy", "#00796b"),
-    "hospital": ("{} Hospital", "#b71c1c"), "spa": ("{} Spa", "#7b3f9d"), "school": ("Old {} School", "#4a5a1f"),
-    "convenience_store": ("{} Mini Mart", "#c2410c"), "library": ("{} Library", "#3f3f7f"),
-    "park": ("{} Park", "#1b5e20"), "lodging": ("The {} Hotel", "#7a1f4b"), "laundry": ("{} Laundry", "#0b6fa4"),
+    "bank": ("{} Bank", "#1f4e8c"), "restaurant": ("{} Kitchen", "#a33b20"),
+    "supermarket": ("{} Market", "#2f7d32"), "bakery": ("{} Bakery", "#9a5b13"),
+    "cafe": ("{} Cafe", "#6b4226"), "pharmacy": ("{} Pharmacy", "#00796b"),
+    "hospital": ("{} Hospital", "#b71c1c"), "spa": ("{} Spa", "#7b3f9d"),
+    "school": ("Old {} School", "#4a5a1f"), "convenience_store": ("{} Mini Mart", "#c2410c"),
+    "library": ("{} Library", "#3f3f7f"), "park": ("{} Park", "#1b5e20"),
+    "lodging": ("The {} Hotel", "#7a1f4b"), "laundry": ("{} Laundry", "#0b6fa4"),
     "movie_theater": ("{} Cinema", "#8e1538"), "book_store": ("{} & Co Books", "#37474f"),
     "clothing_store": ("{} Tailors", "#5d3a66"), "jewelry_store": ("{} Jewels", "#856404"),
     "gym": ("{} Gym", "#d32f2f"), "bar": ("The {} Tavern", "#263238"),
@@ -86,7 +90,8 @@ def stream(*tag):
 
 
 def between(rng, low, high):
-    return low + (high - low) * rng.random()      # .random() alone is promised to stay the same across Pythons
+    # .random() alone is promised to stay the same across Pythons
+    return low + (high - low) * rng.random()
 
 
 def pick(rng, items):
@@ -104,7 +109,8 @@ def direction(a, b):
 
 def ahead(point, heading, metres):
     """Where one stands after walking `metres` with this heading."""
-    return point[0] + metres * math.sin(math.radians(heading)), point[1] + metres * math.cos(math.radians(heading))
+    return point[0] + metres * math.sin(math.radians(heading)), point[1] + metres * math.cos(
+        math.radians(heading))
 
 
 def bearing(a, b):
@@ -117,7 +123,8 @@ def bearing(a, b):
 def haversine(a, b):
     """Metres between two (latitude, longitude), as the environment measures when it relocates a point."""
     lat_a, lat_b, east = math.radians(a[0]), math.radians(b[0]), math.radians(b[1] - a[1])
-    h = math.sin((lat_b - lat_a) / 2) ** 2 + math.cos(lat_a) * math.cos(lat_b) * math.sin(east / 2) ** 2
+    h = math.sin((lat_b - lat_a) / 2) ** 2 + math.cos(lat_a) * math.cos(lat_b) * math.sin(east
+                                                                                          / 2) ** 2
     return 2 * EARTH * math.asin(math.sqrt(h))
 
 
@@ -157,7 +164,8 @@ class City:
     def __init__(self, seed, number):
         self.seed, self.number = seed, number
         self.lat, self.lon = ANCHORS[number]
-        w2 = 1 - ECCENTRICITY2 * math.sin(math.radians(self.lat)) ** 2       # metres per degree at the anchor
+        # metres per degree at the anchor
+        w2 = 1 - ECCENTRICITY2 * math.sin(math.radians(self.lat)) ** 2
         self.per_lat = math.radians(EQUATOR * (1 - ECCENTRICITY2) / w2 ** 1.5)
         self.per_lon = math.radians(EQUATOR / math.sqrt(w2) * math.cos(math.radians(self.lat)))
         self.build_streets(stream("streets", seed, number), GRID if number == 0 else MINI_GRID)
@@ -172,7 +180,8 @@ class City:
             while len(line) < n:
                 line.append(line[-1] + between(rng, 72, 88))
         tilt = math.radians(between(rng, -8, 8))
-        self.panos = [(x * math.cos(tilt) + y * math.sin(tilt), y * math.cos(tilt) - x * math.sin(tilt))
+        self.panos = [(x * math.cos(tilt) + y * math.sin(tilt),
+                       y * math.cos(tilt) - x * math.sin(tilt))
                       for y in lines[1] for x in lines[0]]
         self.num_nodes = n * n
         avenues = [(row * n + i, (row + 1) * n + i) for row in range(n - 1) for i in range(n)]
@@ -184,10 +193,14 @@ class City:
                 row = i + shift if rising else n - 2 - i + shift
                 if 0 <= row < n - 1:
                     corner = row * n + i
-                    cells.setdefault((row, i), (corner, corner + n + 1) if rising else (corner + n, corner + 1))
+                    cells.setdefault((row, i),
+                                     (corner, corner + n + 1) if rising
+                                     else (corner + n, corner + 1))
         self.streets = [Street(ends, half, diagonal) for group, half, diagonal in
-                        ((avenues, 7.0, False), (crossing, 5.0, False), (cells.values(), 6.0, True)) for ends in group]
-        self.around = [[] for _ in range(self.num_nodes)]      # node -> (street, node at its other end)
+                        ((avenues, 7.0, False), (crossing, 5.0, False), (cells.values(), 6.0, True))
+                        for ends in group]
+        # node -> (street, node at its other end)
+        self.around = [[] for _ in range(self.num_nodes)]
         for street in self.streets:
             a, b = street.ends
             self.around[a].append((street, b))
@@ -206,7 +219,8 @@ class City:
                 self.panos.append(tuple(p + (q - p) * i / steps for p, q in zip(a, b)))
         self.geocodes = [self.geocode(point) for point in self.panos]
         self.ids = [make_id("pano", self.seed, self.number, i) for i in range(len(self.panos))]
-        self.squares = {}                         # 20 m squares: a radius of 20 m stays within the neighbours
+        # 20 m squares: a radius of 20 m stays within the neighbours
+        self.squares = {}
         for i, (x, y) in enumerate(self.panos):
             self.squares.setdefault((x // RELOCATION, y // RELOCATION), []).append(i)
 
@@ -217,16 +231,23 @@ class City:
         for node, around in enumerate(self.around):
             if not any(street.diagonal for street, _ in around) and rng.random() < 0.6:
                 ways = [direction(self.panos[node], self.panos[other]) for _, other in around]
-                ends = [way + 180 for way in ways if all(abs(turn_between(way + 180, other)) > 45 for other in ways)]
+                ends = [way + 180
+                        for way in ways
+                        if all(abs(turn_between(way + 180, other)) > 45 for other in ways)]
                 if ends and rng.random() < 0.5:   # where a street ends: straight ahead
                     heading = pick(rng, ends) + between(rng, -15, 15)
-                else:                             # 30 degrees beside a street: inside the view along it
-                    heading = pick(rng, ways) + between(rng, 27, 33) * (1 if rng.random() < 0.5 else -1)
+                # 30 degrees beside a street: inside the view along it
+                else:
+                    heading = pick(rng, ways) + between(rng, 27,
+                                                        33) * (1 if rng.random() < 0.5 else -1)
                 self.landmarks[node] = self.new_place(rng, names, node, heading, 13.5, 15.5)
         for street in self.streets:
             middle = street.panos[len(street.panos) // 2]
-            side = direction(*(self.panos[node] for node in street.ends)) + (90 if rng.random() < 0.5 else -90)
-            street.place = self.new_place(rng, names, middle, side + between(rng, -30, 30), 12.5, 15)
+            side = direction(*(self.panos[node] for node in street.ends)) + (90
+                                                                             if rng.random() < 0.5
+                                                                             else -90)
+            street.place = self.new_place(rng, names, middle, side + between(rng, -30, 30), 12.5,
+                                          15)
 
     def new_place(self, rng, names, pano, heading, least, most):
         kind = pick(rng, list(PLACES))
@@ -242,14 +263,17 @@ class City:
             yield roots.pop(int(rng.random() * len(roots)))
 
     def geocode(self, point):
-        return round(self.lat + point[1] / self.per_lat, 7), round(self.lon + point[0] / self.per_lon, 7)
+        return round(self.lat + point[1] / self.per_lat,
+                     7), round(self.lon + point[0] / self.per_lon, 7)
 
     def relocate(self, geocode):
         """The nearest panorama within 20 m, or None; of two equally near ones the first."""
         x = (geocode[1] - self.lon) * self.per_lon // RELOCATION
         y = (geocode[0] - self.lat) * self.per_lat // RELOCATION
-        near = [i for dx in (-1, 0, 1) for dy in (-1, 0, 1) for i in self.squares.get((x + dx, y + dy), ())]
-        metres, pano = min(((haversine(geocode, self.geocodes[i]), i) for i in near), default=(RELOCATION, None))
+        near = [i for dx in (-1, 0, 1) for dy in (-1, 0, 1)
+                for i in self.squares.get((x + dx, y + dy), ())]
+        metres, pano = min(((haversine(geocode, self.geocodes[i]), i) for i in near),
+                           default=(RELOCATION, None))
         return pano if metres < RELOCATION else None
 
     def leg(self, a, b):
@@ -260,8 +284,11 @@ class City:
         """
         if (a, b) not in self.legs:
             shares = [s / INTERPOLATION for s in range(1, INTERPOLATION)]
-            points = [tuple(p * (1 - s) + q * s for p, q in zip(self.geocodes[a], self.geocodes[b])) for s in shares]
-            self.legs[a, b] = [a, *(pano for pano in map(self.relocate, points) if pano is not None), b]
+            points = [tuple(p * (1 - s) + q * s for p, q in zip(self.geocodes[a], self.geocodes[b]))
+                      for s in shares]
+            self.legs[a, b] = [a,
+                               *(pano for pano in map(self.relocate, points) if pano is not None),
+                               b]
         return self.legs[a, b]
 
 
@@ -279,12 +306,14 @@ def draw_route(city, rng, turning_points, longest=math.inf):
     """From inside a street to its end, then a turn of 20 to 150 degrees at every node, no node twice."""
     while True:
         first = pick(rng, city.streets)
-        start, (back, node) = pick(rng, first.panos), first.ends if rng.random() < 0.5 else first.ends[::-1]
+        start, (back, node) = pick(rng,
+                                   first.panos), first.ends if rng.random() < 0.5 else first.ends[::-1]
         points, seen, num_nodes = [start, node], {back, node}, pick(rng, turning_points)
         while True:
             heading = direction(city.panos[points[-2]], city.panos[node])
             ways = [(street, other) for street, other in city.around[node] if other not in seen and
-                    20 <= abs(turn_between(heading, direction(city.panos[node], city.panos[other]))) <= 150]
+                    20 <= abs(turn_between(heading,
+                                           direction(city.panos[node], city.panos[other]))) <= 150]
             if not ways:
                 break
             street, other = pick(rng, ways)
@@ -294,7 +323,8 @@ def draw_route(city, rng, turning_points, longest=math.inf):
                 seen.add(node)
                 continue
             points.append(street.place.pano)
-            if sum(math.dist(city.panos[a], city.panos[b]) for a, b in zip(points, points[1:])) <= longest:
+            if sum(math.dist(city.panos[a], city.panos[b])
+                   for a, b in zip(points, points[1:])) <= longest:
                 return Route(tuple(points), first, street)
             break
 
@@ -314,12 +344,14 @@ def draw_routes(city, num, turning_points, longest=math.inf):
 def place_entry(city, place, street_point):
     """A place as the released file describes it; `street_point` is the panorama it is reached from."""
     rng = stream("reviews", place.key)
-    return {"name": place.name, "geocode": list(city.geocode(place.at)), "rating": round(between(rng, 3, 5), 1),
-            "place_id": place.key, "distance": round(math.dist(place.at, city.panos[street_point]), 2),
+    return {"name": place.name, "geocode": list(city.geocode(place.at)),
+            "rating": round(between(rng, 3, 5), 1), "place_id": place.key,
+            "distance": round(math.dist(place.at, city.panos[street_point]), 2),
             "n_reviews": int(10 ** between(rng, 1, 3.5)),
-            "heading": round(direction(city.panos[street_point], place.at), 1), "photo_reference": "",
-            "place_types": [place.kind], "plus_code": {}, "vicinity": f"city {city.number}",
-            "region": f"city {city.number}", "relocated_geocode": list(city.geocodes[street_point])}
+            "heading": round(direction(city.panos[street_point], place.at), 1),
+            "photo_reference": "", "place_types": [place.kind], "plus_code": {},
+            "vicinity": f"city {city.number}", "region": f"city {city.number}",
+            "relocated_geocode": list(city.geocodes[street_point])}
 
 
 def side_of(city, place, pano, heading):
@@ -343,59 +375,82 @@ def route_entry(city, route):
         else:
             side = side_of(city, place, b, arriving)
             seen = f"{place.name} is on your {side}"
-            landmarks.append({**place_entry(city, place, b), "spatial_relation": side, "expression": seen})
+            landmarks.append({**place_entry(city, place, b), "spatial_relation": side,
+                              "expression": seen})
         block = {"intersection_idx": i, "landmarks": seen, "distance": f"{distances[-1]} meters",
-                 "human_heading": heading, "to_next_intersection_heading": f"{arriving} ({words[-1]})"}
-        milestones += "\n{\n" + "".join(f'"{key}": "{value}",\n' for key, value in block.items()) + "}\n"
+                 "human_heading": heading,
+                 "to_next_intersection_heading": f"{arriving} ({words[-1]})"}
+        milestones += "\n{\n" + "".join(f'"{key}": "{value}",\n'
+                                        for key, value in block.items()) + "}\n"
         heading = arriving
     seconds = [round(metres / 1.4) for metres in distances]      # at walking pace
     return {"dest_place": place_entry(city, route.last.place, route.points[-1]),
             "start_place": place_entry(city, route.first.place, route.points[0]),
-            "route_results": {"geocode_list": [list(city.geocodes[pano]) for pano in route.points[1:]], "polyline": [],
+            "route_results": {"geocode_list": [list(city.geocodes[pano])
+                                               for pano in route.points[1:]], "polyline": [],
                               "instructions": [f"Head {word} for {metres} meters"
                                                for word, metres in zip(words, distances)],
-                              "distance_list": distances, "time_list": seconds, "time": sum(seconds),
-                              "distance": sum(distances), "n_landmarks": sum(mark is not None for mark in landmarks),
+                              "distance_list": distances, "time_list": seconds,
+                              "time": sum(seconds), "distance": sum(distances),
+                              "n_landmarks": sum(mark is not None for mark in landmarks),
                               "landmark_list": landmarks},
-            "init_heading": 0, "instruction": f"Walk to {route.last.place.name}.", "milestone_info": milestones}
+            "init_heading": 0, "instruction": f"Walk to {route.last.place.name}.",
+            "milestone_info": milestones}
 
 
 def visited(city, routes):
     """The panoramas that walks along these routes can visit, in the order of the city."""
-    return sorted({pano for route in routes for a, b in zip(route.points, route.points[1:]) for pano in city.leg(a, b)})
+    return sorted({pano for route in routes for a, b in zip(route.points, route.points[1:])
+                   for pano in city.leg(a, b)})
 
 
 # ---- What stands in the streets ----------------------------------------------------------------------------
 
-EYE, NEAR = 2.6, 0.4                       # metres: the camera above the ground; nearer parts of a piece are clipped
-FAR, MARKS_FAR, WINDOWS_FAR, BOARDS_FAR = 130.0, 50.0, 45.0, 40.0      # how far each of them is painted
+# metres: the camera above the ground; nearer parts of a piece are clipped
+EYE, NEAR = 2.6, 0.4
+# how far each of them is painted
+FAR, MARKS_FAR, WINDOWS_FAR, BOARDS_FAR = 130.0, 50.0, 45.0, 40.0
 
 # A tree one metre high that faces the camera, (sideways, up): a trunk, a crown of three pieces.
-TREE = np.array([[(-.05, 0), (.05, 0), (.05, .5), (-.05, .5)], [(-.18, .35), (.18, .35), (.36, .52), (-.36, .52)],
-                 [(-.36, .52), (.36, .52), (.36, .78), (-.36, .78)], [(-.36, .78), (.36, .78), (.18, 1), (-.18, 1)]])
+TREE = np.array([[(-.05, 0), (.05, 0), (.05, .5), (-.05, .5)],
+                 [(-.18, .35), (.18, .35), (.36, .52), (-.36, .52)],
+                 [(-.36, .52), (.36, .52), (.36, .78), (-.36, .78)],
+                 [(-.36, .78), (.36, .78), (.18, 1), (-.18, 1)]])
 TRUNK = "#5a4632"
 
-Palette = namedtuple("Palette", "sky horizon ground road walk mark walls window leaves heights trees bars panes board")
-PALETTES = (   # of cities 0 and 1, then one for each of the cities 2 to 9. heights: of houses; trees: their share;
+Palette = namedtuple("Palette",
+                     "sky horizon ground road walk mark walls window leaves heights trees bars "
+                     "panes board")
+# of cities 0 and 1, then one for each of the cities 2 to 9. heights: of houses; trees: their share;
+PALETTES = (
                # bars: spacing of the zebra; panes: spacing and width of windows; board: name on colour, or the reverse
-    Palette("#5b9bd5", "#dbe9f4", "#8fa36b", "#4f5256", "#b5b1a8", "#e8e8e8", "#a65f46 #c8a27a #8d7b6c #b98b6a #d9c7a8",
-            "#3b4a5a", "#4c7a3a", (9, 18), 0.5, 1.1, (3.0, 1.3), "plain"),
-    Palette("#e8b26a", "#f8e7c6", "#c9b184", "#6b5d52", "#d8c3a0", "#fff3c4", "#e3b778 #d89a5b #f0d3a0 #c98550 #e9c79b",
-            "#6b3f24", "#7d8a3c", (6, 11), 0.2, 1.5, (3.8, 1.0), "reverse"),
-    Palette("#8f9aa6", "#c3c8cc", "#6f7568", "#33363a", "#8d9092", "#f4f4f4", "#7d8287 #999c9e #6a6e75 #aeb0ae #878b84",
-            "#d7c98a", "#3d5240", (14, 28), 0.15, 0.9, (2.2, 1.2), "framed"),
-    Palette("#38b6c9", "#d5f5ee", "#6dbb5a", "#5d5a66", "#e6dccb", "#ffffff", "#f28b82 #fbc15e #7fc8a9 #f3e08b #8ea9e8",
-            "#fdfdfd", "#2e8b57", (6, 10), 0.7, 1.3, (3.4, 1.5), "plain"),
-    Palette("#2b2f55", "#d9765f", "#4a4552", "#2a2833", "#5c5666", "#e0c060", "#4d4668 #5b4a5f #3f4a6b #6a5468 #50506a",
-            "#ffd166", "#2f4036", (10, 22), 0.3, 1.1, (2.6, 1.4), "framed"),
-    Palette("#d4dde6", "#f4f6f8", "#eef1f3", "#8a8f96", "#d6dade", "#f2c230", "#8c4a3c #b0624d #71413a #c9b8a6 #9a5a48",
-            "#2c3440", "#6f8578", (8, 14), 0.4, 1.0, (3.0, 1.1), "reverse"),
-    Palette("#79c2f2", "#eaf7ff", "#b8a070", "#7a4f3d", "#c98f6c", "#f5e6c8", "#f5f5f0 #e9edf2 #fdfaf0 #dfe7ec #f1e9de",
-            "#2a62a8", "#5c8a3e", (5, 9), 0.35, 1.4, (4.2, 1.2), "plain"),
-    Palette("#9fc59b", "#e6f0d8", "#4e7d46", "#3e4a44", "#9fae94", "#ffe14d", "#5f8a6d #88a878 #3f6f63 #b7c29a #6e9486",
-            "#16302b", "#1f6b3a", (10, 16), 0.9, 0.9, (2.8, 1.6), "framed"),
-    Palette("#b79ad9", "#f3e3f2", "#8d8aa0", "#565068", "#c9bfd6", "#ffffff", "#b56fa0 #8f6fb5 #d59bc0 #6f7fc2 #c7a8dc",
-            "#fff2a8", "#8a4f7d", (7, 20), 0.5, 1.2, (3.2, 1.7), "reverse"),
+    Palette("#5b9bd5", "#dbe9f4", "#8fa36b", "#4f5256", "#b5b1a8", "#e8e8e8",
+            "#a65f46 #c8a27a #8d7b6c #b98b6a #d9c7a8", "#3b4a5a", "#4c7a3a", (9, 18), 0.5, 1.1,
+            (3.0, 1.3), "plain"),
+    Palette("#e8b26a", "#f8e7c6", "#c9b184", "#6b5d52", "#d8c3a0", "#fff3c4",
+            "#e3b778 #d89a5b #f0d3a0 #c98550 #e9c79b", "#6b3f24", "#7d8a3c", (6, 11), 0.2, 1.5,
+            (3.8, 1.0), "reverse"),
+    Palette("#8f9aa6", "#c3c8cc", "#6f7568", "#33363a", "#8d9092", "#f4f4f4",
+            "#7d8287 #999c9e #6a6e75 #aeb0ae #878b84", "#d7c98a", "#3d5240", (14, 28), 0.15, 0.9,
+            (2.2, 1.2), "framed"),
+    Palette("#38b6c9", "#d5f5ee", "#6dbb5a", "#5d5a66", "#e6dccb", "#ffffff",
+            "#f28b82 #fbc15e #7fc8a9 #f3e08b #8ea9e8", "#fdfdfd", "#2e8b57", (6, 10), 0.7, 1.3,
+            (3.4, 1.5), "plain"),
+    Palette("#2b2f55", "#d9765f", "#4a4552", "#2a2833", "#5c5666", "#e0c060",
+            "#4d4668 #5b4a5f #3f4a6b #6a5468 #50506a", "#ffd166", "#2f4036", (10, 22), 0.3, 1.1,
+            (2.6, 1.4), "framed"),
+    Palette("#d4dde6", "#f4f6f8", "#eef1f3", "#8a8f96", "#d6dade", "#f2c230",
+            "#8c4a3c #b0624d #71413a #c9b8a6 #9a5a48", "#2c3440", "#6f8578", (8, 14), 0.4, 1.0,
+            (3.0, 1.1), "reverse"),
+    Palette("#79c2f2", "#eaf7ff", "#b8a070", "#7a4f3d", "#c98f6c", "#f5e6c8",
+            "#f5f5f0 #e9edf2 #fdfaf0 #dfe7ec #f1e9de", "#2a62a8", "#5c8a3e", (5, 9), 0.35, 1.4,
+            (4.2, 1.2), "plain"),
+    Palette("#9fc59b", "#e6f0d8", "#4e7d46", "#3e4a44", "#9fae94", "#ffe14d",
+            "#5f8a6d #88a878 #3f6f63 #b7c29a #6e9486", "#16302b", "#1f6b3a", (10, 16), 0.9, 0.9,
+            (2.8, 1.6), "framed"),
+    Palette("#b79ad9", "#f3e3f2", "#8d8aa0", "#565068", "#c9bfd6", "#ffffff",
+            "#b56fa0 #8f6fb5 #d59bc0 #6f7fc2 #c7a8dc", "#fff2a8", "#8a4f7d", (7, 20), 0.5, 1.2,
+            (3.2, 1.7), "reverse"),
 )
 
 
@@ -413,7 +468,8 @@ def overlap(p, q):
     """Whether two convex polygons share more than an edge: if not, the line along some side parts them."""
     for corners in (p, q):
         for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
-            of_p, of_q = ([(x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) for x, y in shape] for shape in (p, q))
+            of_p, of_q = ([(x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) for x, y in shape]
+                          for shape in (p, q))
             if max(of_p) <= min(of_q) or max(of_q) <= min(of_p):
                 return False
     return True
@@ -430,7 +486,9 @@ class Scene:
 
     def __init__(self, city):
         self.city, self.palette = city, PALETTES[max(city.number - 1, 0)]
-        self.places = [place for place in [*city.landmarks, *(street.place for street in city.streets)] if place]
+        self.places = [place
+                       for place in [*city.landmarks, *(street.place for street in city.streets)]
+                       if place]
         self.windows, self.boards = {}, {}         # both filled as they are seen
         self.lay_streets()
         self.build_houses(stream("houses", city.seed, city.number))
@@ -440,18 +498,23 @@ class Scene:
         """Pavements, then roads, then markings: in the order in which they are painted."""
         walks, roads, marks, palette = [], [], [], self.palette
         for street in self.city.streets:
-            for node, other in (street.ends, street.ends[::-1]):       # half a street from each of its ends
+            # half a street from each of its ends
+            for node, other in (street.ends, street.ends[::-1]):
                 point, half = self.city.panos[node], street.half
-                out, length = direction(point, self.city.panos[other]), math.dist(point, self.city.panos[other])
-                corner = 0 if street.diagonal else 12 - half           # to the far kerb of the street it meets
-                walks.append(rectangle(point, out, -corner - PAVEMENT, length / 2, -half - PAVEMENT, half + PAVEMENT))
+                out, length = direction(point, self.city.panos[other]), math.dist(point,
+                                                                                  self.city.panos[other])
+                # to the far kerb of the street it meets
+                corner = 0 if street.diagonal else 12 - half
+                walks.append(rectangle(point, out, -corner - PAVEMENT, length / 2, -half - PAVEMENT,
+                                       half + PAVEMENT))
                 roads.append(rectangle(point, out, -corner, length / 2, -half, half))
                 dashes = range(20, int(length / 2) - 3, 8)
                 marks += [rectangle(point, out, along, along + 3, -.15, .15) for along in dashes]
                 # Zebra bars on every way out of a crossing. Diagonals need more room before the kerbs part.
                 near = 14 if any(way.diagonal for way, _ in self.city.around[node]) else 12.8 - half
                 num, gap = int((2 * half - 0.4) / palette.bars), palette.bars
-                marks += [rectangle(point, out, near, near + 3, gap * (i - num / 2 + .22), gap * (i - num / 2 + .78))
+                marks += [rectangle(point, out, near, near + 3, gap * (i - num / 2 + .22),
+                                    gap * (i - num / 2 + .78))
                           for i in range(num)]
         layers = np.repeat([0, 1, 2], [len(walks), len(roads), len(marks)])
         self.ground = np.array(walks + roads + marks)                                  # (G, 4, 2)
@@ -464,7 +527,8 @@ class Scene:
         taken = {}                                # 20 m square -> polygons
 
         def squares(shape):
-            (left, right), (low, high) = ((int(min(side) // 20), int(max(side) // 20)) for side in zip(*shape))
+            (left, right), (low, high) = ((int(min(side) // 20), int(max(side) // 20))
+                                          for side in zip(*shape))
             return [(x, y) for x in range(left, right + 1) for y in range(low, high + 1)]
 
         def take(shape):
@@ -487,7 +551,8 @@ class Scene:
                     width, front = between(rng, 9, 15), street.half + PAVEMENT + 0.1
                     depth = sorted((side * front, side * (front + between(rng, 10, 14))))
                     lot = rectangle(a, direction(a, b), along, along + width, *depth)
-                    if any(overlap(lot, other) for square in squares(lot) for other in taken.get(square, ())):
+                    if any(overlap(lot, other) for square in squares(lot)
+                           for other in taken.get(square, ())):
                         along += 2
                         continue
                     take(lot)
@@ -500,10 +565,12 @@ class Scene:
         low = np.concatenate([flat, np.zeros((*flat.shape[:2], 1))], 2)
         high = np.concatenate([flat, np.broadcast_to(tops[:, None, None], (*flat.shape[:2], 1))], 2)
         walls = np.stack([low, np.roll(low, -1, 1), np.roll(high, -1, 1), high], 2)
-        self.walls = walls.reshape(-1, 1, 4, 3)                        # four per house, each a single piece
+        # four per house, each a single piece
+        self.walls = walls.reshape(-1, 1, 4, 3)
         self.wall_middle = self.walls[:, 0, :2, :2].mean(1)
         along = self.walls[:, 0, 1, :2] - self.walls[:, 0, 0, :2]
-        self.wall_out = np.stack([along[:, 1], -along[:, 0]], 1) / np.linalg.norm(along, axis=1, keepdims=True)
+        self.wall_out = np.stack([along[:, 1], -along[:, 0]], 1) / np.linalg.norm(along, axis=1,
+                                                                                  keepdims=True)
         light = 0.84 + 0.16 * self.wall_out @ (0.6, -0.8)              # the sun is in the southeast
         self.wall_colours = np.repeat([colour for _, _, colour in houses], 4, 0) * light[:, None]
 
@@ -527,7 +594,8 @@ class Scene:
             length, height = np.linalg.norm(b - a), top[2]
             columns, rows = int(length / spacing), int((height - 0.6) / 3.2)
             windows = np.zeros((rows, columns, 4, 3))
-            left = length * (np.arange(columns)[:, None] + 0.5) / columns + np.array([-1, 1, 1, -1]) * width / 2
+            left = length * (np.arange(columns)[:, None]
+                             + 0.5) / columns + np.array([-1, 1, 1, -1]) * width / 2
             windows[:] = a + left[..., None] * (b - a) / length
             windows[..., 2] = 3.2 * np.arange(rows)[:, None, None] + np.array([1.1, 1.1, 2.7, 2.7])
             self.windows[wall] = windows.reshape(-1, 4, 3)
@@ -539,16 +607,22 @@ class Scene:
         flat = np.concatenate([self.ground[near], np.zeros((near.sum(), 4, 1))], 2)
         shapes, colours = [flat], [self.ground_colours[near]]
         toward = self.wall_middle - point
-        wall_metres, tree_metres = np.linalg.norm(toward, axis=1), np.linalg.norm(self.trees[:, :2] - point, axis=1)
+        wall_metres, tree_metres = np.linalg.norm(toward,
+                                                  axis=1), np.linalg.norm(self.trees[:, :2] - point,
+                                                                          axis=1)
         faces_us = np.einsum("hi,hi->h", self.wall_out, toward) < 0
-        seen = [(metres, 0, i) for i, metres in enumerate(wall_metres.tolist()) if metres < FAR and faces_us[i]]
-        seen += [(metres, 1, i) for i, metres in enumerate(tree_metres.tolist()) if metres < FAR / 2]
-        horizon, window, trunk, leaves = rgb(self.palette.horizon, self.palette.window, TRUNK, self.palette.leaves)
+        seen = [(metres, 0, i)
+                for i, metres in enumerate(wall_metres.tolist()) if metres < FAR and faces_us[i]]
+        seen += [(metres, 1, i)
+                 for i, metres in enumerate(tree_metres.tolist()) if metres < FAR / 2]
+        horizon, window, trunk, leaves = rgb(self.palette.horizon, self.palette.window, TRUNK,
+                                             self.palette.leaves)
         for metres, is_tree, i in sorted(seen, reverse=True):
             if is_tree:
                 *at, height = self.trees[i]
                 across = np.array([at[1] - point[1], point[0] - at[0]]) / metres
-                shape = np.concatenate([at + height * TREE[:, :, :1] * across, height * TREE[:, :, 1:]], 2)
+                shape = np.concatenate([at + height * TREE[:, :, :1] * across,
+                                        height * TREE[:, :, 1:]], 2)
                 paint = np.stack([trunk, leaves * 0.8, leaves, leaves * 1.08])
             else:
                 shape, paint = self.walls[i], self.wall_colours[i:i + 1]
@@ -582,7 +656,8 @@ class Scene:
             while max(draw.textlength(line, ImageFont.load_default(size)) for line in lines) > 216:
                 size -= 2
             for line, middle in zip(lines, (38, 90)):
-                draw.text((120, middle), line, fill=text, font=ImageFont.load_default(size), anchor="mm")
+                draw.text((120, middle), line, fill=text, font=ImageFont.load_default(size),
+                          anchor="mm")
             self.boards[place.name] = picture
         return self.boards[place.name]
 
@@ -596,12 +671,15 @@ def lookup(width):
     A face is a picture of 90 degrees, F wide and sqrt(2) F high, so that it holds all latitudes up to 45 degrees; a
     square view of 90 degrees needs no more. Also each face pixel's latitude, (sqrt(2) F, F) degrees, down positive.
     """
-    face = width * 2 // 5                          # a little finer than the panorama: straighter edges
+    # a little finer than the panorama: straighter edges
+    face = width * 2 // 5
     high, height = math.ceil(math.sqrt(2) * face), width // 2
     across = (np.arange(face) - face / 2) / (face / 2)
-    latitude = np.degrees(np.arctan2((np.arange(high) - high / 2)[:, None] / (face / 2), np.hypot(1, across)))
+    latitude = np.degrees(np.arctan2((np.arange(high) - high / 2)[:, None] / (face / 2),
+                                     np.hypot(1, across)))
     lon = (np.arange(width) / (width - 1) - 0.5) * 360
-    lat = np.radians((np.arange(height // 4, height // 4 + height // 2) / (height - 1) - 0.5) * 180)[:, None]
+    lat = np.radians(
+        (np.arange(height // 4, height // 4 + height // 2) / (height - 1) - 0.5) * 180)[:, None]
     number = np.floor((lon + 45) / 90)
     off = np.radians(lon - 90 * number)
     columns = np.clip(np.rint(face / 2 * np.tan(off) + face / 2), 0, face - 1) + face * (number % 4)
@@ -641,7 +719,8 @@ def paint_face(picture, heading, shapes, colours):
     right, front, up, colours = right[inside], front[inside], shapes[inside, :, 2], colours[inside]
     whole = (front >= NEAR).all(1).tolist()
     depth = np.maximum(front, NEAR)
-    flat = np.rint(np.stack([face / 2 + face / 2 * right / depth, high / 2 - face / 2 * up / depth], 2)).reshape(-1, 8)
+    flat = np.rint(np.stack([face / 2 + face / 2 * right / depth, high / 2 - face / 2 * up / depth],
+                            2)).reshape(-1, 8)
     draw = ImageDraw.Draw(picture)
     for i, (points, colour) in enumerate(zip(flat.tolist(), map(tuple, colours.tolist()))):
         if not whole[i]:
@@ -686,7 +765,8 @@ def hang_boards(picture, scene, point):
         half = math.degrees(math.atan(BOARD_WIDTH / 2 / metres)) / 360 * (width - 1)
         top, bottom, foot = (row(up, metres) for up in (BOARD_TOP, BOARD_TOP - BOARD_HEIGHT, 0))
         board = scene.board(place).resize((round(2 * half), bottom - top), Image.Resampling.LANCZOS)
-        for shift in (-(width - 1), 0, width - 1):                     # it may hang across the seam in the south
+        # it may hang across the seam in the south
+        for shift in (-(width - 1), 0, width - 1):
             post = round(centre + shift)
             picture.paste("#3c3c3c", (post - 1, bottom, post + 1, foot))
             picture.paste(board, (round(centre - half) + shift, top))
@@ -730,13 +810,15 @@ def write_picture(job):
     for folder in folders:
         (folder / f"{scene.city.ids[pano]}.jpg").write_bytes(data.getvalue())
         # The centre column looks at heading 180 - rotation: north.
-        (folder / f"{scene.city.ids[pano]}.metadata.json").write_text('{"rotation": 180}', encoding="utf-8")
+        (folder / f"{scene.city.ids[pano]}.metadata.json").write_text('{"rotation": 180}',
+                                                                      encoding="utf-8")
     return len(data.getvalue()) * len(folders)
 
 
 def become_painter(first):
     """A worker leaves Ctrl-C to the first process, and ends without a word when that is gone."""
-    def leave_with_it():                          # without this it may wait for a lock that another had as it ended
+    # without this it may wait for a lock that another had as it ended
+    def leave_with_it():
         while os.getppid() == first:
             time.sleep(0.5)
         os._exit(1)
@@ -755,10 +837,12 @@ def write_pictures(needed, seed, width, workers):
             folders.setdefault((city.number, pano), []).append(folder / "street_views")
     jobs = [(seed, number, pano, width, places) for (number, pano), places in folders.items()]
     for number in dict.fromkeys(number for number, _ in folders):
-        scene_of(seed, number)                    # workers that are forks of this process need not build it again
+        # workers that are forks of this process need not build it again
+        scene_of(seed, number)
     # Ctrl-C reaches every process: the workers leave it to this one.
     pool = multiprocessing.Pool(workers, become_painter, (os.getpid(),)) if workers > 1 else None
-    done = pool.imap_unordered(write_picture, jobs, chunksize=16) if pool else map(write_picture, jobs)
+    done = pool.imap_unordered(write_picture, jobs, chunksize=16) if pool else map(write_picture,
+                                                                                   jobs)
     try:
         num_bytes = sum(tqdm(done, total=len(jobs), desc="street views", unit="picture"))
     except BaseException:
@@ -767,22 +851,29 @@ def write_pictures(needed, seed, width, workers):
         raise
     finally:
         if pool:
-            pool.close()                          # not terminate(): it may kill a worker that holds the queue's lock, and wait
+            # not terminate(): it may kill a worker that holds the queue's lock, and wait
+            pool.close()
             pool.join()                           # for that lock for ever
     return sum(map(len, folders.values())), num_bytes
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--out", required=True, help="folder to write, new or empty")
-    parser.add_argument("--routes", type=int, default=1000, help="routes of the training set [1000]")
-    parser.add_argument("--unseen", type=int, default=48, help="further routes, never trained on [48]")
-    parser.add_argument("--most-legs", type=int, default=8, help="a route of train or unseen has 2 to so many legs [8]")
+    parser.add_argument("--routes", type=int, default=1000,
+                        help="routes of the training set [1000]")
+    parser.add_argument("--unseen", type=int, default=48,
+                        help="further routes, never trained on [48]")
+    parser.add_argument("--most-legs", type=int, default=8,
+                        help="a route of train or unseen has 2 to so many legs [8]")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another city [0]")
     parser.add_argument("--no-pictures", action="store_true", help="leave out street_views/")
-    parser.add_argument("--size", type=int, default=1408, help="width of a panorama, about pi views wide [1408]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that paint [all cores]")
+    parser.add_argument("--size", type=int, default=1408,
+                        help="width of a panorama, about pi views wide [1408]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
+                        help="processes that paint [all cores]")
     args = parser.parse_args(argv)
     for name in ("routes", "unseen", "workers"):
         if getattr(args, name) < 1:
@@ -792,8 +883,8 @@ def parse_arguments(argv=None):
     if args.size % 8 or not 256 <= args.size <= 4096:
         parser.error(f"--size {args.size}: must be a multiple of 8 from 256 to 4096")
     if not args.no_pictures and not features.check("freetype2"):
-        parser.error("this Pillow was built without FreeType and cannot write names on boards: install another build "
-                     "of it, or use --no-pictures")
+        parser.error("this Pillow was built without FreeType and cannot write names on boards: "
+                     "install another build of it, or use --no-pictures")
     out = Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"--out {out}: exists and is not an empty folder; name a new one")
@@ -805,13 +896,15 @@ def main(argv=None):
     began = time.time()
     sets = make_sets(args.seed, args.routes, args.unseen, args.most_legs)
     out = Path(args.out).absolute()
-    partial = out.with_name(f"{out.name}.unfinished")                # a stopped run leaves nothing that looks whole
+    # a stopped run leaves nothing that looks whole
+    partial = out.with_name(f"{out.name}.unfinished")
     pictures = (0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))          # so that `finally` runs
     try:
         shutil.rmtree(partial, ignore_errors=True)                   # of a run that was killed
         partial.mkdir(parents=True)
-        needed = {partial / name: write_words(partial / name, parts) for name, parts in sets.items()}
+        needed = {partial / name: write_words(partial / name, parts)
+                  for name, parts in sets.items()}
         if not args.no_pictures:
             pictures = write_pictures(needed, args.seed, args.size, args.workers)
         if out.exists():
@@ -824,12 +917,15 @@ def main(argv=None):
         sys.exit("stopped: nothing was written")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    told = [f"{out / name}: {sum(len(routes) for _, routes in parts)} routes, {len(needed[partial / name])} panoramas"
+    told = [f"{out / name}: {sum(len(routes) for _, routes in parts)} routes, "
+            f"{len(needed[partial / name])} panoramas"
             for name, parts in sets.items()]
-    told.append(f"{pictures[0]} pictures, {pictures[1] / 1e6:.0f} MB, {time.time() - began:.1f} seconds")
+    told.append(f"{pictures[0]} pictures, {pictures[1] / 1e6:.0f} MB, {time.time() - began:.1f} "
+                f"seconds")
     try:
         print("\n".join(told), flush=True)
-    except BrokenPipeError:                                          # a reader who has gone; all is written
+    # a reader who has gone; all is written
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -28,14 +28,16 @@ def distances(policy, start, processor, task, split, common, seed, num):
     env, prompts = envs.make_env(task, split, common), []
     for i in range(num):
         env.reset(f"{seed}/distance/{i}", episode=i)
-        prompts.append(encode(processor, env.skip_ahead(random.Random(f"{seed}/at/{i}"), balance=False)))
+        prompts.append(encode(processor,
+                              env.skip_ahead(random.Random(f"{seed}/at/{i}"), balance=False)))
     uniforms = sampling_uniforms([(EVALUATION, seed, i) for i in range(num)], LONGEST)
     replies = [ids for ids, _ in policy.generate(prompts, uniforms, LONGEST, 1.0)]
     found = []
     for first in range(0, num, TOGETHER):
         some = slice(first, first + TOGETHER)
         batch = collate([[pair] for pair in zip(prompts[some], replies[some])], policy.device)
-        here, there = (p(batch, 1.0)[0].sum(1) for p in (policy, start))                          # (B,)
+        # (B,)
+        here, there = (p(batch, 1.0)[0].sum(1) for p in (policy, start))
         found += (here - there).tolist()
     return found
 
@@ -57,10 +59,12 @@ def main():
             if not newest:
                 raise ValueError(f"run {run!r}: it has no checkpoint yet")
             policy, processor = load_policy(str(newest[0]))
-            start, common = load_policy(config["model"])[0], settings.read_settings(config.get("env", ()))
+            start, common = load_policy(config["model"])[0], settings.read_settings(
+                config.get("env", ()))
             cells = []
             for split in SPLITS:
-                found = distances(policy, start, processor, config["task"], split, common, config["seed"], args.num)
+                found = distances(policy, start, processor, config["task"], split, common,
+                                  config["seed"], args.num)
                 cells.append(f"{mean(found):.2f} ± {stdev(found) / len(found) ** 0.5:.2f}")
         print(f"| {run} | {' | '.join(cells)} |", flush=True)
 

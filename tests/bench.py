@@ -66,7 +66,9 @@ from support.cards import draw_hand
 from support.running import OneLineParser, enable_checkpointing, fail, memory_estimate, pick_device
 
 MAX_LOAD = 0.5
-LARGE = dict(hidden_size=2048, num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192)    # of Llama-3.2-1B
+# of Llama-3.2-1B
+LARGE = dict(hidden_size=2048, num_attention_heads=32, num_key_value_heads=8,
+             intermediate_size=8192)
 MIB = 2 ** 20
 
 
@@ -94,7 +96,8 @@ def machine_rates(args):
         functions.append(partial(torch.mm, a, b, out=torch.empty_like(a)))
     source = torch.ones(256 * MIB // 4, device=args.device)
     fp32, bf16, copying = medians(args, *functions, partial(torch.empty_like(source).copy_, source))
-    return {"float32": 2 * n ** 3 / fp32, "bfloat16": 2 * n ** 3 / bf16, "copy": 2 * 256 * MIB / copying}
+    return {"float32": 2 * n ** 3 / fp32, "bfloat16": 2 * n ** 3 / bf16,
+            "copy": 2 * 256 * MIB / copying}
 
 
 def row(what, seconds, unit="", amounts=(1, 1), flops=None, rates=None):
@@ -102,7 +105,8 @@ def row(what, seconds, unit="", amounts=(1, 1), flops=None, rates=None):
 
     `flops` are what one unit of the amount needs.
     """
-    texts = [f"{amount / s:,.0f} {unit}/s" if unit else f"{s:.3f} s" for s, amount in zip(seconds, amounts)]
+    texts = [f"{amount / s:,.0f} {unit}/s" if unit else f"{s:.3f} s"
+             for s, amount in zip(seconds, amounts)]
     if flops:
         shares = [amount * flops / s / rates["float32"] for s, amount in zip(seconds, amounts)]
         texts = [f"{text} ({share:.1%})" for text, share in zip(texts, shares)]
@@ -129,16 +133,19 @@ def expect_close(what, ours, baseline):
 # ---- Models -------------------------------------------------------------------------------------------------------
 
 def make_tokenizer():
-    return tiny.train_tokenizer(tiny.sample_texts("gp-l", num=20), envs.make_env("gp-l", "id").atoms())
+    return tiny.train_tokenizer(tiny.sample_texts("gp-l", num=20),
+                                envs.make_env("gp-l", "id").atoms())
 
 
 def make_policy(args, vocab_size, layers, dtype="float32", **shape):
     """A random-init Llama, 256 wide unless told else, that may sample every token; none of them ends a reply."""
-    shape = dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=8, intermediate_size=672) | shape
+    shape = dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=8,
+                 intermediate_size=672) | shape
     torch.manual_seed(args.seed)
     with args.device:
-        backbone = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_hidden_layers=layers, bos_token_id=None,
-                                                eos_token_id=None, pad_token_id=0, **shape))
+        backbone = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_hidden_layers=layers,
+                                                bos_token_id=None, eos_token_id=None,
+                                                pad_token_id=0, **shape))
         policy = Policy(backbone, make_tokenizer(), dtype)
     policy.banned.fill_(False)
     policy.eos_id = -1
@@ -154,15 +161,19 @@ def flops_needed(policy, flops_per_weight, tokens, predicted):
 def random_samples(args, vocab_size, lengths):
     """A (prompt_ids, response_ids) pair of random tokens for every pair of lengths."""
     rng = random.Random(args.seed)
-    return [[[rng.randrange(1, vocab_size) for _ in range(length)] for length in pair] for pair in lengths]
+    return [[[rng.randrange(1, vocab_size) for _ in range(length)] for length in pair]
+            for pair in lengths]
 
 
 def baseline_batch(samples, device):
     """input_ids padded on the right, where they are not padding, and where they are a response: (B, T) each."""
-    input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + r) for p, r in samples], batch_first=True)
-    starts, ends = torch.tensor([(len(p), len(p) + len(r)) for p, r in samples]).T[..., None]        # (B, 1) each
+    input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + r) for p, r in samples],
+                                                batch_first=True)
+    # (B, 1) each
+    starts, ends = torch.tensor([(len(p), len(p) + len(r)) for p, r in samples]).T[..., None]
     columns = torch.arange(input_ids.shape[1])
-    return [t.to(device) for t in (input_ids, (columns < ends).long(), (columns >= starts) & (columns < ends))]
+    return [t.to(device)
+            for t in (input_ids, (columns < ends).long(), (columns >= starts) & (columns < ends))]
 
 
 # ---- Rollout ------------------------------------------------------------------------------------------------------
@@ -172,37 +183,44 @@ def baseline_generate(policy, prompts, new_tokens, **kwargs):
     P = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=policy.device)
     mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
-    return policy.backbone.generate(input_ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                    max_new_tokens=new_tokens, pad_token_id=0, **kwargs)
+    return policy.backbone.generate(input_ids, attention_mask=mask, do_sample=True, temperature=1.0,
+                                    top_k=0, top_p=1.0, max_new_tokens=new_tokens, pad_token_id=0,
+                                    **kwargs)
 
 
 def baseline_logprobs(policy, samples, temperature=1.0, **vision):
     """Summed log-prob (B,) of the response of every (prompt_ids, response_ids), step by step as the official code
     (rl/trainer/model_tz_llama.py): every hidden state kept, every position scaled, normalised and rounded."""
     input_ids, mask, is_response = baseline_batch(samples, policy.device)
-    logits = policy.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, use_cache=False,
-                             **vision).logits
-    logprobs = torch.log_softmax((logits * (1 / temperature)).float(), dim=-1).bfloat16()             # (B, T, V)
-    return (logprobs[:, :-1].gather(-1, input_ids[:, 1:, None])[..., 0] * is_response[:, 1:]).float().sum(1)
+    logits = policy.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=True,
+                             use_cache=False, **vision).logits
+    # (B, T, V)
+    logprobs = torch.log_softmax((logits * (1 / temperature)).float(), dim=-1).bfloat16()
+    return (logprobs[:, :-1].gather(-1,
+                                    input_ids[:, 1:, None])[..., 0] * is_response[:, 1:]).float().sum(1)
 
 
 @torch.no_grad()
 def rollout(args, rates):
     B, R, few, vocab_size = 32, 60, 4, 4096
     policy = make_policy(args, vocab_size, layers=4)
-    prompts = [prompt for prompt, _ in random_samples(args, vocab_size, [(150 - 20 * (i % 2), 0) for i in range(B)])]
+    prompts = [prompt
+               for prompt, _ in random_samples(args, vocab_size,
+                                               [(150 - 20 * (i % 2), 0) for i in range(B)])]
     uniforms = sampling_uniforms([(args.seed, i) for i in range(B)], R)
 
     def sample():
-        return [response_ids for response_ids, _ in policy.generate(prompts, uniforms, R, temperature=1.0)]
+        return [response_ids
+                for response_ids, _ in policy.generate(prompts, uniforms, R, temperature=1.0)]
 
     def ours():
-        return policy(collate([[turn] for turn in zip(prompts, sample())], args.device), temperature=1.0)[0].sum(1)
+        return policy(collate([[turn] for turn in zip(prompts, sample())], args.device),
+                      temperature=1.0)[0].sum(1)
 
     def official():
         for prompt in prompts[:few]:
-            made = baseline_generate(policy, [prompt], R, return_dict_in_generate=True, output_scores=True,
-                                     output_hidden_states=True)
+            made = baseline_generate(policy, [prompt], R, return_dict_in_generate=True,
+                                     output_scores=True, output_hidden_states=True)
             baseline_logprobs(policy, [(prompt, made.sequences[0, len(prompt):].tolist())])
 
     scored = baseline_logprobs(policy, [(prompts[0], sample()[0])])
@@ -210,11 +228,13 @@ def rollout(args, rates):
     t_ours, t_official, t_sampling, t_batched = medians(
         args, ours, official, sample, lambda: baseline_generate(policy, prompts, R))
     tokens = (B * R, B * R)
-    flops = flops_needed(policy, 2, sum(map(len, prompts)) + B * R, B * R) / (B * R)      # of one pass, per new token
-    yield row(f"sample {R} tokens and score them, {B} prompts of 130 or 150 tokens; baseline: batch 1, extrapolated "
-              f"from {few} prompts", (t_ours, t_official * B / few), "tok", tokens, 2 * flops, rates)
-    yield row(f"sample {R} tokens; baseline: HF generate, left-padded batch", (t_sampling, t_batched), "tok", tokens,
-              flops, rates)
+    # of one pass, per new token
+    flops = flops_needed(policy, 2, sum(map(len, prompts)) + B * R, B * R) / (B * R)
+    yield row(f"sample {R} tokens and score them, {B} prompts of 130 or 150 tokens; baseline: "
+              f"batch 1, extrapolated from {few} prompts", (t_ours, t_official * B / few), "tok",
+              tokens, 2 * flops, rates)
+    yield row(f"sample {R} tokens; baseline: HF generate, left-padded batch",
+              (t_sampling, t_batched), "tok", tokens, flops, rates)
 
     # Ragged replies. A uniform of 0 draws token 0, which is made the end, so that the lengths can be laid down here.
     # `generate` computes every row until the longest has ended, so it may as well ignore the ends.
@@ -224,8 +244,8 @@ def rollout(args, rates):
     policy.eos_id = 0
     assert [len(reply) for reply in sample()] == lengths
     seconds = medians(args, sample, lambda: baseline_generate(policy, prompts, max(lengths)))
-    yield row(f"the same, ragged: {sum(lengths) / B:.0f} tokens to a reply, {max(lengths)} at most", seconds, "tok",
-              (sum(lengths), sum(lengths)))
+    yield row(f"the same, ragged: {sum(lengths) / B:.0f} tokens to a reply, {max(lengths)} at most",
+              seconds, "tok", (sum(lengths), sum(lengths)))
 
 
 def turns_of(policy, args, E, first, going_on, R, vocab_size):
@@ -235,13 +255,15 @@ def turns_of(policy, args, E, first, going_on, R, vocab_size):
     def new(num):
         return [rng.randrange(1, vocab_size) for _ in range(num)]
 
-    policy.eos_id, prompts, turns = 0, [new(first) for _ in range(E)], []         # a uniform of 0 draws token 0, the end
+    # a uniform of 0 draws token 0, the end
+    policy.eos_id, prompts, turns = 0, [new(first) for _ in range(E)], []
     for turn in range(5):
         uniforms = sampling_uniforms([(args.seed, turn, i) for i in range(E)], R).clip(min=0.01)
         uniforms[range(E), [min(R, 1 + int(rng.expovariate(2 / R))) - 1 for _ in range(E)]] = 0
         replies = [ids for ids, _ in policy.generate(prompts, uniforms, R, 1.0)]
         turns.append((prompts, uniforms, replies))
-        prompts = [prompt + reply + new(going_on) if going_on else prompt[:3 * first // 4] + new(first // 4 + 10)
+        prompts = [prompt + reply + new(going_on) if going_on
+                   else prompt[:3 * first // 4] + new(first // 4 + 10)
                    for prompt, reply in zip(prompts, replies)]
     return turns
 
@@ -249,30 +271,36 @@ def turns_of(policy, args, E, first, going_on, R, vocab_size):
 @torch.no_grad()
 def rollout_in_turns(args, rates):
     E, R, few, vocab_size, large = 32, 60, 2, 4096, args.device.type == "cuda"
-    policy = make_policy(args, vocab_size, 16, "bfloat16", **LARGE) if large else make_policy(args, vocab_size, layers=4)
-    theirs = SimpleNamespace(backbone=copy.deepcopy(policy.backbone).to(policy.dtype), device=policy.device)
+    policy = make_policy(args, vocab_size, 16, "bfloat16", **LARGE) if large else make_policy(args,
+                                                                                              vocab_size, layers=4)
+    theirs = SimpleNamespace(backbone=copy.deepcopy(policy.backbone).to(policy.dtype),
+                             device=policy.device)
     for what, first, going_on in (("GeneralPoints: 256 tokens, then 48 behind each reply", 256, 48),
-                                  ("V-IRL: five prompts of 256 tokens, alike but for the last quarter", 256, 0)):
+                                  ("V-IRL: five prompts of 256 tokens, alike but for the last "
+                                   "quarter", 256, 0)):
         turns = turns_of(policy, args, E, first, going_on, R, vocab_size)
 
         def sample(limit=2 ** 32):
             memory = RolloutMemory(policy, 65536, limit)
-            return [[ids for ids, _ in policy.generate(prompts, uniforms, R, 1.0, memory=memory)] for prompts, uniforms, _ in turns]
+            return [[ids for ids, _ in policy.generate(prompts, uniforms, R, 1.0, memory=memory)]
+                    for prompts, uniforms, _ in turns]
 
         def ours():
             sample()
             if going_on:
-                dialogues = [[(prompts[i], replies[i]) for prompts, _, replies in turns] for i in range(E)]
+                dialogues = [[(prompts[i], replies[i]) for prompts, _, replies in turns]
+                             for i in range(E)]
             else:
-                dialogues = [[pair] for prompts, _, replies in turns for pair in zip(prompts, replies)]
+                dialogues = [[pair] for prompts, _, replies in turns
+                             for pair in zip(prompts, replies)]
             for start in range(0, len(dialogues), E):
                 policy(collate(dialogues[start:start + E], args.device), temperature=1.0)
 
         def official():
             for prompts, _, replies in turns:
                 for prompt, reply in list(zip(prompts, replies))[:few]:
-                    baseline_generate(theirs, [prompt], len(reply), return_dict_in_generate=True, output_scores=True,
-                                      output_hidden_states=True)
+                    baseline_generate(theirs, [prompt], len(reply), return_dict_in_generate=True,
+                                      output_scores=True, output_hidden_states=True)
                     baseline_logprobs(theirs, [(prompt, reply)])
 
         def batched():
@@ -281,14 +309,20 @@ def rollout_in_turns(args, rates):
 
         # In bfloat16 a rounding tips one token in some of a random model: then just the first of each reply.
         compared = 1 if policy.dtype == torch.bfloat16 else R
-        same = [ids[:compared] == other[:compared] for ids, other in zip(itertools.chain(*sample()), itertools.chain(*sample(0)))]
+        same = [ids[:compared] == other[:compared]
+                for ids, other in zip(itertools.chain(*sample()), itertools.chain(*sample(0)))]
         assert all(same) or compared == 1 and sum(same) > len(same) / 2
-        t_ours, t_official, t_kept, t_batched, t_anew = medians(args, ours, official, sample, batched, lambda: sample(0))
-        num, num_few = (sum(len(reply) for _, _, replies in turns for reply in replies[:rows]) for rows in (E, few))
-        yield row(f"{what}; {E} dialogues of five turns, {num / 5 / E:.0f} tokens to a reply, sampled and scored; baseline: batch 1, "
-                  f"extrapolated from {few}", (t_ours, t_official * num / num_few), "tok", (num, num))
-        yield row("sampled; baseline: HF generate, left-padded batch", (t_kept, t_batched), "tok", (num, num))
-        yield row("sampled; baseline: ours, every prompt read anew", (t_kept, t_anew), "tok", (num, num))
+        t_ours, t_official, t_kept, t_batched, t_anew = medians(args, ours, official, sample,
+                                                                batched, lambda: sample(0))
+        num, num_few = (sum(len(reply) for _, _, replies in turns for reply in replies[:rows])
+                        for rows in (E, few))
+        yield row(f"{what}; {E} dialogues of five turns, {num / 5 / E:.0f} tokens to a reply, "
+                  f"sampled and scored; baseline: batch 1, extrapolated from {few}",
+                  (t_ours, t_official * num / num_few), "tok", (num, num))
+        yield row("sampled; baseline: HF generate, left-padded batch", (t_kept, t_batched), "tok",
+                  (num, num))
+        yield row("sampled; baseline: ours, every prompt read anew", (t_kept, t_anew), "tok",
+                  (num, num))
 
 
 # ---- Log-probs with gradient --------------------------------------------------------------------------------------
@@ -329,31 +363,37 @@ def print_peak(args):
         torch.cuda.reset_peak_memory_stats()
     else:
         before, peak = resident("VmRSS"), partial(resident, "VmHWM")
-        Path("/proc/self/clear_refs").write_text("5")          # VmHWM begins again at what is resident now
+        # VmHWM begins again at what is resident now
+        Path("/proc/self/clear_refs").write_text("5")
     function()
     print((peak() - before) / MIB)
 
 
 def peak_row(args, section):
-    command = [sys.executable, __file__, "--device", str(args.device), "--seed", str(args.seed), "--only", section]
+    command = [sys.executable, __file__, "--device", str(args.device), "--seed", str(args.seed),
+               "--only", section]
     peaks = [float(subprocess.check_output([*command, "--peak", side], text=True).split()[-1])
              for side in ("ours", "official")]
-    return "the same, peak memory above start", *(f"{peak:,.0f} MiB" for peak in peaks), peaks[1] / peaks[0]
+    return "the same, peak memory above start", *(f"{peak:,.0f} MiB"
+                                                  for peak in peaks), peaks[1] / peaks[0]
 
 
 def logprob(args, rates):
     policy, ours, baseline = logprob_functions(args)
     expect_close("summed log-prob", ours(), baseline())
     yield row("log-probs and backward, 2 x (384 prompt + 128 response), vocabulary 128256",
-              medians(args, ours, baseline), flops=flops_needed(policy, 6, 2 * 512, 2 * 128), rates=rates)
+              medians(args, ours, baseline), flops=flops_needed(policy, 6, 2 * 512, 2 * 128),
+              rates=rates)
     yield peak_row(args, "logprob")
     _, ours, _ = logprob_functions(args, "bfloat16")
 
     def rounded():
-        with mock.patch.object(model, "wide_product", lambda hidden, weight: F.linear(hidden, weight).float()):
+        with mock.patch.object(model, "wide_product", lambda hidden,
+                               weight: F.linear(hidden, weight).float()):
             ours()
 
-    yield row("the same in bfloat16; baseline: ours with the product rounded to bfloat16", medians(args, ours, rounded))
+    yield row("the same in bfloat16; baseline: ours with the product rounded to bfloat16",
+              medians(args, ours, rounded))
 
 
 # ---- Pictures -----------------------------------------------------------------------------------------------------
@@ -366,10 +406,12 @@ def make_vision_policy(args, vocab_size, dtype="float32", text=(), vision=()):
     `text` and `vision` change fields of the two configs.
     """
     texts = tiny.sample_texts("gp-vl", num=20, resolution=224)
-    backbone, processor = tiny.make_tiny("256x4", "mllama", texts, envs.make_env("gp-vl", "id").atoms())
+    backbone, processor = tiny.make_tiny("256x4", "mllama", texts,
+                                         envs.make_env("gp-vl", "id").atoms())
     config = backbone.config
     for part, changed in ((config.text_config, {"vocab_size": vocab_size, **dict(text)}),
-                          (config.vision_config, {"patch_size": 14, "num_hidden_layers": 4, **dict(vision)})):
+                          (config.vision_config,
+                           {"patch_size": 14, "num_hidden_layers": 4, **dict(vision)})):
         for name, value in changed.items():
             setattr(part, name, value)
     torch.manual_seed(args.seed)
@@ -385,7 +427,8 @@ def make_vision_policy(args, vocab_size, dtype="float32", text=(), vision=()):
 
 def baseline_vision(policy, ids, tensors):
     """What Hugging Face's model takes beside the ids of one prompt: the picture, and which tokens look at it."""
-    mask = policy.vision.cross_attention_mask(torch.tensor([ids], device=policy.device), tensors["aspect_ratio_mask"])
+    mask = policy.vision.cross_attention_mask(torch.tensor([ids], device=policy.device),
+                                              tensors["aspect_ratio_mask"])
     return {**tensors, "cross_attention_mask": mask}
 
 
@@ -401,27 +444,34 @@ def update_functions(args):
     picture = draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 224)
     rng, turns, ids = random.Random(args.seed), [], [policy.vision.image_id]
     for new in (320, 64, 64, 64, 64):
-        prompt, response = ([rng.randrange(policy.vision.image_id + 1, vocab_size) for _ in range(n)] for n in (new, 64))
+        prompt, response = ([rng.randrange(policy.vision.image_id + 1, vocab_size)
+                             for _ in range(n)] for n in (new, 64))
         turns.append(rl.Turn(ids + prompt, response, 0, 0.0, False, (), {}, picture))
         ids = ids + prompt + response
     config = rl.Config(temperature=1.0)
 
     def official():
         return backward(policy, (baseline_turn_logprob(policy, turn.prompt_ids, turn.response_ids,
-                                                       policy.vision.tensors([picture])) for turn in turns))
+                                                       policy.vision.tensors([picture]))
+                                 for turn in turns))
 
-    return policy, lambda: backward(policy, [rl.turn_logprobs(policy, turns, [range(5)], config)[0].sum()]), official
+    return policy, lambda: backward(policy,
+                                    [rl.turn_logprobs(policy, turns, [range(5)],
+                                                      config)[0].sum()]), official
 
 
 @torch.no_grad()
 def rollout_vision(args):
     S, E, R, few = 5, 16, 32, 2
     policy, processor = make_vision_policy(args, 4096)
-    with tempfile.TemporaryDirectory() as folder:          # both sides get the prompts of one rollout, played here
-        config = rl.Config(out=folder, num_envs=E, turns_per_env=S, max_new_tokens=R, temperature=1.0, thought_coef=1.0,
-                           seed=args.seed)
-        conversations = [rl.Conversation(i, envs.make_env("gp-vl", "id", resolution=224), processor, config) for i in range(E)]
-        turns = rl.collect_turns(policy, processor, conversations, 0, config, SimpleNamespace(requested=False))
+    # both sides get the prompts of one rollout, played here
+    with tempfile.TemporaryDirectory() as folder:
+        config = rl.Config(out=folder, num_envs=E, turns_per_env=S, max_new_tokens=R,
+                           temperature=1.0, thought_coef=1.0, seed=args.seed)
+        conversations = [rl.Conversation(i, envs.make_env("gp-vl", "id", resolution=224), processor,
+                                         config) for i in range(E)]
+        turns = rl.collect_turns(policy, processor, conversations, 0, config,
+                                 SimpleNamespace(requested=False))
     assert {len(turn.response_ids) for turn in turns} == {R} and len(rl.group_dialogues(turns)) == E
     uniforms = sampling_uniforms([(args.seed, i) for i in range(S * E)], R)
     chosen = [i for i, turn in enumerate(turns) if turn.dialogue_key[0] < few]
@@ -429,15 +479,17 @@ def rollout_vision(args):
     def ours(memory):
         for s in range(0, S * E, E):
             prompts, pictures = zip(*[(turn.prompt_ids, turn.picture) for turn in turns[s:s + E]])
-            policy.generate(prompts, uniforms[s:s + E], R, 1.0, config.generate_tokens, pictures, memory)
+            policy.generate(prompts, uniforms[s:s + E], R, 1.0, config.generate_tokens, pictures,
+                            memory)
         return rl.score_turns(policy, turns, config)[0]
 
     def official():
         total = 0.0
         for turn in (turns[i] for i in chosen):
             prompt, tensors = turn.prompt_ids, policy.vision.tensors([turn.picture])
-            made = baseline_generate(policy, [prompt], R, return_dict_in_generate=True, output_scores=True,
-                                     output_hidden_states=True, **baseline_vision(policy, prompt, tensors))
+            made = baseline_generate(policy, [prompt], R, return_dict_in_generate=True,
+                                     output_scores=True, output_hidden_states=True,
+                                     **baseline_vision(policy, prompt, tensors))
             assert made.sequences.shape[1] == len(prompt) + R
             total += float(baseline_turn_logprob(policy, prompt, turn.response_ids, tensors))
         return total
@@ -449,21 +501,25 @@ def rollout_vision(args):
     t_ours, t_official, t_anew = medians(args, reused, official, lambda: ours(None))
     model, tokens = policy.backbone.model, (S * E * R, S * E * R)
     tower, language = (sum(p.numel() for part in parts for p in part.parameters()) for parts in (
-        (model.vision_model.transformer, model.vision_model.global_transformer), model.language_model.layers))
+        (model.vision_model.transformer, model.vision_model.global_transformer),
+        model.language_model.layers))
     mean = sum(len(turn.prompt_ids) for turn in turns) / len(turns)
     share = tower * policy.picture_tokens / (language * mean)
-    yield row(f"GP-VL rollout, {E} dialogues of {S} turns, sample {R} tokens and score them; a prompt is {mean:.0f} "
-              f"tokens, the tower {share:.1f} times its FLOPs; baseline: batch 1, extrapolated from {few} dialogues",
-              (t_ours, t_official * E / few), "tok", tokens)
-    yield row("the same; baseline: ours with the tower in every turn", (t_ours, t_anew), "tok", tokens)
+    yield row(f"GP-VL rollout, {E} dialogues of {S} turns, sample {R} tokens and score them; a "
+              f"prompt is {mean:.0f} tokens, the tower {share:.1f} times its FLOPs; baseline: "
+              f"batch 1, extrapolated from {few} dialogues", (t_ours, t_official * E / few), "tok",
+              tokens)
+    yield row("the same; baseline: ours with the tower in every turn", (t_ours, t_anew), "tok",
+              tokens)
 
 
 def vision(args, rates):
     yield from rollout_vision(args)
     policy, ours, baseline = update_functions(args)
     expect_close("summed log-prob with a picture", ours(), baseline())
-    yield row("log-probs and backward, a dialogue of 5 turns, 384 to 896 tokens and a picture, vocabulary 128256; "
-              "ours: all turns in one row, baseline: one by one", medians(args, ours, baseline))
+    yield row("log-probs and backward, a dialogue of 5 turns, 384 to 896 tokens and a picture, "
+              "vocabulary 128256; ours: all turns in one row, baseline: one by one",
+              medians(args, ours, baseline))
     yield peak_row(args, "vision")
 
 
@@ -471,7 +527,8 @@ def vision(args, rates):
 
 def baseline_train_step(model, optimizer, samples):
     input_ids, mask, is_response = baseline_batch(samples, model.device)
-    loss = model(input_ids=input_ids, attention_mask=mask, labels=input_ids.masked_fill(~is_response, -100)).loss
+    loss = model(input_ids=input_ids, attention_mask=mask,
+                 labels=input_ids.masked_fill(~is_response, -100)).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -486,15 +543,19 @@ def sft(args, rates):
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5) for m in (policy.backbone, model)]
     mixed = [rng.randint(64, 256) for _ in range(16)]
     for what, budget, lengths in [
-            ("training step, 16 x (192 prompt + 64 response), vocabulary 32000", 4096, [(192, 64)] * 16),
-            (f"the same, 64 to 256 tokens each, a quarter response; ours: micro-batches of 2048, baseline: padded to "
-             f"{max(mixed)}", 2048, [(total - total // 4, total // 4) for total in mixed])]:
+            ("training step, 16 x (192 prompt + 64 response), vocabulary 32000", 4096,
+             [(192, 64)] * 16),
+            (f"the same, 64 to 256 tokens each, a quarter response; ours: micro-batches of 2048, "
+             f"baseline: padded to {max(mixed)}", 2048,
+             [(total - total // 4, total // 4) for total in mixed])]:
         samples = random_samples(args, vocab_size, lengths)
         config = SFTConfig(micro_batch_tokens=budget)
-        ours = partial(train_step, policy, optimizers[0], [(*sample, None) for sample in samples], config)
+        ours = partial(train_step, policy, optimizers[0], [(*sample, None) for sample in samples],
+                       config)
         baseline = partial(baseline_train_step, model, optimizers[1], samples)
         expect_close("training loss", ours()[0], baseline())
-        flops = flops_needed(policy, 6, sum(map(sum, lengths)), sum(response for _, response in lengths))
+        flops = flops_needed(policy, 6, sum(map(sum, lengths)),
+                             sum(response for _, response in lengths))
         yield row(what, medians(args, ours, baseline), flops=flops, rates=rates)
 
 
@@ -509,7 +570,8 @@ def trl(args, rates):
     vocab_size, rng = 32000, random.Random(args.seed)
     policy = make_policy(args, vocab_size, layers=4)
     optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=1e-5, weight_decay=0.0)
-    lengths = [(total - total // 4, total // 4) for total in (rng.randint(64, 256) for _ in range(16))]
+    lengths = [(total - total // 4, total // 4)
+               for total in (rng.randint(64, 256) for _ in range(16))]
     samples = random_samples(args, vocab_size, lengths)
     config = SFTConfig(micro_batch_tokens=2048)
     ours = partial(train_step, policy, optimizer, [(*sample, None) for sample in samples], config)
@@ -525,29 +587,40 @@ def trl(args, rates):
         def on_step_end(self, *_, **__):
             clocks["theirs"].append(time.perf_counter() - self.began)
 
-    rows = [{"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)} for p, r in samples]
+    rows = [{"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)}
+            for p, r in samples]
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as out:
         trainer = trl.SFTTrainer(
-            copy.deepcopy(policy.backbone), processing_class=make_tokenizer(), callbacks=[OursBefore()],
+            copy.deepcopy(policy.backbone), processing_class=make_tokenizer(),
+            callbacks=[OursBefore()],
             train_dataset=datasets.Dataset.from_list(rows * (args.rounds + 1)),
-            args=trl.SFTConfig(out, max_steps=args.rounds + 1, per_device_train_batch_size=len(rows), learning_rate=1e-5,
-                               lr_scheduler_type="constant", completion_only_loss=True, activation_checkpointing=False,
-                               bf16=False, train_sampling_strategy="sequential", use_cpu=args.device.type == "cpu",
-                               logging_steps=1, disable_tqdm=True, report_to="none", save_strategy="no",
+            args=trl.SFTConfig(out, max_steps=args.rounds + 1,
+                               per_device_train_batch_size=len(rows), learning_rate=1e-5,
+                               lr_scheduler_type="constant", completion_only_loss=True,
+                               activation_checkpointing=False, bf16=False,
+                               train_sampling_strategy="sequential",
+                               use_cpu=args.device.type == "cpu", logging_steps=1,
+                               disable_tqdm=True, report_to="none", save_strategy="no",
                                dataloader_pin_memory=False, seed=args.seed))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    for ours_loss, logged in zip(losses, [step["loss"] for step in trainer.state.log_history if "loss" in step], strict=True):
+    for ours_loss, logged in zip(losses,
+                                 [step["loss"]
+                                  for step in trainer.state.log_history if "loss" in step],
+                                 strict=True):
         expect_close("training loss", ours_loss, logged)
-    yield row(f"the mixed lengths of `sft`; baseline: SFTTrainer of TRL {trl.__version__}, its data loading left out",
+    yield row(f"the mixed lengths of `sft`; baseline: SFTTrainer of TRL {trl.__version__}, its "
+              f"data loading left out",
               [statistics.median(column[1:]) for column in clocks.values()],
-              flops=flops_needed(policy, 6, sum(map(sum, lengths)), sum(response for _, response in lengths)), rates=rates)
+              flops=flops_needed(policy, 6, sum(map(sum, lengths)),
+                                 sum(response for _, response in lengths)), rates=rates)
 
 
 # ---- Verifier -----------------------------------------------------------------------------------------------------
 
-FIELDS = {name: re.compile(rf'"{name}"\s*:\s*(\[[^\]]*\]|"[^"]*")') for name in ("cards", "number", "formula")}
+FIELDS = {name: re.compile(rf'"{name}"\s*:\s*(\[[^\]]*\]|"[^"]*")')
+          for name in ("cards", "number", "formula")}
 SUSPECT = re.compile(r"[^-+*/()\d]|[-+*/(][-+*/)]|\d\(|\)[\d(]|^[-+*/)]|[-+*/(]$")
 
 
@@ -566,7 +639,8 @@ def baseline_judge(reply, cards, numbers, target, known):
     if value is None:
         return "illegal_formula", lists_right, False
     used = [int(number) for number in re.findall(r"\d+", formula)]
-    if len(used) != len(numbers) or any(used.count(number) != numbers.count(number) for number in numbers):
+    if len(used) != len(numbers) or any(used.count(number) != numbers.count(number)
+                                        for number in numbers):
         return "wrong_numbers", lists_right, False
     is_prefix = any(solution.startswith(formula) for solution in known)
     return "correct" if abs(value - target) < 1e-6 else "wrong_value", lists_right, is_prefix
@@ -579,7 +653,8 @@ def make_cases(args, count):
         env.reset(seed=f"{args.seed}/bench/{i}")
         known = solver.solutions(env.numbers)
         formula = rng.choice(known)
-        extra, slip = f"{formula}+{rng.randint(1, 13)}", rng.choice((f"({formula}", f"{formula}*", f"{formula}!"))
+        extra, slip = f"{formula}+{rng.randint(1, 13)}", rng.choice((f"({formula}", f"{formula}*",
+                                                                     f"{formula}!"))
         for reply in (env.flawed_reply(), *map(env.format_reply, (formula, extra, slip))):
             cases[reply] = reply, env.cards, env.numbers, known
         if len(cases) >= count:
@@ -590,16 +665,18 @@ def verifier(args, rates):
     cases = make_cases(args, 2000)
 
     def ours():
-        return [verify.judge_general_points(reply, cards, numbers) for reply, cards, numbers, _ in cases]
+        return [verify.judge_general_points(reply, cards, numbers)
+                for reply, cards, numbers, _ in cases]
 
     def baseline():
-        return [baseline_judge(reply, cards, numbers, 24, known) for reply, cards, numbers, known in cases]
+        return [baseline_judge(reply, cards, numbers, 24, known)
+                for reply, cards, numbers, known in cases]
 
     for (reply, *_), verdict, (status, *_) in zip(cases, ours(), baseline()):
         if verdict.status != status:
             fail(f"verifier: {reply} is {verdict.status}, the baseline says {status}")
-    yield from rows_with_caches(args, [verify.parse_formula], f"{len(cases)} different replies", (ours, baseline),
-                                "check", (len(cases), len(cases)))
+    yield from rows_with_caches(args, [verify.parse_formula], f"{len(cases)} different replies",
+                                (ours, baseline), "check", (len(cases), len(cases)))
 
 
 # ---- Environments -------------------------------------------------------------------------------------------------
@@ -609,7 +686,8 @@ BRACKETS = ("(({}{}{}){}{}){}{}", "({}{}({}{}{})){}{}", "({}{}{}){}({}{}{})", "{
 
 
 def baseline_solutions(numbers):
-    orders, operators, found = itertools.permutations(numbers), itertools.product("+-*/", repeat=3), []
+    orders, operators, found = itertools.permutations(numbers), itertools.product("+-*/",
+                                                                                  repeat=3), []
     for (a, b, c, d), (o, p, q), pattern in itertools.product(orders, operators, BRACKETS):
         formula = pattern.format(a, o, b, p, c, q, d)
         try:
@@ -630,12 +708,15 @@ def baseline_reset(seed):
 def environment(args, rates):
     env, few, many = envs.make_env("gp-l", "id"), 3, 10_000
     for numbers in ([3, 3, 8, 8], [1, 5, 5, 5], [1, 1, 1, 1]):
-        expect_close(f"{numbers} can be solved", bool(solver.solutions(numbers)), bool(baseline_solutions(numbers)))
-    functions = (lambda: [env.reset(seed=seed) for seed in range(many)]), lambda: list(map(baseline_reset, range(few)))
-    yield from rows_with_caches(args, [solver.solve_sorted, solver.expressions], f"{many} resets, baseline {few}",
-                                functions, "reset", (many, few))
+        expect_close(f"{numbers} can be solved", bool(solver.solutions(numbers)),
+                     bool(baseline_solutions(numbers)))
+    functions = (lambda: [env.reset(seed=seed)
+                          for seed in range(many)]), lambda: list(map(baseline_reset, range(few)))
+    yield from rows_with_caches(args, [solver.solve_sorted, solver.expressions],
+                                f"{many} resets, baseline {few}", functions, "reset", (many, few))
 
-    flawed = [[env.flawed_reply() for _ in range(env.verify_iter)] for seed in range(1000) if env.reset(seed=seed)]
+    flawed = [[env.flawed_reply() for _ in range(env.verify_iter)]
+              for seed in range(1000) if env.reset(seed=seed)]
 
     def episodes():
         for seed, replies in enumerate(flawed):
@@ -653,7 +734,8 @@ def baseline_nearest(point, keys):
     """The key (a row of degrees) nearest to a point, by haversine to all of them; None beyond 20 m."""
     lat, lon = np.radians(point)
     lats, lons = np.radians(keys).T
-    half = np.sin((lats - lat) / 2) ** 2 + np.cos(lat) * np.cos(lats) * np.sin((lons - lon) / 2) ** 2
+    half = np.sin((lats - lat) / 2) ** 2 + np.cos(lat) * np.cos(lats) * np.sin(
+        (lons - lon) / 2) ** 2
     metres = 2 * 6371e3 * np.arcsin(np.sqrt(half))
     best = int(np.argmin(metres))
     return tuple(keys[best]) if metres[best] < streets.REACH else None
@@ -683,7 +765,8 @@ def baseline_view(panorama, rotation, heading, size):
     offset = (np.arange(size) - (size - 1) / 2) / (size / 2)
     rays = np.stack([*np.meshgrid(offset, offset), np.ones((size, size))], -1)
     turn = math.radians((heading - 180) % 360 + rotation)
-    rays = rays @ np.array([[math.cos(turn), 0, -math.sin(turn)], [0, 1, 0], [math.sin(turn), 0, math.cos(turn)]])
+    rays = rays @ np.array([[math.cos(turn), 0, -math.sin(turn)], [0, 1, 0],
+                            [math.sin(turn), 0, math.cos(turn)]])
     x = (np.arctan2(rays[..., 0], rays[..., 2]) / (2 * np.pi) + 0.5) * (width - 1)
     y = (np.arcsin(rays[..., 1] / np.linalg.norm(rays, axis=-1)) / np.pi + 0.5) * (height - 1)
     left, top = np.floor(x).astype(int) % (width - 1), np.floor(y).astype(int)
@@ -735,20 +818,22 @@ def virl(args, rates):
         for record in records[:few]:
             baseline_rail(record, mapping, keys, rng)
 
-    yield row(f"{many} resets in words, prompt included; baseline {few}, the rail alone", medians(args, resets, rails),
-              "reset", (many, few))
+    yield row(f"{many} resets in words, prompt included; baseline {few}, the rail alone",
+              medians(args, resets, rails), "reset", (many, few))
     yield "steps in words, resets included", f"{episodes() / medians(args, episodes)[0]:,.0f} step/s", "", None
     panorama = np.random.default_rng(args.seed).integers(0, 256, (768, 1536, 3), dtype=np.uint8)
     smooth = np.repeat(np.repeat(panorama[::16, ::16], 16, 0), 16, 1)
     packed = np.asarray(Image.fromarray(smooth).convert("RGBX")).view(np.uint32)[..., 0]
     for size in (224, 448):
-        ours, baseline = (lambda crop=crop, p=p: [crop(p, 180, 30 + turn, size) for turn in (0, 90, 180, 270)]
+        ours, baseline = (lambda crop=crop,
+                          p=p: [crop(p, 180, 30 + turn, size) for turn in (0, 90, 180, 270)]
                           for crop, p in ((streets.crop_view, packed), (baseline_view, smooth)))
         difference = max(np.abs(a.astype(int) - b).mean() for a, b in zip(ours(), baseline()))
         if difference > 1:
             fail(f"virl: views differ by {difference}")
         seconds = medians(args, ours, baseline)
-        yield row(f"four views of {size} x {size} pixels from a panorama 1536 wide", seconds, "grid", (1, 1))
+        yield row(f"four views of {size} x {size} pixels from a panorama 1536 wide", seconds,
+                  "grid", (1, 1))
 
 
 # ---- How cost grows ------------------------------------------------------------------------------------------------
@@ -770,13 +855,14 @@ def growth(args, rates):
         return lambda: backward(policy, [policy(collate(dialogues, args.device), 1.0)[0].sum()])
 
     for what, cases, amounts in (
-            ("sample 32 tokens of prompts of 128: 8, 32, 128 prompts", [sample(B, 128, 0) for B in (8, 32, 128)],
-             [B * R for B in (8, 32, 128)]),
-            ("the same, 32 prompts of 64, 256, 1024", [sample(32, P, 0) for P in (64, 256, 1024)], [32 * R] * 3),
+            ("sample 32 tokens of prompts of 128: 8, 32, 128 prompts",
+             [sample(B, 128, 0) for B in (8, 32, 128)], [B * R for B in (8, 32, 128)]),
+            ("the same, 32 prompts of 64, 256, 1024", [sample(32, P, 0) for P in (64, 256, 1024)],
+             [32 * R] * 3),
             ("the same, 32 prompts of 256 that share their first 0, 128, 224",
              [sample(32, 256, head) for head in (0, 128, 224)], [32 * R] * 3),
-            ("log-probs and backward of 8 dialogues of 1, 3, 5 turns", [update(n) for n in (1, 3, 5)],
-             [480, 1440, 2400])):
+            ("log-probs and backward of 8 dialogues of 1, 3, 5 turns",
+             [update(n) for n in (1, 3, 5)], [480, 1440, 2400])):
         rates_seen = [amount / s for amount, s in zip(amounts, medians(args, *cases))]
         yield what, ", ".join(f"{rate:,.0f}" for rate in rates_seen) + " reply tok/s", "", None
 
@@ -798,9 +884,12 @@ def share_row(args, what, function, tokens, flops, rate, estimate):
 def random_dialogues(args, num, vocab_size, picture=None, image=()):
     """The turns of `num` dialogues: a prompt of 256 tokens, three replies of 64, 32 tokens between two of them."""
     turns = []
-    for number, (ids, _) in enumerate(random_samples(args, vocab_size, [(256 + 2 * 32 + 3 * 64, 0)] * num)):
+    for number, (ids,
+                 _) in enumerate(random_samples(args, vocab_size,
+                                                [(256 + 2 * 32 + 3 * 64, 0)] * num)):
         ids = [*image] + [i + (i in image) for i in ids[len(image):]]
-        turns += [rl.Turn(ids[:start], ids[start:start + 64], 0, 0.0, turn == 2, (number,), {}, picture, 3 * number + turn)
+        turns += [rl.Turn(ids[:start], ids[start:start + 64], 0, 0.0, turn == 2, (number,), {},
+                          picture, 3 * number + turn)
                   for turn, start in enumerate((256, 352, 448))]
     return turns
 
@@ -813,20 +902,25 @@ def update_rows(args, rates, name, policy, turns, budget, checkpointing=False):
     common = dict(micro_batch_tokens=budget, gradient_checkpointing=checkpointing)
     if checkpointing:
         enable_checkpointing(policy)
-    config, sft_config = rl.Config(epochs=1, minibatch_turns=len(turns), **common), SFTConfig(**common)
+    config, sft_config = rl.Config(epochs=1, minibatch_turns=len(turns),
+                                   **common), SFTConfig(**common)
     old_logprobs, old_values = rl.score_turns(policy, turns, config)
     gains = torch.randn(len(turns), generator=torch.Generator().manual_seed(args.seed))
-    tower = sum(p.numel() for p in policy.backbone.model.vision_model.parameters()) if policy.picture_tokens else 0
+    tower = sum(p.numel()
+                for p in policy.backbone.model.vision_model.parameters()) if policy.picture_tokens else 0
     head, rate = policy.backbone.lm_head.weight.numel(), rates[str(policy.dtype).removeprefix("torch.")]
     for what, predicted, settings, function in (
             ("SFT step", 64, sft_config, partial(train_step, policy, adam, samples, sft_config)),
-            ("PPO update, 3 turns in one row", 3 * 64, config, partial(rl.ppo_update, policy, adam, turns, old_logprobs,
-                                                                       old_values, gains, gains, 0, config))):
+            ("PPO update, 3 turns in one row", 3 * 64, config,
+             partial(rl.ppo_update, policy, adam, turns, old_logprobs,
+                     old_values, gains, gains, 0, config))):
         tokens = len(dialogues) * 512
         flops = 6 * ((policy.num_params - head - tower) * tokens + head * predicted * len(dialogues)
                      + tower * policy.picture_tokens * len(dialogues))
-        yield share_row(args, f"{name}: {what}, {len(dialogues)} x 512 text tokens, micro-batches of {budget}", function,
-                        tokens, flops, rate, memory_estimate(policy, settings))
+        yield share_row(args,
+                        f"{name}: {what}, {len(dialogues)} x 512 text tokens, micro-batches of "
+                        f"{budget}", function, tokens, flops, rate,
+                        memory_estimate(policy, settings))
 
 
 def largest_llama(args):
@@ -834,8 +928,8 @@ def largest_llama(args):
     if args.device.type == "cuda":
         policy = make_policy(args, 128256, 16, "bfloat16", tie_word_embeddings=True, **LARGE)
     else:
-        policy = make_policy(args, 4096, 6, tie_word_embeddings=True, hidden_size=512, num_attention_heads=8,
-                             num_key_value_heads=4, intermediate_size=1344)
+        policy = make_policy(args, 4096, 6, tie_word_embeddings=True, hidden_size=512,
+                             num_attention_heads=8, num_key_value_heads=4, intermediate_size=1344)
     return policy, f"Llama of {policy.num_params / 1e6:,.0f} M, {str(policy.dtype).removeprefix('torch.')}"
 
 
@@ -844,43 +938,58 @@ def decode(args, rates, R=128):
     values once."""
     (policy, name), B = largest_llama(args), 64 if args.device.type == "cuda" else 8
     prompts = [prompt for prompt, _ in random_samples(args, 4096, [(256, 0)] * B)]
-    uniforms, config = sampling_uniforms([(args.seed, i) for i in range(B)], R), policy.backbone.config
-    cache = B * (256 + R / 2) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    uniforms, config = sampling_uniforms([(args.seed, i) for i in range(B)],
+                                         R), policy.backbone.config
+    cache = B * (256
+                 + R
+                 / 2) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     size = 4 if policy.dtype == torch.float32 else 2
     for graphs in (True, False) if args.device.type == "cuda" else (None,):
         with mock.patch.object(LlamaDecoder, "graphs", graphs):
-            long, short = medians(args, *(partial(policy.generate, prompts, uniforms, n, 1.0) for n in (R, 1)))
+            long, short = medians(args,
+                                  *(partial(policy.generate, prompts, uniforms, n, 1.0)
+                                    for n in (R, 1)))
         step = (long - short) / (R - 1)
-        yield (f"{name}: one more token for {B} rows after 256{', no CUDA graphs' * (graphs is False)}; share of the copy bandwidth",
-               f"{B / step:,.0f} tok/s ({(policy.num_params + cache) * size / step / rates['copy']:.1%})", "", None)
+        yield (f"{name}: one more token for {B} rows after "
+               f"256{', no CUDA graphs' * (graphs is False)}; share of the copy bandwidth",
+               f"{B / step:,.0f} tok/s "
+               f"({(policy.num_params + cache) * size / step / rates['copy']:.1%})", "", None)
 
 
 def limits(args, rates):
     large = args.device.type == "cuda"
     vocab_size, num, budget = (128256, 64, 16384) if large else (4096, 8, 2048)
     policy, name = largest_llama(args)
-    yield from update_rows(args, rates, name, policy, random_dialogues(args, num, vocab_size), budget)
+    yield from update_rows(args, rates, name, policy, random_dialogues(args, num, vocab_size),
+                           budget)
     dtype, text, vision = str(policy.dtype).removeprefix("torch."), {}, {}
     del policy
-    if large:       # the tower of Llama-3.2-11B-Vision, 4 tiles of 560 pixels, under the language model above
+    # the tower of Llama-3.2-11B-Vision, 4 tiles of 560 pixels, under the language model above
+    if large:
         text = dict(LARGE, num_hidden_layers=16, cross_attention_layers=[3, 8, 13])
-        vision = dict(hidden_size=1280, attention_heads=16, intermediate_size=5120, image_size=560, num_hidden_layers=32,
-                      num_global_layers=8, intermediate_layers_indices=[3, 7, 15, 23, 30], vision_output_dim=7680,
-                      max_num_tiles=4, supported_aspect_ratios=MllamaVisionConfig().supported_aspect_ratios)
+        vision = dict(hidden_size=1280, attention_heads=16, intermediate_size=5120, image_size=560,
+                      num_hidden_layers=32, num_global_layers=8,
+                      intermediate_layers_indices=[3, 7, 15, 23, 30], vision_output_dim=7680,
+                      max_num_tiles=4,
+                      supported_aspect_ratios=MllamaVisionConfig().supported_aspect_ratios)
     policy, _ = make_vision_policy(args, vocab_size, dtype, text, vision)
     if large:
-        policy.vision.image_processor = type(policy.vision.image_processor)(size={"height": 560, "width": 560}, max_image_tiles=4)
+        policy.vision.image_processor = type(policy.vision.image_processor)(size={"height": 560,
+                                                                                  "width": 560},
+                                                                            max_image_tiles=4)
     picture = draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 1120 if large else 224)
     turns = random_dialogues(args, num // 4, vocab_size, picture, [policy.vision.image_id])
-    yield from update_rows(args, rates, f"Mllama of {policy.num_params / 1e6:,.0f} M, {dtype}, checkpointing", policy, turns,
-                           budget * 2, checkpointing=True)
+    yield from update_rows(args, rates,
+                           f"Mllama of {policy.num_params / 1e6:,.0f} M, {dtype}, checkpointing",
+                           policy, turns, budget * 2, checkpointing=True)
 
 
 # ---- Several processes -----------------------------------------------------------------------------------------------
 
 def ranks(args, rates):
     """Seconds of an SFT step times processes, from the log of sft.py itself: its defaults, and replies of all lengths."""
-    cases = ("--batch-size 128", "--batch-size 64 --failed-tries 3") if args.device.type == "cpu" else ()
+    cases = ("--batch-size 128",
+             "--batch-size 64 --failed-tries 3") if args.device.type == "cpu" else ()
     return (ranks_row(args, options) for options in cases)
 
 
@@ -888,35 +997,44 @@ def ranks_row(args, options, steps=4):
     seconds, repository = {1: [], 2: []}, Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"
-        subprocess.run([sys.executable, "support/tiny.py", "--out", start, "--size", "512x6", "--seed", str(args.seed)], check=True,
+        subprocess.run([sys.executable, "support/tiny.py", "--out", start, "--size", "512x6",
+                        "--seed", str(args.seed)], check=True,
                        capture_output=True, cwd=repository)
         for name, processes in itertools.product(range(args.rounds), seconds):
             out = Path(folder) / f"{name}_{processes}"
             launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split() if processes == 2 else []
-            command = (f"sft.py --model {start} --out {out} --steps {steps} --save-every {steps} --lr 1e-4 "
-                       f"--device cpu --dtype float32 --seed {args.seed} {options}")
-            subprocess.run([sys.executable, *launcher, *command.split()], check=True, capture_output=True, cwd=repository,
+            command = (f"sft.py --model {start} --out {out} --steps {steps} --save-every {steps} "
+                       f"--lr 1e-4 --device cpu --dtype float32 --seed {args.seed} {options}")
+            subprocess.run([sys.executable, *launcher, *command.split()], check=True,
+                           capture_output=True, cwd=repository,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
             clock = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            seconds[processes].append((clock[-1]["seconds"] - clock[1]["seconds"]) / (steps - 2) * processes)
+            seconds[processes].append(
+                (clock[-1]["seconds"] - clock[1]["seconds"]) / (steps - 2) * processes)
             tokens = (clock[-1]["tokens_trained"] - clock[1]["tokens_trained"]) / (steps - 2)
     one, two = map(statistics.median, seconds.values())
     size = clock[-1]["gflops"] * 1e9 / 6 / clock[-1]["tokens_trained"]
-    return row(f"SFT step of {tokens:.0f} tokens (`{options}`), {size / 1e6:.0f} M parameters: tokens per second and "
-               "core, two processes; baseline: one", (two, one), "tok", (tokens, tokens))
+    return row(f"SFT step of {tokens:.0f} tokens (`{options}`), {size / 1e6:.0f} M parameters: "
+               f"tokens per second and core, two processes; baseline: one", (two, one), "tok",
+               (tokens, tokens))
 
 
 # ---- Running ------------------------------------------------------------------------------------------------------
 
-SECTIONS = {"rollout": rollout, "turns": rollout_in_turns, "logprob": logprob, "vision": vision, "sft": sft, "trl": trl, "verifier": verifier,
-            "envs": environment, "virl": virl, "growth": growth, "limits": limits, "decode": decode, "ranks": ranks}
+SECTIONS = {"rollout": rollout, "turns": rollout_in_turns, "logprob": logprob, "vision": vision,
+            "sft": sft, "trl": trl, "verifier": verifier,
+            "envs": environment, "virl": virl, "growth": growth, "limits": limits, "decode": decode,
+            "ranks": ranks}
 
 
 def parse_args():
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated [all]")
+    parser = OneLineParser(description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(SECTIONS),
+                        help="sections, comma-separated [all]")
     parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up [5]")
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="measured rounds, after one to warm up [5]")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and hands [0]")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
     parser.add_argument("--peak", choices=("ours", "official"), help=argparse.SUPPRESS)
@@ -939,15 +1057,19 @@ def main():
     if args.peak:
         return print_peak(args)
     if load > MAX_LOAD and not args.force:
-        fail(f"load average {load:.2f} is above {MAX_LOAD}: wait until the machine is idle, or add --force")
+        fail(f"load average {load:.2f} is above {MAX_LOAD}: wait until the machine is idle, or add "
+             f"--force")
     processor = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     name = torch.cuda.get_device_name() if args.device.type == "cuda" else processor[1] if processor else "CPU"
-    print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, load average {load:.2f}, "
-          f"seed {args.seed}, median of {args.rounds} rounds  ")
+    print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, load average "
+          f"{load:.2f}, seed {args.seed}, median of {args.rounds} rounds  ")
     rates = machine_rates(args)
-    gemms = ", ".join(f"{dtype} {rates[dtype] / 1e9:,.0f} GFLOP/s" for dtype in ("float32", "bfloat16"))
-    print(f"GEMM {8192 if args.device.type == 'cuda' else 2048}^3: {gemms}; copy of 256 MiB: {rates['copy'] / 1e9:,.1f} GB/s\n")
-    print("| section | what | ours | baseline | ratio |\n| --- | --- | --- | --- | --- |", flush=True)
+    gemms = ", ".join(f"{dtype} {rates[dtype] / 1e9:,.0f} GFLOP/s"
+                      for dtype in ("float32", "bfloat16"))
+    print(f"GEMM {8192 if args.device.type == 'cuda' else 2048}^3: {gemms}; copy of 256 MiB: "
+          f"{rates['copy'] / 1e9:,.1f} GB/s\n")
+    print("| section | what | ours | baseline | ratio |\n| --- | --- | --- | --- | --- |",
+          flush=True)
     for section in args.only:
         for what, ours, baseline, ratio in SECTIONS[section](args, rates):
             times = f"{ratio:,.2f}x" if ratio else ""

@@ -26,7 +26,8 @@ def device():
 
 # ---- Tiny models, one folder of each for all tests ---------------------------------------------------------------------
 
-FOLDERS = tempfile.TemporaryDirectory(prefix="tiny_")              # removed when the interpreter ends
+# removed when the interpreter ends
+FOLDERS = tempfile.TemporaryDirectory(prefix="tiny_")
 WANTED, started = {}, False                                        # path -> (family, size)
 
 
@@ -48,7 +49,8 @@ def write_tiny(path):
     family, size = WANTED[path]
     task, settings = ("gp-vl", {"resolution": 48}) if family != "llama" else ("gp-l", {})
     torch.manual_seed(0)
-    backbone, processor = tiny.make_tiny(size, family, tiny.sample_texts(task, 30, **settings), envs.make_env(task).atoms())
+    backbone, processor = tiny.make_tiny(size, family, tiny.sample_texts(task, 30, **settings),
+                                         envs.make_env(task).atoms())
     backbone.save_pretrained(path)
     processor.save_pretrained(path)
 
@@ -94,8 +96,10 @@ def run_script(tmp_path, device):
     def run(*arguments, timeout=300):
         command = [sys.executable, *map(str, arguments)]
         command[1] = str(ROOT / command[1])
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                              timeout=timeout,
+                              env={**os.environ, "OMP_NUM_THREADS": "1",
+                                   "CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
     return run
 
 
@@ -103,15 +107,18 @@ def run_script(tmp_path, device):
 def city(tmp_path_factory):
     """A synthetic city of 60 routes in words, with its other sets."""
     out = tmp_path_factory.mktemp("data") / "city"
-    subprocess.run([sys.executable, str(ROOT / "data" / "synthetic_city.py"), "--out", str(out), "--routes", "60",
-                    "--no-pictures"], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, str(ROOT / "data" / "synthetic_city.py"), "--out", str(out),
+                    "--routes", "60", "--no-pictures"], check=True, capture_output=True,
+                   timeout=120)
     return out
 
 
 def write_conversations(folder, *rows, task="gp-l", **config):
     """A run folder as `envs.py --read` needs it, with these rows of turns.jsonl."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"task": task, "split": ["id"], "env": [], "seed": 0, **config}))
+    (folder
+     / "config.json").write_text(
+         json.dumps({"task": task, "split": ["id"], "env": [], "seed": 0, **config}))
     (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -136,15 +143,23 @@ class PretendOperations(TorchDispatchMode):
             cuda = on_cuda(args[0])
         elif cuda and name != "_to_copy":
             strangers = [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]
-            numbers = torch.Tag.pointwise in operation.tags or "foreach" in name or name == "fill_"    # may be anywhere
-            strangers += [tensor for tensor in tensors if not on_cuda(tensor) and (tensor.dim() or not numbers)]
-            if "index" in name and isinstance(args[1], (list, tuple)) and on_cuda(args[0]):        # and so may x[indices]
-                strangers = [stranger for stranger in strangers if all(stranger is not index for index in args[1])]
+            # may be anywhere
+            numbers = torch.Tag.pointwise in operation.tags or "foreach" in name or name == "fill_"
+            strangers += [tensor
+                          for tensor in tensors if not on_cuda(tensor)
+                          and (tensor.dim() or not numbers)]
+            # and so may x[indices]
+            if "index" in name and isinstance(args[1], (list, tuple)) and on_cuda(args[0]):
+                strangers = [stranger
+                             for stranger in strangers
+                             if all(stranger is not index for index in args[1])]
             if strangers:
-                raise RuntimeError(f"{name}: tensors of two devices, on the CPU {[(type(s), getattr(s, 'shape', '')) for s in strangers]}")
+                raise RuntimeError(f"{name}: tensors of two devices, on the CPU "
+                                   f"{[(type(s), getattr(s, 'shape', '')) for s in strangers]}")
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and not hasattr(tensor.untyped_storage(), "on_cuda"):
+            if isinstance(tensor, torch.Tensor) and not hasattr(tensor.untyped_storage(),
+                                                                "on_cuda"):
                 tensor.untyped_storage().on_cuda = cuda
         return result
 
@@ -160,16 +175,22 @@ class PretendCalls(TorchFunctionMode):
             raise TypeError("can't convert a tensor on cuda to numpy")
         target = kwargs.get("device")
         if name == "to":
-            target = next((word for word in [*args[1:], target] if isinstance(word, (str, torch.device))), None)
-            args = [torch.device("cpu") if word is target and target is not None else word for word in args]
+            target = next((word
+                           for word in [*args[1:], target]
+                           if isinstance(word, (str, torch.device))), None)
+            args = [torch.device("cpu") if word is target and target is not None else word
+                    for word in args]
         if name == "cpu" or name == "new_tensor" and target is None:
             target = "cuda" if name == "new_tensor" and on_cuda(args[0]) else "cpu"
         target = target and torch.device(target).type
         if target == "cuda" and "device" in kwargs:
             kwargs["device"] = "cpu"
         result = function(*args, **kwargs)
-        if target in ("cuda", "cpu") and isinstance(result, torch.Tensor) and on_cuda(result) != (target == "cuda"):
-            result = result.clone()                                # `to` may have returned what it was given
+        if target in ("cuda", "cpu") and isinstance(result,
+                                                    torch.Tensor) and on_cuda(result) != (
+                                                        target == "cuda"):
+            # `to` may have returned what it was given
+            result = result.clone()
             result.untyped_storage().on_cuda = target == "cuda"
         return result
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import MagicMock
 
-STUBS = ("torch torch.optim transformers accelerate accelerate.state yaml box tqdm cv2 requests shapely shapely.geometry "
-         "folium folium.plugins polyline geopy geopy.distance geopy.point termcolor openai gymnasium gymnasium.envs.registration "
-         "virl.platform virl.platform.platform virl.utils.pipeline").split()
+STUBS = ("torch torch.optim transformers accelerate accelerate.state yaml box tqdm cv2 requests "
+         "shapely shapely.geometry folium folium.plugins polyline geopy geopy.distance geopy.point "
+         "termcolor openai gymnasium gymnasium.envs.registration virl.platform "
+         "virl.platform.platform virl.utils.pipeline").split()
 
 
 class Config(dict):
@@ -52,7 +53,8 @@ class Platform:
     def relocate_geocode_by_source(self, point, source="outdoor", direct_return=False):
         def distance(place):
             (lat, lon), (lat2, lon2) = (map(math.radians, pair) for pair in (point, place))
-            half = math.sin((lat2 - lat) / 2) ** 2 + math.cos(lat) * math.cos(lat2) * math.sin((lon2 - lon) / 2) ** 2
+            half = math.sin((lat2 - lat) / 2) ** 2 + math.cos(lat) * math.cos(lat2) * math.sin(
+                (lon2 - lon) / 2) ** 2
             return 2 * 6371e3 * math.asin(math.sqrt(half))
         point = tuple(point)
         nearest = point if point in self.places else min(self.places, key=distance)
@@ -70,7 +72,9 @@ class Processor:
         self.reply, self.dialogue = reply, []
 
     def apply_chat_template(self, payload, add_generation_prompt):
-        self.dialogue = [[message["role"], "".join(part.get("text", "") for part in message["content"])] for message in payload]
+        self.dialogue = [[message["role"],
+                          "".join(part.get("text", "") for part in message["content"])]
+                         for message in payload]
 
     def __call__(self, *_, **__):
         found = MagicMock()
@@ -97,9 +101,11 @@ def install_stubs(repo):
     sys.modules["virl.utils.pipeline"].position_to_geocode = lambda platform, point: platform.relocate_geocode_by_source(point)[0]
     sys.path.append(str(Path(__file__).parent.parent))
     from support import streets
-    sys.modules["geopy.distance"].geodesic = lambda a, b: SimpleNamespace(meters=streets.geodesic(a, b))
+    sys.modules["geopy.distance"].geodesic = lambda a, b: SimpleNamespace(meters=streets.geodesic(a,
+                                                                                                  b))
     sys.path[:1] = [str(repo), str(repo / "gym")]
-    for name in ("virl", "virl.utils"):                            # their packages import everything at once
+    # their packages import everything at once
+    for name in ("virl", "virl.utils"):
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = [str(repo / "gym" / name.replace(".", "/"))]
     sys.modules["virl.utils"].pipeline = sys.modules["virl.utils.pipeline"]
@@ -112,16 +118,19 @@ def make_formula(rng, numbers, solutions, may_solve):
     a, b, c, d = rng.sample(numbers, 4)
     o, p, q = rng.choices("+-*/", k=3)
     exact = [text for text in solutions if eval(text) == 24]
-    kind = rng.choice("right value value value foreign repeated unused soup letters none cut zero changed".split())
+    kind = rng.choice("right value value value foreign repeated unused soup letters none cut zero "
+                      "changed".split())
     near = rng.choice(exact or ["1"])
     return {"right": near if may_solve else f"{a}{o}{b}",
-            "value": rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}({c}{q}{d})", f"{a}{o}({b}{p}{c}{q}{d})",
-                                 f"({a}{o}{b}{p}{c}){q}{d}", f"(({a}{o}{b}){p}{c}){q}{d}")),
+            "value": rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}({c}{q}{d})",
+                                 f"{a}{o}({b}{p}{c}{q}{d})", f"({a}{o}{b}{p}{c}){q}{d}",
+                                 f"(({a}{o}{b}){p}{c}){q}{d}")),
             "foreign": f"{a}{o}{rng.randint(14, 40)}{p}{rng.randint(1, 13)}{q}{d}",
             "repeated": f"{a}{o}{a}{p}({c}{q}{a}{o}{b})", "unused": f"{a}{o}{b}{p}{c}",
-            "soup": "".join(rng.choices([str(number) for number in numbers] + list("+-*/()"), k=rng.randint(0, 9))),
-            "letters": f"{a}x{b}+{c}", "none": None, "cut": near.removesuffix(")"), "zero": f"{c}+{d}/({a}-{b})",
-            "changed": near.replace("+", "-", 1)}[kind]
+            "soup": "".join(rng.choices([str(number) for number in numbers] + list("+-*/()"),
+                                        k=rng.randint(0, 9))),
+            "letters": f"{a}x{b}+{c}", "none": None, "cut": near.removesuffix(")"),
+            "zero": f"{c}+{d}/({a}-{b})", "changed": near.replace("+", "-", 1)}[kind]
 
 
 def is_right(formula):
@@ -152,13 +161,14 @@ def reply_cards(rng, env):
 def reply_walk(rng, env):
     """A reply at the place of an environment: mostly the expert's action, else another one; any observation."""
     here = env.gt_rail_info[env.step_cnt]
-    seen = rng.choice((here["observation"], here["observation"], "a wall", "No landmark, an intersection",
-                       f"{here['observation']}; an intersection"))
+    seen = rng.choice((here["observation"], here["observation"], "a wall",
+                       "No landmark, an intersection", f"{here['observation']}; an intersection"))
     if rng.random() < 0.03:
         return f'I would rather not.{rng.choice(("", chr(10)))}'
     others = "forward()", "stop()", "turn_direction(left)", "turn_direction(north)"
     action = here["gt_action"] if rng.random() < 0.8 else rng.choice(others)
-    return (f'{{\n  "current observation": "{seen}",\n  "current instruction": "{here["instruction"]}",\n'
+    return (
+        f'{{\n  "current observation": "{seen}",\n  "current instruction": "{here["instruction"]}",\n'
             f'  "action": "{action}",\n}}')
 
 
@@ -172,34 +182,41 @@ def play(repo, task, other_rule, episodes, routes, seed):
     if cards:
         from gym_cards.envs.general_points_oneline import GeneralPointEnv_oneline as kind
         name, prompt = "gym_cards/GeneralPoint-oneline-v0", "Q_GeneralPoint_EQN"
-        settings = dict(target_points=24, treat_face_cards_as_10=not other_rule, resolution=80, verify_iter=5, ood=other_rule)
+        settings = dict(target_points=24, treat_face_cards_as_10=not other_rule, resolution=80,
+                        verify_iter=5, ood=other_rule)
     else:
         from gym_virl.envs.navigation_environment import NavigationEnvironment as kind
         name, prompt = "gym_virl/Navigation-v0", "Q_VIRL"
-        settings = dict(route_info_path=str(routes / "route_infos.json"), resolution=8, verify_iter=2,
-                        absolute_action=not other_rule, relocation=True, drop_rate=0.5, straight_line_length=5,
-                        platform_save_dir=tempfile.mkdtemp(), platform_cfg={"mapping": str(routes / "gps_pano_mapping.pkl")})
+        settings = dict(route_info_path=str(routes / "route_infos.json"), resolution=8,
+                        verify_iter=2, absolute_action=not other_rule, relocation=True,
+                        drop_rate=0.5, straight_line_length=5,
+                        platform_save_dir=tempfile.mkdtemp(),
+                        platform_cfg={"mapping": str(routes / "gps_pano_mapping.pkl")})
     sys.modules["gymnasium"].kinds[name] = kind
     from evaluation.evaluator import llama_evaluator
     env_config = Config(id=name, **settings)
     prompt = [f"{prompt}_{'VL' if vision else 'L'}"]
-    prompts = Config(use_vision=vision, use_language=not vision, enable_verification=True, prompt_vision=prompt,
-                     pattern_vision=["formula"], prompt_language=prompt, pattern_language=["formula"])
+    prompts = Config(use_vision=vision, use_language=not vision, enable_verification=True,
+                     prompt_vision=prompt, pattern_vision=["formula"], prompt_language=prompt,
+                     pattern_language=["formula"])
     rng, played = random.Random(f"replies {seed}"), []
     processor = Processor(lambda: (reply_cards if cards else reply_walk)(rng, player.env))
     llama_evaluator.evaluate_model_config = lambda *_: (processor, MagicMock())
-    player = llama_evaluator.LlamaEvaluator(set_str_action_space(env_config), "", env_config, "llama", "", prompts, {},
+    player = llama_evaluator.LlamaEvaluator(set_str_action_space(env_config), "", env_config,
+                                            "llama", "", prompts, {},
                                             f"{tempfile.mkdtemp()}/out.jsonl", seed=seed)
     for episode in range(episodes):
         random.seed(seed + episode)
         processor.dialogues = []
         player.evaluate_one_trajectory()
-        played.append({"cards": cards and player.env.cards_without_suit, "dialogues": processor.dialogues})
+        played.append({"cards": cards and player.env.cards_without_suit,
+                       "dialogues": processor.dialogues})
     return played
 
 
 if __name__ == "__main__":
     repo, task, rule, episodes, routes, seed = sys.argv[1:]
     with contextlib.redirect_stdout(open(os.devnull, "w")):
-        played = play(Path(repo).resolve(), task, rule == "rule_ood", int(episodes), Path(routes), int(seed))
+        played = play(Path(repo).resolve(), task, rule == "rule_ood", int(episodes), Path(routes),
+                      int(seed))
     json.dump(played, sys.stdout)

@@ -25,14 +25,16 @@ SETS = ("train", "unseen", "mini")
 
 def generate(folder, *flags):
     """Run the generator in a process of its own and return its folder."""
-    command = [sys.executable, str(ROOT / "data" / "synthetic_city.py"), "--out", str(folder), *map(str, flags)]
+    command = [sys.executable, str(ROOT / "data" / "synthetic_city.py"), "--out", str(folder),
+               *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def read(folder):
@@ -44,7 +46,8 @@ def read(folder):
 
 def blocks(route):
     """The milestones as dicts: every block is a Python literal."""
-    return [ast.literal_eval(text.strip() + "}") for text in route["milestone_info"].split("}") if text.strip()]
+    return [ast.literal_eval(text.strip() + "}")
+            for text in route["milestone_info"].split("}") if text.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +57,8 @@ def words(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    return generate(tmp_path_factory.mktemp("drawn") / "city", "--routes", 1, "--unseen", 1, "--size", 256,
-                    "--workers", 2)
+    return generate(tmp_path_factory.mktemp("drawn") / "city", "--routes", 1, "--unseen", 1,
+                    "--size", 256, "--workers", 2)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,8 @@ def scene():
 
 
 def test_two_processes_write_the_same_words(words, tmp_path):
-    assert contents(generate(tmp_path / "city", "--routes", 300, "--no-pictures")) == contents(words)
+    assert contents(generate(tmp_path / "city", "--routes", 300,
+                             "--no-pictures")) == contents(words)
     other = generate(tmp_path / "other", "--routes", 300, "--no-pictures", "--seed", 1)
     assert not set(contents(other).values()) & set(contents(words).values())
 
@@ -77,12 +81,15 @@ def test_another_process_paints_the_same_pictures_whoever_else_paints(drawn, tmp
         for pano in panos[::-1]:
             synthetic_city.write_picture((0, number, pano, 256, [tmp_path]))
             for file in (f"{ids[pano]}.jpg", f"{ids[pano]}.metadata.json"):
-                assert (tmp_path / file).read_bytes() == (drawn / name / "street_views" / file).read_bytes()
+                assert (tmp_path / file).read_bytes() == (drawn / name / "street_views"
+                                                          / file).read_bytes()
 
 
 def test_words_and_mapping_do_not_depend_on_pictures(drawn, tmp_path):
     without = generate(tmp_path / "city", "--routes", 1, "--unseen", 1, "--no-pictures")
-    assert contents(without) == {name: data for name, data in contents(drawn).items() if "street_views" not in name}
+    assert contents(without) == {name: data
+                                 for name, data in contents(drawn).items()
+                                 if "street_views" not in name}
 
 
 def test_a_route_does_not_depend_on_how_many_are_drawn(words, drawn):
@@ -103,9 +110,11 @@ def test_all_eight_compass_words_occur(words):
 
 
 def test_every_route_has_the_shape_of_the_released_ones(words):
-    for name, lengths, num in [("train", range(2, 9), 300), ("unseen", range(2, 9), 48), ("mini", (2, 3), 18)]:
+    for name, lengths, num in [("train", range(2, 9), 300), ("unseen", range(2, 9), 48),
+                               ("mini", (2, 3), 18)]:
         routes, _ = read(words / name)
-        assert len(routes) == num and {len(route["route_results"]["geocode_list"]) for route in routes} == set(lengths)
+        assert len(routes) == num and {len(route["route_results"]["geocode_list"])
+                                       for route in routes} == set(lengths)
         for route in routes:
             points = route["route_results"]["geocode_list"]
             k, milestones = len(points), blocks(route)
@@ -115,15 +124,18 @@ def test_every_route_has_the_shape_of_the_released_ones(words):
             walked = [route["start_place"]["relocated_geocode"], *points]
             landmarks = [*route["route_results"]["landmark_list"], None]
             for block, landmark, a, b in zip(milestones, landmarks, walked, points):
-                heading, word = re.fullmatch(r"(\d+) \((\w+)\)", block["to_next_intersection_heading"]).groups()
+                heading, word = re.fullmatch(r"(\d+) \((\w+)\)",
+                                             block["to_next_intersection_heading"]).groups()
                 assert int(heading) == int(synthetic_city.bearing(a, b))
                 assert word == synthetic_city.COMPASS[round(int(heading) / 45) % 8]
                 place = landmark or (route["dest_place"] if block is milestones[-1] else None)
                 if place is None:
                     assert block["landmarks"] == "No landmark nearby"
                     continue
-                side = round((synthetic_city.bearing(b, place["geocode"]) - int(heading)) % 360 / 45) % 8
-                assert block["landmarks"].endswith(f"{place['name']} is on your {synthetic_city.SIDES[side]}")
+                side = round((synthetic_city.bearing(b, place["geocode"]) - int(heading)) % 360
+                             / 45) % 8
+                assert block["landmarks"].endswith(f"{place['name']} is on your "
+                                                   f"{synthetic_city.SIDES[side]}")
 
 
 def test_names_obey_the_rules_and_no_two_cities_share_one():
@@ -133,14 +145,16 @@ def test_names_obey_the_rules_and_no_two_cities_share_one():
         for place in [*city.landmarks, *(street.place for street in city.streets)]:
             if place:
                 assert owner.setdefault(place.name, number) == number
-                assert place.name.isascii() and not re.search(r"[{}\n\"]|^'|intersection", place.name)
+                assert place.name.isascii() and not re.search(r"[{}\n\"]|^'|intersection",
+                                                              place.name)
     assert len(owner) > 1000
 
 
 def test_the_mini_set_visits_cities_one_to_nine_in_order(words):
     regions = [route["dest_place"]["region"] for route in read(words / "mini")[0]]
     assert regions == [f"city {number}" for number in range(1, 10) for _ in range(2)]
-    assert synthetic_city.scene_of(0, 0).palette == synthetic_city.scene_of(0, 1).palette     # the training palette
+    # the training palette
+    assert synthetic_city.scene_of(0, 0).palette == synthetic_city.scene_of(0, 1).palette
     assert len(set(synthetic_city.PALETTES)) == 9
 
 
@@ -150,13 +164,15 @@ def test_every_point_the_environment_may_ask_for_is_in_the_mapping(words):
     whole = dict(zip(city.geocodes, city.ids))
     for name in ("train", "unseen"):
         routes, mapping = read(words / name)
-        assert list(mapping.items()) == [item for item in whole.items() if item[0] in mapping]     # the city's order
+        # the city's order
+        assert list(mapping.items()) == [item for item in whole.items() if item[0] in mapping]
         asked = set()
         for route in routes:
             prev = tuple(route["start_place"]["relocated_geocode"])
             for point in map(tuple, route["route_results"]["geocode_list"]):
                 assert prev in mapping and point in mapping
-                asked |= {tuple(p * (1 - s / 5) + q * s / 5 for p, q in zip(prev, point)) for s in range(1, 5)}
+                asked |= {tuple(p * (1 - s / 5) + q * s / 5 for p, q in zip(prev, point))
+                          for s in range(1, 5)}
                 prev = point
         asked, found = np.radians(sorted(asked)[:1500]), []
         for entries in (whole, mapping):
@@ -200,14 +216,16 @@ def test_no_house_hides_an_announced_board_and_no_view_edge_cuts_it():
     for city, routes in sets["train"] + sets["mini"][:4]:
         scene = synthetic_city.scene_of(0, city.number)
         for place, pano, heading in (board for route in routes for board in announced(city, route)):
-            assert scene.in_sight(city.panos[pano], place) and not is_cut(city, place, pano, heading)
+            assert scene.in_sight(city.panos[pano], place) and not is_cut(city, place, pano,
+                                                                          heading)
             assert math.dist(city.panos[pano], place.at) < 16
 
 
 def test_a_house_in_between_does_hide_a_board(scene):
     place = scene.places[-1]
     across = scene.lot_middle[0] - place.at
-    assert not scene.in_sight(tuple(scene.lot_middle[0] + 8 * across / np.linalg.norm(across)), place)
+    assert not scene.in_sight(tuple(scene.lot_middle[0] + 8 * across / np.linalg.norm(across)),
+                              place)
 
 
 def test_a_board_is_painted_where_the_text_says(scene):
@@ -219,15 +237,19 @@ def test_a_board_is_painted_where_the_text_says(scene):
         column = round((heading / 360 + 0.5) % 1 * 1023)
         bottom = synthetic_city.BOARD_TOP - synthetic_city.BOARD_HEIGHT - synthetic_city.EYE
         row = round((0.5 - math.degrees(math.atan2(bottom, metres)) / 180) * 511) - 2
-        inside = np.median(picture[row - 1:row + 1, np.arange(column - 12, column + 12) % 1024], (0, 1))
-        assert np.abs(inside - synthetic_city.rgb(synthetic_city.PLACES[place.kind][1])[0]).max() < 40, place
+        inside = np.median(picture[row - 1:row + 1, np.arange(column - 12, column + 12) % 1024],
+                           (0, 1))
+        assert np.abs(inside
+                      - synthetic_city.rgb(
+                          synthetic_city.PLACES[place.kind][1])[0]).max() < 40, place
 
 
 def test_zebra_bars_tell_a_crossing_from_the_middle_of_a_street(scene):
     """A crossing has bars within 16 m; the middle of a street has a few lane dashes."""
     bars = scene.ground[(scene.ground_far == synthetic_city.MARKS_FAR)].mean(1)
     for street in scene.city.streets:
-        for pano, low, high in [(street.ends[0], 12, 999), (street.panos[len(street.panos) // 2], 1, 6)]:
+        for pano, low, high in [(street.ends[0], 12, 999),
+                                (street.panos[len(street.panos) // 2], 1, 6)]:
             near = np.linalg.norm(bars - scene.city.panos[pano], axis=1) < 16
             assert low <= near.sum() <= high
 
@@ -279,24 +301,35 @@ def test_no_panorama_stands_so_close_to_a_crossing_that_it_looks_like_one():
 
 # ---- Dialogues with a model's own failures -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("task, env, told", [("gp-l", (), "No JSON object"), ("gp-vl", ("resolution=48",), "Try another formula")])
-def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt(tmp_path, task, env, told):
+@pytest.mark.parametrize("task, env, told",
+                         [("gp-l", (), "No JSON object"),
+                          ("gp-vl", ("resolution=48",), "Try another formula")])
+def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt(tmp_path, task,
+                                                                                 env, told):
     import own_failures
     vision = task == "gp-vl"
-    config = own_failures.Config(out=str(tmp_path / "own.json"), model=tiny_folder(vision), num=20, failed_tries=2, max_new_tokens=6,
-                                 task=task, env=env, mix=("id", "rule_ood"), dtype="float32", device="cpu", side_by_side=16)
+    config = own_failures.Config(out=str(tmp_path / "own.json"), model=tiny_folder(vision), num=20,
+                                 failed_tries=2, max_new_tokens=6, task=task, env=env,
+                                 mix=("id", "rule_ood"), dtype="float32", device="cpu",
+                                 side_by_side=16)
     own_failures.main(config)
     records = json.loads((tmp_path / "own.json").read_text())
     tries = [len(record["conversations"]) // 2 - 1 for record in records]
-    assert set(tries) == {0, 1, 2} and len(records) == 20                    # a blank model always fails
+    # a blank model always fails
+    assert set(tries) == {0, 1, 2} and len(records) == 20
     for record in records:
         *earlier, last = record["conversations"]
-        assert all(turn["loss"] is False for turn in earlier if turn["from"] == "gpt") and "loss" not in last
-        assert '"formula": "' in last["value"] and all(told in turn["value"] for turn in earlier[2::2])
+        assert all(turn["loss"] is False
+                   for turn in earlier if turn["from"] == "gpt") and "loss" not in last
+        assert '"formula": "' in last["value"] and all(told in turn["value"]
+                                                       for turn in earlier[2::2])
     pairs = read_conversations(tmp_path / "own.json", vision, "<|image|>")
     assert len(list(tmp_path.glob("own/*.png"))) == 20 * vision
-    assert [reply for _, reply in pairs] == [record["conversations"][-1]["value"] for record in records]
+    assert [reply for _, reply in pairs] == [record["conversations"][-1]["value"]
+                                             for record in records]
     own_failures.main(replace(config, out=str(tmp_path / "again.json")))
-    assert (tmp_path / "again.json").read_text().replace("again/", "own/") == (tmp_path / "own.json").read_text()
+    assert (tmp_path / "again.json").read_text().replace("again/",
+                                                         "own/") == (tmp_path
+                                                                     / "own.json").read_text()
     with pytest.raises(SystemExit):
         own_failures.main(config)

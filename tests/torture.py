@@ -34,12 +34,15 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-PATIENCE = 120                                                     # seconds after which a script counts as hanging
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+               "PYTHONDONTWRITEBYTECODE": "1"}
+# seconds after which a script counts as hanging
+PATIENCE = 120
 ODD = "a blank ü 'single' \"double\"\nand a second line"
 BAR = re.compile(r"[^\r\n]*?\d+%\|[^\r\n]*?\]")                    # of tqdm
 SECONDS = re.compile(rb'"seconds\w*": [-\d.e+]+')
-Done = namedtuple("Done", "status out lines place")                # lines: of stderr without bars; place: of a traceback
+# lines: of stderr without bars; place: of a traceback
+Done = namedtuple("Done", "status out lines place")
 
 
 @dataclass
@@ -47,7 +50,8 @@ class Case:
     """A script in a tiny run: its words, and what an undisturbed run of them made."""
     name: str
     words: list
-    files: tuple             # what may not grow, and whether the run has begun before: (pattern, begun) pairs
+    # what may not grow, and whether the run has begun before: (pattern, begun) pairs
+    files: tuple
     final: str = ""          # of a script that does not go on: the name of what it makes
     start: Path = None       # a folder whose content stands there before
     folder: Path = None      # where the undisturbed run was
@@ -58,9 +62,10 @@ class Case:
 
 def start(words, folder, before=None, **env):
     """A script in a session of its own; `before` runs in the new process."""
-    return subprocess.Popen([sys.executable, str(ROOT / words[0]), *map(str, words[1:])], cwd=folder,
-                            env={**ENVIRONMENT, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True, preexec_fn=before)
+    return subprocess.Popen([sys.executable, str(ROOT / words[0]), *map(str, words[1:])],
+                            cwd=folder, env={**ENVIRONMENT, **env}, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            errors="replace", start_new_session=True, preexec_fn=before)
 
 
 def finish(process):
@@ -72,9 +77,11 @@ def finish(process):
         os.killpg(process.pid, signal.SIGKILL)
         (out, err), status = process.communicate(), "hangs"
     lines = [line.strip() for line in re.split(r"[\r\n]+", BAR.sub("", err)) if line.strip()]
-    places = re.findall(rf'File "{ROOT}/(\S+)", line (\d+), in (\w+)', err) or [("?", "?", "one of its processes")]
+    places = re.findall(rf'File "{ROOT}/(\S+)", line (\d+), in (\w+)',
+                        err) or [("?", "?", "one of its processes")]
     trace = "Traceback" in err or "Exception ignored" in err
-    return Done(status, out or "", lines or ["nothing on stderr"], trace and "{}:{} {}".format(*places[-1]))
+    return Done(status, out or "", lines or ["nothing on stderr"],
+                trace and "{}:{} {}".format(*places[-1]))
 
 
 def run(words, folder, before=None):
@@ -90,17 +97,22 @@ def broken(done, status):
 
 def tree(folder):
     """{file: digest} of all below a folder; what a log says of seconds does not count, nor who held a lock."""
-    return {str(path.relative_to(folder)): hashlib.sha256(SECONDS.sub(b"", path.read_bytes())).hexdigest()
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(SECONDS.sub(b"",
+                                                                  path.read_bytes())).hexdigest()
             for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"}
 
 
 def newest_step(folder):
-    return max((int(p.name[5:]) for p in folder.glob("run/step_*") if p.name[5:].isdecimal()), default=0)
+    return max((int(p.name[5:]) for p in folder.glob("run/step_*") if p.name[5:].isdecimal()),
+               default=0)
 
 
 def read_rows(path):
     """The finished lines of a log."""
-    return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.is_file() else []
+    return [line
+            for line in path.read_bytes().splitlines(True)
+            if line.endswith(b"\n")] if path.is_file() else []
 
 
 def progress(folder):
@@ -110,7 +122,9 @@ def progress(folder):
 def saved(folder):
     """What may never be lost again: the weights of complete checkpoints, and evaluated rows."""
     rows = enumerate(read_rows(folder / "run/eval.jsonl"))
-    return {(name, digest) for name, digest in tree(folder).items() if re.fullmatch(r"run/step_\d+/[^/]+", name)} | {
+    return {(name, digest)
+            for name, digest in tree(folder).items()
+            if re.fullmatch(r"run/step_\d+/[^/]+", name)} | {
         (f"eval.jsonl, row {i}", str(row)) for i, row in rows}
 
 
@@ -123,7 +137,8 @@ def differences(case, folder, out=""):
     found = tree(folder)
     other = [name for name in case.whole if found.get(name) != case.whole[name]]
     more = [name for name in found.keys() - case.whole.keys()
-            if not any(part.endswith(".tmp") and f"{part} was never finished" in out for part in Path(name).parts)]
+            if not any(part.endswith(".tmp") and f"{part} was never finished" in out
+                       for part in Path(name).parts)]
     return ([("differs from an undisturbed run", ", ".join(other[:3]))] * bool(other)
             + [("left over", name) for name in sorted(more)[:1]])
 
@@ -134,7 +149,9 @@ def remove(path):
 
 def remove_named(case, folder, done):
     """A script that does not go on may ask to have something removed: remove it, and return the names."""
-    named = [path for path in folder.iterdir() if case.final and done.status == 2 and path.name in done.lines[-1]]
+    named = [path
+             for path in folder.iterdir() if case.final and done.status == 2
+             and path.name in done.lines[-1]]
     for path in named:
         remove(path)
     return ", ".join(sorted(path.name for path in named))
@@ -152,14 +169,17 @@ def prepare(case, folder, begun=False):
         remove(folder / f"run/step_{newest_step(folder):06d}")
     for path in folder.glob("run/*.jsonl") if begun else ():
         rows = read_rows(path)
-        rows = rows[:len(rows) // 2] if path.name == "eval.jsonl" else [row for row in rows if json.loads(row)["step"]
+        rows = rows[:len(rows) // 2] if path.name == "eval.jsonl" else [row
+                                                                        for row in rows
+                                                                        if json.loads(row)["step"]
                                                                          <= newest_step(folder)]
         path.write_bytes(b"".join(rows))
 
 
 def make_cases(kit):
     """Tiny models, a run to evaluate, and the cases, each run undisturbed; (case, what went wrong) pairs."""
-    sft = ["sft.py", "--model", kit / "model", "--out", "run", "--batch-size", 8, "--lr", 1e-3, "--dtype", "float32"]
+    sft = ["sft.py", "--model", kit / "model", "--out", "run", "--batch-size", 8, "--lr", 1e-3,
+           "--dtype", "float32"]
     (kit / "trained").mkdir()
     for words in (["support/tiny.py", "--task", "gp-l", "--size", "32x2", "--out", kit / "model/"],
                   [*sft, "--steps", 30, "--save-every", 10]):
@@ -168,26 +188,34 @@ def make_cases(kit):
     weights, optimizer, log = "run/step_*/model.safetensors", "run/step_*/resume/optimizer*", "run/metrics.jsonl"
     for case in (
             Case("sft.py", [*sft, "--steps", 120, "--save-every", 5],
-                 ((weights, True), (optimizer, True), (weights, False), (log, True), ("run/config.json", False))),
-            Case("rl.py", ["rl.py", "--model", kit / "model", "--out", "run", "--num-envs", 4, "--turns-per-env", 3,
-                           "--minibatch-turns", 6, "--epochs", 2, "--updates", 16, "--max-new-tokens", 10, "--lr", 1e-4,
-                           "--temperature", 1, "--env", "verify_iter=4", "--dtype", "float32", "--save-every", 2],
+                 ((weights, True), (optimizer, True), (weights, False), (log, True),
+                  ("run/config.json", False))),
+            Case("rl.py",
+                 ["rl.py", "--model", kit / "model", "--out", "run", "--num-envs", 4,
+                  "--turns-per-env", 3, "--minibatch-turns", 6, "--epochs", 2, "--updates", 16,
+                  "--max-new-tokens", 10, "--lr", 1e-4, "--temperature", 1, "--env",
+                  "verify_iter=4", "--dtype", "float32", "--save-every", 2],
                  (("run/step_*/value_head.safetensors", True), ("run/turns.jsonl", True))),
-            Case("evaluate.py --run-folder", ["evaluate.py", "--run-folder", "run", "--episodes", 24,
-                                              "--max-new-tokens", 16, "--temperature", 1],
+            Case("evaluate.py --run-folder",
+                 ["evaluate.py", "--run-folder", "run", "--episodes", 24,
+                  "--max-new-tokens", 16, "--temperature", 1],
                  (("run/eval.jsonl", True), ("run/eval_unfinished", False)), start=kit / "trained"),
-            Case("sft.py --dump", ["sft.py", "--task", "gp-vl", "--env", "resolution=96", "--dump", "data.json",
-                                   "--num", 600],
+            Case("sft.py --dump",
+                 ["sft.py", "--task", "gp-vl", "--env", "resolution=96", "--dump", "data.json",
+                  "--num", 600],
                  (("data/*.png", False), ("data.json", False)), final="data.json"),
-            Case("data/synthetic_city.py", ["data/synthetic_city.py", "--out", "city", "--routes", 2, "--unseen", 1,
-                                            "--most-legs", 2, "--size", 256, "--workers", 2],
-                 (("city/*/street_views/*.jpg", False), ("city/*/route_infos.json", False)), final="city")):
+            Case("data/synthetic_city.py",
+                 ["data/synthetic_city.py", "--out", "city", "--routes", 2, "--unseen", 1,
+                  "--most-legs", 2, "--size", 256, "--workers", 2],
+                 (("city/*/street_views/*.jpg", False), ("city/*/route_infos.json", False)),
+                 final="city")):
         folders = [Path(tempfile.mkdtemp(dir=kit)) for _ in range(2)]
         with ThreadPoolExecutor(2) as pool:                        # side by side, as trials run
             ends = list(pool.map(partial(measure, case), folders))
         case.folder, case.whole = folders[0], tree(folders[0])
         case.begin, case.work = (sum(times) / 2 for times in list(zip(*ends))[:2])
-        faults = [fault for *_, done in ends for fault in broken(done, 0)] + differences(case, folders[1])
+        faults = [fault for *_, done in ends for fault in broken(done, 0)] + differences(case,
+                                                                                         folders[1])
         yield case, faults + [("made nothing", case.name)] * (not case.whole)
 
 
@@ -226,7 +254,8 @@ def kill_at(case, folder, written, share):
         process.kill()
         process.wait()
     landed = "while it wrote" if stamp(folder) != before else "before its first write"
-    with contextlib.suppress(ProcessLookupError):                  # what we expect: no process of its session is left
+    # what we expect: no process of its session is left
+    with contextlib.suppress(ProcessLookupError):
         for _ in range(60):
             os.killpg(process.pid, 0)
             time.sleep(0.05)
@@ -240,7 +269,8 @@ def kill_trial(folder, case, kills, rng):
     faults, notes, seen, number = [], Counter(), set(), 0
     prepare(case, folder)
     while number <= kills:
-        process, where, live_on = (kill_at(case, folder, rng.random() > 0.15, rng.random()) if number < kills else
+        process, where, live_on = (kill_at(case, folder, rng.random() > 0.15, rng.random())
+                                   if number < kills else
                                    (start(case.words, folder), "", False))
         done = finish(process)
         if where and done.status == 0:                             # it was faster than the signal
@@ -257,10 +287,12 @@ def kill_trial(folder, case, kills, rng):
         if ended:
             faults += differences(case, folder, done.out)
         elif case.final and (folder / case.final).exists():
-            faults += [("half under its final name", text) for kind, text in differences(case, folder)
+            faults += [("half under its final name", text)
+                       for kind, text in differences(case, folder)
                        if kind != "left over"]
             ended = True
-        if ended and number <= kills:                              # the kills that are left begin anew
+        # the kills that are left begin anew
+        if ended and number <= kills:
             prepare(case, folder)
             seen = set()
     return faults, notes
@@ -274,7 +306,8 @@ def kills(cases, options):
             left -= trials[-1][1]
         must = "nothing under its final name or all of it" if case.final else "what was saved stays"
         yield (case.name, f"{options.kills} SIGKILLs, then the same command",
-               f"{must}; the end equal to an undisturbed run; nothing left over, no traceback", kill_trial, trials)
+               f"{must}; the end equal to an undisturbed run; nothing left over, no traceback",
+               kill_trial, trials)
 
 
 def limit_trial(folder, case, pattern, begun):
@@ -283,10 +316,12 @@ def limit_trial(folder, case, pattern, begun):
     path = max(case.folder.glob(pattern), key=lambda p: (p.stat().st_size, p), default=None)
     here = path and folder / path.relative_to(case.folder)
     limit = here.stat().st_size + 100 if path and here.exists() else path.stat().st_size - 1 if path else 100
-    named = next((name for name in ("city", "step_", "data", "run/eval") if name in pattern), path.name if path else Path(pattern).name)
+    named = next((name for name in ("city", "step_", "data", "run/eval") if name in pattern),
+                 path.name if path else Path(pattern).name)
 
     def before():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)              # an error of the write, not the process's end
+        # an error of the write, not the process's end
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return refuse(case, folder, named, before=before)
 
@@ -294,17 +329,20 @@ def limit_trial(folder, case, pattern, begun):
 def mount_trial(folder, case, begun, free):
     """So many bytes are free on the disk, or, with None, the disk is read-only."""
     def mount(*options):
-        return subprocess.run(["mount", *options, "torture", str(folder)], capture_output=True).returncode == 0
+        return subprocess.run(["mount", *options, "torture", str(folder)],
+                              capture_output=True).returncode == 0
 
     if not mount("-t", "tmpfs"):
         return [], Counter(["skipped: this user may not mount"])
     try:
         prepare(case, folder, begun)
         disk = os.statvfs(folder)
-        size = max(4096, (disk.f_blocks - disk.f_bfree) * disk.f_frsize + (free or 0))      # 0 would be no limit
+        # 0 would be no limit
+        size = max(4096, (disk.f_blocks - disk.f_bfree) * disk.f_frsize + (free or 0))
         assert mount("-o", "remount,ro" if free is None else f"remount,size={size}")
         named = Path(case.final).stem if case.final else r"\brun\b"
-        return refuse(case, folder, named, free is not None, partial(mount, "-o", "remount,rw,size=1g"))
+        return refuse(case, folder, named, free is not None,
+                      partial(mount, "-o", "remount,rw,size=1g"))
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -315,15 +353,19 @@ def refuse(case, folder, named, may_fit=False, mend=lambda: None, before=None):
     if may_fit and done.status == 0:
         faults, notes["had room enough"] = broken(done, 0), 1
     elif not (faults := broken(done, 2)):
-        faults += [(f"{len(done.lines)} lines instead of one", " / ".join(done.lines[:3]))] if len(done.lines) > 1 else []
-        faults += [] if re.search(named, " ".join(done.lines)) else [(f"does not name {named}", done.lines[-1])]
+        faults += [(f"{len(done.lines)} lines instead of one",
+                    " / ".join(done.lines[:3]))] if len(done.lines) > 1 else []
+        faults += [] if re.search(named,
+                                  " ".join(done.lines)) else [(f"does not name {named}",
+                                                               done.lines[-1])]
     faults += lost(seen, folder)
     mend()
     if tree(folder) != case.whole:
         done = run(case.words, folder)
         if names := remove_named(case, folder, done):
             notes[f"asked to remove {names}"], done = 1, run(case.words, folder)
-        faults += [(f"afterwards {kind}", text) for kind, text in broken(done, 0) + differences(case, folder, done.out)]
+        faults += [(f"afterwards {kind}", text)
+                   for kind, text in broken(done, 0) + differences(case, folder, done.out)]
     return faults, notes
 
 
@@ -333,21 +375,25 @@ REFUSED = "status 2 and one line that names the file; what was saved stays; late
 def disk(cases, options):
     for case in cases:
         for pattern, begun in case.files:
-            yield (case.name, f"{pattern} cannot grow{', the run half-way' * begun}", REFUSED, limit_trial,
-                   [(case, pattern, begun)])
+            yield (case.name, f"{pattern} cannot grow{', the run half-way' * begun}", REFUSED,
+                   limit_trial, [(case, pattern, begun)])
         last = case.folder / f"run/step_{newest_step(case.folder):06d}"
-        written = [case.folder / "run/eval.jsonl"] if case.start else (case.folder if case.final else last).rglob("*")
+        written = [case.folder / "run/eval.jsonl"] if case.start else (case.folder if case.final
+                                                                       else last).rglob("*")
         total = sum(-(-path.stat().st_size // 4096) * 4096 for path in written)
         yield (case.name, "a full tmpfs, each time with more room", REFUSED, mount_trial,
-               [(case, True, int(total * share)) for share in (0, 0.02, 0.1, 0.2, 0.33, 0.5, 0.8, 0.97)])
-        yield case.name, "a full tmpfs from the start", REFUSED, mount_trial, [(case, False, 0), (case, False, 8192)]
+               [(case, True, int(total * share))
+                for share in (0, 0.02, 0.1, 0.2, 0.33, 0.5, 0.8, 0.97)])
+        yield case.name, "a full tmpfs from the start", REFUSED, mount_trial, [(case, False, 0),
+                                                                               (case, False, 8192)]
 
 
 def stdout_trial(folder, case, how):
     """A script whose stdout goes away; it may end early if the same command goes on."""
     prepare(case, folder)
     if how == "closed, unknown device":
-        return broken(run([*case.words, "--device", "none"], folder, before=partial(os.close, 1)), 2), Counter()
+        return broken(run([*case.words, "--device", "none"], folder, before=partial(os.close, 1)),
+                      2), Counter()
     if how == "closed":
         done = run(case.words, folder, before=partial(os.close, 1))
     else:
@@ -361,27 +407,33 @@ def stdout_trial(folder, case, how):
     if found and done.status:
         again = run(case.words, folder)
         found = broken(again, 0) + differences(case, folder, again.out)
-    return faults + [(f"afterwards {kind}", text) for kind, text in found], Counter([f"status {done.status}"])
+    return faults + [(f"afterwards {kind}", text)
+                     for kind, text in found], Counter([f"status {done.status}"])
 
 
 def chains(name):
     """The commands of two experiments below a folder: in words, and with pictures from a file."""
     small, more = ["--size", "32x2"], ["--lr", 1e-3, "--dtype", "float32", "--save-every", 2]
-    words, eyes = ["--task", "virl-l", "--env", f"root={name}/city"], ["--task", "gp-vl", "--env", "resolution=48"]
+    words, eyes = ["--task", "virl-l", "--env", f"root={name}/city"], ["--task", "gp-vl", "--env",
+                                                                       "resolution=48"]
     test = ["--episodes", 4, "--max-new-tokens", 8]
     return {"city, model, sft, rl, evaluate, compare and figure": [
-        ["data/synthetic_city.py", "--out", f"{name}/city", "--routes", 8, "--unseen", 2, "--no-pictures"],
+        ["data/synthetic_city.py", "--out", f"{name}/city", "--routes", 8, "--unseen", 2,
+         "--no-pictures"],
         ["support/tiny.py", "--out", f"{name}/model", *words, *small],
-        ["sft.py", "--model", f"{name}/model", "--out", f"{name}/sft", *words, "--steps", 4, "--batch-size", 8, *more],
-        ["rl.py", "--model", f"{name}/model", "--out", f"{name}/rl", *words, "--num-envs", 4, "--turns-per-env", 3,
-         "--minibatch-turns", 6, "--updates", 2, "--max-new-tokens", 8, *more],
-        ["evaluate.py", "--run-folder", f"{name}/sft", *test], ["evaluate.py", "--run-folder", f"{name}/rl", *test],
+        ["sft.py", "--model", f"{name}/model", "--out", f"{name}/sft", *words, "--steps", 4,
+         "--batch-size", 8, *more],
+        ["rl.py", "--model", f"{name}/model", "--out", f"{name}/rl", *words, "--num-envs", 4,
+         "--turns-per-env", 3, "--minibatch-turns", 6, "--updates", 2, "--max-new-tokens", 8,
+         *more],
+        ["evaluate.py", "--run-folder", f"{name}/sft", *test],
+        ["evaluate.py", "--run-folder", f"{name}/rl", *test],
         ["evaluate.py", "--compare", f"{name}/sft,{name}/rl", "--figure", f"{name}/figure.png"]],
         "dump, model and sft from its data": [
         ["sft.py", "--dump", f"{name}/data.json", "--num", 8, *eyes],
         ["support/tiny.py", "--out", f"{name}/vision", *eyes, *small],
-        ["sft.py", "--data", f"{name}/data.json", "--model", f"{name}/vision", "--out", f"{name}/seen", *eyes,
-         "--steps", 2, "--batch-size", 4, *more]]}
+        ["sft.py", "--data", f"{name}/data.json", "--model", f"{name}/vision", "--out",
+         f"{name}/seen", *eyes, "--steps", 2, "--batch-size", 4, *more]]}
 
 
 def chain_trial(folder, which):
@@ -394,11 +446,15 @@ def chain_trial(folder, which):
             done = run(words, folder)
             printed += done.out
             if faults := broken(done, 0):
-                return [(f"{words[0]} {words[1]} below {name}, {kind}", text) for kind, text in faults], Counter()
+                return [(f"{words[0]} {words[1]} below {name}, {kind}", text)
+                        for kind, text in faults], Counter()
         for path in (folder / name).rglob("*.json*"):              # paths that files hold
             path.write_text(path.read_text().replace(json.dumps(name)[1:-1], "plain"))
-        made[name] = tree(folder / name) | {"stdout": re.sub(r"[\d.]+ seconds", "", printed).replace(name, "plain")}
-    return [("differs from the plain path", name) for name in sorted(made["plain"].keys() | made[ODD].keys())
+        made[name] = tree(folder
+                          / name) | {"stdout": re.sub(r"[\d.]+ seconds", "", printed).replace(name,
+                                                                                              "plain")}
+    return [("differs from the plain path", name)
+            for name in sorted(made["plain"].keys() | made[ODD].keys())
             if made["plain"].get(name) != made[ODD].get(name)], Counter()
 
 
@@ -424,17 +480,20 @@ def table_row(script, how, must, faults, notes, times):
     """Of each kind of fault how often and the first line; then what is worth a word."""
     kinds, first = Counter(kind for kind, _ in faults), dict(reversed(faults))
     found = [f"{count}x {kind}: `{first[kind][:300]}`" for kind, count in kinds.items()] or ["none"]
-    found += [f"({', '.join(f'{count}x {note}' for note, count in sorted(notes.items()))})"] * bool(notes)
+    found += [f"({', '.join(f'{count}x {note}' for note, count in sorted(notes.items()))})"] * bool(
+        notes)
     cells = [script, how, str(times), must, "<br>".join(found)]
     cells = [text.replace("|", "\\|").replace("\n", "\\n") for text in cells]
     return f"| {' | '.join(cells)} |"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="+", choices=list(SECTIONS))
     parser.add_argument("--kills", type=int, default=50, help="of each script [50]")
-    parser.add_argument("--seed", type=int, default=0, help="fixes when kills come, up to the machine's own timing [0]")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="fixes when kills come, up to the machine's own timing [0]")
     parser.add_argument("--jobs", type=int, default=2, help="trials side by side [2]")
     parser.add_argument("--out", help="write the table to this file as well")
     options, began, failed, lines = parser.parse_args(), time.time(), 0, []
@@ -444,9 +503,11 @@ def main():
         lines.append(line)
 
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    say(f"# The scripts, hurt\n\n`python tests/torture.py {' '.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d')}, on "
-        f"{cpu[1] if cpu else 'an unknown CPU'}, {os.cpu_count()} cores, torch {importlib.metadata.version('torch')}.\n")
-    with tempfile.TemporaryDirectory(prefix="torture_") as place, ThreadPoolExecutor(options.jobs) as pool:
+    say(f"# The scripts, hurt\n\n`python tests/torture.py {' '.join(sys.argv[1:])}`, "
+        f"{time.strftime('%Y-%m-%d')}, on {cpu[1] if cpu else 'an unknown CPU'}, {os.cpu_count()} "
+        f"cores, torch {importlib.metadata.version('torch')}.\n")
+    with tempfile.TemporaryDirectory(prefix="torture_") as place, ThreadPoolExecutor(
+        options.jobs) as pool:
         def attempt(trial, arguments):
             folder = Path(tempfile.mkdtemp(dir=place))
             try:
@@ -457,21 +518,26 @@ def main():
         (Path(place) / "kit").mkdir()
         measured = list(make_cases(Path(place) / "kit"))
         cases = [case for case, _ in measured]
-        times = [f"{case.name} {case.begin:.1f} s to its first write and {case.work:.1f} s from there" for case in cases]
+        times = [f"{case.name} {case.begin:.1f} s to its first write and {case.work:.1f} s from "
+                 f"there" for case in cases]
         say(f"Undisturbed: {'; '.join(times)}.\n")
-        say("| script | how it was hurt | times | what must hold | failures |\n|---|---|---|---|---|")
+        say("| script | how it was hurt | times | what must hold | failures "
+            "|\n|---|---|---|---|---|")
         for case, faults in measured:
             say(table_row(case.name, "not at all", "status 0; two runs equal", faults, {}, 2))
             failed += bool(faults)
-        rows = [(words, [pool.submit(attempt, trial, own) for own in arguments]) for section in options.sections
+        rows = [(words, [pool.submit(attempt, trial, own) for own in arguments])
+                for section in options.sections
                 for *words, trial, arguments in SECTIONS[section](cases, options)]
         try:
             for words, trials in rows:
                 faults = [fault for trial in trials for fault in trial.result()[0]]
-                say(table_row(*words, faults, sum((trial.result()[1] for trial in trials), Counter()), len(trials)))
+                say(table_row(*words, faults,
+                              sum((trial.result()[1] for trial in trials), Counter()), len(trials)))
                 failed += bool(faults)
         finally:
-            pool.shutdown(cancel_futures=True)                     # after Ctrl-C only what runs comes to its end
+            # after Ctrl-C only what runs comes to its end
+            pool.shutdown(cancel_futures=True)
     say(f"\n{failed} rows with failures; {time.time() - began:.0f} seconds in all.")
     if options.out:
         Path(options.out).write_text("\n".join(lines) + "\n")
