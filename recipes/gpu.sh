@@ -1,12 +1,22 @@
 #!/usr/bin/env bash
-# recipes/tiny.sh on one GPU: GeneralPoints in words with a Llama of 26 M parameters, and a start of its own for every seed.
+# The tiny run of GeneralPoints in words on one GPU, with a larger model: a Llama of 26 M
+# parameters, and a new start for each seed.
 #
-#   bash recipes/gpu.sh              three seeds side by side; the table and the figure are over starts and seeds
+#   bash recipes/gpu.sh              three seeds side by side
 #   SMOKE=1 bash recipes/gpu.sh      everything once, with a small model; the numbers mean nothing
 #
-# A seed makes its start (recipes/base.sh: rules of the family, neither of the paper's two), goes on from it with PPO and
-# with SFT, and tests both (recipes/tiny.sh). The seeds run at the same time: one alone leaves most of a GPU idle, since a
-# model of this size waits for Python. What a seed prints is in OUT/log_SEED.
+# Each seed makes its start by SFT under a family of rules, without the paper's two
+# (recipes/base.sh). PPO and SFT go on from it, and both are tested (recipes/tiny.sh). The script
+# ends with a table and a figure over starts and seeds. The seeds run at the same time: a model of
+# this size waits for Python, so one seed leaves most of a GPU idle.
+#
+# Settings, as environment variables:
+#   OUT=folder         where the runs and the logs go [runs/gpu-gp-l]
+#   SEEDS="0 1 2"      the seeds
+#   SIZE=512x8         width and layers of the model
+#   LRS="6e-4 3e-4 3e-4"     learning rates of the three stages of a start
+#   MORE_RL, MORE_SFT, MORE_TEST, SFT_SETTINGS     as in recipes/tiny.sh
+#   SMOKE=1            a few steps, in a folder of its own
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TASK=gp-l
@@ -32,6 +42,11 @@ failed=""
 for job in "${jobs[@]}"; do
     wait "$job" || failed=1
 done
-[ -z "$failed" ] || { echo "a seed failed; the ends of the logs:" >&2; tail -n 5 "$OUT"/log_* >&2; exit 1; }
+[ -z "$failed" ] ||
+    { echo "a seed failed; the ends of the logs:" >&2; tail -n 5 "$OUT"/log_* >&2; exit 1; }
 python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
-[ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
+figure=$OUT/figure.png
+[ -f "$figure" ] || figure="not drawn"
+echo "== the figure: $figure; what each seed printed is in $OUT/log_SEED"
+[ -z "${SMOKE:-}" ] ||
+    echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Which settings the tiny run has, chosen on the training rule alone: recipes/tiny.sh with a grid for each arm, at about equal
-# compute, from a start that is not reported. The other rule is not played here at all. What counts is the task's first measure
-# (envs.TASKS) at the last checkpoint; settings within one standard error of their arm's best tie, and tiny.sh runs them all.
+# Chooses the settings of the tiny run by the training rule alone. It is recipes/tiny.sh with a grid
+# of settings for each arm, at about equal compute, from a start that is not reported.
 #
-#   bash recipes/grid.sh                   gp-l, by its parts an hour and a half on two cores, the start included; results/grid_gp_l.md
-#   TASK=virl-l bash recipes/grid.sh       results/grid_virl_l.md
-#   TASK=gp-vl bash recipes/grid.sh        results/grid_gp_vl.md
+#   bash recipes/grid.sh                   gp-l: an hour and a half on two cores, by its parts
+#   TASK=virl-l bash recipes/grid.sh
+#   TASK=gp-vl bash recipes/grid.sh
 #
-# It can be stopped; the same command goes on. JOBS and SMOKE=1 as in tiny.sh.
+# The other rule is never played here. What counts is the task's first measure (envs.TASKS) at the
+# last checkpoint. Settings within one standard error of their arm's best tie with it, and
+# tiny.sh runs those (BAND=1). The script ends with a table, a row for each run. Our tables are in
+# results/gp_l.md, virl_l.md and gp_vl.md.
+#
+# Ctrl-C stops the script at any time; the same command goes on. Settings, as environment variables:
+#   TASK=gp-l          or virl-l, or gp-vl
+#   OUT=folder         where the runs go [runs/grid-TASK]
+#   JOBS=2, SMOKE=1    as in recipes/tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TASK=${TASK:-gp-l}
@@ -23,7 +30,8 @@ for temperature in $temperatures; do
         rl_settings="$rl_settings;--temperature $temperature --lr $lr --lr-final $lr"
     done
 done
-STARTS=9 SEEDS=0 RL_SETTINGS=${rl_settings#;} SFT_SETTINGS="--lr 1e-4;--lr 3e-4;--lr 1e-3" MORE_TEST="--splits id" bash recipes/tiny.sh
+STARTS=9 SEEDS=0 RL_SETTINGS=${rl_settings#;} SFT_SETTINGS="--lr 1e-4;--lr 3e-4;--lr 1e-3" \
+    MORE_TEST="--splits id" bash recipes/tiny.sh
 python - "$OUT" "$TASK" <<'PY'
 import json, sys
 from pathlib import Path
@@ -31,13 +39,19 @@ import envs
 folder, task = sys.argv[1:]
 names = ("first_try", *envs.TASKS[task].metrics)
 counts = names[1]
-print(f"| run | GFLOPs | {' | '.join(name.replace('_', ' ') for name in names)} | {counts.replace('_', ' ')} at each checkpoint |")
+
+def percent(row, name):
+    return f"{100 * row[name]:.1f} ± {100 * row[f'{name}_stderr']:.1f}"
+
+titles = " | ".join(name.replace("_", " ") for name in names)
+print(f"| run | GFLOPs | {titles} | {counts.replace('_', ' ')} at each checkpoint |")
 print("|---|---|" + "---|" * len(names) + "---|")
 for run in sorted(path.parent for path in Path(folder).glob("*/eval.jsonl")):
     config = json.loads((run / "config.json").read_text())
-    rows = sorted(map(json.loads, (run / "eval.jsonl").read_text().splitlines()), key=lambda row: row["step"])
-    cells = [f"{100 * rows[-1][name]:.1f} ± {100 * rows[-1][f'{name}_stderr']:.1f}" for name in names]
+    rows = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: row["step"])
+    cells = " | ".join(percent(rows[-1], name) for name in names)
     curve = ", ".join(f"{100 * row[counts]:.1f}" for row in rows)
     arm = f"PPO, temperature {config['temperature']}" if "updates" in config else "SFT"
-    print(f"| {arm}, {config['lr']:g} | {rows[-1]['gflops']:,.0f} | {' | '.join(cells)} | {curve} |")
+    print(f"| {arm}, {config['lr']:g} | {rows[-1]['gflops']:,.0f} | {cells} | {curve} |")
 PY

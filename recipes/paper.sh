@@ -1,14 +1,21 @@
-# What the four recipes of the paper's experiment share; each of them sets its own numbers and then sources this file.
+# The steps that the four recipes of the paper's experiment share. Each recipe sets the numbers of
+# its task and then sources this file.
 #
-# start SFT -> long SFT and RL from it -> every checkpoint evaluated -> table beside the paper's numbers, and figure.
+# From MODEL a short SFT makes the common start. SFT and RL both go on from it. Then every
+# checkpoint is evaluated, and a table beside the paper's numbers and a figure are made.
 #
-#   MODEL=PATH   the model folder (paper: Llama-3.2-11B-Vision-Instruct, for the tasks in words as well)
+# Settings, as environment variables:
+#   MODEL=PATH   the model folder; the paper has Llama-3.2-11B-Vision-Instruct for all four tasks
 #   DATA=PATH    V-IRL: the folder with train/ and mini/ (envs.py says what is in them)
-#   OUT=PATH     where the runs go, no comma in it [runs/TASK];  SEED=0;  NPROC=8 GPUs (1: plain python)
-#   SMOKE=1      the same script in a minute or two, on a CPU, NPROC=1, in a folder of its own; MODEL may be left out, then
-#                it is a tiny random-init one; the numbers mean nothing
+#   OUT=PATH     where the runs go, no comma in it [runs/TASK]
+#   SEED=0       of the runs
+#   NPROC=8      GPUs; 1 is plain python
+#   SMOKE=1      the same script in a minute or two, on a CPU, in a folder of its own. Without MODEL
+#                a tiny random-init model stands in, without DATA an invented city. The numbers mean
+#                nothing.
 #
-# Relative paths are relative to the repository. Every step goes on where it was stopped when the script is called again.
+# Relative paths are relative to the repository. A script that was stopped goes on with the same
+# command.
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/$task${SMOKE:+-smoke${MODEL:+-$(basename "$MODEL")}}}
 SEED=${SEED:-0}
@@ -21,28 +28,38 @@ if [ -n "${SMOKE:-}" ]; then
     sft=(--batch-size 8)
     rl=(--num-envs 8 --turns-per-env 2 --minibatch-turns 16)
     test=(--episodes 8)
-    [ -n "${MODEL:-}" ] && sample=(--max-new-tokens 64) || sample=(--max-new-tokens 24)    # a blank model never ends
+    # A blank model never ends a reply, so its replies are cut sooner.
+    [ -n "${MODEL:-}" ] && sample=(--max-new-tokens 64) || sample=(--max-new-tokens 24)
     sample+=(--generate-tokens 4096)
     [ -z "$vision" ] || env+=(resolution=112)
     if [[ $task == virl-* && -z "${DATA:-}" ]]; then
         DATA=$OUT/city
-        [ -d "$DATA" ] || python data/synthetic_city.py --out "$DATA" --routes 12 $([ -n "$vision" ] || echo --no-pictures)
+        [ -d "$DATA" ] ||
+            python data/synthetic_city.py --out "$DATA" --routes 12 \
+                $([ -n "$vision" ] || echo --no-pictures)
     fi
 else
     small=(--dtype bfloat16 --gradient-checkpointing)
-    # 16 x 8 GPUs (official sft/sft_scripts/gp_l.sh). That script asks for a cosine, but its DeepSpeed file brings a warm-up
-    # to a constant rate, which wins (read, not run). Where their step 400 stood in a longer run is not known.
+    # 128 samples are 16 on each of 8 GPUs (official sft/sft_scripts/gp_l.sh). That script asks for
+    # a cosine, but its DeepSpeed file brings a warm-up to a constant rate, which wins. We read this
+    # there and did not run it. Where their step 400 stood in a longer run is not known.
     sft=(--batch-size 128 --schedule constant)
-    rl=(--num-envs 256 --turns-per-env 8 --minibatch-turns 1024 --epochs 4 --clip 0.1 --temperature 0.2)   # rl/configs
-    test=(--paper --dtype bfloat16 --max-new-tokens 256)    # 234 hands, 48 routes, 18 routes of visual_ood
-    [ -n "${MODEL:-}" ] || { echo "set MODEL to a model folder, or SMOKE=1 to see that everything runs" >&2; exit 2; }
+    # official rl/configs
+    rl=(--num-envs 256 --turns-per-env 8 --minibatch-turns 1024 --epochs 4 --clip 0.1
+        --temperature 0.2)
+    # --paper: 234 hands, 48 routes, 18 routes of visual_ood
+    test=(--paper --dtype bfloat16 --max-new-tokens 256)
+    [ -n "${MODEL:-}" ] ||
+        { echo "set MODEL to a model folder, or SMOKE=1 to see that everything runs" >&2; exit 2; }
 fi
 [ -z "${MODEL:-}" ] || [ -f "$MODEL/config.json" ] ||
     { echo "MODEL=$MODEL: no such model folder (it would have a config.json)" >&2; exit 2; }
-[[ $task != virl-* ]] || env+=("root=${DATA:?set DATA to the folder with train/ and mini/, or SMOKE=1}")
+[[ $task != virl-* ]] ||
+    env+=("root=${DATA:?set DATA to the folder with train/ and mini/, or SMOKE=1}")
 if [ -z "${MODEL:-}" ]; then
     MODEL=$OUT/blank
-    [ -d "$MODEL" ] || python support/tiny.py --task "$task" --out "$MODEL" --size 32x2 --env "${env[@]}"
+    [ -d "$MODEL" ] ||
+        python support/tiny.py --task "$task" --out "$MODEL" --size 32x2 --env "${env[@]}"
 fi
 NPROC=${NPROC:-8}
 run=(python)
@@ -53,19 +70,28 @@ data=(--task "$task" --env "${env[@]}")
 stage() { echo "== $task: $1 ($((SECONDS / 60)) minutes so far)"; }
 
 stage "1 of 6, the common start by SFT, $start_steps steps"
-"${run[@]}" sft.py --model "$MODEL" --out "$OUT/start" --seed "$SEED" "${data[@]}" "${sft[@]}" "${small[@]}" \
+"${run[@]}" sft.py --model "$MODEL" --out "$OUT/start" --seed "$SEED" \
+    "${data[@]}" "${sft[@]}" "${small[@]}" \
     --steps "$start_steps" --save-every "$start_steps" --lr "$sft_lr"
 printf -v start "%s/start/step_%06d" "$OUT" "$start_steps"
-stage "2 of 6, SFT goes on from it, $sft_steps steps"
-"${run[@]}" sft.py --model "$start" --out "$OUT/sft" --seed "$((SEED + 1))" "${data[@]}" "${sft[@]}" "${small[@]}" \
+stage "2 of 6, SFT goes on from the start, $sft_steps steps"
+"${run[@]}" sft.py --model "$start" --out "$OUT/sft" --seed "$((SEED + 1))" \
+    "${data[@]}" "${sft[@]}" "${small[@]}" \
     --steps "$sft_steps" --save-every "$sft_save" --lr "$sft_lr"
-stage "3 of 6, PPO goes on from it, $updates updates"
-"${run[@]}" rl.py --model "$start" --out "$OUT/rl" --seed "$SEED" "${data[@]}" "${rl[@]}" "${small[@]}" "${sample[@]}" \
+stage "3 of 6, PPO goes on from the start, $updates updates"
+"${run[@]}" rl.py --model "$start" --out "$OUT/rl" --seed "$SEED" \
+    "${data[@]}" "${rl[@]}" "${small[@]}" "${sample[@]}" \
     --updates "$updates" --lr "$rl_lr" --lr-horizon "$lr_horizon"
-stage "4 of 6, the start and PPO's checkpoints"
-"${run[@]}" evaluate.py --run-folder "$OUT/rl" --splits "${splits[@]}" "${sample[@]}" "${test[@]}"
-stage "5 of 6, SFT's checkpoints"
-"${run[@]}" evaluate.py --run-folder "$OUT/sft" --no-start --splits "${splits[@]}" "${sample[@]}" "${test[@]}"
+stage "4 of 6, testing the start and PPO's checkpoints"
+"${run[@]}" evaluate.py --run-folder "$OUT/rl" \
+    --splits "${splits[@]}" "${sample[@]}" "${test[@]}"
+stage "5 of 6, testing SFT's checkpoints"
+"${run[@]}" evaluate.py --run-folder "$OUT/sft" --no-start \
+    --splits "${splits[@]}" "${sample[@]}" "${test[@]}"
 stage "6 of 6, table and figure"
 python evaluate.py --compare "$OUT/sft,$OUT/rl" --figure "$OUT/figure.png"
-[ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
+figure=$OUT/figure.png
+[ -f "$figure" ] || figure="not drawn"
+stage "the figure: $figure; each checkpoint's results: $OUT/sft/eval.jsonl, $OUT/rl/eval.jsonl"
+[ -z "${SMOKE:-}" ] ||
+    echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

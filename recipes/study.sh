@@ -1,26 +1,39 @@
 #!/usr/bin/env bash
-# What the tiny run's effect hangs on, and the paper's other figures in miniature: panels of runs from the starts of the tiny run,
-# and one table of them all at the end (results/paper_in_miniature.md).
+# The paper's other figures in miniature, and what the result of the tiny run depends on. Panels of
+# runs go on from the starts of the tiny run; a table of them all comes at the end.
 #
-#   bash recipes/study.sh                  all panels, by their parts twelve hours of one core and three for the starts; it can be stopped, the same command goes on
+#   bash recipes/study.sh                  all panels: twelve hours of one core, and three hours for
+#                                          the starts
 #   STARTS=0 bash recipes/study.sh         from one start: a good two hours on two cores
-#   PANELS="two_by_two" bash recipes/study.sh
-#   SMOKE=1 bash recipes/study.sh          everything once, a few steps each; the numbers mean nothing
+#   PANELS="two_by_two gate" bash recipes/study.sh
+#   SMOKE=1 bash recipes/study.sh          everything once, a few steps; the numbers mean nothing
 #
-#   virl       V-IRL-L: learning rates of SFT and temperatures of PPO, what the training rule does not tell (Fig. 17); tries at a
-#              position in training (Fig. 10); plain feedback; a reward that is drawn at random; SFT on dialogues with failed tries
-#              (Fig. 15); SFT with tokens weighed by their probability (DFT). Tested on routes never trained on, too
-#   two_by_two V-IRL-L: the starts again, with the fault that both rules share planted or not, with the mix-ups of the rules planted
-#              or not, from the same model before: which start gives which sign in which arm
-#   gate       V-IRL-L: likewise with fewer mix-ups, and with more (none and 0.15 are in two_by_two)
-#   long       V-IRL-L: PPO for three times as many updates: does it lose the other rule later?
-#   no_start   V-IRL-L: PPO from a model that knows nothing, not even the format (Fig. 9)
-#   overfit    V-IRL-L: PPO from the end of SFT (Fig. 19)
-#   cards      GP-L: SFT on one rule, at two rates, and on many; PPO; tested on hands never trained on, and on "fake": the prompt
-#              states the other rule, the training rule is scored
-#   frozen     GP-VL: SFT of all of the model, of all but the vision encoder, and of the language model alone (Fig. 16)
+# The times are sums over the parts. Ctrl-C stops the script at any time; the same command goes on.
+# results/paper.md has the table and the figures, and says what they show.
 #
-# Each panel is recipes/tiny.sh with other settings or starts, in OUT/PANEL. STARTS="0 1 2", a seed from each; JOBS as in tiny.sh.
+# A panel is recipes/tiny.sh with other settings or other starts, in OUT/PANEL:
+#   virl        V-IRL-L: learning rates of SFT and temperatures of PPO that the training rule hardly
+#               distinguishes (Fig. 17); one try or five at a position in training (Fig. 10); plain
+#               feedback; a reward drawn at random; SFT on dialogues with failed tries (Fig. 15).
+#               Tested on routes never trained on, too
+#   two_by_two  V-IRL-L: starts with the fault that both rules share, with the mix-ups of rules,
+#               with both and with neither, from the same model before. Which start gives which sign
+#               in which arm?
+#   gate        V-IRL-L: the same with fewer mix-ups and with more (two_by_two has none and 0.15)
+#   long        V-IRL-L: three times as many updates of PPO. Does it lose the other rule later?
+#   no_start    V-IRL-L: PPO from a model that knows nothing, not even the format (Fig. 9)
+#   overfit     V-IRL-L: PPO from the end of SFT (Fig. 19); needs the panel virl
+#   cards       GP-L: SFT on one rule, at two rates, and on many; PPO. Tested on hands never trained
+#               on, and on a fake prompt: it states the other rule, the training rule is scored
+#   frozen      GP-VL: SFT of the whole model, of all but the vision encoder, and of the language
+#               model alone (Fig. 16)
+#
+# Settings, as environment variables:
+#   PANELS="..."       which panels [all of them, in this order]
+#   STARTS="0 1 2"     numbers of the starts; each has one seed
+#   OUT=folder         where everything goes [runs/study]
+#   DATA=folder        the city to walk in; a synthetic one is made if there is none
+#   JOBS=2, SMOKE=1    as in recipes/tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/study${SMOKE:+-smoke}}
@@ -29,19 +42,25 @@ STARTS=${STARTS:-0 1 2}
 PANELS=${PANELS:-virl two_by_two gate long no_start overfit cards frozen}
 export DATA=${DATA:-$OUT/city} SEEDS=0
 mkdir -p "$OUT"
-[ -d "$DATA" ] || python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
-start_of() {     # TASK START: OUT/TASK/START, made if it is not there; start 0 is data/base/TASK, but V-IRL-L's, whose stages other panels begin with
+[ -d "$DATA" ] ||
+    python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
+# OUT/TASK/START, made if it is not there: TASK START. Start 0 is data/base/TASK, but for V-IRL-L:
+# that one is made anew, because other panels begin with its stages.
+start_of() {
     mkdir -p "$OUT/$1"
     [ "$1/$2" = virl-l/0 ] || [ "$2" != 0 ] || ln -sfn "$PWD/data/base/$1" "$OUT/$1/0"
-    [ -d "$OUT/$1/$2" ] || TASK=$1 SEED=$2 BASE=$OUT/$1/$2 OUT=$OUT/$1/making_$2 bash recipes/base.sh
+    [ -d "$OUT/$1/$2" ] ||
+        TASK=$1 SEED=$2 BASE=$OUT/$1/$2 OUT=$OUT/$1/making_$2 bash recipes/base.sh
 }
-begin() {        # PANEL FOLDER: the panel's starts are FOLDER with the start's number for @
+# The starts of a panel: PANEL FOLDER, with @ in FOLDER for the number of a start.
+begin() {
     mkdir -p "$OUT/$1"
     for start in $STARTS; do
         ln -sfn "$(realpath "${2//@/$start}")" "$OUT/$1/start_$start"
     done
 }
-panel() {        # PANEL TASK, with the settings of tiny.sh before it
+# The runs of a panel: PANEL TASK, with the settings of tiny.sh before it.
+panel() {
     echo "== panel $1"
     OUT=$OUT/$1 TASK=$2 STARTS=$STARTS bash recipes/tiny.sh
 }
@@ -56,52 +75,80 @@ for name in $PANELS; do
     virl)
         begin virl "$OUT/virl-l/@"
         city="root=$DATA"
-        RL_SETTINGS="$ppo;$warm 0.2;$warm 0.5;$warm 1.0;$ppo --env $city verify_iter=1;$ppo --env $city verify_iter=5;$ppo --env $city \
+        RL_SETTINGS="$ppo;$warm 0.2;$warm 0.5;$warm 1.0;$ppo --env $city verify_iter=1;\
+$ppo --env $city verify_iter=5;$ppo --env $city \
 feedback=plain;$ppo --env $city reward=random;--temperature 1.0 --lr 3e-5 --lr-final 3e-5" \
             SFT_SETTINGS="--lr 1e-3;--lr 3e-4;--lr 1e-4;--lr 1e-3 --failed-tries 1;--lr 1e-3 --dft;--lr 3e-5;--lr 1e-5" MORE_RL="--save-every 5" MORE_SFT="--save-every 25" \
             MORE_TEST="--splits id rule_ood unseen --env $city verify_iter=2 feedback=informative reward=verdict" panel virl virl-l ;;
     two_by_two | gate)
-        cells="both:walk_past:0.6,other_word:0.15 fault_alone:walk_past:0.6 mix_ups_alone:other_word:0.15 neither:"
-        [ "$name" = two_by_two ] || cells="share_0.05:walk_past:0.6,other_word:0.05 share_0.3:walk_past:0.6,other_word:0.3"
+        # Each cell is NAME:FAULTS of its starts.
+        if [ "$name" = two_by_two ]; then
+            cells="both:walk_past:0.6,other_word:0.15 fault_alone:walk_past:0.6"
+            cells="$cells mix_ups_alone:other_word:0.15 neither:"
+        else
+            cells="share_0.05:walk_past:0.6,other_word:0.05 share_0.3:walk_past:0.6,other_word:0.3"
+        fi
         for cell in $cells; do
             folder=$OUT/$name/${cell%%:*}
             mkdir -p "$folder"
             for start in $STARTS; do
                 after=$(ls -d "$OUT/virl-l/making_$start"/2/step_?????? | tail -1)
-                [ -d "$folder/start_$start" ] || TASK=virl-l SEED=$start BASE=$folder/start_$start OUT=$folder/making_$start \
-                    FAULTS=${cell#*:} AFTER=$after bash recipes/base.sh
+                [ -d "$folder/start_$start" ] ||
+                    TASK=virl-l SEED=$start BASE=$folder/start_$start OUT=$folder/making_$start \
+                        FAULTS=${cell#*:} AFTER=$after bash recipes/base.sh
             done
-            RL_SETTINGS=$ppo SFT_SETTINGS="--lr 1e-3" MORE_RL="--save-every 10" MORE_SFT="--save-every 50" panel "$name/${cell%%:*}" virl-l
+            RL_SETTINGS=$ppo SFT_SETTINGS="--lr 1e-3" MORE_RL="--save-every 10" \
+                MORE_SFT="--save-every 50" panel "$name/${cell%%:*}" virl-l
         done ;;
     no_start)
         begin no_start "$OUT/virl-l/making_@/blank"
         RL_SETTINGS=$ppo SFT_SETTINGS=none MORE_RL="--save-every 10" panel no_start virl-l ;;
     long)
         begin long "$OUT/virl-l/@"
-        RL_SETTINGS=$ppo SFT_SETTINGS=none MORE_RL="--updates 30 --lr-horizon 30 --save-every 5" panel long virl-l ;;
+        RL_SETTINGS=$ppo SFT_SETTINGS=none MORE_RL="--updates 30 --lr-horizon 30 --save-every 5" \
+            panel long virl-l ;;
     overfit)
         for start in $STARTS; do
-            ln -sfn "$(realpath "$OUT/virl/sft_0_$((10 * start))"/step_?????? | tail -1)" "$OUT/virl-l/overfit_$start"
+            newest=$(realpath "$OUT/virl/sft_0_$((10 * start))"/step_?????? | tail -1)
+            ln -sfn "$newest" "$OUT/virl-l/overfit_$start"
         done
         begin overfit "$OUT/virl-l/overfit_@"
         RL_SETTINGS=$ppo SFT_SETTINGS=none MORE_RL="--save-every 10" panel overfit virl-l ;;
     cards)
         begin cards "$OUT/gp-l/@"
-        echo '{"gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, and use every card exactly once. An ace counts as 1, J counts as 11, Q counts as 12 and K counts as 13."}' >"$OUT/fake.json"
-        RL_SETTINGS="--temperature 0.2 --lr 5e-5 --lr-final 5e-5" SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train;--lr 1e-4" MORE_RL="--save-every 8" \
-            MORE_TEST="--splits id rule_ood unseen id face_card=true id face_card=true prompt_file=$OUT/fake.json" panel cards gp-l ;;
+        told="Make {target} from four cards. Combine their values with + - * / and parentheses,"
+        told="$told and use every card exactly once. An ace counts as 1, J counts as 11, Q counts"
+        told="$told as 12 and K counts as 13."
+        echo "{\"gp_task\": \"$told\"}" >"$OUT/fake.json"
+        fake="id face_card=true id face_card=true prompt_file=$OUT/fake.json"
+        RL_SETTINGS="--temperature 0.2 --lr 5e-5 --lr-final 5e-5" \
+            SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train;--lr 1e-4" \
+            MORE_RL="--save-every 8" MORE_TEST="--splits id rule_ood unseen $fake" \
+            panel cards gp-l ;;
     frozen)
         begin frozen "$OUT/gp-vl/@"
-        RL_SETTINGS=none SFT_SETTINGS="--lr 1e-3;--lr 1e-3 --freeze vision;--lr 1e-3 --freeze vision,projector" panel frozen gp-vl ;;
-    *) echo "PANELS=$name: allowed are virl, two_by_two, gate, long, no_start, overfit, cards and frozen" >&2; exit 2 ;;
+        freezing="--lr 1e-3 --freeze vision;--lr 1e-3 --freeze vision,projector"
+        RL_SETTINGS=none SFT_SETTINGS="--lr 1e-3;$freezing" panel frozen gp-vl ;;
+    *)
+        allowed="virl, two_by_two, gate, long, no_start, overfit, cards and frozen"
+        echo "PANELS=$name: allowed are $allowed" >&2
+        exit 2 ;;
     esac
 done
 python recipes/panels.py "$OUT" --figure "$OUT/panels.png"
 for name in virl cards; do
-    [ ! -d "$OUT/$name" ] || python recipes/panels.py "$OUT/$name" --paths "$OUT/paths_$name.png" | tail -n 1
+    [ ! -d "$OUT/$name" ] ||
+        python recipes/panels.py "$OUT/$name" --paths "$OUT/paths_$name.png" | tail -n 1
 done
 [ ! -d "$OUT/gate" ] || python recipes/panels.py "$OUT" --gate "$OUT/gate.png" | tail -n 1
 if [ -d "$OUT/virl" ]; then
-    python recipes/distance.py $(for start in $STARTS; do echo "$OUT/virl/"{sft_{0,1,2,5,6},rl_{0,1,2,3,8}}_$((10 * start)); done) ${SMOKE:+--num 16}
+    # How far runs moved from their starts: the arms above that differ in rate or temperature alone.
+    runs=()
+    for start in $STARTS; do
+        runs+=("$OUT/virl/"{sft_{0,1,2,5,6},rl_{0,1,2,3,8}}_$((10 * start)))
+    done
+    python recipes/distance.py "${runs[@]}" ${SMOKE:+--num 16}
 fi
-[ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
+echo "== the figures are in $OUT; what each run printed is in $OUT/PANEL/log_NAME"
+[ -z "${SMOKE:-}" ] ||
+    echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

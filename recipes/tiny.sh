@@ -1,29 +1,41 @@
 #!/usr/bin/env bash
-# The paper's experiment in miniature, on a laptop: from one weak model, SFT and PPO on one rule, tests on both.
+# The paper's experiment in miniature, on a laptop. One weak model goes on with SFT and with PPO on
+# one rule; you see what each does to the rule it was not trained on.
 #
-#   bash recipes/tiny.sh                    GeneralPoints in words, one seed
-#   TASK=virl-l bash recipes/tiny.sh        V-IRL in words, in a synthetic city made on the spot, or in DATA=folder
-#   TASK=gp-vl bash recipes/tiny.sh         GeneralPoints from pictures, tested on red suits as well
-#   SMOKE=1 bash recipes/tiny.sh            everything once in about a minute, in a folder of its own; the numbers mean
-#                                           nothing
-#   STARTS="0 1 2" BAND=1 bash recipes/tiny.sh           as in results/: a seed (or SEEDS="0 1") from each of three starts,
-#                                           with all settings
-#   MODEL=folder bash recipes/tiny.sh       another start, with SMOKE=1 as well; OUT=folder for the runs; MORE_RL,
-#                                           MORE_SFT, MORE_TEST hold further options (gpu.sh); RL_SETTINGS="--lr 1e-5;--lr
-#                                           3e-5" and SFT_SETTINGS: others than those below, all run, or none (grid.sh,
-#                                           study.sh and gpu.sh)
+#   bash recipes/tiny.sh                    GeneralPoints in words: about 13 minutes on two cores
+#   TASK=virl-l bash recipes/tiny.sh        V-IRL in words: about 9 minutes
+#   TASK=gp-vl bash recipes/tiny.sh         GeneralPoints from pictures: about 13 minutes
+#   SMOKE=1 bash recipes/tiny.sh            everything once, in a minute; the numbers mean nothing
+#   STARTS="0 1 2" BAND=1 bash recipes/tiny.sh        the runs of results/: hours
 #
-# JOBS runs go on side by side, one core each (two, if nothing is said); what each prints is in OUT/log_NAME. It can be
-# stopped at any time (Ctrl-C); the same command goes on.
+# A start is the model that both arms, SFT and PPO, begin with. Each run is trained, then each of
+# its checkpoints is played on every split. The script ends with a table of both arms and a figure.
+# Ctrl-C stops it at any time; the same command goes on.
 #
-# Start 0 is data/base/$TASK; another is made first by recipes/base.sh, which says what was planted in it. GP-L: neither rule
-# of the paper was in its training, so what is asked there is generalisation. V-IRL-L: relative actions were, so what is asked
-# is retention; its routes had two or three legs, those here have up to five. GP-VL: as GP-L, and red suits are in a fifth of
-# the start's training, in none of these. What differs from the published defaults is written out below: larger learning
-# rates, fewer turns to an update, a faster value head. Those settings are run that recipes/grid.sh could not tell apart on
-# the training rule, and the best of PPO at the official temperature, 0.2 (results/grid_gp_l.md, grid_virl_l.md,
-# grid_gp_vl.md): a band, not a pick. On GP-L four of PPO tie, on GP-VL three: BAND=1 runs them all, without it that best one
-# alone.
+# Settings, as environment variables:
+#   TASK=gp-l          or virl-l, or gp-vl (which is tested on red suits as well)
+#   OUT=folder         where the runs and the logs go [runs/tiny-TASK]
+#   JOBS=2             runs side by side, one core each
+#   STARTS=0           numbers of the starts; 0 is data/base/TASK, recipes/base.sh makes the others
+#   SEEDS=0            seeds of the runs from each start
+#   MODEL=folder       another model as start 0
+#   DATA=folder        V-IRL: the city to walk in; a synthetic one is made if there is none
+#   SMOKE=1            a few steps of everything, in a folder of its own
+#   BAND=1             all settings of PPO that tied on the training rule, not the best one alone
+#   RL_SETTINGS=...    options of rl.py in place of those below, one run for each, separated by ";"
+#   SFT_SETTINGS=...   the same for sft.py; "none" leaves that arm out
+#   MORE_RL=...        further options for every PPO run; MORE_SFT and MORE_TEST likewise
+#
+# What the starts know. No start of gp-l or gp-vl has seen either rule of the paper: the test asks
+# for generalisation. The starts of virl-l have walked by both rules: there the test asks for
+# retention. Their routes had two or three legs; the routes here have up to five. The starts of
+# gp-vl have seen red suits in a fifth of their hands; the runs here train on black ones alone.
+#
+# Why these settings. Learning rates are larger than the published defaults, updates have fewer
+# turns, and the value head learns faster. recipes/grid.sh compared settings on the training rule
+# alone. All SFT settings that tied are run, and of PPO the best one at the official temperature of
+# 0.2. On gp-l four settings of PPO tie, on gp-vl three; BAND=1 runs them all. The four PPO settings
+# of virl-l are always run. The comparisons are in results/gp_l.md, virl_l.md and gp_vl.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TASK=${TASK:-gp-l}
@@ -31,35 +43,46 @@ OUT=${OUT:-runs/tiny-$TASK${SMOKE:+-smoke}}
 STARTS=${STARTS:-0}
 SEEDS=${SEEDS:-0}
 export JOBS=${JOBS:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# ---- The settings of each task ----
+
 ppo="--clip 0.2 --value-coef 0.1 --value-lr 1e-3"
 case $TASK in
 gp-l | gp-vl)
     env=(); train="id fold=train"; max_new_tokens=40
-    rl="--updates 24 --save-every 4 --num-envs 128 --turns-per-env 5 --minibatch-turns 128 --epochs 1"
-    rl="$rl --lr-warmup 2 --lr-horizon 24 --thought-coef 1.0"
+    rl="--updates 24 --save-every 4 --num-envs 128 --turns-per-env 5 --minibatch-turns 128"
+    rl="$rl --epochs 1 --lr-warmup 2 --lr-horizon 24 --thought-coef 1.0"
     sft="--steps 200 --save-every 40"
-    rl_settings=("--temperature 0.2 --lr 5e-5 --lr-final 5e-5") sft_settings=("--lr 1e-3" "--lr 3e-4")
-    tied=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5" "--temperature 0.5 --lr 3e-5 --lr-final 3e-5"
+    rl_settings=("--temperature 0.2 --lr 5e-5 --lr-final 5e-5")
+    sft_settings=("--lr 1e-3" "--lr 3e-4")
+    tied=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5"
+          "--temperature 0.5 --lr 3e-5 --lr-final 3e-5"
           "--temperature 0.5 --lr 5e-5 --lr-final 5e-5")
     test="--episodes 500 --dtype float32"
     if [ "$TASK" = gp-vl ]; then
         env=(resolution=224) test="--episodes 300 --dtype float32 --splits id rule_ood visual_ood"
         rl_settings=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5")
-        tied=("--temperature 0.5 --lr 5e-5 --lr-final 5e-5" "--temperature 0.5 --lr 3e-5 --lr-final 3e-5")
+        tied=("--temperature 0.5 --lr 5e-5 --lr-final 5e-5"
+              "--temperature 0.5 --lr 3e-5 --lr-final 3e-5")
     fi ;;
 virl-l)
     DATA=${DATA:-$OUT/city}
-    env=("root=$DATA"); train="id"; max_new_tokens=48 tied=()
-    rl="--updates 10 --save-every 2 --num-envs 128 --turns-per-env 4 --minibatch-turns 128 --epochs 1"
-    rl="$rl --lr-warmup 1 --lr-horizon 10 --thought-coef 1.0"
+    env=("root=$DATA"); train="id"; max_new_tokens=48
+    rl="--updates 10 --save-every 2 --num-envs 128 --turns-per-env 4 --minibatch-turns 128"
+    rl="$rl --epochs 1 --lr-warmup 1 --lr-horizon 10 --thought-coef 1.0"
     sft="--steps 50 --save-every 10"
-    rl_settings=("--temperature 1.0 --lr 1e-4 --lr-final 1e-4" "--temperature 1.0 --lr 3e-4 --lr-final 3e-4"
-                 "--temperature 0.2 --lr 1e-4 --lr-final 1e-4" "--temperature 0.2 --lr 3e-5 --lr-final 3e-5") sft_settings=("--lr 1e-3")
+    rl_settings=("--temperature 1.0 --lr 1e-4 --lr-final 1e-4"
+                 "--temperature 1.0 --lr 3e-4 --lr-final 3e-4"
+                 "--temperature 0.2 --lr 1e-4 --lr-final 1e-4"
+                 "--temperature 0.2 --lr 3e-5 --lr-final 3e-5")
+    sft_settings=("--lr 1e-3")
+    tied=()
     test="--episodes 300 --dtype float32" ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l and gp-vl" >&2; exit 2 ;;
 esac
 [ -z "${BAND:-}" ] || rl_settings+=(${tied[@]+"${tied[@]}"})
-more_rl=${MORE_RL:-} more_sft=${MORE_SFT:-} test="$test ${MORE_TEST:-}"        # the last of two equal options counts
+# These come last on each command line: of two equal options the last one counts.
+more_rl=${MORE_RL:-} more_sft=${MORE_SFT:-} test="$test ${MORE_TEST:-}"
 if [ -n "${SMOKE:-}" ]; then
     rl="--updates 2 --save-every 1 --num-envs 16 --turns-per-env 2 --minibatch-turns 16 --epochs 1"
     sft="--steps 4 --save-every 2 --batch-size 16"
@@ -70,17 +93,23 @@ fi
 [ -z "${SFT_SETTINGS:-}" ] || IFS=';' read -ra sft_settings <<<"$SFT_SETTINGS"
 [ "${RL_SETTINGS:-}" != none ] || rl_settings=()
 [ "${SFT_SETTINGS:-}" != none ] || sft_settings=()
+
+# ---- The starts and the list of runs ----
+
 mkdir -p "$OUT"
 say() { echo "== $TASK: $1 ($((SECONDS / 60)) minutes so far)"; }
 [ "$TASK" != virl-l ] || [ -d "$DATA" ] ||
     python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
 jobs=() runs=""
-job() {   # one run, trained and then tested: NAME SCRIPT TEST-OPTION, then the options of the training
+# One run, trained and then tested: NAME SCRIPT TEST-OPTION, then the options of the training.
+job() {
     name=$1 script=$2 option=$3
     shift 3
     printf -v options '%q ' --out "$OUT/$name" --task "$TASK" --micro-batch-tokens 8192 "$@"
     printf -v folder %q "$OUT/$name"
-    jobs+=("$name python $script $options && python evaluate.py --run-folder $folder --seeds $number $test $sample $option")
+    training="python $script $options"
+    testing="python evaluate.py --run-folder $folder --seeds $number $test $sample $option"
+    jobs+=("$name $training && $testing")
     runs="$runs,$OUT/$name"
 }
 for start in $STARTS; do
@@ -88,29 +117,35 @@ for start in $STARTS; do
     if [ ! -d "$model" ] && [ "$start" = 0 ]; then
         model=${MODEL:-data/base/$TASK}
     elif [ ! -d "$model" ]; then
-        say "start $start is made"
+        say "making start $start"
         SEED=$start BASE=$model OUT=$OUT/making_$start bash recipes/base.sh
     fi
     for seed in $SEEDS; do
+        # The start itself is tested once, with the first run that begins with it.
         number=$((10 * start + seed)) start_too=
         common=(--model "$model" --seed "$number" ${env[@]+--env "${env[@]}"})
         sample="--max-new-tokens $max_new_tokens --generate-tokens 16384"
         for i in "${!rl_settings[@]}"; do
-            job "rl_${i}_$number" rl.py "$start_too" "${common[@]}" --split $train $rl $ppo $sample ${rl_settings[i]} $more_rl
+            job "rl_${i}_$number" rl.py "$start_too" "${common[@]}" --split $train \
+                $rl $ppo $sample ${rl_settings[i]} $more_rl
             start_too=--no-start
         done
         for i in "${!sft_settings[@]}"; do
-            job "sft_${i}_$number" sft.py "$start_too" "${common[@]}" --mix $train $sft ${sft_settings[i]} $more_sft
+            job "sft_${i}_$number" sft.py "$start_too" "${common[@]}" --mix $train \
+                $sft ${sft_settings[i]} $more_sft
             start_too=--no-start
         done
     done
 done
+
+# ---- The runs, JOBS at a time, then the table and the figure ----
+
 run_job() {
     echo "== $TASK: ${1%% *} begins"
     bash -c "${1#* }" >>"$OUT/log_${1%% *}" 2>&1 || {
         echo "== $TASK: ${1%% *} ended early; the end of $OUT/log_${1%% *}:" >&2
         tail -n 5 "$OUT/log_${1%% *}" >&2
-        exit 255                                                    # then xargs begins no other
+        exit 255                                            # xargs then begins no other run
     }
     echo "== $TASK: ${1%% *} is done"
 }
@@ -121,5 +156,9 @@ printf '%s\0' "${jobs[@]}" | xargs -0 -n 1 -P "$JOBS" bash -c 'run_job "$1"' tin
 if [ ${#rl_settings[@]} != 0 ] && [ ${#sft_settings[@]} != 0 ]; then
     say "table and figure"
     python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
+    figure=$OUT/figure.png
+    [ -f "$figure" ] || figure="not drawn"
+    say "the figure: $figure; what each run printed is in $OUT/log_NAME"
 fi
-[ -z "${SMOKE:-}" ] || echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
+[ -z "${SMOKE:-}" ] ||
+    echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# The paper's V-IRL-VL: navigation from street views. Compass directions in one city in training; tested on left and
-# right, and in other cities.
+# The paper's V-IRL-VL: navigation from street views. Training has compass directions in one city.
+# The tests have left and right, and other cities.
 #
 #   MODEL=Llama-3.2-11B-Vision-Instruct DATA=FOLDER bash recipes/virl_vl.sh
 #   SMOKE=1 bash recipes/virl_vl.sh
 #
-# All other variables, and the steps: recipes/paper.sh. data/synthetic_city.py makes data in the released format.
+# recipes/paper.sh has the steps, and says what else can be set. data/synthetic_city.py makes data
+# in the released format.
 set -euo pipefail
 task=virl-vl
-start_steps=970     # ours: Fig. 5 begins at 2e10 GFLOPs, so many steps of 128 x about 2,500 tokens: the official count
-                    # has 1,600 for a picture. Ours has 4 x 1,601, and so an axis about three times as long
-sft_steps=970       # ours: its right end, 4e10, counted likewise
+# Ours: the left end of Fig. 5's axis, 2e10 GFLOPs. A step is 128 samples of about 2,500 tokens, as
+# the official count has 1,600 for a picture. Ours has 4 x 1,601, so our axis is about three times
+# as long.
+start_steps=970
+sft_steps=970       # ours: from there to the right end, 4e10 GFLOPs, counted likewise
 sft_save=97
 sft_lr=5e-7         # official sft_scripts
 updates=15          # of 2,048 turns (official scripts/virl_training)
