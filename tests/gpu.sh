@@ -1,31 +1,47 @@
 #!/usr/bin/env bash
-# All that somebody with a GPU and a quarter of an hour can tell us: the tests on it, recipes/tiny.sh, how close to the machine, speed beside
-# the baselines, and whole PPO updates of a larger model. Each part has its own time limit, and none stops the others.
+# What anyone with a GPU and 15 minutes can tell us. The parts are:
+#   tests      the tests of models and training, on the GPU
+#   tiny       recipes/tiny.sh
+#   limits     how close training comes to what the machine can do (tests/bench.py)
+#   decode     the same for sampling
+#   logprob    speed of log-probs with their gradient, beside a baseline
+#   turns      speed of whole rollouts, beside baselines
+#   update     two PPO updates of a larger model
 #
-#   bash tests/gpu.sh                 writes results/gpu_NAME.md as it goes; with torch 2.11 or later; the tests of Qwen-VL
-#                                     need the transformers of requirements.txt
+#   bash tests/gpu.sh                 writes results/gpu_NAME.md as it goes
 #   DEVICE=cpu bash tests/gpu.sh      the same on a CPU, in small, to see that the script works
 #
-# OUT=folder for the page and the logs instead of results/ and runs/gpu-check; PARTS="tests tiny limits decode logprob turns update"
-# some of them alone; LIMIT=seconds for each, in place of its own.
+# Each part has its time limit, and none stops the others. torch must be 2.11 or later; the tests of
+# Qwen-VL need the transformers of requirements.txt.
+#
+# Settings, as environment variables:
+#   DEVICE=cuda        or cpu
+#   OUT=folder         where page and logs go [the page to results/, the logs to runs/gpu-check]
+#   PARTS="..."        some of the parts above
+#   LIMIT=seconds      for each part, in place of its limit below
 cd "$(dirname "$0")/.." || exit 1
 export DEVICE=${DEVICE:-cuda}
 all="tests tiny limits decode logprob turns update"
 parts=" ${PARTS:-$all} "
 name=$(python -c "
 import os, re, torch
-print(re.sub(r'\W+', '_', torch.cuda.get_device_name() if os.environ['DEVICE'] == 'cuda' else 'cpu').strip('_'))") || exit 1
+name = torch.cuda.get_device_name() if os.environ['DEVICE'] == 'cuda' else 'cpu'
+print(re.sub(r'\W+', '_', name).strip('_'))") || exit 1
 for part in $parts; do
-    [[ " $all " == *" $part "* ]] || { echo "PARTS=$part: allowed are ${all// /, }" >&2; exit 2; }
+    [[ " $all " == *" $part "* ]] ||
+        { echo "PARTS=$part: allowed are ${all// /, }" >&2; exit 2; }
 done
 logs=${OUT:-runs/gpu-check} page=${OUT:-results}/gpu_$name.md summary=""
 mkdir -p "$logs" "$(dirname "$page")"
-part() {     # NAME SECONDS COMMAND...: its output goes to the page, whatever becomes of it
+# Runs a part and puts the rows of its tables on the page, or else the end of its log, whatever
+# becomes of it: NAME SECONDS COMMAND...
+part() {
     part=$1 limit=${LIMIT:-$2} began=$SECONDS
     shift 2
     [[ $parts == *" $part "* ]] || return
     printf '\n## %s\n\n`%s`\n\n' "$part" "${shown:-$*}" >>"$page"
-    timeout -s INT -k 10 "$limit" "$@" >"$logs/$part.log" 2>&1      # as Ctrl-C: pytest then still says what failed
+    # At its limit a part gets what Ctrl-C sends: pytest then still says what failed.
+    timeout -s INT -k 10 "$limit" "$@" >"$logs/$part.log" 2>&1
     status=$?
     case $status in
     0) ended=finished ;;
@@ -33,14 +49,17 @@ part() {     # NAME SECONDS COMMAND...: its output goes to the page, whatever be
     *) ended="failed with status $status" ;;
     esac
     printf '%s, after %s s\n\n' "$ended" $((SECONDS - began)) >>"$page"
-    grep '^|' "$logs/$part.log" >>"$page" || { echo '```'; tail -n 12 "$logs/$part.log" | cut -c1-300; echo '```'; } >>"$page"
+    grep '^|' "$logs/$part.log" >>"$page" ||
+        { echo '```'; tail -n 12 "$logs/$part.log" | cut -c1-300; echo '```'; } >>"$page"
     summary="$summary $part: $ended ($((SECONDS - began)) s)."
     echo "$part: $ended ($((SECONDS - began)) s)"
 }
-update() {   # two updates of a random-init Llama; what metrics.jsonl says of the second, as a table
+# Two updates of a random-init Llama; what metrics.jsonl says of the second, as a table.
+update() {
     rm -rf "$logs/blank" "$logs/update"
     python support/tiny.py --task gp-l --out "$logs/blank" --size "$1" &&
-        python rl.py --task gp-l --model "$logs/blank" --out "$logs/update" --device "$DEVICE" --updates 2 --save-every 2 $2 &&
+        python rl.py --task gp-l --model "$logs/blank" --out "$logs/update" --device "$DEVICE" \
+            --updates 2 --save-every 2 $2 &&
         python - "$logs/update/metrics.jsonl" <<'PY'
 import json, sys
 row = json.loads(open(sys.argv[1]).read().splitlines()[-1])
@@ -51,16 +70,22 @@ PY
 }
 python - >"$page" <<'PY'
 import os, torch, transformers
-name = torch.cuda.get_device_name() if os.environ["DEVICE"] == "cuda" else "a CPU, in small"
-print(f"# On {name}\n\n`DEVICE={os.environ['DEVICE']} bash tests/gpu.sh`, torch {torch.__version__}, transformers {transformers.__version__}")
+device = os.environ["DEVICE"]
+name = torch.cuda.get_device_name() if device == "cuda" else "a CPU, in small"
+print(f"# On {name}\n\n`DEVICE={device} bash tests/gpu.sh`, torch {torch.__version__}, "
+      f"transformers {transformers.__version__}")
 PY
-rounds=3 tiny="" size=2048x16 settings="--num-envs 256 --turns-per-env 2 --minibatch-turns 256 --epochs 4 --max-new-tokens 128"
-[ "$DEVICE" = cuda ] || { rounds=1 tiny=SMOKE=1 size=64x2; settings="--num-envs 16 --turns-per-env 2 --minibatch-turns 16 --epochs 1 --max-new-tokens 16"; }
+rounds=3 tiny="" size=2048x16
+settings="--num-envs 256 --turns-per-env 2 --minibatch-turns 256 --epochs 4 --max-new-tokens 128"
+if [ "$DEVICE" != cuda ]; then
+    rounds=1 tiny=SMOKE=1 size=64x2
+    settings="--num-envs 16 --turns-per-env 2 --minibatch-turns 16 --epochs 1 --max-new-tokens 16"
+fi
 bench="python tests/bench.py --device $DEVICE --force --rounds"
 export -f update
 export logs
-part tests 150 python -m pytest -q -p no:cacheprovider tests/test_model.py tests/test_families.py tests/test_rl.py tests/test_sft.py \
-    tests/test_vision.py tests/test_qwen_vl.py
+part tests 150 python -m pytest -q -p no:cacheprovider tests/test_model.py tests/test_families.py \
+    tests/test_rl.py tests/test_sft.py tests/test_vision.py tests/test_qwen_vl.py
 part tiny 200 env JOBS=3 $tiny OUT="$logs/tiny" bash recipes/tiny.sh
 part limits 150 $bench $rounds --only limits
 part decode 100 $bench $rounds --only decode
