@@ -1,26 +1,29 @@
-"""A city that does not exist, written in the file format of the V-IRL navigation data (paper Section 4.2, B.1).
+"""Makes a city that does not exist, in the file format of the V-IRL data (paper 4.2, B.1).
 
-    python data/synthetic_city.py --out city0                  # 1,000 routes, 140 MB: under a minute on two cores
+    python data/synthetic_city.py --out city0                  # 1,000 routes, 140 MB: a minute
     python data/synthetic_city.py --out city0 --no-pictures    # the words only: a second
 
-    city0/train/     --routes routes of city 0                 training, in-distribution and rule tests
-    city0/unseen/    48 more routes of city 0                  routes never trained on
-    city0/mini/      cities 1 to 9, two routes each            the visual test: streets and names are new everywhere;
-                                                               city 1 looks like city 0, the others do not
+    city0/train/     --routes routes of city 0            for training, and for tests of the rule
+    city0/unseen/    48 more routes of city 0             never trained on
+    city0/mini/      cities 1 to 9, two routes each       the visual test: streets and names are
+                                                          new; city 1 looks like city 0, the
+                                                          others do not
 
-Each folder holds the three things of the released data, and only the panoramas that a walk along its routes can visit:
+Each folder holds the three things of the released data. It has only the panoramas that a walk
+along its routes can visit:
 
-    route_infos.json        [routes, number of routes]; a route's "milestone_info" is what the environment reads
+    route_infos.json        [routes, number of routes]; the environment reads "milestone_info"
     gps_pano_mapping.pkl    {(latitude, longitude): panorama id}, in the order of the whole city
     street_views/           {id}.jpg, equirectangular, north in the middle; {id}.metadata.json
 
-A city is a warped grid of streets with a few diagonal avenues. At a crossing without diagonals there may be a place
-(a landmark), in the middle of every street there is one (a destination). Every place has a board with its name, at
-most 4 m wide and 12 to 16 m from the point that announces it, at a bearing where no edge between two of the four
-views (heading +0, 90, 180, 270, each 90 degrees wide) cuts it. No house stands in between.
+A city is a warped grid of streets with a few diagonal avenues. A crossing without diagonals may
+have a place, a landmark. The middle of each street has one, a destination. Each place has a board
+with its name, at most 4 m wide. The board stands 12 to 16 m from the panorama that announces it,
+with no house in between. The four views look ahead, right, back and left, 90 degrees wide each;
+no edge between two of them cuts a board.
 
-Same arguments, same bytes, in any number of processes (pictures: with the same Pillow). Left out: legs that pass a
-crossing without a milestone.
+The same arguments give the same bytes, in any number of processes. Pictures need the same Pillow
+for that. Left out: legs that pass a crossing without a milestone.
 """
 import argparse
 import hashlib
@@ -46,20 +49,22 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-# in every random stream: raise it when a change moves a street or a name
+# A part of every random stream: raise it when a change moves a street or a name.
 CITY_VERSION = 1
 GRID, MINI_GRID = 13, 7         # nodes per side of city 0 and of the cities of the mini set
 PAVEMENT = 3.0                  # metres from the kerb to the houses
-BOARD_WIDTH, BOARD_HEIGHT, BOARD_TOP = 4.0, 2.2, 6.2            # metres
-EARTH, EQUATOR, ECCENTRICITY2 = 6371e3, 6378137.0, 0.00669438    # haversine radius; WGS84
-INTERPOLATION = 5               # the environment tries points at 1/5 .. 4/5 of every leg ...
-RELOCATION = 20.0               # ... and moves them to the nearest panorama within so many metres
+BOARD_WIDTH, BOARD_HEIGHT, BOARD_TOP = 4.0, 2.2, 6.2       # metres
+EARTH = 6371e3                  # radius for the haversine formula, metres
+EQUATOR, ECCENTRICITY2 = 6378137.0, 0.00669438              # of WGS84
+INTERPOLATION = 5               # the environment tries points at 1/5 to 4/5 of every leg
+RELOCATION = 20.0               # and moves them to the nearest panorama within so many metres
 QUALITY = 75                    # of the JPEG pictures
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 SIDES = ("front", "right front", "right", "right behind", "behind", "left behind", "left",
          "left front")
 
-# Where the cities lie: near the paper's, so that latitudes and signs vary as they do there. The streets are invented.
+# Where the cities lie: near the paper's, so that latitudes and signs vary as they do there. The
+# streets are invented.
 ANCHORS = ((40.74, -73.99), (40.84, -73.88), (45.47, 9.19), (28.62, 77.21), (-34.61, -58.39),
            (51.51, -0.12), (22.30, 114.17), (-37.81, 144.96), (6.51, 3.37), (37.77, -122.43))
 
@@ -82,15 +87,15 @@ CODAS = "b d l ld m n nd r rn st".split()
 TAILS = "a en er ie in o ow um y yl".split()
 
 
-# ---- Drawing lots and measuring ----------------------------------------------------------------------------
+# ---- Drawing lots and measuring ------------------------------------------------------------------
 
 def stream(*tag):
-    """A random generator of its own for every purpose: adding a draw to one leaves all others as they were."""
+    """A random generator for one purpose: a further draw from it leaves all others as they were."""
     return random.Random("|".join(map(str, ("city", CITY_VERSION, *tag))))
 
 
 def between(rng, low, high):
-    # .random() alone is promised to stay the same across Pythons
+    # Only .random() is promised to stay the same across Pythons.
     return low + (high - low) * rng.random()
 
 
@@ -109,8 +114,9 @@ def direction(a, b):
 
 def ahead(point, heading, metres):
     """Where one stands after walking `metres` with this heading."""
-    return point[0] + metres * math.sin(math.radians(heading)), point[1] + metres * math.cos(
-        math.radians(heading))
+    east = point[0] + metres * math.sin(math.radians(heading))
+    north = point[1] + metres * math.cos(math.radians(heading))
+    return east, north
 
 
 def bearing(a, b):
@@ -121,10 +127,13 @@ def bearing(a, b):
 
 
 def haversine(a, b):
-    """Metres between two (latitude, longitude), as the environment measures when it relocates a point."""
+    """Metres between two (latitude, longitude), as the environment measures to relocate a point.
+
+    metres = 2 EARTH asin(sqrt(sin(dlat / 2)^2 + cos(lat_a) cos(lat_b) sin(dlon / 2)^2))
+    """
     lat_a, lat_b, east = math.radians(a[0]), math.radians(b[0]), math.radians(b[1] - a[1])
-    h = math.sin((lat_b - lat_a) / 2) ** 2 + math.cos(lat_a) * math.cos(lat_b) * math.sin(east
-                                                                                          / 2) ** 2
+    across = math.cos(lat_a) * math.cos(lat_b) * math.sin(east / 2) ** 2
+    h = math.sin((lat_b - lat_a) / 2) ** 2 + across
     return 2 * EARTH * math.asin(math.sqrt(h))
 
 
@@ -134,11 +143,11 @@ def turn_between(old, new):
 
 
 def nearest_of(words, degrees):
-    """One of eight words, 45 degrees each and the first centred on 0; a tie goes to the lower index."""
+    """One of eight words of 45 degrees each, the first centred on 0; the earlier one wins a tie."""
     return min((abs(turn_between(45 * i, degrees)), i, word) for i, word in enumerate(words))[2]
 
 
-# ---- The city ----------------------------------------------------------------------------------------------
+# ---- The city ------------------------------------------------------------------------------------
 
 @dataclass
 class Place:
@@ -159,12 +168,16 @@ class Street:
 
 
 class City:
-    """Streets, panoramas and places of one city; `panos` is (east, north) in metres, nodes first."""
+    """Streets, panoramas and places of one city.
+
+    `panos` has (east, north) in metres of each panorama. The first `num_nodes` of them are the
+    nodes: the crossings and corners where streets end.
+    """
 
     def __init__(self, seed, number):
         self.seed, self.number = seed, number
         self.lat, self.lon = ANCHORS[number]
-        # metres per degree at the anchor
+        # Metres per degree at the anchor.
         w2 = 1 - ECCENTRICITY2 * math.sin(math.radians(self.lat)) ** 2
         self.per_lat = math.radians(EQUATOR * (1 - ECCENTRICITY2) / w2 ** 1.5)
         self.per_lon = math.radians(EQUATOR / math.sqrt(w2) * math.cos(math.radians(self.lat)))
@@ -174,15 +187,17 @@ class City:
         self.legs = {}
 
     def build_streets(self, rng, n):
-        """A grid with uneven spacing, turned a little, and four diagonal avenues that run across its cells."""
+        """An uneven grid, turned a little, and four diagonal avenues across its cells."""
         lines = [[0.0], [0.0]]
         for line in lines:
             while len(line) < n:
                 line.append(line[-1] + between(rng, 72, 88))
         tilt = math.radians(between(rng, -8, 8))
-        self.panos = [(x * math.cos(tilt) + y * math.sin(tilt),
-                       y * math.cos(tilt) - x * math.sin(tilt))
-                      for y in lines[1] for x in lines[0]]
+        self.panos = []
+        for y in lines[1]:
+            for x in lines[0]:
+                self.panos.append((x * math.cos(tilt) + y * math.sin(tilt),
+                                   y * math.cos(tilt) - x * math.sin(tilt)))
         self.num_nodes = n * n
         avenues = [(row * n + i, (row + 1) * n + i) for row in range(n - 1) for i in range(n)]
         crossing = [(row * n + i, row * n + i + 1) for row in range(n) for i in range(n - 1)]
@@ -193,23 +208,22 @@ class City:
                 row = i + shift if rising else n - 2 - i + shift
                 if 0 <= row < n - 1:
                     corner = row * n + i
-                    cells.setdefault((row, i),
-                                     (corner, corner + n + 1) if rising
-                                     else (corner + n, corner + 1))
-        self.streets = [Street(ends, half, diagonal) for group, half, diagonal in
-                        ((avenues, 7.0, False), (crossing, 5.0, False), (cells.values(), 6.0, True))
-                        for ends in group]
-        # node -> (street, node at its other end)
-        self.around = [[] for _ in range(self.num_nodes)]
+                    ends = (corner, corner + n + 1) if rising else (corner + n, corner + 1)
+                    cells.setdefault((row, i), ends)
+        self.streets = [Street(ends, half=7.0, diagonal=False) for ends in avenues]
+        self.streets += [Street(ends, half=5.0, diagonal=False) for ends in crossing]
+        self.streets += [Street(ends, half=6.0, diagonal=True) for ends in cells.values()]
+        self.around = [[] for _ in range(self.num_nodes)]      # node -> (street, its other node)
         for street in self.streets:
             a, b = street.ends
             self.around[a].append((street, b))
             self.around[b].append((street, a))
 
     def build_panos(self):
-        """A panorama at every node and about every 10 m of every street, and the table that finds the nearest one.
+        """A panorama at every node and about every 10 m of every street; a table to find them by.
 
-        None within 15 m of a node: pictures from there look like the crossing, which it is not for the environment.
+        None stands within 15 m of a node: a picture from there looks like the crossing, but the
+        environment does not count it as one.
         """
         for street in self.streets:
             a, b = (self.panos[node] for node in street.ends)
@@ -219,35 +233,39 @@ class City:
                 self.panos.append(tuple(p + (q - p) * i / steps for p, q in zip(a, b)))
         self.geocodes = [self.geocode(point) for point in self.panos]
         self.ids = [make_id("pano", self.seed, self.number, i) for i in range(len(self.panos))]
-        # 20 m squares: a radius of 20 m stays within the neighbours
+        # Squares of 20 m: what lies within 20 m of a point is in its square or a neighbour.
         self.squares = {}
         for i, (x, y) in enumerate(self.panos):
             self.squares.setdefault((x // RELOCATION, y // RELOCATION), []).append(i)
 
     def build_places(self, rng):
-        """Landmarks at some crossings without diagonals, a destination beside the middle of every street."""
+        """Landmarks at some crossings without diagonals; a destination in each street."""
         names = self.names(rng)
         self.landmarks = [None] * self.num_nodes
         for node, around in enumerate(self.around):
-            if not any(street.diagonal for street, _ in around) and rng.random() < 0.6:
-                ways = [direction(self.panos[node], self.panos[other]) for _, other in around]
-                ends = [way + 180
-                        for way in ways
-                        if all(abs(turn_between(way + 180, other)) > 45 for other in ways)]
-                if ends and rng.random() < 0.5:   # where a street ends: straight ahead
-                    heading = pick(rng, ends) + between(rng, -15, 15)
-                # 30 degrees beside a street: inside the view along it
-                else:
-                    heading = pick(rng, ways) + between(rng, 27,
-                                                        33) * (1 if rng.random() < 0.5 else -1)
-                self.landmarks[node] = self.new_place(rng, names, node, heading, 13.5, 15.5)
+            if any(street.diagonal for street, _ in around) or rng.random() >= 0.6:
+                continue
+            ways = [direction(self.panos[node], self.panos[other]) for _, other in around]
+            # Headings that no street goes on with: straight on where a street ends.
+            ends = []
+            for way in ways:
+                if all(abs(turn_between(way + 180, other)) > 45 for other in ways):
+                    ends.append(way + 180)
+            if ends and rng.random() < 0.5:
+                heading = pick(rng, ends) + between(rng, -15, 15)
+            else:
+                # 30 degrees beside a street: inside the view along it.
+                heading = pick(rng, ways)
+                beside = between(rng, 27, 33)
+                heading += beside if rng.random() < 0.5 else -beside
+            self.landmarks[node] = self.new_place(rng, names, node, heading, 13.5, 15.5)
         for street in self.streets:
             middle = street.panos[len(street.panos) // 2]
-            side = direction(*(self.panos[node] for node in street.ends)) + (90
-                                                                             if rng.random() < 0.5
-                                                                             else -90)
-            street.place = self.new_place(rng, names, middle, side + between(rng, -30, 30), 12.5,
-                                          15)
+            a, b = street.ends
+            side = direction(self.panos[a], self.panos[b])
+            side += 90 if rng.random() < 0.5 else -90
+            heading = side + between(rng, -30, 30)
+            street.place = self.new_place(rng, names, middle, heading, 12.5, 15)
 
     def new_place(self, rng, names, pano, heading, least, most):
         kind = pick(rng, list(PLACES))
@@ -256,64 +274,76 @@ class City:
         return Place(name, kind, at, pano, make_id("place", self.seed, self.number, name))
 
     def names(self, rng):
-        """Invented roots in random order. A root belongs to one city number only, so no two cities share a name."""
+        """Invented roots in random order. Each belongs to one city number: no two share a name."""
         roots = [a + b + c + d for a in ONSETS for b in NUCLEI for c in CODAS for d in TAILS]
         roots = [root for root in roots if crc32(root.encode()) % 16 == self.number]
         while roots:
             yield roots.pop(int(rng.random() * len(roots)))
 
     def geocode(self, point):
-        return round(self.lat + point[1] / self.per_lat,
-                     7), round(self.lon + point[0] / self.per_lon, 7)
+        """(latitude, longitude) of a point (east, north)."""
+        east, north = point
+        return round(self.lat + north / self.per_lat, 7), round(self.lon + east / self.per_lon, 7)
 
     def relocate(self, geocode):
         """The nearest panorama within 20 m, or None; of two equally near ones the first."""
         x = (geocode[1] - self.lon) * self.per_lon // RELOCATION
         y = (geocode[0] - self.lat) * self.per_lat // RELOCATION
-        near = [i for dx in (-1, 0, 1) for dy in (-1, 0, 1)
-                for i in self.squares.get((x + dx, y + dy), ())]
-        metres, pano = min(((haversine(geocode, self.geocodes[i]), i) for i in near),
-                           default=(RELOCATION, None))
+        near = []                                 # (metres, panorama)
+        for dx in (-1, 0, 1):
+            for dy in (-1, 0, 1):
+                for i in self.squares.get((x + dx, y + dy), ()):
+                    near.append((haversine(geocode, self.geocodes[i]), i))
+        metres, pano = min(near, default=(RELOCATION, None))
         return pano if metres < RELOCATION else None
 
     def leg(self, a, b):
-        """Every panorama the environment may visit on the way from one to another, both included.
+        """Every panorama that the environment may visit between two panoramas, both included.
 
-        Candidates that it would drop because they are near an end belong to it too: without them in the mapping the
-        same point would be moved somewhere else.
+        The environment drops candidates that are near an end. They belong here, too: without them
+        in the mapping the same point would be moved somewhere else.
         """
         if (a, b) not in self.legs:
-            shares = [s / INTERPOLATION for s in range(1, INTERPOLATION)]
-            points = [tuple(p * (1 - s) + q * s for p, q in zip(self.geocodes[a], self.geocodes[b]))
-                      for s in shares]
-            self.legs[a, b] = [a,
-                               *(pano for pano in map(self.relocate, points) if pano is not None),
-                               b]
+            found = [a]
+            for step in range(1, INTERPOLATION):
+                share = step / INTERPOLATION
+                ends = zip(self.geocodes[a], self.geocodes[b])
+                pano = self.relocate(tuple(p * (1 - share) + q * share for p, q in ends))
+                if pano is not None:
+                    found.append(pano)
+            self.legs[a, b] = [*found, b]
         return self.legs[a, b]
 
 
-# ---- Routes ------------------------------------------------------------------------------------------------
+# ---- Routes --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Route:
-    """Panorama numbers: the start, the turning points (nodes) and the destination; and the streets at both ends."""
-    points: tuple
-    first: Street
-    last: Street
+    """A way through a city."""
+    points: tuple        # panorama numbers: the start, the turning points (nodes), the destination
+    first: Street        # the street of the start
+    last: Street         # the street of the destination
 
 
 def draw_route(city, rng, turning_points, longest=math.inf):
-    """From inside a street to its end, then a turn of 20 to 150 degrees at every node, no node twice."""
+    """A route from inside a street to its end, and on until it has as many turning points as drawn.
+
+    It turns by 20 to 150 degrees at each node, and visits no node twice. A route that cannot go on,
+    or is longer than `longest` metres, is given up and another one begun.
+    """
     while True:
         first = pick(rng, city.streets)
-        start, (back, node) = pick(rng,
-                                   first.panos), first.ends if rng.random() < 0.5 else first.ends[::-1]
-        points, seen, num_nodes = [start, node], {back, node}, pick(rng, turning_points)
+        start = pick(rng, first.panos)
+        back, node = first.ends if rng.random() < 0.5 else first.ends[::-1]
+        num_nodes = pick(rng, turning_points)
+        points, seen = [start, node], {back, node}
         while True:
             heading = direction(city.panos[points[-2]], city.panos[node])
-            ways = [(street, other) for street, other in city.around[node] if other not in seen and
-                    20 <= abs(turn_between(heading,
-                                           direction(city.panos[node], city.panos[other]))) <= 150]
+            ways = []
+            for street, other in city.around[node]:
+                turn = turn_between(heading, direction(city.panos[node], city.panos[other]))
+                if other not in seen and 20 <= abs(turn) <= 150:
+                    ways.append((street, other))
             if not ways:
                 break
             street, other = pick(rng, ways)
@@ -323,8 +353,8 @@ def draw_route(city, rng, turning_points, longest=math.inf):
                 seen.add(node)
                 continue
             points.append(street.place.pano)
-            if sum(math.dist(city.panos[a], city.panos[b])
-                   for a, b in zip(points, points[1:])) <= longest:
+            legs = zip(points, points[1:])
+            if sum(math.dist(city.panos[a], city.panos[b]) for a, b in legs) <= longest:
                 return Route(tuple(points), first, street)
             break
 
@@ -342,7 +372,7 @@ def draw_routes(city, num, turning_points, longest=math.inf):
 
 
 def place_entry(city, place, street_point):
-    """A place as the released file describes it; `street_point` is the panorama it is reached from."""
+    """A place as the released file describes it, reached from the panorama `street_point`."""
     rng = stream("reviews", place.key)
     return {"name": place.name, "geocode": list(city.geocode(place.at)),
             "rating": round(between(rng, 3, 5), 1), "place_id": place.key,
@@ -355,13 +385,14 @@ def place_entry(city, place, street_point):
 
 
 def side_of(city, place, pano, heading):
-    """Where a place is for someone who arrives at a panorama with this heading, in one of eight words."""
+    """Where a place is for somebody who arrives at a panorama with this heading: one of SIDES."""
     return nearest_of(SIDES, bearing(city.geocodes[pano], city.geocode(place.at)) - heading)
 
 
 def route_entry(city, route):
-    """One object of route_infos.json. Its milestones tell, point by point, what is seen on arrival there."""
-    milestones, landmarks, words, distances, heading = "", [], [], [], 0
+    """One object of route_infos.json. Its milestones tell what is seen on arrival at each point."""
+    milestones, heading = "", 0
+    landmarks, words, distances = [], [], []
     for i, (a, b) in enumerate(zip(route.points, route.points[1:]), start=1):
         arriving = int(bearing(city.geocodes[a], city.geocodes[b]))
         words.append(nearest_of(COMPASS, arriving))
@@ -380,50 +411,57 @@ def route_entry(city, route):
         block = {"intersection_idx": i, "landmarks": seen, "distance": f"{distances[-1]} meters",
                  "human_heading": heading,
                  "to_next_intersection_heading": f"{arriving} ({words[-1]})"}
-        milestones += "\n{\n" + "".join(f'"{key}": "{value}",\n'
-                                        for key, value in block.items()) + "}\n"
+        lines = "".join(f'"{key}": "{value}",\n' for key, value in block.items())
+        milestones += "\n{\n" + lines + "}\n"
         heading = arriving
     seconds = [round(metres / 1.4) for metres in distances]      # at walking pace
+    instructions = [f"Head {word} for {metres} meters" for word, metres in zip(words, distances)]
+    results = {"geocode_list": [list(city.geocodes[pano]) for pano in route.points[1:]],
+               "polyline": [],
+               "instructions": instructions,
+               "distance_list": distances,
+               "time_list": seconds,
+               "time": sum(seconds),
+               "distance": sum(distances),
+               "n_landmarks": sum(mark is not None for mark in landmarks),
+               "landmark_list": landmarks}
     return {"dest_place": place_entry(city, route.last.place, route.points[-1]),
             "start_place": place_entry(city, route.first.place, route.points[0]),
-            "route_results": {"geocode_list": [list(city.geocodes[pano])
-                                               for pano in route.points[1:]], "polyline": [],
-                              "instructions": [f"Head {word} for {metres} meters"
-                                               for word, metres in zip(words, distances)],
-                              "distance_list": distances, "time_list": seconds,
-                              "time": sum(seconds), "distance": sum(distances),
-                              "n_landmarks": sum(mark is not None for mark in landmarks),
-                              "landmark_list": landmarks},
-            "init_heading": 0, "instruction": f"Walk to {route.last.place.name}.",
+            "route_results": results,
+            "init_heading": 0,
+            "instruction": f"Walk to {route.last.place.name}.",
             "milestone_info": milestones}
 
 
 def visited(city, routes):
     """The panoramas that walks along these routes can visit, in the order of the city."""
-    return sorted({pano for route in routes for a, b in zip(route.points, route.points[1:])
-                   for pano in city.leg(a, b)})
+    panos = set()
+    for route in routes:
+        for a, b in zip(route.points, route.points[1:]):
+            panos.update(city.leg(a, b))
+    return sorted(panos)
 
 
-# ---- What stands in the streets ----------------------------------------------------------------------------
+# ---- What stands in the streets ------------------------------------------------------------------
 
-# metres: the camera above the ground; nearer parts of a piece are clipped
-EYE, NEAR = 2.6, 0.4
-# how far each of them is painted
+EYE = 2.6                       # metres from the ground to the camera
+NEAR = 0.4                      # nearer parts of a piece are clipped
+# Up to how many metres walls, road markings, windows and boards are painted.
 FAR, MARKS_FAR, WINDOWS_FAR, BOARDS_FAR = 130.0, 50.0, 45.0, 40.0
 
-# A tree one metre high that faces the camera, (sideways, up): a trunk, a crown of three pieces.
+# A tree of one metre that faces the camera, (sideways, up): a trunk, a crown of three pieces.
 TREE = np.array([[(-.05, 0), (.05, 0), (.05, .5), (-.05, .5)],
                  [(-.18, .35), (.18, .35), (.36, .52), (-.36, .52)],
                  [(-.36, .52), (.36, .52), (.36, .78), (-.36, .78)],
                  [(-.36, .78), (.36, .78), (.18, 1), (-.18, 1)]])
 TRUNK = "#5a4632"
 
-Palette = namedtuple("Palette",
-                     "sky horizon ground road walk mark walls window leaves heights trees bars "
-                     "panes board")
-# of cities 0 and 1, then one for each of the cities 2 to 9. heights: of houses; trees: their share;
+Palette = namedtuple("Palette", "sky horizon ground road walk mark walls window leaves heights "
+                     "trees bars panes board")
+# The looks of cities 0 and 1, then of each of the cities 2 to 9. `heights` are those of houses,
+# `trees` is their share, `bars` the spacing of the zebra, `panes` spacing and width of windows.
+# `board` says how a name is written: on colour (plain, framed) or in colour on white (reverse).
 PALETTES = (
-               # bars: spacing of the zebra; panes: spacing and width of windows; board: name on colour, or the reverse
     Palette("#5b9bd5", "#dbe9f4", "#8fa36b", "#4f5256", "#b5b1a8", "#e8e8e8",
             "#a65f46 #c8a27a #8d7b6c #b98b6a #d9c7a8", "#3b4a5a", "#4c7a3a", (9, 18), 0.5, 1.1,
             (3.0, 1.3), "plain"),
@@ -459,17 +497,20 @@ def rgb(*colours):
 
 
 def rectangle(point, heading, near, far, left, right):
-    """Corners of a rectangle on the ground, from `near` to `far` metres ahead of a point, counterclockwise."""
+    """Corners of a rectangle `near` to `far` metres ahead of a point, anticlockwise."""
     return [ahead(ahead(point, heading, along), heading + 90, across)
             for along, across in ((near, left), (near, right), (far, right), (far, left))]
 
 
 def overlap(p, q):
-    """Whether two convex polygons share more than an edge: if not, the line along some side parts them."""
+    """Whether two convex polygons share more than an edge.
+
+    If they do not, the line along some side of one of them has the other on its far side.
+    """
     for corners in (p, q):
         for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
-            of_p, of_q = ([(x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) for x, y in shape]
-                          for shape in (p, q))
+            of_p = [(x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) for x, y in p]
+            of_q = [(x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) for x, y in q]
             if max(of_p) <= min(of_q) or max(of_q) <= min(of_p):
                 return False
     return True
@@ -486,9 +527,8 @@ class Scene:
 
     def __init__(self, city):
         self.city, self.palette = city, PALETTES[max(city.number - 1, 0)]
-        self.places = [place
-                       for place in [*city.landmarks, *(street.place for street in city.streets)]
-                       if place]
+        self.places = [place for place in city.landmarks if place]
+        self.places += [street.place for street in city.streets]
         self.windows, self.boards = {}, {}         # both filled as they are seen
         self.lay_streets()
         self.build_houses(stream("houses", city.seed, city.number))
@@ -498,24 +538,24 @@ class Scene:
         """Pavements, then roads, then markings: in the order in which they are painted."""
         walks, roads, marks, palette = [], [], [], self.palette
         for street in self.city.streets:
-            # half a street from each of its ends
-            for node, other in (street.ends, street.ends[::-1]):
+            for node, other in (street.ends, street.ends[::-1]):       # half of it from each end
                 point, half = self.city.panos[node], street.half
-                out, length = direction(point, self.city.panos[other]), math.dist(point,
-                                                                                  self.city.panos[other])
-                # to the far kerb of the street it meets
-                corner = 0 if street.diagonal else 12 - half
-                walks.append(rectangle(point, out, -corner - PAVEMENT, length / 2, -half - PAVEMENT,
-                                       half + PAVEMENT))
-                roads.append(rectangle(point, out, -corner, length / 2, -half, half))
-                dashes = range(20, int(length / 2) - 3, 8)
-                marks += [rectangle(point, out, along, along + 3, -.15, .15) for along in dashes]
-                # Zebra bars on every way out of a crossing. Diagonals need more room before the kerbs part.
-                near = 14 if any(way.diagonal for way, _ in self.city.around[node]) else 12.8 - half
-                num, gap = int((2 * half - 0.4) / palette.bars), palette.bars
-                marks += [rectangle(point, out, near, near + 3, gap * (i - num / 2 + .22),
-                                    gap * (i - num / 2 + .78))
-                          for i in range(num)]
+                out = direction(point, self.city.panos[other])
+                middle = math.dist(point, self.city.panos[other]) / 2
+                corner = 0 if street.diagonal else 12 - half           # the far kerb it runs up to
+                side = half + PAVEMENT
+                walks.append(rectangle(point, out, -corner - PAVEMENT, middle, -side, side))
+                roads.append(rectangle(point, out, -corner, middle, -half, half))
+                for along in range(20, int(middle) - 3, 8):
+                    marks.append(rectangle(point, out, along, along + 3, -.15, .15))
+                # Zebra bars on every way out of a crossing. With diagonals the kerbs part later.
+                has_diagonals = any(way.diagonal for way, _ in self.city.around[node])
+                near = 14 if has_diagonals else 12.8 - half
+                gap = palette.bars
+                num = int((2 * half - 0.4) / gap)
+                for i in range(num):
+                    left, right = gap * (i - num / 2 + .22), gap * (i - num / 2 + .78)
+                    marks.append(rectangle(point, out, near, near + 3, left, right))
         layers = np.repeat([0, 1, 2], [len(walks), len(roads), len(marks)])
         self.ground = np.array(walks + roads + marks)                                  # (G, 4, 2)
         self.ground_middle = self.ground.mean(1)
@@ -523,13 +563,20 @@ class Scene:
         self.ground_colours = rgb(palette.walk, palette.road, palette.mark)[layers]
 
     def build_houses(self, rng):
-        """Houses along every street, but none in a street or between a board and the point that announces it."""
+        """Houses along every street; none in a street, none between a board and its panorama."""
         taken = {}                                # 20 m square -> polygons
 
         def squares(shape):
-            (left, right), (low, high) = ((int(min(side) // 20), int(max(side) // 20))
-                                          for side in zip(*shape))
-            return [(x, y) for x in range(left, right + 1) for y in range(low, high + 1)]
+            easts, norths = zip(*shape)
+            columns = range(int(min(easts) // 20), int(max(easts) // 20) + 1)
+            rows = range(int(min(norths) // 20), int(max(norths) // 20) + 1)
+            return [(x, y) for x in columns for y in rows]
+
+        def is_free(lot):
+            for square in squares(lot):
+                if any(overlap(lot, other) for other in taken.get(square, ())):
+                    return False
+            return True
 
         def take(shape):
             for square in squares(shape):
@@ -551,8 +598,7 @@ class Scene:
                     width, front = between(rng, 9, 15), street.half + PAVEMENT + 0.1
                     depth = sorted((side * front, side * (front + between(rng, 10, 14))))
                     lot = rectangle(a, direction(a, b), along, along + width, *depth)
-                    if any(overlap(lot, other) for square in squares(lot)
-                           for other in taken.get(square, ())):
+                    if not is_free(lot):
                         along += 2
                         continue
                     take(lot)
@@ -565,12 +611,11 @@ class Scene:
         low = np.concatenate([flat, np.zeros((*flat.shape[:2], 1))], 2)
         high = np.concatenate([flat, np.broadcast_to(tops[:, None, None], (*flat.shape[:2], 1))], 2)
         walls = np.stack([low, np.roll(low, -1, 1), np.roll(high, -1, 1), high], 2)
-        # four per house, each a single piece
-        self.walls = walls.reshape(-1, 1, 4, 3)
+        self.walls = walls.reshape(-1, 1, 4, 3)                        # four pieces for each house
         self.wall_middle = self.walls[:, 0, :2, :2].mean(1)
         along = self.walls[:, 0, 1, :2] - self.walls[:, 0, 0, :2]
-        self.wall_out = np.stack([along[:, 1], -along[:, 0]], 1) / np.linalg.norm(along, axis=1,
-                                                                                  keepdims=True)
+        lengths = np.linalg.norm(along, axis=1, keepdims=True)
+        self.wall_out = np.stack([along[:, 1], -along[:, 0]], 1) / lengths
         light = 0.84 + 0.16 * self.wall_out @ (0.6, -0.8)              # the sun is in the southeast
         self.wall_colours = np.repeat([colour for _, _, colour in houses], 4, 0) * light[:, None]
 
@@ -594,27 +639,32 @@ class Scene:
             length, height = np.linalg.norm(b - a), top[2]
             columns, rows = int(length / spacing), int((height - 0.6) / 3.2)
             windows = np.zeros((rows, columns, 4, 3))
-            left = length * (np.arange(columns)[:, None]
-                             + 0.5) / columns + np.array([-1, 1, 1, -1]) * width / 2
+            middle = length * (np.arange(columns)[:, None] + 0.5) / columns
+            left = middle + np.array([-1, 1, 1, -1]) * width / 2
             windows[:] = a + left[..., None] * (b - a) / length
             windows[..., 2] = 3.2 * np.arange(rows)[:, None, None] + np.array([1.1, 1.1, 2.7, 2.7])
             self.windows[wall] = windows.reshape(-1, 4, 3)
         return self.windows[wall]
 
     def pieces(self, point):
-        """What one sees from a point, (n, 4, 3) east, north, up and colours (n, 3), in the order of painting."""
+        """What is seen from a point, in the order of painting: the ground, then far pieces first.
+
+        Returns corners (n, 4, 3), each east, north and up, and colours (n, 3).
+        """
         near = np.linalg.norm(self.ground_middle - point, axis=1) < self.ground_far
         flat = np.concatenate([self.ground[near], np.zeros((near.sum(), 4, 1))], 2)
         shapes, colours = [flat], [self.ground_colours[near]]
         toward = self.wall_middle - point
-        wall_metres, tree_metres = np.linalg.norm(toward,
-                                                  axis=1), np.linalg.norm(self.trees[:, :2] - point,
-                                                                          axis=1)
+        wall_metres = np.linalg.norm(toward, axis=1).tolist()
+        tree_metres = np.linalg.norm(self.trees[:, :2] - point, axis=1).tolist()
         faces_us = np.einsum("hi,hi->h", self.wall_out, toward) < 0
-        seen = [(metres, 0, i)
-                for i, metres in enumerate(wall_metres.tolist()) if metres < FAR and faces_us[i]]
-        seen += [(metres, 1, i)
-                 for i, metres in enumerate(tree_metres.tolist()) if metres < FAR / 2]
+        seen = []                                 # (metres, is it a tree, its number)
+        for i, metres in enumerate(wall_metres):
+            if metres < FAR and faces_us[i]:
+                seen.append((metres, 0, i))
+        for i, metres in enumerate(tree_metres):
+            if metres < FAR / 2:
+                seen.append((metres, 1, i))
         horizon, window, trunk, leaves = rgb(self.palette.horizon, self.palette.window, TRUNK,
                                              self.palette.leaves)
         for metres, is_tree, i in sorted(seen, reverse=True):
@@ -650,36 +700,39 @@ class Scene:
             if style != "plain":
                 draw.rectangle((3, 3, 236, 128), outline=text, width=6)
             words = place.name.split()
-            lines = min(([" ".join(words[:i]), " ".join(words[i:])] for i in range(1, len(words))),
-                        key=lambda pair: max(map(len, pair)))
+            # Cut the name in two lines, so that the longer one is as short as can be.
+            cuts = [[" ".join(words[:i]), " ".join(words[i:])] for i in range(1, len(words))]
+            lines = min(cuts, key=lambda pair: max(map(len, pair)))
             size = 54
             while max(draw.textlength(line, ImageFont.load_default(size)) for line in lines) > 216:
                 size -= 2
             for line, middle in zip(lines, (38, 90)):
-                draw.text((120, middle), line, fill=text, font=ImageFont.load_default(size),
-                          anchor="mm")
+                font = ImageFont.load_default(size)
+                draw.text((120, middle), line, fill=text, font=font, anchor="mm")
             self.boards[place.name] = picture
         return self.boards[place.name]
 
 
-# ---- Panoramas ---------------------------------------------------------------------------------------------
+# ---- Panoramas -----------------------------------------------------------------------------------
 
 @lru_cache(maxsize=1)
 def lookup(width):
-    """Which pixel of the four faces, side by side, each pixel of the middle half of a panorama shows.
+    """Where the middle half of a panorama finds its pixels on the four faces, side by side.
 
-    A face is a picture of 90 degrees, F wide and sqrt(2) F high, so that it holds all latitudes up to 45 degrees; a
-    square view of 90 degrees needs no more. Also each face pixel's latitude, (sqrt(2) F, F) degrees, down positive.
+    A face is a picture of 90 degrees, F wide and sqrt(2) F high. So it holds all latitudes up to 45
+    degrees, and a square view of 90 degrees needs no more.
+
+    Returns (numbers of the face pixels, (width / 2, width)) and (latitude of each pixel of a face,
+    (sqrt(2) F, F), in degrees, down positive).
     """
-    # a little finer than the panorama: straighter edges
-    face = width * 2 // 5
+    face = width * 2 // 5                          # finer than the panorama: straighter edges
     high, height = math.ceil(math.sqrt(2) * face), width // 2
     across = (np.arange(face) - face / 2) / (face / 2)
-    latitude = np.degrees(np.arctan2((np.arange(high) - high / 2)[:, None] / (face / 2),
-                                     np.hypot(1, across)))
+    down = (np.arange(high) - high / 2)[:, None] / (face / 2)
+    latitude = np.degrees(np.arctan2(down, np.hypot(1, across)))
     lon = (np.arange(width) / (width - 1) - 0.5) * 360
-    lat = np.radians(
-        (np.arange(height // 4, height // 4 + height // 2) / (height - 1) - 0.5) * 180)[:, None]
+    middle_half = np.arange(height // 4, height // 4 + height // 2)
+    lat = np.radians((middle_half / (height - 1) - 0.5) * 180)[:, None]
     number = np.floor((lon + 45) / 90)
     off = np.radians(lon - 90 * number)
     columns = np.clip(np.rint(face / 2 * np.tan(off) + face / 2), 0, face - 1) + face * (number % 4)
@@ -714,23 +767,27 @@ def paint_face(picture, heading, shapes, colours):
     """Paint pieces, (n, 4, 3) seen from the camera, on a picture of 90 degrees around a heading."""
     face, high = picture.size
     sin, cos = round(math.sin(math.radians(heading))), round(math.cos(math.radians(heading)))
-    right, front = shapes[..., 0] * cos - shapes[..., 1] * sin, shapes[..., 0] * sin + shapes[..., 1] * cos
+    east, north = shapes[..., 0], shapes[..., 1]
+    right = east * cos - north * sin
+    front = east * sin + north * cos
     inside = (front > NEAR).any(1) & (right < front).any(1) & (-right < front).any(1)
     right, front, up, colours = right[inside], front[inside], shapes[inside, :, 2], colours[inside]
     whole = (front >= NEAR).all(1).tolist()
     depth = np.maximum(front, NEAR)
-    flat = np.rint(np.stack([face / 2 + face / 2 * right / depth, high / 2 - face / 2 * up / depth],
-                            2)).reshape(-1, 8)
+    x = face / 2 + face / 2 * right / depth
+    y = high / 2 - face / 2 * up / depth
+    flat = np.rint(np.stack([x, y], 2)).reshape(-1, 8)
     draw = ImageDraw.Draw(picture)
     for i, (points, colour) in enumerate(zip(flat.tolist(), map(tuple, colours.tolist()))):
         if not whole[i]:
+            corners = clip(np.stack([right[i], front[i], up[i]], 1).tolist())
             points = [(round(face / 2 + face / 2 * x / z), round(high / 2 - face / 2 * y / z))
-                      for x, z, y in clip(np.stack([right[i], front[i], up[i]], 1).tolist())]
+                      for x, z, y in corners]
         draw.polygon(points, fill=colour)
 
 
 def panorama(scene, pano, width):
-    """The picture that belongs to a panorama number, `width` x `width` / 2 with north in the middle."""
+    """The picture of a panorama number, `width` x `width` / 2, with north in the middle."""
     point, height = scene.city.panos[pano], width // 2
     shapes, colours = scene.pieces(point)
     shapes = shapes - np.array([*point, EYE])
@@ -755,9 +812,12 @@ def hang_boards(picture, scene, point):
     def row(up, metres):
         return round((0.5 - math.degrees(math.atan2(up - EYE, metres)) / 180) * (height - 1))
 
-    near = sorted(((math.dist(point, place.at), i) for i, place in enumerate(scene.places)
-                   if math.dist(point, place.at) < BOARDS_FAR), reverse=True)
-    for metres, i in near:
+    near = []                                     # (metres, number of the place)
+    for i, place in enumerate(scene.places):
+        metres = math.dist(point, place.at)
+        if metres < BOARDS_FAR:
+            near.append((metres, i))
+    for metres, i in sorted(near, reverse=True):
         place = scene.places[i]
         if not scene.in_sight(point, place):
             continue
@@ -765,14 +825,13 @@ def hang_boards(picture, scene, point):
         half = math.degrees(math.atan(BOARD_WIDTH / 2 / metres)) / 360 * (width - 1)
         top, bottom, foot = (row(up, metres) for up in (BOARD_TOP, BOARD_TOP - BOARD_HEIGHT, 0))
         board = scene.board(place).resize((round(2 * half), bottom - top), Image.Resampling.LANCZOS)
-        # it may hang across the seam in the south
-        for shift in (-(width - 1), 0, width - 1):
+        for shift in (-(width - 1), 0, width - 1):         # it may cross the seam in the south
             post = round(centre + shift)
             picture.paste("#3c3c3c", (post - 1, bottom, post + 1, foot))
             picture.paste(board, (round(centre - half) + shift, top))
 
 
-# ---- Files -------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 def make_sets(seed, num_routes, num_unseen, most_legs):
     """{folder: [(city, its routes), ...]}"""
@@ -784,7 +843,10 @@ def make_sets(seed, num_routes, num_unseen, most_legs):
 
 
 def write_words(folder, parts):
-    """route_infos.json and gps_pano_mapping.pkl of one set; returns the panoramas it needs: [(city, number), ...]."""
+    """route_infos.json and gps_pano_mapping.pkl of one set.
+
+    Returns the panoramas that it needs, [(city, number), ...].
+    """
     folder.mkdir()
     entries = [route_entry(city, route) for city, routes in parts for route in routes]
     (folder / "route_infos.json").write_text(json.dumps([entries, len(entries)]), encoding="utf-8")
@@ -810,14 +872,14 @@ def write_picture(job):
     for folder in folders:
         (folder / f"{scene.city.ids[pano]}.jpg").write_bytes(data.getvalue())
         # The centre column looks at heading 180 - rotation: north.
-        (folder / f"{scene.city.ids[pano]}.metadata.json").write_text('{"rotation": 180}',
-                                                                      encoding="utf-8")
+        metadata = folder / f"{scene.city.ids[pano]}.metadata.json"
+        metadata.write_text('{"rotation": 180}', encoding="utf-8")
     return len(data.getvalue()) * len(folders)
 
 
 def become_painter(first):
     """A worker leaves Ctrl-C to the first process, and ends without a word when that is gone."""
-    # without this it may wait for a lock that another had as it ended
+    # Without this it may wait for ever for a lock that another process held as it ended.
     def leave_with_it():
         while os.getppid() == first:
             time.sleep(0.5)
@@ -829,7 +891,10 @@ def become_painter(first):
 
 
 def write_pictures(needed, seed, width, workers):
-    """street_views/ of all sets, {folder: [(city, panorama number), ...]}; returns how many pictures and bytes."""
+    """street_views/ of all sets, {folder: [(city, panorama number), ...]}.
+
+    Returns (number of pictures, their bytes).
+    """
     folders = {}                                  # a panorama of two sets is painted once
     for folder, panos in needed.items():
         (folder / "street_views").mkdir()
@@ -837,12 +902,14 @@ def write_pictures(needed, seed, width, workers):
             folders.setdefault((city.number, pano), []).append(folder / "street_views")
     jobs = [(seed, number, pano, width, places) for (number, pano), places in folders.items()]
     for number in dict.fromkeys(number for number, _ in folders):
-        # workers that are forks of this process need not build it again
-        scene_of(seed, number)
+        scene_of(seed, number)                    # forks of this process need not build it again
     # Ctrl-C reaches every process: the workers leave it to this one.
-    pool = multiprocessing.Pool(workers, become_painter, (os.getpid(),)) if workers > 1 else None
-    done = pool.imap_unordered(write_picture, jobs, chunksize=16) if pool else map(write_picture,
-                                                                                   jobs)
+    if workers > 1:
+        pool = multiprocessing.Pool(workers, become_painter, (os.getpid(),))
+        done = pool.imap_unordered(write_picture, jobs, chunksize=16)
+    else:
+        pool = None
+        done = map(write_picture, jobs)
     try:
         num_bytes = sum(tqdm(done, total=len(jobs), desc="street views", unit="picture"))
     except BaseException:
@@ -851,9 +918,10 @@ def write_pictures(needed, seed, width, workers):
         raise
     finally:
         if pool:
-            # not terminate(): it may kill a worker that holds the queue's lock, and wait
+            # Not terminate(): it may kill a worker that holds the queue's lock, and then wait for
+            # that lock for ever.
             pool.close()
-            pool.join()                           # for that lock for ever
+            pool.join()
     return sum(map(len, folders.values())), num_bytes
 
 
@@ -867,11 +935,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--unseen", type=int, default=48,
                         help="further routes, never trained on [48]")
     parser.add_argument("--most-legs", type=int, default=8,
-                        help="a route of train or unseen has 2 to so many legs [8]")
+                        help="a route of train or unseen has 2 to this many legs [8]")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another city [0]")
     parser.add_argument("--no-pictures", action="store_true", help="leave out street_views/")
     parser.add_argument("--size", type=int, default=1408,
-                        help="width of a panorama, about pi views wide [1408]")
+                        help="width of a panorama in pixels, about pi times that of a view [1408]")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
                         help="processes that paint [all cores]")
     args = parser.parse_args(argv)
@@ -896,7 +964,7 @@ def main(argv=None):
     began = time.time()
     sets = make_sets(args.seed, args.routes, args.unseen, args.most_legs)
     out = Path(args.out).absolute()
-    # a stopped run leaves nothing that looks whole
+    # A stopped run leaves nothing that looks whole.
     partial = out.with_name(f"{out.name}.unfinished")
     pictures = (0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))          # so that `finally` runs
@@ -917,15 +985,17 @@ def main(argv=None):
         sys.exit("stopped: nothing was written")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    told = [f"{out / name}: {sum(len(routes) for _, routes in parts)} routes, "
-            f"{len(needed[partial / name])} panoramas"
-            for name, parts in sets.items()]
-    told.append(f"{pictures[0]} pictures, {pictures[1] / 1e6:.0f} MB, {time.time() - began:.1f} "
-                f"seconds")
+    told = []
+    for name, parts in sets.items():
+        num_routes = sum(len(routes) for _, routes in parts)
+        num_panos = len(needed[partial / name])
+        told.append(f"{out / name}: {num_routes} routes, {num_panos} panoramas")
+    num_pictures, num_bytes = pictures
+    seconds = time.time() - began
+    told.append(f"{num_pictures} pictures, {num_bytes / 1e6:.0f} MB, {seconds:.1f} seconds")
     try:
         print("\n".join(told), flush=True)
-    # a reader who has gone; all is written
-    except BrokenPipeError:
+    except BrokenPipeError:                                # the reader has gone; all is written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
