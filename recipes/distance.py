@@ -1,10 +1,13 @@
-"""How far runs have moved from their starts, under the rule they were trained on and under the other: a table.
+"""How far runs have moved from their starts, under the training rule and under the other: a table.
 
     python recipes/distance.py runs/tiny-virl-l/sft_0_0 runs/tiny-virl-l/rl_3_0
 
-The distance of a checkpoint is KL(checkpoint || start) of a first try in nats a reply, estimated on replies that the checkpoint
-samples at temperature 1 (in V-IRL at any position of a route). Of every run the newest checkpoint counts. Not in the paper;
-used by recipes/study.sh.
+The distance of a checkpoint is KL(checkpoint || start), in nats a reply, of replies at first tries:
+
+    KL  ~  mean over replies of  log p_checkpoint(reply) - log p_start(reply)
+
+The checkpoint samples the replies at temperature 1; in V-IRL they are asked for anywhere on a
+route. Only the newest checkpoint of each run counts. Not in the paper; recipes/study.sh uses it.
 """
 import random
 import sys
@@ -19,32 +22,34 @@ from model import EVALUATION, collate, encode, load_policy, sampling_uniforms
 from support import run_folder, running, settings
 
 SPLITS = ("id", "rule_ood")
-LONGEST, TOGETHER = 64, 64      # tokens of a reply; replies in a batch
+LONGEST = 64                    # tokens of a reply
+TOGETHER = 64                   # replies in a batch
 
 
 @torch.no_grad()
 def distances(policy, start, processor, task, split, common, seed, num):
-    """KL estimates of `num` replies, each the difference of the two log-probs of one that `policy` sampled."""
-    env, prompts = envs.make_env(task, split, common), []
+    """log p_policy(reply) - log p_start(reply) of each of `num` replies that `policy` samples."""
+    env = envs.make_env(task, split, common)
+    prompts = []
     for i in range(num):
         env.reset(f"{seed}/distance/{i}", episode=i)
-        prompts.append(encode(processor,
-                              env.skip_ahead(random.Random(f"{seed}/at/{i}"), balance=False)))
+        messages = env.skip_ahead(random.Random(f"{seed}/at/{i}"), balance=False)
+        prompts.append(encode(processor, messages))
     uniforms = sampling_uniforms([(EVALUATION, seed, i) for i in range(num)], LONGEST)
     replies = [ids for ids, _ in policy.generate(prompts, uniforms, LONGEST, 1.0)]
     found = []
     for first in range(0, num, TOGETHER):
         some = slice(first, first + TOGETHER)
         batch = collate([[pair] for pair in zip(prompts[some], replies[some])], policy.device)
-        # (B,)
-        here, there = (p(batch, 1.0)[0].sum(1) for p in (policy, start))
+        here = policy(batch, 1.0)[0].sum(1)                        # (B,)
+        there = start(batch, 1.0)[0].sum(1)                        # (B,)
         found += (here - there).tolist()
     return found
 
 
 def main():
     parser = running.OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", help="run folders of sft.py or rl.py, in words")
+    parser.add_argument("runs", nargs="+", help="run folders of sft.py or rl.py, tasks in words")
     parser.add_argument("--num", type=int, default=256, help="replies for each rule [256]")
     args = parser.parse_args()
     if args.num < 2:
@@ -59,8 +64,8 @@ def main():
             if not newest:
                 raise ValueError(f"run {run!r}: it has no checkpoint yet")
             policy, processor = load_policy(str(newest[0]))
-            start, common = load_policy(config["model"])[0], settings.read_settings(
-                config.get("env", ()))
+            start, _ = load_policy(config["model"])
+            common = settings.read_settings(config.get("env", ()))
             cells = []
             for split in SPLITS:
                 found = distances(policy, start, processor, config["task"], split, common,
