@@ -1,32 +1,39 @@
-"""Time and memory of this project beside a baseline that does the same job in the shape of the paper's official code.
+"""Time and memory of this project, beside baselines in the shape of the paper's official code.
 
-Both sides run in one process with the same seed, weights and threads. They take turns (A, B, A, B, ...) and the median
-of the rounds counts. A ratio above 1 is in our favour. Where both compute the same thing their results are compared
-first, and a difference ends the program. The baselines are written here, in our own words:
-
-    section    baseline
-    rollout    Hugging Face `generate`, one prompt at a time, every hidden state and score kept, then one more forward
-               with a log-softmax over all positions; and `generate` on a left-padded batch, for sampling alone
-    logprob    the vocabulary at every position: temperature, log-softmax, bfloat16, gather, mask, sum, backward
-    vision     the same two with a picture: batch 1, the vision tower in every `generate` and forward, a row per turn
-    turns      the same two for whole rollouts of five turns, and ours that keeps nothing from turn to turn
-    sft        Hugging Face's own loss over `labels`, the whole batch padded to its longest
-    trl        TRL's SFTTrainer (`pip install trl`), on one micro-batch
-    verifier   fields by regular expressions, checks on the characters, `eval`, a search in the list of solutions
-    envs       random cards until some permutation, operators and brackets `eval` to 24
-    growth     none: rates of ours as batch, prompt, common head or dialogue grow
-    limits     none: how much of the machine's matrix rate ours takes, for models of 1.2 and 2.1 billion random weights in
-               bfloat16 with --device cuda, for small ones in float32 on a CPU
-    decode     none: how much of its memory bandwidth ours takes, with the smaller of those models
-    ranks      one process instead of two, a thread each
-    virl       every point of a rail is looked up among all panoramas at every reset; every view works out its rays
-
-    OMP_NUM_THREADS=1 python tests/bench.py                            # a Markdown table; the machine must be idle
+    OMP_NUM_THREADS=1 python tests/bench.py          # a Markdown table; the machine must be idle
     python tests/bench.py --only rollout,logprob --device cuda
 
-A percentage is of the float32 matrix rate measured in the same run: the FLOPs that the job needs (2 per weight and
-token, 6 with backward; the output projection only where a token is predicted; no attention, no padding) over the time.
-The FLOPs are the same for both sides, so what a side does in excess lowers its percentage.
+A baseline does the same job as ours and is written here, in our words. Both sides run in one
+process with the same seed, weights and threads. They take turns (A, B, A, B, ...), and the median
+of the rounds counts. A ratio above 1 is in our favour. Where both sides compute the same thing,
+their results are compared first; a difference ends the program.
+
+    section    baseline
+    rollout    Hugging Face `generate`, one prompt at a time, every hidden state and score kept,
+               then one more forward with a log-softmax over all positions. For sampling alone:
+               `generate` on a left-padded batch
+    logprob    the vocabulary at every position: temperature, log-softmax, bfloat16, gather, mask,
+               sum, backward
+    vision     both of the above with a picture: batch 1, the vision tower in every `generate` and
+               forward, a row for each turn
+    turns      `rollout` for five turns of a dialogue; and ours that keeps nothing between turns
+    sft        Hugging Face's loss over `labels`, the whole batch padded to its longest
+    trl        TRL's SFTTrainer (`pip install trl`), on one micro-batch
+    verifier   fields by regular expressions, checks on the characters, `eval`, a search in the list
+               of solutions
+    envs       random cards, until some permutation with operators and brackets gives 24 by `eval`
+    growth     none: rates of ours as batch, prompt, common head or dialogue grow
+    limits     none: the share of the machine's matrix rate that ours reaches. On a GPU the models
+               have 1.2 and 2.1 billion random weights in bfloat16; on a CPU they are small, float32
+    decode     none: the share of its memory bandwidth, with the smaller of those models
+    ranks      one process instead of two, a thread each
+    virl       every point of a rail is looked up among all panoramas at every reset; every view
+               computes its rays anew
+
+A percentage says how fast the FLOPs of the job were done. It is a share of the float32 matrix
+rate, measured in the same run. The job needs 2 FLOPs for each weight and token, 6 with backward.
+The output projection counts only where a token is predicted; attention and padding count nowhere.
+Both sides are given the same FLOPs, so work that a side does in excess lowers its percentage.
 """
 import argparse
 import copy
@@ -51,7 +58,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM, MllamaForConditionalGeneration, MllamaVisionConfig
+from transformers import (LlamaConfig, LlamaForCausalLM, MllamaForConditionalGeneration,
+                          MllamaVisionConfig)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
@@ -66,16 +74,19 @@ from support.cards import draw_hand
 from support.running import OneLineParser, enable_checkpointing, fail, memory_estimate, pick_device
 
 MAX_LOAD = 0.5
-# of Llama-3.2-1B
+# The shape of Llama-3.2-1B.
 LARGE = dict(hidden_size=2048, num_attention_heads=32, num_key_value_heads=8,
              intermediate_size=8192)
 MIB = 2 ** 20
 
 
-# ---- Measuring ----------------------------------------------------------------------------------------------------
+# ---- Measuring -----------------------------------------------------------------------------------
 
 def medians(args, *functions):
-    """Median seconds of each function over the rounds; they take turns, and the first round only warms up."""
+    """Median seconds of each function over the rounds.
+
+    The functions take turns, and the first round only warms up.
+    """
     synchronise = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
     times = [[] for _ in functions]
     for _ in range(args.rounds + 1):
@@ -89,7 +100,10 @@ def medians(args, *functions):
 
 
 def machine_rates(args):
-    """GEMM rates in FLOP/s for float32 and bfloat16, and copy bandwidth in bytes/s, read and write both counted."""
+    """What the machine can do: matrix products in FLOP/s by type, and copying in bytes/s.
+
+    A copied byte counts twice, as read and as written.
+    """
     n, functions = 8192 if args.device.type == "cuda" else 2048, []
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(n, n, device=args.device).to(dtype) for _ in range(2))
@@ -101,9 +115,10 @@ def machine_rates(args):
 
 
 def row(what, seconds, unit="", amounts=(1, 1), flops=None, rates=None):
-    """A row of the table from (ours, baseline) seconds and amounts: amount per second, or seconds without a unit.
+    """A row of the table from (ours, baseline) seconds and amounts.
 
-    `flops` are what one unit of the amount needs.
+    It has amounts per second, or seconds if there is no unit. `flops` are those of one unit of the
+    amount.
     """
     texts = [f"{amount / s:,.0f} {unit}/s" if unit else f"{s:.3f} s"
              for s, amount in zip(seconds, amounts)]
@@ -114,7 +129,7 @@ def row(what, seconds, unit="", amounts=(1, 1), flops=None, rates=None):
 
 
 def rows_with_caches(args, caches, what, functions, unit, amounts):
-    """Two rows, for (ours, baseline) functions: ours with the caches emptied before every round, and with full ones."""
+    """Two rows for (ours, baseline) functions: caches emptied before every round, and full ones."""
     def cold():
         for cached in caches:
             cached.cache_clear()
@@ -130,7 +145,7 @@ def expect_close(what, ours, baseline):
         fail(f"{what}: ours is {ours}, the baseline's {baseline}")
 
 
-# ---- Models -------------------------------------------------------------------------------------------------------
+# ---- Models --------------------------------------------------------------------------------------
 
 def make_tokenizer():
     return tiny.train_tokenizer(tiny.sample_texts("gp-l", num=20),
@@ -138,7 +153,10 @@ def make_tokenizer():
 
 
 def make_policy(args, vocab_size, layers, dtype="float32", **shape):
-    """A random-init Llama, 256 wide unless told else, that may sample every token; none of them ends a reply."""
+    """A random-init Llama, 256 wide unless `shape` says otherwise.
+
+    It may sample every token, and none of them ends a reply.
+    """
     shape = dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=8,
                  intermediate_size=672) | shape
     torch.manual_seed(args.seed)
@@ -166,20 +184,20 @@ def random_samples(args, vocab_size, lengths):
 
 
 def baseline_batch(samples, device):
-    """input_ids padded on the right, where they are not padding, and where they are a response: (B, T) each."""
+    """(input_ids padded on the right, where they are no padding, where a response): (B, T) each."""
     input_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(p + r) for p, r in samples],
                                                 batch_first=True)
-    # (B, 1) each
-    starts, ends = torch.tensor([(len(p), len(p) + len(r)) for p, r in samples]).T[..., None]
+    starts, ends = torch.tensor([(len(p), len(p) + len(r))
+                                 for p, r in samples]).T[..., None]            # (B, 1) each
     columns = torch.arange(input_ids.shape[1])
     return [t.to(device)
             for t in (input_ids, (columns < ends).long(), (columns >= starts) & (columns < ends))]
 
 
-# ---- Rollout ------------------------------------------------------------------------------------------------------
+# ---- Rollout -------------------------------------------------------------------------------------
 
 def baseline_generate(policy, prompts, new_tokens, **kwargs):
-    """Sample just `new_tokens` for every prompt, as no id ends a reply."""
+    """Sample exactly `new_tokens` for every prompt: no id ends a reply."""
     P = max(map(len, prompts))
     input_ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=policy.device)
     mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
@@ -189,24 +207,26 @@ def baseline_generate(policy, prompts, new_tokens, **kwargs):
 
 
 def baseline_logprobs(policy, samples, temperature=1.0, **vision):
-    """Summed log-prob (B,) of the response of every (prompt_ids, response_ids), step by step as the official code
-    (rl/trainer/model_tz_llama.py): every hidden state kept, every position scaled, normalised and rounded."""
+    """Summed log-prob (B,) of the response of every (prompt_ids, response_ids).
+
+    The steps are those of the official code (rl/trainer/model_tz_llama.py): every hidden state is
+    kept, every position scaled, normalised and rounded.
+    """
     input_ids, mask, is_response = baseline_batch(samples, policy.device)
     logits = policy.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=True,
                              use_cache=False, **vision).logits
-    # (B, T, V)
-    logprobs = torch.log_softmax((logits * (1 / temperature)).float(), dim=-1).bfloat16()
-    return (logprobs[:, :-1].gather(-1,
-                                    input_ids[:, 1:, None])[..., 0] * is_response[:, 1:]).float().sum(1)
+    logprobs = torch.log_softmax((logits * (1 / temperature)).float(),
+                                 dim=-1).bfloat16()                            # (B, T, V)
+    return (logprobs[:, :-1].gather(-1, input_ids[:, 1:, None])[..., 0]
+            * is_response[:, 1:]).float().sum(1)
 
 
 @torch.no_grad()
 def rollout(args, rates):
     B, R, few, vocab_size = 32, 60, 4, 4096
     policy = make_policy(args, vocab_size, layers=4)
-    prompts = [prompt
-               for prompt, _ in random_samples(args, vocab_size,
-                                               [(150 - 20 * (i % 2), 0) for i in range(B)])]
+    prompts = [prompt for prompt, _ in random_samples(
+        args, vocab_size, [(150 - 20 * (i % 2), 0) for i in range(B)])]
     uniforms = sampling_uniforms([(args.seed, i) for i in range(B)], R)
 
     def sample():
@@ -228,7 +248,7 @@ def rollout(args, rates):
     t_ours, t_official, t_sampling, t_batched = medians(
         args, ours, official, sample, lambda: baseline_generate(policy, prompts, R))
     tokens = (B * R, B * R)
-    # of one pass, per new token
+    # FLOPs of one pass, for each new token.
     flops = flops_needed(policy, 2, sum(map(len, prompts)) + B * R, B * R) / (B * R)
     yield row(f"sample {R} tokens and score them, {B} prompts of 130 or 150 tokens; baseline: "
               f"batch 1, extrapolated from {few} prompts", (t_ours, t_official * B / few), "tok",
@@ -236,8 +256,9 @@ def rollout(args, rates):
     yield row(f"sample {R} tokens; baseline: HF generate, left-padded batch",
               (t_sampling, t_batched), "tok", tokens, flops, rates)
 
-    # Ragged replies. A uniform of 0 draws token 0, which is made the end, so that the lengths can be laid down here.
-    # `generate` computes every row until the longest has ended, so it may as well ignore the ends.
+    # Ragged replies. A uniform of 0 draws token 0. Token 0 is made the end of a reply, so that
+    # lengths can be fixed here. `generate` computes every row until the longest has ended, so it
+    # may ignore ends.
     lengths = [min(R, 1 + int(random.Random(i).expovariate(1 / 20))) for i in range(B)]
     uniforms[:] = uniforms.clip(min=0.01)
     uniforms[range(B), [length - 1 for length in lengths]] = 0
@@ -249,13 +270,16 @@ def rollout(args, rates):
 
 
 def turns_of(policy, args, E, first, going_on, R, vocab_size):
-    """Prompts and uniforms of five turns of E dialogues with ragged replies; with `going_on` new tokens behind each reply, else
-    each prompt begins as the one before, but for its last quarter."""
+    """(prompts, uniforms, replies) of each of five turns of E dialogues, with ragged replies.
+
+    With `going_on` that many new tokens follow each reply. Without it a prompt is the one before
+    but for its last quarter.
+    """
     rng = random.Random(args.seed)
     def new(num):
         return [rng.randrange(1, vocab_size) for _ in range(num)]
 
-    # a uniform of 0 draws token 0, the end
+    # A uniform of 0 draws token 0, the end.
     policy.eos_id, prompts, turns = 0, [new(first) for _ in range(E)], []
     for turn in range(5):
         uniforms = sampling_uniforms([(args.seed, turn, i) for i in range(E)], R).clip(min=0.01)
@@ -271,8 +295,8 @@ def turns_of(policy, args, E, first, going_on, R, vocab_size):
 @torch.no_grad()
 def rollout_in_turns(args, rates):
     E, R, few, vocab_size, large = 32, 60, 2, 4096, args.device.type == "cuda"
-    policy = make_policy(args, vocab_size, 16, "bfloat16", **LARGE) if large else make_policy(args,
-                                                                                              vocab_size, layers=4)
+    policy = (make_policy(args, vocab_size, 16, "bfloat16", **LARGE) if large
+              else make_policy(args, vocab_size, layers=4))
     theirs = SimpleNamespace(backbone=copy.deepcopy(policy.backbone).to(policy.dtype),
                              device=policy.device)
     for what, first, going_on in (("GeneralPoints: 256 tokens, then 48 behind each reply", 256, 48),
@@ -307,7 +331,8 @@ def rollout_in_turns(args, rates):
             for prompts, _, replies in turns:
                 baseline_generate(theirs, prompts, max(map(len, replies)))
 
-        # In bfloat16 a rounding tips one token in some of a random model: then just the first of each reply.
+        # In bfloat16 a rounding changes a token in some replies of a random model. There only the
+        # first token of each reply is compared.
         compared = 1 if policy.dtype == torch.bfloat16 else R
         same = [ids[:compared] == other[:compared]
                 for ids, other in zip(itertools.chain(*sample()), itertools.chain(*sample(0)))]
@@ -325,10 +350,10 @@ def rollout_in_turns(args, rates):
                   (num, num))
 
 
-# ---- Log-probs with gradient --------------------------------------------------------------------------------------
+# ---- Log-probs with gradient ---------------------------------------------------------------------
 
 def backward(policy, logprobs):
-    """Compute the gradient of the sum of some scalars, one after the other, drop it, and return the sum."""
+    """The sum of some scalars. Their gradients are computed one by one, and dropped."""
     total = 0.0
     for logprob in logprobs:
         logprob.backward()
@@ -338,7 +363,7 @@ def backward(policy, logprobs):
 
 
 def logprob_functions(args, dtype="float32"):
-    """(policy, ours, baseline): either function computes the gradient of the summed log-probs and returns the sum."""
+    """(policy, ours, baseline); both functions return the summed log-probs, after a backward."""
     vocab_size = 128256
     policy = make_policy(args, vocab_size, layers=2, dtype=dtype)
     samples = random_samples(args, vocab_size, [(384, 128)] * 2)
@@ -351,7 +376,7 @@ def logprob_functions(args, dtype="float32"):
 
 
 def print_peak(args):
-    """Print the MiB that one step takes above what was in use before it; for a fresh process (--peak)."""
+    """Print the MiB that one step needs beside what was in use; for a fresh process (--peak)."""
     functions = {"logprob": logprob_functions, "vision": update_functions}[args.only[0]](args)[1:]
     function = dict(zip(("ours", "official"), functions))[args.peak]
 
@@ -363,7 +388,7 @@ def print_peak(args):
         torch.cuda.reset_peak_memory_stats()
     else:
         before, peak = resident("VmRSS"), partial(resident, "VmHWM")
-        # VmHWM begins again at what is resident now
+        # VmHWM, the peak, begins again at what is resident now.
         Path("/proc/self/clear_refs").write_text("5")
     function()
     print((peak() - before) / MIB)
@@ -374,8 +399,8 @@ def peak_row(args, section):
                "--only", section]
     peaks = [float(subprocess.check_output([*command, "--peak", side], text=True).split()[-1])
              for side in ("ours", "official")]
-    return "the same, peak memory above start", *(f"{peak:,.0f} MiB"
-                                                  for peak in peaks), peaks[1] / peaks[0]
+    return ("the same, peak memory above start",
+            *(f"{peak:,.0f} MiB" for peak in peaks), peaks[1] / peaks[0])
 
 
 def logprob(args, rates):
@@ -388,21 +413,23 @@ def logprob(args, rates):
     _, ours, _ = logprob_functions(args, "bfloat16")
 
     def rounded():
-        with mock.patch.object(model, "wide_product", lambda hidden,
-                               weight: F.linear(hidden, weight).float()):
+        with mock.patch.object(model, "wide_product",
+                               lambda hidden, weight: F.linear(hidden, weight).float()):
             ours()
 
     yield row("the same in bfloat16; baseline: ours with the product rounded to bfloat16",
               medians(args, ours, rounded))
 
 
-# ---- Pictures -----------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
 def make_vision_policy(args, vocab_size, dtype="float32", text=(), vision=()):
-    """A random-init vision model, 256 wide, that may sample every token but <|image|>; none of them ends a reply.
+    """A random-init vision model, 256 wide.
 
-    Its tower has more layers than that of support/tiny.py, on 256 patches instead of 64: then a picture costs about as much as the
-    prompt it stands in, as it does in Llama-3.2-11B-Vision (four tiles of 1601 positions beside some 500 tokens).
+    It may sample every token but <|image|>, and none of them ends a reply. Its tower has more
+    layers than that of support/tiny.py, and more patches, 256. So a picture costs about as much as
+    the prompt it stands in. That is as in Llama-3.2-11B-Vision: four tiles of 1601 positions
+    beside some 500 tokens.
     `text` and `vision` change fields of the two configs.
     """
     texts = tiny.sample_texts("gp-vl", num=20, resolution=224)
@@ -426,7 +453,7 @@ def make_vision_policy(args, vocab_size, dtype="float32", text=(), vision=()):
 
 
 def baseline_vision(policy, ids, tensors):
-    """What Hugging Face's model takes beside the ids of one prompt: the picture, and which tokens look at it."""
+    """The picture, and which tokens look at it, as Hugging Face's model takes them."""
     mask = policy.vision.cross_attention_mask(torch.tensor([ids], device=policy.device),
                                               tensors["aspect_ratio_mask"])
     return {**tensors, "cross_attention_mask": mask}
@@ -438,7 +465,10 @@ def baseline_turn_logprob(policy, prompt_ids, response_ids, tensors):
 
 
 def update_functions(args):
-    """`logprob_functions` for the five turns of a dialogue in pictures: ours in one row, baseline one after another."""
+    """`logprob_functions` for the five turns of a dialogue about a picture.
+
+    Ours puts them in one row; the baseline takes one after another.
+    """
     vocab_size = 128256
     policy, _ = make_vision_policy(args, vocab_size)
     picture = draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 224)
@@ -455,16 +485,17 @@ def update_functions(args):
                                                        policy.vision.tensors([picture]))
                                  for turn in turns))
 
-    return policy, lambda: backward(policy,
-                                    [rl.turn_logprobs(policy, turns, [range(5)],
-                                                      config)[0].sum()]), official
+    return (policy,
+            lambda: backward(policy,
+                             [rl.turn_logprobs(policy, turns, [range(5)], config)[0].sum()]),
+            official)
 
 
 @torch.no_grad()
 def rollout_vision(args):
     S, E, R, few = 5, 16, 32, 2
     policy, processor = make_vision_policy(args, 4096)
-    # both sides get the prompts of one rollout, played here
+    # Both sides get the prompts of one rollout, which is played here.
     with tempfile.TemporaryDirectory() as folder:
         config = rl.Config(out=folder, num_envs=E, turns_per_env=S, max_new_tokens=R,
                            temperature=1.0, thought_coef=1.0, seed=args.seed)
@@ -523,7 +554,7 @@ def vision(args, rates):
     yield peak_row(args, "vision")
 
 
-# ---- Supervised fine-tuning ---------------------------------------------------------------------------------------
+# ---- Supervised fine-tuning ----------------------------------------------------------------------
 
 def baseline_train_step(model, optimizer, samples):
     input_ids, mask, is_response = baseline_batch(samples, model.device)
@@ -560,7 +591,10 @@ def sft(args, rates):
 
 
 def trl(args, rates):
-    """A step of ours, and then one of TRL's SFTTrainer without its data loading, on the same batch: every loss must be the same."""
+    """A step of ours, and then one of TRL's SFTTrainer without its data loading, on the same batch.
+
+    Every loss must be the same.
+    """
     try:
         import datasets
         import trl
@@ -605,10 +639,9 @@ def trl(args, rates):
                                dataloader_pin_memory=False, seed=args.seed))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    for ours_loss, logged in zip(losses,
-                                 [step["loss"]
-                                  for step in trainer.state.log_history if "loss" in step],
-                                 strict=True):
+    for ours_loss, logged in zip(
+            losses, [step["loss"] for step in trainer.state.log_history if "loss" in step],
+            strict=True):
         expect_close("training loss", ours_loss, logged)
     yield row(f"the mixed lengths of `sft`; baseline: SFTTrainer of TRL {trl.__version__}, its "
               f"data loading left out",
@@ -617,7 +650,7 @@ def trl(args, rates):
                                  sum(response for _, response in lengths)), rates=rates)
 
 
-# ---- Verifier -----------------------------------------------------------------------------------------------------
+# ---- Verifier ------------------------------------------------------------------------------------
 
 FIELDS = {name: re.compile(rf'"{name}"\s*:\s*(\[[^\]]*\]|"[^"]*")')
           for name in ("cards", "number", "formula")}
@@ -625,7 +658,10 @@ SUSPECT = re.compile(r"[^-+*/()\d]|[-+*/(][-+*/)]|\d\(|\)[\d(]|^[-+*/)]|[-+*/(]$
 
 
 def baseline_judge(reply, cards, numbers, target, known):
-    """(status, are the lists right, does the formula begin one of the `known` solutions) of a reply in valid JSON."""
+    """The baseline's verdict on a reply in valid JSON.
+
+    Returns (status, are the lists right, does the formula begin one of the `known` solutions).
+    """
     found = {name: pattern.search(reply) for name, pattern in FIELDS.items()}
     if None in found.values():
         return "illegal_formula", None, False
@@ -639,22 +675,25 @@ def baseline_judge(reply, cards, numbers, target, known):
     if value is None:
         return "illegal_formula", lists_right, False
     used = [int(number) for number in re.findall(r"\d+", formula)]
-    if len(used) != len(numbers) or any(used.count(number) != numbers.count(number)
-                                        for number in numbers):
+    if len(used) != len(numbers) or any(
+            used.count(number) != numbers.count(number) for number in numbers):
         return "wrong_numbers", lists_right, False
     is_prefix = any(solution.startswith(formula) for solution in known)
     return "correct" if abs(value - target) < 1e-6 else "wrong_value", lists_right, is_prefix
 
 
 def make_cases(args, count):
-    """(reply, cards, numbers, solutions) of distinct replies: right, wrong in value, in numbers, illegal."""
+    """(reply, cards, numbers, solutions) of distinct replies.
+
+    Some are right, others wrong in value or in numbers, others illegal.
+    """
     env, rng, cases = envs.make_env("gp-l", "id"), random.Random(args.seed), {}
     for i in itertools.count():
         env.reset(seed=f"{args.seed}/bench/{i}")
         known = solver.solutions(env.numbers)
         formula = rng.choice(known)
-        extra, slip = f"{formula}+{rng.randint(1, 13)}", rng.choice((f"({formula}", f"{formula}*",
-                                                                     f"{formula}!"))
+        extra, slip = (f"{formula}+{rng.randint(1, 13)}",
+                       rng.choice((f"({formula}", f"{formula}*", f"{formula}!")))
         for reply in (env.flawed_reply(), *map(env.format_reply, (formula, extra, slip))):
             cases[reply] = reply, env.cards, env.numbers, known
         if len(cases) >= count:
@@ -679,15 +718,15 @@ def verifier(args, rates):
                                 (ours, baseline), "check", (len(cases), len(cases)))
 
 
-# ---- Environments -------------------------------------------------------------------------------------------------
+# ---- Environments --------------------------------------------------------------------------------
 
 BRACKETS = ("(({}{}{}){}{}){}{}", "({}{}({}{}{})){}{}", "({}{}{}){}({}{}{})", "{}{}(({}{}{}){}{})",
             "{}{}({}{}({}{}{}))")
 
 
 def baseline_solutions(numbers):
-    orders, operators, found = itertools.permutations(numbers), itertools.product("+-*/",
-                                                                                  repeat=3), []
+    orders, operators, found = (itertools.permutations(numbers),
+                                itertools.product("+-*/", repeat=3), [])
     for (a, b, c, d), (o, p, q), pattern in itertools.product(orders, operators, BRACKETS):
         formula = pattern.format(a, o, b, p, c, q, d)
         try:
@@ -710,8 +749,8 @@ def environment(args, rates):
     for numbers in ([3, 3, 8, 8], [1, 5, 5, 5], [1, 1, 1, 1]):
         expect_close(f"{numbers} can be solved", bool(solver.solutions(numbers)),
                      bool(baseline_solutions(numbers)))
-    functions = (lambda: [env.reset(seed=seed)
-                          for seed in range(many)]), lambda: list(map(baseline_reset, range(few)))
+    functions = ((lambda: [env.reset(seed=seed) for seed in range(many)]),
+                 lambda: list(map(baseline_reset, range(few))))
     yield from rows_with_caches(args, [solver.solve_sorted, solver.expressions],
                                 f"{many} resets, baseline {few}", functions, "reset", (many, few))
 
@@ -725,24 +764,28 @@ def environment(args, rates):
                 env.step(reply)
 
     rate = len(flawed) * env.verify_iter / medians(args, episodes)[0]
-    yield f"steps, {env.verify_iter} failed tries to an episode, resets included", f"{rate:,.0f} step/s", "", None
+    yield (f"steps, {env.verify_iter} failed tries to an episode, resets included",
+           f"{rate:,.0f} step/s", "", None)
 
 
-# ---- V-IRL --------------------------------------------------------------------------------------------------------
+# ---- V-IRL ---------------------------------------------------------------------------------------
 
 def baseline_nearest(point, keys):
-    """The key (a row of degrees) nearest to a point, by haversine to all of them; None beyond 20 m."""
+    """The key (a row of degrees) nearest to a point by haversine to all; None beyond 20 m."""
     lat, lon = np.radians(point)
     lats, lons = np.radians(keys).T
-    half = np.sin((lats - lat) / 2) ** 2 + np.cos(lat) * np.cos(lats) * np.sin(
-        (lons - lon) / 2) ** 2
+    half = (np.sin((lats - lat) / 2) ** 2
+            + np.cos(lat) * np.cos(lats) * np.sin((lons - lon) / 2) ** 2)
     metres = 2 * 6371e3 * np.arcsin(np.sqrt(half))
     best = int(np.argmin(metres))
     return tuple(keys[best]) if metres[best] < streets.REACH else None
 
 
 def baseline_rail(record, mapping, keys, rng):
-    """The panoramas along a route, each leg cut in five and half of the steps left out, as at an official reset."""
+    """The panoramas along a route, as at an official reset.
+
+    Each leg is cut in five, and half of the points are left out.
+    """
     previous, panos = tuple(record["start_place"]["relocated_geocode"]), []
     for i, point in enumerate([previous, *map(tuple, record["route_results"]["geocode_list"])]):
         length = streets.geodesic(previous, point)
@@ -783,7 +826,8 @@ def virl(args, rates):
         command = [sys.executable, generator, "--out", root, "--routes", "1000", "--no-pictures"]
         started = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
-        yield "make a city of 1,000 routes, words only", f"{time.perf_counter() - started:.2f} s", "", None
+        yield ("make a city of 1,000 routes, words only",
+               f"{time.perf_counter() - started:.2f} s", "", None)
 
         def load():
             streets.load_routes.cache_clear()
@@ -820,13 +864,14 @@ def virl(args, rates):
 
     yield row(f"{many} resets in words, prompt included; baseline {few}, the rail alone",
               medians(args, resets, rails), "reset", (many, few))
-    yield "steps in words, resets included", f"{episodes() / medians(args, episodes)[0]:,.0f} step/s", "", None
+    yield ("steps in words, resets included",
+           f"{episodes() / medians(args, episodes)[0]:,.0f} step/s", "", None)
     panorama = np.random.default_rng(args.seed).integers(0, 256, (768, 1536, 3), dtype=np.uint8)
     smooth = np.repeat(np.repeat(panorama[::16, ::16], 16, 0), 16, 1)
     packed = np.asarray(Image.fromarray(smooth).convert("RGBX")).view(np.uint32)[..., 0]
     for size in (224, 448):
-        ours, baseline = (lambda crop=crop,
-                          p=p: [crop(p, 180, 30 + turn, size) for turn in (0, 90, 180, 270)]
+        ours, baseline = (lambda crop=crop, p=p: [crop(p, 180, 30 + turn, size)
+                                                  for turn in (0, 90, 180, 270)]
                           for crop, p in ((streets.crop_view, packed), (baseline_view, smooth)))
         difference = max(np.abs(a.astype(int) - b).mean() for a, b in zip(ours(), baseline()))
         if difference > 1:
@@ -836,7 +881,7 @@ def virl(args, rates):
                   "grid", (1, 1))
 
 
-# ---- How cost grows ------------------------------------------------------------------------------------------------
+# ---- How cost grows ------------------------------------------------------------------------------
 
 def growth(args, rates):
     """Rates of ours alone, side by side, as one quantity grows."""
@@ -867,26 +912,28 @@ def growth(args, rates):
         yield what, ", ".join(f"{rate:,.0f}" for rate in rates_seen) + " reply tok/s", "", None
 
 
-# ---- How close to the machine --------------------------------------------------------------------------------------
+# ---- How close to the machine --------------------------------------------------------------------
 
 def share_row(args, what, function, tokens, flops, rate, estimate):
-    """Tokens per second of ours and its FLOPs over the rate of a matrix product; on CUDA the peak memory, too, beside the
-    line that training prints of it."""
+    """Tokens per second of ours, and its FLOPs as a share of the rate of a matrix product.
+
+    On CUDA the peak memory, too, beside what training prints as its estimate.
+    """
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds, memory = medians(args, function)[0], ""
     if args.device.type == "cuda":
         expected = sum(map(float, re.findall(r"([\d.]+) GB", estimate)))
-        memory = f"; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, estimated {expected:.1f}"
+        memory = (f"; peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, "
+                  f"estimated {expected:.1f}")
     return what, f"{tokens / seconds:,.0f} tok/s ({flops / seconds / rate:.1%}){memory}", "", None
 
 
 def random_dialogues(args, num, vocab_size, picture=None, image=()):
-    """The turns of `num` dialogues: a prompt of 256 tokens, three replies of 64, 32 tokens between two of them."""
+    """The turns of `num` dialogues: a prompt, and three replies with text between them."""
     turns = []
-    for number, (ids,
-                 _) in enumerate(random_samples(args, vocab_size,
-                                                [(256 + 2 * 32 + 3 * 64, 0)] * num)):
+    for number, (ids, _) in enumerate(random_samples(
+            args, vocab_size, [(256 + 2 * 32 + 3 * 64, 0)] * num)):
         ids = [*image] + [i + (i in image) for i in ids[len(image):]]
         turns += [rl.Turn(ids[:start], ids[start:start + 64], 0, 0.0, turn == 2, (number,), {},
                           picture, 3 * number + turn)
@@ -895,25 +942,26 @@ def random_dialogues(args, num, vocab_size, picture=None, image=()):
 
 
 def update_rows(args, rates, name, policy, turns, budget, checkpointing=False):
-    """An SFT step on the last turns and a PPO update on all, by the functions of sft.py and rl.py."""
+    """An SFT step on the last turns and a PPO update on all, by sft.py and rl.py."""
     dialogues, adam = rl.group_dialogues(turns), torch.optim.AdamW(policy.parameters(), lr=1e-6)
     last = [turns[dialogue[-1]] for dialogue in dialogues]
     samples = [(turn.prompt_ids, turn.response_ids, turn.picture) for turn in last]
     common = dict(micro_batch_tokens=budget, gradient_checkpointing=checkpointing)
     if checkpointing:
         enable_checkpointing(policy)
-    config, sft_config = rl.Config(epochs=1, minibatch_turns=len(turns),
-                                   **common), SFTConfig(**common)
+    config, sft_config = (rl.Config(epochs=1, minibatch_turns=len(turns), **common),
+                          SFTConfig(**common))
     old_logprobs, old_values = rl.score_turns(policy, turns, config)
     gains = torch.randn(len(turns), generator=torch.Generator().manual_seed(args.seed))
-    tower = sum(p.numel()
-                for p in policy.backbone.model.vision_model.parameters()) if policy.picture_tokens else 0
-    head, rate = policy.backbone.lm_head.weight.numel(), rates[str(policy.dtype).removeprefix("torch.")]
+    tower = (sum(p.numel() for p in policy.backbone.model.vision_model.parameters())
+             if policy.picture_tokens else 0)
+    head, rate = (policy.backbone.lm_head.weight.numel(),
+                  rates[str(policy.dtype).removeprefix("torch.")])
     for what, predicted, settings, function in (
             ("SFT step", 64, sft_config, partial(train_step, policy, adam, samples, sft_config)),
             ("PPO update, 3 turns in one row", 3 * 64, config,
-             partial(rl.ppo_update, policy, adam, turns, old_logprobs,
-                     old_values, gains, gains, 0, config))):
+             partial(rl.ppo_update, policy, adam, turns, old_logprobs, old_values, gains, gains, 0,
+                     config))):
         tokens = len(dialogues) * 512
         flops = 6 * ((policy.num_params - head - tower) * tokens + head * predicted * len(dialogues)
                      + tower * policy.picture_tokens * len(dialogues))
@@ -924,31 +972,32 @@ def update_rows(args, rates, name, policy, turns, budget, checkpointing=False):
 
 
 def largest_llama(args):
-    """(policy, its name): 1.2 billion weights in bfloat16 on a GPU, a small one in float32 on a CPU."""
+    """(policy, its name): 1.2 billion weights, bfloat16, on a GPU; small, float32, on a CPU."""
     if args.device.type == "cuda":
         policy = make_policy(args, 128256, 16, "bfloat16", tie_word_embeddings=True, **LARGE)
     else:
         policy = make_policy(args, 4096, 6, tie_word_embeddings=True, hidden_size=512,
                              num_attention_heads=8, num_key_value_heads=4, intermediate_size=1344)
-    return policy, f"Llama of {policy.num_params / 1e6:,.0f} M, {str(policy.dtype).removeprefix('torch.')}"
+    return policy, (f"Llama of {policy.num_params / 1e6:,.0f} M, "
+                    f"{str(policy.dtype).removeprefix('torch.')}")
 
 
 def decode(args, rates, R=128):
-    """Time of one more token for B rows, from replies of R tokens and of 1, against reading all weights and all keys and
-    values once."""
+    """Time of one more token for B rows, against reading all weights and all keys and values once.
+
+    It is the difference between replies of R tokens and of 1.
+    """
     (policy, name), B = largest_llama(args), 64 if args.device.type == "cuda" else 8
     prompts = [prompt for prompt, _ in random_samples(args, 4096, [(256, 0)] * B)]
-    uniforms, config = sampling_uniforms([(args.seed, i) for i in range(B)],
-                                         R), policy.backbone.config
-    cache = B * (256
-                 + R
-                 / 2) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    uniforms, config = (sampling_uniforms([(args.seed, i) for i in range(B)], R),
+                        policy.backbone.config)
+    cache = (B * (256 + R / 2) * 2 * config.num_hidden_layers * config.num_key_value_heads
+             * config.head_dim)
     size = 4 if policy.dtype == torch.float32 else 2
     for graphs in (True, False) if args.device.type == "cuda" else (None,):
         with mock.patch.object(LlamaDecoder, "graphs", graphs):
-            long, short = medians(args,
-                                  *(partial(policy.generate, prompts, uniforms, n, 1.0)
-                                    for n in (R, 1)))
+            long, short = medians(args, *(partial(policy.generate, prompts, uniforms, n, 1.0)
+                                          for n in (R, 1)))
         step = (long - short) / (R - 1)
         yield (f"{name}: one more token for {B} rows after "
                f"256{', no CUDA graphs' * (graphs is False)}; share of the copy bandwidth",
@@ -964,8 +1013,8 @@ def limits(args, rates):
                            budget)
     dtype, text, vision = str(policy.dtype).removeprefix("torch."), {}, {}
     del policy
-    # the tower of Llama-3.2-11B-Vision, 4 tiles of 560 pixels, under the language model above
     if large:
+        # The tower of Llama-3.2-11B-Vision, 4 tiles of 560 pixels, under the language model above.
         text = dict(LARGE, num_hidden_layers=16, cross_attention_layers=[3, 8, 13])
         vision = dict(hidden_size=1280, attention_heads=16, intermediate_size=5120, image_size=560,
                       num_hidden_layers=32, num_global_layers=8,
@@ -974,9 +1023,8 @@ def limits(args, rates):
                       supported_aspect_ratios=MllamaVisionConfig().supported_aspect_ratios)
     policy, _ = make_vision_policy(args, vocab_size, dtype, text, vision)
     if large:
-        policy.vision.image_processor = type(policy.vision.image_processor)(size={"height": 560,
-                                                                                  "width": 560},
-                                                                            max_image_tiles=4)
+        policy.vision.image_processor = type(policy.vision.image_processor)(
+            size={"height": 560, "width": 560}, max_image_tiles=4)
     picture = draw_hand([(rank, "S") for rank in envs.RANKS[:4]], 1120 if large else 224)
     turns = random_dialogues(args, num // 4, vocab_size, picture, [policy.vision.image_id])
     yield from update_rows(args, rates,
@@ -984,12 +1032,15 @@ def limits(args, rates):
                            policy, turns, budget * 2, checkpointing=True)
 
 
-# ---- Several processes -----------------------------------------------------------------------------------------------
+# ---- Several processes ---------------------------------------------------------------------------
 
 def ranks(args, rates):
-    """Seconds of an SFT step times processes, from the log of sft.py itself: its defaults, and replies of all lengths."""
-    cases = ("--batch-size 128",
-             "--batch-size 64 --failed-tries 3") if args.device.type == "cpu" else ()
+    """Seconds of an SFT step times processes, from the log of sft.py.
+
+    Two cases: the defaults of sft.py, and replies of all lengths.
+    """
+    cases = (("--batch-size 128", "--batch-size 64 --failed-tries 3")
+             if args.device.type == "cpu" else ())
     return (ranks_row(args, options) for options in cases)
 
 
@@ -1002,7 +1053,8 @@ def ranks_row(args, options, steps=4):
                        capture_output=True, cwd=repository)
         for name, processes in itertools.product(range(args.rounds), seconds):
             out = Path(folder) / f"{name}_{processes}"
-            launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split() if processes == 2 else []
+            launcher = ("-m torch.distributed.run --standalone --nproc-per-node 2".split()
+                        if processes == 2 else [])
             command = (f"sft.py --model {start} --out {out} --steps {steps} --save-every {steps} "
                        f"--lr 1e-4 --device cpu --dtype float32 --seed {args.seed} {options}")
             subprocess.run([sys.executable, *launcher, *command.split()], check=True,
@@ -1019,12 +1071,11 @@ def ranks_row(args, options, steps=4):
                (tokens, tokens))
 
 
-# ---- Running ------------------------------------------------------------------------------------------------------
+# ---- Running -------------------------------------------------------------------------------------
 
 SECTIONS = {"rollout": rollout, "turns": rollout_in_turns, "logprob": logprob, "vision": vision,
-            "sft": sft, "trl": trl, "verifier": verifier,
-            "envs": environment, "virl": virl, "growth": growth, "limits": limits, "decode": decode,
-            "ranks": ranks}
+            "sft": sft, "trl": trl, "verifier": verifier, "envs": environment, "virl": virl,
+            "growth": growth, "limits": limits, "decode": decode, "ranks": ranks}
 
 
 def parse_args():
@@ -1060,7 +1111,8 @@ def main():
         fail(f"load average {load:.2f} is above {MAX_LOAD}: wait until the machine is idle, or add "
              f"--force")
     processor = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = torch.cuda.get_device_name() if args.device.type == "cuda" else processor[1] if processor else "CPU"
+    name = (torch.cuda.get_device_name() if args.device.type == "cuda"
+            else processor[1] if processor else "CPU")
     print(f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, load average "
           f"{load:.2f}, seed {args.seed}, median of {args.rounds} rounds  ")
     rates = machine_rates(args)
