@@ -1,4 +1,7 @@
-"""Fixtures shared by the tests: a tiny random-init policy with its tokenizer. DEVICE=cuda runs them on a GPU."""
+"""What the tests share: tiny random-init models, a city, scripts in a process, a pretended GPU.
+
+DEVICE=cuda runs the tests on a GPU.
+"""
 import contextlib
 import json
 import os
@@ -24,16 +27,18 @@ def device():
     return os.environ.get("DEVICE", "cpu")
 
 
-# ---- Tiny models, one folder of each for all tests ---------------------------------------------------------------------
+# ---- Tiny models, one folder of each for all tests -----------------------------------------------
 
-# removed when the interpreter ends
-FOLDERS = tempfile.TemporaryDirectory(prefix="tiny_")
-WANTED, started = {}, False                                        # path -> (family, size)
+FOLDERS = tempfile.TemporaryDirectory(prefix="tiny_")      # removed when the interpreter ends
+WANTED, started = {}, False                                # path -> (family, size)
 
 
 def tiny_folder(vision=False, size="32x2", family=None):
-    """The folder of a tiny model with a tokenizer trained on GeneralPoints, to name in the settings of a test module: it is
-    written before the first test, so that collecting tests takes no time."""
+    """The folder of a tiny model with a tokenizer trained on GeneralPoints.
+
+    A test module may name it in its settings. It is written before the first test, so collecting
+    tests takes no time.
+    """
     family = family or ("mllama" if vision else "llama")
     path = str(Path(FOLDERS.name) / f"{family}_{size}")
     if path not in WANTED:
@@ -66,7 +71,7 @@ def tiny_folders():
 
 @pytest.fixture(scope="session")
 def tiny(device):
-    """(policy, processor) of 30 k parameters, float32, with a tokenizer trained on GeneralPoints."""
+    """(policy, processor) of 30 k parameters in float32, its tokenizer trained on GeneralPoints."""
     import model
     torch.manual_seed(0)
     return model.load_policy(tiny_folder(), device=device)
@@ -74,7 +79,7 @@ def tiny(device):
 
 @pytest.fixture(scope="session")
 def tiny_vl(device):
-    """(policy, processor) of 0.2 M parameters that reads pictures: one tile of 224 pixels in 64 patches."""
+    """(policy, processor) of 0.2 M parameters that reads pictures: one tile in 64 patches."""
     import model
     torch.manual_seed(0)
     return model.load_policy(tiny_folder(vision=True, size="32x4"), device=device, vision=True)
@@ -82,7 +87,7 @@ def tiny_vl(device):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A script that is run in this process takes signals; Ctrl-C on the tests shall stop the tests."""
+    """Gives the signals back that a script took in this process: Ctrl-C shall stop the tests."""
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
     handlers = [signal.getsignal(number) for number in numbers]
     yield
@@ -92,7 +97,10 @@ def signals():
 
 @pytest.fixture
 def run_script(tmp_path, device):
-    """run_script("sft.py", "--flag", value, ...) in a process of its own; the finished process, output as text."""
+    """run_script("sft.py", "--flag", value, ...) in a new process.
+
+    Returns the finished process, with its output as text.
+    """
     def run(*arguments, timeout=300):
         command = [sys.executable, *map(str, arguments)]
         command[1] = str(ROOT / command[1])
@@ -116,23 +124,23 @@ def city(tmp_path_factory):
 def write_conversations(folder, *rows, task="gp-l", **config):
     """A run folder as `envs.py --read` needs it, with these rows of turns.jsonl."""
     folder.mkdir()
-    (folder
-     / "config.json").write_text(
-         json.dumps({"task": task, "split": ["id"], "env": [], "seed": 0, **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"task": task, "split": ["id"], "env": [], "seed": 0, **config}))
     (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-# ---- A GPU that is not there: tensors stay in the CPU's memory, but each is said to be on a device ---------------------
+# ---- A pretended GPU: tensors stay in the CPU's memory, but each counts as being on a device 
 
 def on_cuda(tensor):
     return getattr(tensor.untyped_storage(), "on_cuda", False)
 
 
 class PretendOperations(TorchDispatchMode):
-    """An operation on tensors of two devices is an error, as it is with a real GPU; what it makes is where they are.
+    """An operation on tensors of two devices is an error, as with a real GPU.
 
-    Not played: what autocast does on CUDA only, limits of its kernels, graphs, several processes, `.cuda()` and `.to(tensor)`.
+    The result of an operation is on the device of its tensors. Left out: what autocast does on CUDA
+    only, limits of CUDA's kernels, graphs, several processes, `.cuda()` and `.to(tensor)`.
     """
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -143,23 +151,20 @@ class PretendOperations(TorchDispatchMode):
             cuda = on_cuda(args[0])
         elif cuda and name != "_to_copy":
             strangers = [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]
-            # may be anywhere
+            # In these operations single numbers may be anywhere, and so may the indices of x[...].
             numbers = torch.Tag.pointwise in operation.tags or "foreach" in name or name == "fill_"
-            strangers += [tensor
-                          for tensor in tensors if not on_cuda(tensor)
-                          and (tensor.dim() or not numbers)]
-            # and so may x[indices]
+            strangers += [tensor for tensor in tensors
+                          if not on_cuda(tensor) and (tensor.dim() or not numbers)]
             if "index" in name and isinstance(args[1], (list, tuple)) and on_cuda(args[0]):
-                strangers = [stranger
-                             for stranger in strangers
+                strangers = [stranger for stranger in strangers
                              if all(stranger is not index for index in args[1])]
             if strangers:
                 raise RuntimeError(f"{name}: tensors of two devices, on the CPU "
                                    f"{[(type(s), getattr(s, 'shape', '')) for s in strangers]}")
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and not hasattr(tensor.untyped_storage(),
-                                                                "on_cuda"):
+            if (isinstance(tensor, torch.Tensor)
+                    and not hasattr(tensor.untyped_storage(), "on_cuda")):
                 tensor.untyped_storage().on_cuda = cuda
         return result
 
@@ -175,8 +180,7 @@ class PretendCalls(TorchFunctionMode):
             raise TypeError("can't convert a tensor on cuda to numpy")
         target = kwargs.get("device")
         if name == "to":
-            target = next((word
-                           for word in [*args[1:], target]
+            target = next((word for word in [*args[1:], target]
                            if isinstance(word, (str, torch.device))), None)
             args = [torch.device("cpu") if word is target and target is not None else word
                     for word in args]
@@ -186,10 +190,9 @@ class PretendCalls(TorchFunctionMode):
         if target == "cuda" and "device" in kwargs:
             kwargs["device"] = "cpu"
         result = function(*args, **kwargs)
-        if target in ("cuda", "cpu") and isinstance(result,
-                                                    torch.Tensor) and on_cuda(result) != (
-                                                        target == "cuda"):
-            # `to` may have returned what it was given
+        if (target in ("cuda", "cpu") and isinstance(result, torch.Tensor)
+                and on_cuda(result) != (target == "cuda")):
+            # A copy, since `to` may have returned what it was given.
             result = result.clone()
             result.untyped_storage().on_cuda = target == "cuda"
         return result
@@ -197,7 +200,7 @@ class PretendCalls(TorchFunctionMode):
 
 @pytest.fixture
 def pretend_cuda(monkeypatch):
-    """pretend_cuda() is a context in which device="cuda" works, up to whatever asks for the driver itself."""
+    """pretend_cuda() is a context in which device="cuda" works, until something asks the driver."""
     class CpuAutocast(torch.autocast):
         def __init__(self, device_type, *args, **kwargs):
             super().__init__("cpu", *args, **kwargs)

@@ -1,10 +1,16 @@
-"""Plays episodes with the official evaluation code, what it needs of other packages stubbed; tests/test_official.py compares.
+"""Plays episodes with the official evaluation code; tests/test_official.py compares ours with them.
 
     python tests/official_side.py REPO TASK RULE EPISODES ROUTES_FOLDER SEED > played.json
 
-The code that runs is theirs from the evaluator's loop down to the environment; stubs are the model (it replies as `reply_cards` and
-`reply_walk` say), the processor (it notes the dialogue), and the map provider (the nearest panorama of the folder's mapping).
-Written: of each episode its cards and its dialogues, as [role, text] of each message; the last is a reply.
+From the evaluator's loop down to the environment the official code runs. What it needs of other
+packages is stubbed:
+
+    the model          replies as `reply_cards` and `reply_walk` say
+    the processor      notes the dialogue
+    the map provider   finds the nearest panorama in the mapping of the folder
+
+For each episode the cards and the dialogues are written. A dialogue has [role, text] of each
+message; the last one is a reply.
 """
 import contextlib
 import json
@@ -30,7 +36,7 @@ class Config(dict):
     __getattr__ = dict.get
 
 
-# ---- The stubs -------------------------------------------------------------------------------------------------
+# ---- The stubs -----------------------------------------------------------------------------------
 
 class Env:
     def reset(self, seed=None, options=None):
@@ -53,8 +59,8 @@ class Platform:
     def relocate_geocode_by_source(self, point, source="outdoor", direct_return=False):
         def distance(place):
             (lat, lon), (lat2, lon2) = (map(math.radians, pair) for pair in (point, place))
-            half = math.sin((lat2 - lat) / 2) ** 2 + math.cos(lat) * math.cos(lat2) * math.sin(
-                (lon2 - lon) / 2) ** 2
+            half = (math.sin((lat2 - lat) / 2) ** 2
+                    + math.cos(lat) * math.cos(lat2) * math.sin((lon2 - lon) / 2) ** 2)
             return 2 * 6371e3 * math.asin(math.sqrt(half))
         point = tuple(point)
         nearest = point if point in self.places else min(self.places, key=distance)
@@ -98,20 +104,21 @@ def install_stubs(repo):
     sys.modules["tqdm"].tqdm = lambda items, **_: items
     sys.modules["accelerate"].Accelerator = Accelerator
     sys.modules["virl.platform.platform"].Platform = Platform
-    sys.modules["virl.utils.pipeline"].position_to_geocode = lambda platform, point: platform.relocate_geocode_by_source(point)[0]
+    sys.modules["virl.utils.pipeline"].position_to_geocode = (
+        lambda platform, point: platform.relocate_geocode_by_source(point)[0])
     sys.path.append(str(Path(__file__).parent.parent))
     from support import streets
-    sys.modules["geopy.distance"].geodesic = lambda a, b: SimpleNamespace(meters=streets.geodesic(a,
-                                                                                                  b))
+    sys.modules["geopy.distance"].geodesic = (
+        lambda a, b: SimpleNamespace(meters=streets.geodesic(a, b)))
     sys.path[:1] = [str(repo), str(repo / "gym")]
-    # their packages import everything at once
+    # Empty packages in place of theirs, which import everything at once.
     for name in ("virl", "virl.utils"):
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__path__ = [str(repo / "gym" / name.replace(".", "/"))]
     sys.modules["virl.utils"].pipeline = sys.modules["virl.utils.pipeline"]
 
 
-# ---- The model -------------------------------------------------------------------------------------------------
+# ---- The model -----------------------------------------------------------------------------------
 
 def make_formula(rng, numbers, solutions, may_solve):
     """A formula (None: none) that is right, or wrong in one of many ways."""
@@ -141,8 +148,11 @@ def is_right(formula):
 
 
 def reply_cards(rng, env):
-    """A reply about the hand of an environment; from a picture never a right formula over misread cards, which ends ours, nor
-    the right cards without a formula, which ours takes for misread."""
+    """A reply about the hand of an environment.
+
+    From a picture it is never a right formula over misread cards, which would end our episode. Nor
+    is it the right cards without a formula, which ours counts as misread.
+    """
     cards = list(env.cards_without_suit)
     if rng.random() < 0.3:
         cards[rng.randrange(4)] = rng.choice("A23")
@@ -159,7 +169,7 @@ def reply_cards(rng, env):
 
 
 def reply_walk(rng, env):
-    """A reply at the place of an environment: mostly the expert's action, else another one; any observation."""
+    """A reply at a position: mostly the expert's action, else another one; any observation."""
     here = env.gt_rail_info[env.step_cnt]
     seen = rng.choice((here["observation"], here["observation"], "a wall",
                        "No landmark, an intersection", f"{here['observation']}; an intersection"))
@@ -167,12 +177,12 @@ def reply_walk(rng, env):
         return f'I would rather not.{rng.choice(("", chr(10)))}'
     others = "forward()", "stop()", "turn_direction(left)", "turn_direction(north)"
     action = here["gt_action"] if rng.random() < 0.8 else rng.choice(others)
-    return (
-        f'{{\n  "current observation": "{seen}",\n  "current instruction": "{here["instruction"]}",\n'
+    return (f'{{\n  "current observation": "{seen}",\n'
+            f'  "current instruction": "{here["instruction"]}",\n'
             f'  "action": "{action}",\n}}')
 
 
-# ---- The run ---------------------------------------------------------------------------------------------------
+# ---- The run -------------------------------------------------------------------------------------
 
 def play(repo, task, other_rule, episodes, routes, seed):
     install_stubs(repo)

@@ -1,4 +1,4 @@
-"""The synthetic city: the released file format, the same bytes every time, and boards that can be seen."""
+"""The synthetic city: the released file format, the same bytes every time, boards in sight."""
 import ast
 import json
 import math
@@ -67,28 +67,27 @@ def scene():
 
 
 def test_two_processes_write_the_same_words(words, tmp_path):
-    assert contents(generate(tmp_path / "city", "--routes", 300,
-                             "--no-pictures")) == contents(words)
+    assert (contents(generate(tmp_path / "city", "--routes", 300, "--no-pictures"))
+            == contents(words))
     other = generate(tmp_path / "other", "--routes", 300, "--no-pictures", "--seed", 1)
     assert not set(contents(other).values()) & set(contents(words).values())
 
 
 def test_another_process_paints_the_same_pictures_whoever_else_paints(drawn, tmp_path):
-    """The fixture was painted by two workers, this process paints some of it again, last ones first."""
+    """Two workers painted the fixture; this process paints some of it again, last ones first."""
     for name, number in [("train", 0), ("mini", 4)]:
         ids = synthetic_city.scene_of(0, number).city.ids
         panos = [ids.index(pano) for pano in read(drawn / name)[1].values() if pano in ids][:12]
         for pano in panos[::-1]:
             synthetic_city.write_picture((0, number, pano, 256, [tmp_path]))
             for file in (f"{ids[pano]}.jpg", f"{ids[pano]}.metadata.json"):
-                assert (tmp_path / file).read_bytes() == (drawn / name / "street_views"
-                                                          / file).read_bytes()
+                assert ((tmp_path / file).read_bytes()
+                        == (drawn / name / "street_views" / file).read_bytes())
 
 
 def test_words_and_mapping_do_not_depend_on_pictures(drawn, tmp_path):
     without = generate(tmp_path / "city", "--routes", 1, "--unseen", 1, "--no-pictures")
-    assert contents(without) == {name: data
-                                 for name, data in contents(drawn).items()
+    assert contents(without) == {name: data for name, data in contents(drawn).items()
                                  if "street_views" not in name}
 
 
@@ -113,8 +112,9 @@ def test_every_route_has_the_shape_of_the_released_ones(words):
     for name, lengths, num in [("train", range(2, 9), 300), ("unseen", range(2, 9), 48),
                                ("mini", (2, 3), 18)]:
         routes, _ = read(words / name)
-        assert len(routes) == num and {len(route["route_results"]["geocode_list"])
-                                       for route in routes} == set(lengths)
+        assert (len(routes) == num
+                and {len(route["route_results"]["geocode_list"]) for route in routes}
+                == set(lengths))
         for route in routes:
             points = route["route_results"]["geocode_list"]
             k, milestones = len(points), blocks(route)
@@ -132,8 +132,8 @@ def test_every_route_has_the_shape_of_the_released_ones(words):
                 if place is None:
                     assert block["landmarks"] == "No landmark nearby"
                     continue
-                side = round((synthetic_city.bearing(b, place["geocode"]) - int(heading)) % 360
-                             / 45) % 8
+                side = round(
+                    (synthetic_city.bearing(b, place["geocode"]) - int(heading)) % 360 / 45) % 8
                 assert block["landmarks"].endswith(f"{place['name']} is on your "
                                                    f"{synthetic_city.SIDES[side]}")
 
@@ -153,18 +153,18 @@ def test_names_obey_the_rules_and_no_two_cities_share_one():
 def test_the_mini_set_visits_cities_one_to_nine_in_order(words):
     regions = [route["dest_place"]["region"] for route in read(words / "mini")[0]]
     assert regions == [f"city {number}" for number in range(1, 10) for _ in range(2)]
-    # the training palette
+    # City 1 has the palette of the training city, each of the others a new one.
     assert synthetic_city.scene_of(0, 0).palette == synthetic_city.scene_of(0, 1).palette
     assert len(set(synthetic_city.PALETTES)) == 9
 
 
 def test_every_point_the_environment_may_ask_for_is_in_the_mapping(words):
-    """The rail of the environment, by brute force: the small mapping answers as that of the whole city does."""
+    """A rail by brute force: the small mapping answers as that of the whole city does."""
     city = synthetic_city.City(0, 0)
     whole = dict(zip(city.geocodes, city.ids))
     for name in ("train", "unseen"):
         routes, mapping = read(words / name)
-        # the city's order
+        # The mapping keeps the order of the city.
         assert list(mapping.items()) == [item for item in whole.items() if item[0] in mapping]
         asked = set()
         for route in routes:
@@ -216,8 +216,8 @@ def test_no_house_hides_an_announced_board_and_no_view_edge_cuts_it():
     for city, routes in sets["train"] + sets["mini"][:4]:
         scene = synthetic_city.scene_of(0, city.number)
         for place, pano, heading in (board for route in routes for board in announced(city, route)):
-            assert scene.in_sight(city.panos[pano], place) and not is_cut(city, place, pano,
-                                                                          heading)
+            assert (scene.in_sight(city.panos[pano], place)
+                    and not is_cut(city, place, pano, heading))
             assert math.dist(city.panos[pano], place.at) < 16
 
 
@@ -229,7 +229,7 @@ def test_a_house_in_between_does_hide_a_board(scene):
 
 
 def test_a_board_is_painted_where_the_text_says(scene):
-    """Its colour fills the place of the panorama that its bearing and height give, north in the middle."""
+    """Its colour is in the panorama where bearing and height say, with north in the middle."""
     for place in scene.places[::9]:
         here = scene.city.panos[place.pano]
         picture = np.asarray(synthetic_city.panorama(scene, place.pano, 1024), float)
@@ -239,9 +239,8 @@ def test_a_board_is_painted_where_the_text_says(scene):
         row = round((0.5 - math.degrees(math.atan2(bottom, metres)) / 180) * 511) - 2
         inside = np.median(picture[row - 1:row + 1, np.arange(column - 12, column + 12) % 1024],
                            (0, 1))
-        assert np.abs(inside
-                      - synthetic_city.rgb(
-                          synthetic_city.PLACES[place.kind][1])[0]).max() < 40, place
+        assert np.abs(
+            inside - synthetic_city.rgb(synthetic_city.PLACES[place.kind][1])[0]).max() < 40, place
 
 
 def test_zebra_bars_tell_a_crossing_from_the_middle_of_a_street(scene):
@@ -299,13 +298,13 @@ def test_no_panorama_stands_so_close_to_a_crossing_that_it_looks_like_one():
             assert min(math.dist(city.panos[pano], city.panos[node]) for node in street.ends) > 15
 
 
-# ---- Dialogues with a model's own failures -----------------------------------------------------------------------
+# ---- Dialogues with a model's own failures -------------------------------------------------------
 
 @pytest.mark.parametrize("task, env, told",
                          [("gp-l", (), "No JSON object"),
                           ("gp-vl", ("resolution=48",), "Try another formula")])
-def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt(tmp_path, task,
-                                                                                 env, told):
+def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt(
+        tmp_path, task, env, told):
     import own_failures
     vision = task == "gp-vl"
     config = own_failures.Config(out=str(tmp_path / "own.json"), model=tiny_folder(vision), num=20,
@@ -315,21 +314,20 @@ def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt
     own_failures.main(config)
     records = json.loads((tmp_path / "own.json").read_text())
     tries = [len(record["conversations"]) // 2 - 1 for record in records]
-    # a blank model always fails
+    # A blank model always fails.
     assert set(tries) == {0, 1, 2} and len(records) == 20
     for record in records:
         *earlier, last = record["conversations"]
-        assert all(turn["loss"] is False
-                   for turn in earlier if turn["from"] == "gpt") and "loss" not in last
-        assert '"formula": "' in last["value"] and all(told in turn["value"]
-                                                       for turn in earlier[2::2])
+        assert (all(turn["loss"] is False for turn in earlier if turn["from"] == "gpt")
+                and "loss" not in last)
+        assert ('"formula": "' in last["value"]
+                and all(told in turn["value"] for turn in earlier[2::2]))
     pairs = read_conversations(tmp_path / "own.json", vision, "<|image|>")
     assert len(list(tmp_path.glob("own/*.png"))) == 20 * vision
-    assert [reply for _, reply in pairs] == [record["conversations"][-1]["value"]
-                                             for record in records]
+    assert ([reply for _, reply in pairs]
+            == [record["conversations"][-1]["value"] for record in records])
     own_failures.main(replace(config, out=str(tmp_path / "again.json")))
-    assert (tmp_path / "again.json").read_text().replace("again/",
-                                                         "own/") == (tmp_path
-                                                                     / "own.json").read_text()
+    assert ((tmp_path / "again.json").read_text().replace("again/", "own/")
+            == (tmp_path / "own.json").read_text())
     with pytest.raises(SystemExit):
         own_failures.main(config)

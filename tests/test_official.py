@@ -1,6 +1,8 @@
-"""The official wording: prompt files made from a copy of that code, and our dialogues against those that it makes.
+"""The official wording: prompt files made from a copy of the official code, and our dialogues.
 
-The second needs a copy: OFFICIAL_REPO=PATH python -m pytest tests/test_official.py
+The dialogues are compared with those that the official code makes. That needs a copy:
+
+    OFFICIAL_REPO=PATH python -m pytest tests/test_official.py
 """
 import copy
 import json
@@ -23,10 +25,10 @@ from verify import parse_formula
 EPISODES, SEED = 40, 7
 needs_repo = pytest.mark.skipif("OFFICIAL_REPO" not in os.environ,
                                 reason="OFFICIAL_REPO is not set: it names a copy of "
-                                "github.com/LeslieTrue/SFTvsRL")
+                                       "github.com/LeslieTrue/SFTvsRL")
 
 
-# ---- Against the official code ----------------------------------------------------------------------------------
+# ---- Against the official code -------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def wording(tmp_path_factory):
@@ -46,15 +48,18 @@ def play_theirs(task, split, routes):
 
 
 def follow(env, dialogues):
-    """Give an environment the replies of an episode of theirs; every message that a model reads must be the same."""
+    """Give an environment the replies of an episode of theirs.
+
+    Every message that a model reads must be the same. Returns how many replies were asked for.
+    """
     asked = 0
     for dialogue in dialogues:
         for at in range(0, len(dialogue), 2):
-            # theirs asks once more, and reads no answer
-            if env.done:
+            if env.done:                           # theirs asks once more, and reads no answer
                 assert dialogue is dialogues[-1] and at == len(dialogue) - 2
                 return asked
-            assert [[message["role"], read_text(message)] for message in env.messages] == dialogue[:at + 1]
+            assert ([[message["role"], read_text(message)] for message in env.messages]
+                    == dialogue[:at + 1])
             env.step(dialogue[at + 1][1])
             asked += 1
     assert env.done
@@ -75,8 +80,8 @@ def test_dialogues_about_cards_are_byte_for_byte_those_of_the_official_code(task
     env.picture = lambda: None
     for episode in played:
         hand = [(rank, "S") for rank in episode["cards"]]
-        numbers = [env.rule_jqk["JQK".index(rank)] if rank in "JQK" else 1 if rank == "A"
-                   else int(rank) for rank, _ in hand]
+        numbers = [env.rule_jqk["JQK".index(rank)] if rank in "JQK"
+                   else 1 if rank == "A" else int(rank) for rank, _ in hand]
         env.deal = lambda: (hand, numbers)
         env.reset(seed=0)
         follow(env, episode["dialogues"])
@@ -86,12 +91,12 @@ def test_dialogues_about_cards_are_byte_for_byte_those_of_the_official_code(task
 @needs_repo
 @pytest.mark.parametrize("task", ["virl-l", "virl-vl"])
 @pytest.mark.parametrize("split", ["id", "rule_ood"])
-def test_dialogues_on_a_walk_are_byte_for_byte_those_of_the_official_code(task, split, wording,
-                                                                          city):
+def test_dialogues_on_a_walk_are_byte_for_byte_those_of_the_official_code(
+        task, split, wording, city):
     played = play_theirs(task, split, city / "train")
     env = make_env("virl-l", split, root=city, turn_words="unwrapped",
                    prompt_file=str(wording / f"{task}.json"))
-    # the city has no pictures, the words are the same
+    # The city has no pictures; the words are the same.
     env.vision, env.picture = task == "virl-vl", lambda: None
     for number, episode in enumerate(played):
         env.rng = random.Random(SEED + number)
@@ -112,15 +117,18 @@ def test_the_recipe_runs_on_a_blank_model_and_names_the_papers_numbers(tmp_path)
     ran = subprocess.run(["bash", ROOT / "recipes" / "official.sh"], env=variables,
                          capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert "decoded with --temperature 0.0 --top-p 1.0" in ran.stdout and "in the paper 11.5 at the start" in ran.stdout
+    assert ("decoded with --temperature 0.0 --top-p 1.0" in ran.stdout
+            and "in the paper 11.5 at the start" in ran.stdout)
 
 
-# ---- From files of the same shape, in words of our own -----------------------------------------------------------
+# ---- From files of the same shape, in words of our own -------------------------------------------
 
 SHAPE = {
     "prompt_lib/prompts.py": '''
-Q_GeneralPoint_EQN_L = "T {target_number}; {face_card_msg} T {target_number}; C {cards} O {{ {face_card_msg} {target_number}; }}"
-Q_GeneralPoint_EQN_VL = "V {target_number}; {face_card_msg} V {target_number}; O {{ {face_card_msg} {target_number}; }}"
+Q_GeneralPoint_EQN_L = ("T {target_number}; {face_card_msg} T {target_number}; C {cards} O {{ "
+                        "{face_card_msg} {target_number}; }}")
+Q_GeneralPoint_EQN_VL = ("V {target_number}; {face_card_msg} V {target_number}; O {{ "
+                         "{face_card_msg} {target_number}; }}")
 ResponseEqn = "{{c={cards} n={numbers} f={formula}}}"
 Q_VIRL_L = "I {instruction} A {action_space} H {obs_act_seq} O {{}}"
 Q_VIRL_VL = "I {instruction} see A {action_space} H {obs_act_seq} O {{}}"
@@ -163,7 +171,8 @@ def step_rewards_virl(raw_output):
 ''',
     "evaluation/evaluator/base_evaluator.py": '''
 def formulate_oracle_arguments(self):
-    self.oracle_arguments['face_card_msg'] = "faces 10" if self.treat_face_cards_as_10 else "faces 11 to 13"
+    self.oracle_arguments['face_card_msg'] = (
+        "faces 10" if self.treat_face_cards_as_10 else "faces 11 to 13")
 ''',
     "evaluation/evaluator/llama_evaluator.py": '''
 def formulate_prompt(self, info):
@@ -186,7 +195,8 @@ def _parse_instruction_and_rail(self):
     str_instruction += f"{idx + 1}) {instr}|"
     landmark_list.insert(0, "nothing")
     rail.append({'observation': "nothing", 'intersection_observation': ""})
-    rail.append({'observation': landmark_list[idx], 'intersection_observation': "crossing" if (idx != 0) else ""})
+    rail.append({'observation': landmark_list[idx],
+                 'intersection_observation': "crossing" if (idx != 0) else ""})
 
 def get_observation_action_sequence(self):
     lines += f"o{i + 1} {observation}|"
@@ -226,9 +236,9 @@ def test_one_prompt_file_words_cards_under_both_rules(task, split, told, replied
     env.deal = lambda: ([(rank, "S") for rank in ("7", "Q", "2", "A")],
                         [7, 12 if split == "rule_ood" else 10, 2, 1])
     assert read_text(env.reset(seed=0)[0][0]) == told
-    # no JSON, so no formula
-    assert replied in env.expert_reply() and env.judge(
-        env.format_reply("1")).status == "illegal_formula"
+    # The reply is no JSON, so it has no formula.
+    assert (replied in env.expert_reply()
+            and env.judge(env.format_reply("1")).status == "illegal_formula")
 
 
 @pytest.mark.parametrize("reply, told", [
@@ -252,14 +262,14 @@ def test_walks_are_worded_by_one_prompt_file_under_both_rules(shaped, city):
                        turn_words="unwrapped")
         told = env.reset(seed=0)[0][0]["content"]
         assert told.startswith("I 1) T1 ") and f"| A {actions} H o1 nothing; |a1 | O {{}}" in told
-        crossings = [position
-                     for position in env.rail if position.intersection and not position.landmark]
-        assert crossings and {env.observation(position)
-                              for position in crossings} == {"nothing here; crossing"}
+        crossings = [position for position in env.rail
+                     if position.intersection and not position.landmark]
+        assert (crossings and {env.observation(position) for position in crossings}
+                == {"nothing here; crossing"})
         assert env.format_reply("stop()").endswith("a=stop()}")
         wrong = '{"current observation": "%s", "action": "fly()"}'
-        assert env.step(
-            wrong % "an intersection")[0][-1]["content"] == "no, no: not at a crossing {{ o }}!"
+        assert (env.step(wrong % "an intersection")[0][-1]["content"]
+                == "no, no: not at a crossing {{ o }}!")
         assert env.step(wrong % "")[0][-1]["content"] == "wrong {{ o }}!"
 
 
@@ -290,13 +300,13 @@ def test_a_misread_hand_is_told_in_place_of_the_verdict_if_the_text_says_so(shap
      '"crossing" if "crossing" in observation_list[-1] else ""', '""', "version"),
     ("gym/gym_virl/envs/navigation_environment.py", 'append("M.")', "append()", "version"),
     ("utils_rl.py", '["NO_SOLUTION"], "none")', '["NO_SOLUTION"])', "version")])
-def test_another_repository_or_version_is_one_line_that_names_what_was_looked_for(path, old, new,
-                                                                                  named, tmp_path):
+def test_another_repository_or_version_is_one_line_that_names_what_was_looked_for(
+        path, old, new, named, tmp_path):
     write_shape(tmp_path)
     text = SHAPE[path]
     assert old is None or old in text
-    (tmp_path / path).unlink() if old is None else (tmp_path
-                                                    / path).write_text(text.replace(old, new))
+    ((tmp_path / path).unlink() if old is None
+     else (tmp_path / path).write_text(text.replace(old, new)))
     with pytest.raises(ValueError, match="^--repo ") as error:
         read_wording(tmp_path)
     assert named in str(error.value) and "\n" not in str(error.value)
@@ -327,7 +337,7 @@ def test_listing_what_is_wrong_takes_any_reply_and_stays_short(task, shaped, cit
                 env.reset(seed=1)
 
 
-# ---- What such a file may say ------------------------------------------------------------------------------------
+# ---- What such a file may say --------------------------------------------------------------------
 
 def test_a_text_by_rule_is_an_error_under_a_rule_that_it_has_not(tmp_path):
     path = tmp_path / "words.json"
@@ -335,9 +345,8 @@ def test_a_text_by_rule_is_an_error_under_a_rule_that_it_has_not(tmp_path):
     assert [make_env("gp-l", "id", prompt_file=str(path), **rule).prompts["gp_task"]
             for rule in ({}, {"rule": "10,10,10"}, {"rule": "3,12,7"})] == ["tens", "tens", "odd"]
     for split, rule in (("rule_ood", "11,12,13"), ("rule_family", "random")):
-        with pytest.raises(ValueError,
-                           match=f"'gp_task' is worded for 10,10,10 and 3,12,7, not for the rule "
-                           f"{rule}"):
+        with pytest.raises(ValueError, match=f"'gp_task' is worded for 10,10,10 and 3,12,7, "
+                                             f"not for the rule {rule}"):
             make_env("gp-l", split, prompt_file=str(path))
 
 
@@ -346,14 +355,15 @@ def test_splits_may_have_prompt_files_of_their_own(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"gp_task": name}))
     splits = read_splits(["id", f"prompt_file={tmp_path / 'a.json'}", "rule_ood",
                           f"prompt_file={tmp_path / 'b.json'}"])
-    assert [make_env("gp-l", split.name, **split.settings).prompts["gp_task"] for split in splits] == ["a", "b"]
+    assert [make_env("gp-l", split.name, **split.settings).prompts["gp_task"]
+            for split in splits] == ["a", "b"]
 
 
 def test_turn_words_are_wrapped_at_180_degrees_or_taken_from_the_headings_as_they_are(city):
-    assert [relative_word(angle) for angle in (300, -300, 10)] == ["left", "right",
-                                                                   "slightly right"]
-    assert [relative_word(angle, wrapped=False) for angle in (300, -300, 10)] == ["right", "left",
-                                                                                  "slightly right"]
+    assert ([relative_word(angle) for angle in (300, -300, 10)]
+            == ["left", "right", "slightly right"])
+    assert ([relative_word(angle, wrapped=False) for angle in (300, -300, 10)]
+            == ["right", "left", "slightly right"])
     ours, theirs = (make_env("virl-l", "rule_ood", root=city, turn_words=words)
                     for words in ("wrapped", "unwrapped"))
     turned = 0
@@ -369,17 +379,18 @@ def test_turn_words_are_wrapped_at_180_degrees_or_taken_from_the_headings_as_the
 
 def test_bracketed_solutions_are_right_formulas_and_hold_redundant_brackets():
     found = violations.bracketed_solutions((1, 2, 3, 4), 24, parse_formula)
-    assert {"1*2*3*4", "(1*2)*3*4", "1*(2*3*4)", "(1+2+3)*4",
-            "(4*3)*(2/1)"} <= set(found) and len(set(found)) == len(found)
+    assert ({"1*2*3*4", "(1*2)*3*4", "1*(2*3*4)", "(1+2+3)*4", "(4*3)*(2/1)"} <= set(found)
+            and len(set(found)) == len(found))
     assert all((value := parse_formula(text)[0])[0] == 24 * value[1] for text in found)
-    assert violations.of_formula("3*8+8-3", [3, 3, 8, 8], 24,
-                                 parse_formula) == [("violation_no_solution", {})]
+    assert (violations.of_formula("3*8+8-3", [3, 3, 8, 8], 24, parse_formula)
+            == [("violation_no_solution", {})])
 
 
 def test_the_date_in_a_system_block_is_that_of_the_models_template_if_it_sets_one(tiny):
     processor = copy.copy(tiny[1])
-    dated = ("{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') "
-             "%}{%- endif %}Today: {{ date_string }}")
+    dated = ("{%- if not date_string is defined %}"
+             "{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+             "Today: {{ date_string }}")
     processor.chat_template = dated
     assert model.render(processor, [{"role": "user", "content": "x"}]) == "Today: 01 Jan 2025"
     processor.chat_template = "{% set date_string = '26 Jul 2024' %}" + dated

@@ -1,16 +1,22 @@
-"""The scripts started as a user starts them, and hurt: killed at any moment, on a full disk, in folders that refuse.
+"""Starts the scripts as a user does, and hurts them: kills, full disks, folders that refuse.
 
-    kills      sft.py, rl.py, evaluate.py --run-folder, sft.py --dump and data/synthetic_city.py are killed (SIGKILL) at
-               seeded random moments, most of them after their first write, several times in a row, and started again
-    disk       a file may not grow (RLIMIT_FSIZE), or the disk is full (a small tmpfs, which needs root); later it is not
-    folders    read-only folders, a stdout that nobody reads or that is closed, and a path with a blank, an umlaut, quotes
-               and a newline in every argument that takes one
+    python tests/torture.py kills disk folders --kills 50 --jobs 2 --out results/robustness.md
 
-    python tests/torture.py kills disk folders --kills 50 --jobs 2 --out results/torture.md
+    kills      sft.py, rl.py, evaluate.py --run-folder, sft.py --dump and data/synthetic_city.py are
+               killed (SIGKILL) at seeded random moments, most of them after their first write. Each
+               is killed several times in a row, and started again
+    disk       a file may not grow (RLIMIT_FSIZE), or the disk is full (a small tmpfs, which needs
+               root). Later there is room
+    folders    read-only folders; a stdout that nobody reads or that is closed; a path with a blank,
+               an umlaut, quotes and a newline in every argument that takes a path
 
-Models are tiny, and every trial has a folder of its own. A command must in the end make what an undisturbed one makes,
-byte for byte but for the seconds; nothing that was saved may be lost; what cannot go on says so in one line and ends
-with 2. A failure is told by what was broken, how often, and the first line that shows it.
+Models are tiny, and every trial has a folder for itself. What must hold:
+
+    in the end a command makes what an undisturbed one makes, byte for byte but for the seconds;
+    nothing that was saved is lost;
+    a script that cannot go on says so in one line and ends with status 2.
+
+The table tells a failure by what was broken, how often, and the first line that shows it.
 """
 import argparse
 import contextlib
@@ -36,12 +42,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                "PYTHONDONTWRITEBYTECODE": "1"}
-# seconds after which a script counts as hanging
-PATIENCE = 120
+PATIENCE = 120                                 # seconds after which a script counts as hanging
 ODD = "a blank ü 'single' \"double\"\nand a second line"
 BAR = re.compile(r"[^\r\n]*?\d+%\|[^\r\n]*?\]")                    # of tqdm
 SECONDS = re.compile(rb'"seconds\w*": [-\d.e+]+')
-# lines: of stderr without bars; place: of a traceback
+# How a script ended. `lines` are those of stderr without progress bars; `place` says where a
+# traceback comes from.
 Done = namedtuple("Done", "status out lines place")
 
 
@@ -50,8 +56,7 @@ class Case:
     """A script in a tiny run: its words, and what an undisturbed run of them made."""
     name: str
     words: list
-    # what may not grow, and whether the run has begun before: (pattern, begun) pairs
-    files: tuple
+    files: tuple             # (what may not grow, has the run begun before) pairs
     final: str = ""          # of a script that does not go on: the name of what it makes
     start: Path = None       # a folder whose content stands there before
     folder: Path = None      # where the undisturbed run was
@@ -61,7 +66,7 @@ class Case:
 
 
 def start(words, folder, before=None, **env):
-    """A script in a session of its own; `before` runs in the new process."""
+    """Start a script in a new session; `before` runs in the new process."""
     return subprocess.Popen([sys.executable, str(ROOT / words[0]), *map(str, words[1:])],
                             cwd=folder, env={**ENVIRONMENT, **env}, stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -96,10 +101,9 @@ def broken(done, status):
 
 
 def tree(folder):
-    """{file: digest} of all below a folder; what a log says of seconds does not count, nor who held a lock."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(SECONDS.sub(b"",
-                                                                  path.read_bytes())).hexdigest()
+    """{file: digest} of all below a folder, without lock files and the seconds in logs."""
+    return {str(path.relative_to(folder)):
+            hashlib.sha256(SECONDS.sub(b"", path.read_bytes())).hexdigest()
             for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"}
 
 
@@ -110,9 +114,8 @@ def newest_step(folder):
 
 def read_rows(path):
     """The finished lines of a log."""
-    return [line
-            for line in path.read_bytes().splitlines(True)
-            if line.endswith(b"\n")] if path.is_file() else []
+    return ([line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+            if path.is_file() else [])
 
 
 def progress(folder):
@@ -122,10 +125,9 @@ def progress(folder):
 def saved(folder):
     """What may never be lost again: the weights of complete checkpoints, and evaluated rows."""
     rows = enumerate(read_rows(folder / "run/eval.jsonl"))
-    return {(name, digest)
-            for name, digest in tree(folder).items()
-            if re.fullmatch(r"run/step_\d+/[^/]+", name)} | {
-        (f"eval.jsonl, row {i}", str(row)) for i, row in rows}
+    return ({(name, digest) for name, digest in tree(folder).items()
+             if re.fullmatch(r"run/step_\d+/[^/]+", name)}
+            | {(f"eval.jsonl, row {i}", str(row)) for i, row in rows})
 
 
 def lost(seen, folder):
@@ -133,7 +135,10 @@ def lost(seen, folder):
 
 
 def differences(case, folder, out=""):
-    """How a folder differs from that of the undisturbed run; a half-written checkpoint may stay if `out` says so."""
+    """How a folder differs from that of the undisturbed run, as (kind, text) pairs.
+
+    A half-written checkpoint may stay if the output `out` says so.
+    """
     found = tree(folder)
     other = [name for name in case.whole if found.get(name) != case.whole[name]]
     more = [name for name in found.keys() - case.whole.keys()
@@ -148,17 +153,22 @@ def remove(path):
 
 
 def remove_named(case, folder, done):
-    """A script that does not go on may ask to have something removed: remove it, and return the names."""
-    named = [path
-             for path in folder.iterdir() if case.final and done.status == 2
-             and path.name in done.lines[-1]]
+    """Remove what a script asks to have removed, and return the names.
+
+    Only a script that does not go on where it was stopped may ask for that.
+    """
+    named = [path for path in folder.iterdir()
+             if case.final and done.status == 2 and path.name in done.lines[-1]]
     for path in named:
         remove(path)
     return ", ".join(sorted(path.name for path in named))
 
 
 def prepare(case, folder, begun=False):
-    """What stands in a folder before a script: as at first, or as a run left it that was stopped late."""
+    """Put into a folder what stands there before a script.
+
+    That is what a first start finds or, with `begun`, what a run left that was stopped late.
+    """
     folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         remove(path)
@@ -169,15 +179,16 @@ def prepare(case, folder, begun=False):
         remove(folder / f"run/step_{newest_step(folder):06d}")
     for path in folder.glob("run/*.jsonl") if begun else ():
         rows = read_rows(path)
-        rows = rows[:len(rows) // 2] if path.name == "eval.jsonl" else [row
-                                                                        for row in rows
-                                                                        if json.loads(row)["step"]
-                                                                         <= newest_step(folder)]
+        rows = (rows[:len(rows) // 2] if path.name == "eval.jsonl"
+                else [row for row in rows if json.loads(row)["step"] <= newest_step(folder)])
         path.write_bytes(b"".join(rows))
 
 
 def make_cases(kit):
-    """Tiny models, a run to evaluate, and the cases, each run undisturbed; (case, what went wrong) pairs."""
+    """The cases, each run undisturbed, as (case, what went wrong) pairs.
+
+    Makes the tiny models and a run to evaluate first.
+    """
     sft = ["sft.py", "--model", kit / "model", "--out", "run", "--batch-size", 8, "--lr", 1e-3,
            "--dtype", "float32"]
     (kit / "trained").mkdir()
@@ -185,7 +196,8 @@ def make_cases(kit):
                   [*sft, "--steps", 30, "--save-every", 10]):
         if (done := run(words, kit / "trained")).status:
             sys.exit(f"torture.py: error: {words[0]}: {done.lines[-1]}")
-    weights, optimizer, log = "run/step_*/model.safetensors", "run/step_*/resume/optimizer*", "run/metrics.jsonl"
+    weights, optimizer, log = ("run/step_*/model.safetensors", "run/step_*/resume/optimizer*",
+                               "run/metrics.jsonl")
     for case in (
             Case("sft.py", [*sft, "--steps", 120, "--save-every", 5],
                  ((weights, True), (optimizer, True), (weights, False), (log, True),
@@ -214,8 +226,8 @@ def make_cases(kit):
             ends = list(pool.map(partial(measure, case), folders))
         case.folder, case.whole = folders[0], tree(folders[0])
         case.begin, case.work = (sum(times) / 2 for times in list(zip(*ends))[:2])
-        faults = [fault for *_, done in ends for fault in broken(done, 0)] + differences(case,
-                                                                                         folders[1])
+        faults = ([fault for *_, done in ends for fault in broken(done, 0)]
+                  + differences(case, folders[1]))
         yield case, faults + [("made nothing", case.name)] * (not case.whole)
 
 
@@ -225,7 +237,7 @@ def stamp(folder):
 
 
 def start_watched(case, folder, written=True):
-    """A process, at its first write or, if it ends before, at its end; and the stamp from before it."""
+    """(a process at its first write, the stamp from before it); at its end, if it ends before."""
     before, process = stamp(folder), start(case.words, folder)
     while written and process.poll() is None and stamp(folder) == before:
         time.sleep(0.002)
@@ -242,8 +254,11 @@ def measure(case, folder):
 
 
 def kill_at(case, folder, written, share):
-    """Start a script and kill it at a share of the time it needs: of that before its first write, or of the work left
-    after it. Returns the process, where the kill landed, and whether processes of the script lived on."""
+    """Start a script and kill it at a share of the time that it needs.
+
+    With `written` that is the time of the work left after its first write, else the time before it.
+    Returns (the process, where the kill landed, whether processes of the script lived on).
+    """
     first = progress(case.start) if case.start else 0
     left = 1 - (progress(folder) - first) / max(1, progress(case.folder) - first)
     process, before = start_watched(case, folder, written)
@@ -254,7 +269,7 @@ def kill_at(case, folder, written, share):
         process.kill()
         process.wait()
     landed = "while it wrote" if stamp(folder) != before else "before its first write"
-    # what we expect: no process of its session is left
+    # The error is what we expect: no process of its session is left.
     with contextlib.suppress(ProcessLookupError):
         for _ in range(60):
             os.killpg(process.pid, 0)
@@ -270,8 +285,8 @@ def kill_trial(folder, case, kills, rng):
     prepare(case, folder)
     while number <= kills:
         process, where, live_on = (kill_at(case, folder, rng.random() > 0.15, rng.random())
-                                   if number < kills else
-                                   (start(case.words, folder), "", False))
+                                   if number < kills
+                                   else (start(case.words, folder), "", False))
         done = finish(process)
         if where and done.status == 0:                             # it was faster than the signal
             where = "after its end"
@@ -291,8 +306,7 @@ def kill_trial(folder, case, kills, rng):
                        for kind, text in differences(case, folder)
                        if kind != "left over"]
             ended = True
-        # the kills that are left begin anew
-        if ended and number <= kills:
+        if ended and number <= kills:              # the kills that are left begin anew
             prepare(case, folder)
             seen = set()
     return faults, notes
@@ -311,23 +325,24 @@ def kills(cases, options):
 
 
 def limit_trial(folder, case, pattern, begun):
-    """A file may not grow: not beyond what it is when the run goes on, or else not to its whole size."""
+    """A file may not grow: beyond its size as the run goes on, or else to its whole size."""
     prepare(case, folder, begun)
     path = max(case.folder.glob(pattern), key=lambda p: (p.stat().st_size, p), default=None)
     here = path and folder / path.relative_to(case.folder)
-    limit = here.stat().st_size + 100 if path and here.exists() else path.stat().st_size - 1 if path else 100
+    limit = (here.stat().st_size + 100 if path and here.exists()
+             else path.stat().st_size - 1 if path else 100)
     named = next((name for name in ("city", "step_", "data", "run/eval") if name in pattern),
                  path.name if path else Path(pattern).name)
 
     def before():
-        # an error of the write, not the process's end
+        # With the signal ignored the write is an error, and not the end of the process.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return refuse(case, folder, named, before=before)
 
 
 def mount_trial(folder, case, begun, free):
-    """So many bytes are free on the disk, or, with None, the disk is read-only."""
+    """The disk has `free` bytes left; with None it is read-only."""
     def mount(*options):
         return subprocess.run(["mount", *options, "torture", str(folder)],
                               capture_output=True).returncode == 0
@@ -337,7 +352,7 @@ def mount_trial(folder, case, begun, free):
     try:
         prepare(case, folder, begun)
         disk = os.statvfs(folder)
-        # 0 would be no limit
+        # At least a block: 0 would be no limit.
         size = max(4096, (disk.f_blocks - disk.f_bfree) * disk.f_frsize + (free or 0))
         assert mount("-o", "remount,ro" if free is None else f"remount,size={size}")
         named = Path(case.final).stem if case.final else r"\brun\b"
@@ -353,11 +368,10 @@ def refuse(case, folder, named, may_fit=False, mend=lambda: None, before=None):
     if may_fit and done.status == 0:
         faults, notes["had room enough"] = broken(done, 0), 1
     elif not (faults := broken(done, 2)):
-        faults += [(f"{len(done.lines)} lines instead of one",
-                    " / ".join(done.lines[:3]))] if len(done.lines) > 1 else []
-        faults += [] if re.search(named,
-                                  " ".join(done.lines)) else [(f"does not name {named}",
-                                                               done.lines[-1])]
+        faults += ([(f"{len(done.lines)} lines instead of one", " / ".join(done.lines[:3]))]
+                   if len(done.lines) > 1 else [])
+        faults += ([] if re.search(named, " ".join(done.lines))
+                   else [(f"does not name {named}", done.lines[-1])])
     faults += lost(seen, folder)
     mend()
     if tree(folder) != case.whole:
@@ -369,7 +383,8 @@ def refuse(case, folder, named, may_fit=False, mend=lambda: None, before=None):
     return faults, notes
 
 
-REFUSED = "status 2 and one line that names the file; what was saved stays; later the same command ends as undisturbed"
+REFUSED = ("status 2 and one line that names the file; what was saved stays; later the same "
+           "command ends as undisturbed")
 
 
 def disk(cases, options):
@@ -378,22 +393,22 @@ def disk(cases, options):
             yield (case.name, f"{pattern} cannot grow{', the run half-way' * begun}", REFUSED,
                    limit_trial, [(case, pattern, begun)])
         last = case.folder / f"run/step_{newest_step(case.folder):06d}"
-        written = [case.folder / "run/eval.jsonl"] if case.start else (case.folder if case.final
-                                                                       else last).rglob("*")
+        written = ([case.folder / "run/eval.jsonl"] if case.start
+                   else (case.folder if case.final else last).rglob("*"))
         total = sum(-(-path.stat().st_size // 4096) * 4096 for path in written)
         yield (case.name, "a full tmpfs, each time with more room", REFUSED, mount_trial,
                [(case, True, int(total * share))
                 for share in (0, 0.02, 0.1, 0.2, 0.33, 0.5, 0.8, 0.97)])
-        yield case.name, "a full tmpfs from the start", REFUSED, mount_trial, [(case, False, 0),
-                                                                               (case, False, 8192)]
+        yield (case.name, "a full tmpfs from the start", REFUSED, mount_trial,
+               [(case, False, 0), (case, False, 8192)])
 
 
 def stdout_trial(folder, case, how):
     """A script whose stdout goes away; it may end early if the same command goes on."""
     prepare(case, folder)
     if how == "closed, unknown device":
-        return broken(run([*case.words, "--device", "none"], folder, before=partial(os.close, 1)),
-                      2), Counter()
+        return (broken(run([*case.words, "--device", "none"], folder,
+                           before=partial(os.close, 1)), 2), Counter())
     if how == "closed":
         done = run(case.words, folder, before=partial(os.close, 1))
     else:
@@ -407,15 +422,15 @@ def stdout_trial(folder, case, how):
     if found and done.status:
         again = run(case.words, folder)
         found = broken(again, 0) + differences(case, folder, again.out)
-    return faults + [(f"afterwards {kind}", text)
-                     for kind, text in found], Counter([f"status {done.status}"])
+    return (faults + [(f"afterwards {kind}", text) for kind, text in found],
+            Counter([f"status {done.status}"]))
 
 
 def chains(name):
     """The commands of two experiments below a folder: in words, and with pictures from a file."""
     small, more = ["--size", "32x2"], ["--lr", 1e-3, "--dtype", "float32", "--save-every", 2]
-    words, eyes = ["--task", "virl-l", "--env", f"root={name}/city"], ["--task", "gp-vl", "--env",
-                                                                       "resolution=48"]
+    words, eyes = (["--task", "virl-l", "--env", f"root={name}/city"],
+                   ["--task", "gp-vl", "--env", "resolution=48"])
     test = ["--episodes", 4, "--max-new-tokens", 8]
     return {"city, model, sft, rl, evaluate, compare and figure": [
         ["data/synthetic_city.py", "--out", f"{name}/city", "--routes", 8, "--unseen", 2,
@@ -437,7 +452,10 @@ def chains(name):
 
 
 def chain_trial(folder, which):
-    """A chain of commands below an odd path and below a plain one: all end well, and make and print the same."""
+    """A chain of commands below an odd path and below a plain one.
+
+    All must end well, and both must make and print the same.
+    """
     made = {}
     for name in ("plain", ODD):
         (folder / name).mkdir()
@@ -446,13 +464,12 @@ def chain_trial(folder, which):
             done = run(words, folder)
             printed += done.out
             if faults := broken(done, 0):
-                return [(f"{words[0]} {words[1]} below {name}, {kind}", text)
-                        for kind, text in faults], Counter()
+                return ([(f"{words[0]} {words[1]} below {name}, {kind}", text)
+                         for kind, text in faults], Counter())
         for path in (folder / name).rglob("*.json*"):              # paths that files hold
             path.write_text(path.read_text().replace(json.dumps(name)[1:-1], "plain"))
-        made[name] = tree(folder
-                          / name) | {"stdout": re.sub(r"[\d.]+ seconds", "", printed).replace(name,
-                                                                                              "plain")}
+        made[name] = tree(folder / name) | {
+            "stdout": re.sub(r"[\d.]+ seconds", "", printed).replace(name, "plain")}
     return [("differs from the plain path", name)
             for name in sorted(made["plain"].keys() | made[ODD].keys())
             if made["plain"].get(name) != made[ODD].get(name)], Counter()
@@ -465,23 +482,25 @@ def folders(cases, options):
     for how in ("| head -1", "| true", "closed"):
         for case in cases:
             again = "" if how == "closed" else ", at once or by the same command again"
-            yield case.name, f"stdout {how}", f"no traceback; the end as undisturbed{again}", stdout_trial, [(case, how)]
+            yield (case.name, f"stdout {how}", f"no traceback; the end as undisturbed{again}",
+                   stdout_trial, [(case, how)])
     for case in cases[:3]:
         how = "closed, unknown device"
         yield case.name, f"stdout {how}", "status 2 and one line", stdout_trial, [(case, how)]
     for which in chains(ODD):
-        yield "all", f"{which} below {ODD}", "files and output equal to those below a plain path", chain_trial, [(which,)]
+        yield ("all", f"{which} below {ODD}", "files and output equal to those below a plain path",
+               chain_trial, [(which,)])
 
 
 SECTIONS = {"kills": kills, "disk": disk, "folders": folders}
 
 
 def table_row(script, how, must, faults, notes, times):
-    """Of each kind of fault how often and the first line; then what is worth a word."""
+    """A row: of each kind of fault how often and the first line, then what else happened."""
     kinds, first = Counter(kind for kind, _ in faults), dict(reversed(faults))
     found = [f"{count}x {kind}: `{first[kind][:300]}`" for kind, count in kinds.items()] or ["none"]
-    found += [f"({', '.join(f'{count}x {note}' for note, count in sorted(notes.items()))})"] * bool(
-        notes)
+    found += ([f"({', '.join(f'{count}x {note}' for note, count in sorted(notes.items()))})"]
+              * bool(notes))
     cells = [script, how, str(times), must, "<br>".join(found)]
     cells = [text.replace("|", "\\|").replace("\n", "\\n") for text in cells]
     return f"| {' | '.join(cells)} |"
@@ -506,8 +525,8 @@ def main():
     say(f"# The scripts, hurt\n\n`python tests/torture.py {' '.join(sys.argv[1:])}`, "
         f"{time.strftime('%Y-%m-%d')}, on {cpu[1] if cpu else 'an unknown CPU'}, {os.cpu_count()} "
         f"cores, torch {importlib.metadata.version('torch')}.\n")
-    with tempfile.TemporaryDirectory(prefix="torture_") as place, ThreadPoolExecutor(
-        options.jobs) as pool:
+    with (tempfile.TemporaryDirectory(prefix="torture_") as place,
+          ThreadPoolExecutor(options.jobs) as pool):
         def attempt(trial, arguments):
             folder = Path(tempfile.mkdtemp(dir=place))
             try:
@@ -521,8 +540,8 @@ def main():
         times = [f"{case.name} {case.begin:.1f} s to its first write and {case.work:.1f} s from "
                  f"there" for case in cases]
         say(f"Undisturbed: {'; '.join(times)}.\n")
-        say("| script | how it was hurt | times | what must hold | failures "
-            "|\n|---|---|---|---|---|")
+        say("| script | how it was hurt | times | what must hold | failures |\n"
+            "|---|---|---|---|---|")
         for case, faults in measured:
             say(table_row(case.name, "not at all", "status 0; two runs equal", faults, {}, 2))
             failed += bool(faults)
@@ -536,7 +555,7 @@ def main():
                               sum((trial.result()[1] for trial in trials), Counter()), len(trials)))
                 failed += bool(faults)
         finally:
-            # after Ctrl-C only what runs comes to its end
+            # After Ctrl-C only what runs comes to its end.
             pool.shutdown(cancel_futures=True)
     say(f"\n{failed} rows with failures; {time.time() - began:.0f} seconds in all.")
     if options.out:
