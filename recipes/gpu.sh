@@ -47,6 +47,6 @@ done
 python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
 figure=$OUT/figure.png
 [ -f "$figure" ] || figure="not drawn"
-echo "== the figure: $figure; what each seed printed is in $OUT/log_SEED"
+echo "== done; the figure is $figure, the log of each seed is $OUT/log_SEED"
 [ -z "${SMOKE:-}" ] ||
     echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

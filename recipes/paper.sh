@@ -92,6 +92,6 @@ stage "6 of 6, table and figure"
 python evaluate.py --compare "$OUT/sft,$OUT/rl" --figure "$OUT/figure.png"
 figure=$OUT/figure.png
 [ -f "$figure" ] || figure="not drawn"
-stage "the figure: $figure; each checkpoint's results: $OUT/sft/eval.jsonl, $OUT/rl/eval.jsonl"
+stage "done; the figure is $figure, the results are $OUT/sft/eval.jsonl and $OUT/rl/eval.jsonl"
 [ -z "${SMOKE:-}" ] ||
     echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

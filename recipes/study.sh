@@ -149,6 +149,6 @@ if [ -d "$OUT/virl" ]; then
     done
     python recipes/distance.py "${runs[@]}" ${SMOKE:+--num 16}
 fi
-echo "== the figures are in $OUT; what each run printed is in $OUT/PANEL/log_NAME"
+echo "== done; the figures are in $OUT, the log of each run is $OUT/PANEL/log_NAME"
 [ -z "${SMOKE:-}" ] ||
     echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

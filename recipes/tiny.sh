@@ -158,7 +158,7 @@ if [ ${#rl_settings[@]} != 0 ] && [ ${#sft_settings[@]} != 0 ]; then
     python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
     figure=$OUT/figure.png
     [ -f "$figure" ] || figure="not drawn"
-    say "the figure: $figure; what each run printed is in $OUT/log_NAME"
+    say "done; the figure is $figure, the log of each run is $OUT/log_NAME"
 fi
 [ -z "${SMOKE:-}" ] ||
     echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
