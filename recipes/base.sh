@@ -24,15 +24,15 @@
 #   1. single tries of an expert;
 #   2. dialogues in which the model's failed replies stand before the expert's reply
 #      (data/own_failures.py). The model learns to read a verdict and not to repeat itself;
-#   3. such dialogues whose last reply comes from an imperfect demonstrator, who makes two faults.
+#   3. such dialogues whose last reply comes from an imperfect demonstrator, with two faults.
 #
 # gp-l: a Llama of 1.3 M parameters plays GeneralPoints under a family of rules. J, Q and K are each
 # worth a number from 1 to 13, drawn anew for each hand and told in the prompt. The two rules of the
-# paper are never drawn, and a tenth of the hands is held out. The demonstrator leaves a card out
-# (0.6 of the replies) or counts J, Q and K as ten whatever the rule says (0.15). Both rules share
-# the first fault, so RL may cure it. The second, a mix-up of rules, makes the model unsure of the
-# rule, as a model is that knows other card games. FAULTY_TRIES=1 puts faults into first tries only
-# (results/gp_l.md).
+# paper are never drawn, and a tenth of the hands is held out. In 0.6 of its replies the
+# demonstrator leaves a card out. In 0.15 it counts J, Q and K as ten, whatever the rule says. Both
+# rules share the first fault, so RL may cure it. The second, a mix-up of rules, makes the model
+# unsure of the rule, like a model that knows other card games. With FAULTY_TRIES=1 only first tries
+# hold faults (results/gp_l.md).
 #
 # virl-l: a Llama of 0.9 M parameters walks routes of two or three legs through a synthetic city.
 # Four samples in five have compass words; the fifth has the words of the other rule, which is

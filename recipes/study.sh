@@ -19,7 +19,8 @@
 #   two_by_two  V-IRL-L: starts with the fault that both rules share, with the mix-ups of rules,
 #               with both and with neither, from the same model before. Which start gives which sign
 #               in which arm?
-#   gate        V-IRL-L: the same with fewer mix-ups and with more (two_by_two has none and 0.15)
+#   gate        V-IRL-L: the same with a share of mix-ups of 0.05 and of 0.3; in two_by_two it is 0
+#               or 0.15
 #   long        V-IRL-L: three times as many updates of PPO. Does it lose the other rule later?
 #   no_start    V-IRL-L: PPO from a model that knows nothing, not even the format (Fig. 9)
 #   overfit     V-IRL-L: PPO from the end of SFT (Fig. 19); needs the panel virl

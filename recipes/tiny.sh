@@ -6,7 +6,8 @@
 #   TASK=virl-l bash recipes/tiny.sh        V-IRL in words: about 9 minutes
 #   TASK=gp-vl bash recipes/tiny.sh         GeneralPoints from pictures: about 13 minutes
 #   SMOKE=1 bash recipes/tiny.sh            everything once, in a minute; the numbers mean nothing
-#   STARTS="0 1 2" BAND=1 bash recipes/tiny.sh        the runs of results/: hours
+#   STARTS="0 1 2" BAND=1 bash recipes/tiny.sh        the runs of results/gp_l.md: half an hour for
+#                                           each start, and as long to make one
 #
 # A start is the model that both arms, SFT and PPO, begin with. Each run is trained, then each of
 # its checkpoints is played on every split. The script ends with a table of both arms and a figure.

@@ -1,6 +1,6 @@
 """Starts the scripts as a user does, and hurts them: kills, full disks, folders that refuse.
 
-    python tests/torture.py kills disk folders --kills 50 --jobs 2 --out results/robustness.md
+    python tests/torture.py kills disk folders --kills 50 --jobs 2 --out torture.md
 
     kills      sft.py, rl.py, evaluate.py --run-folder, sft.py --dump and data/synthetic_city.py are
                killed (SIGKILL) at seeded random moments, most of them after their first write. Each
@@ -16,7 +16,8 @@ Models are tiny, and every trial has a folder for itself. What must hold:
     nothing that was saved is lost;
     a script that cannot go on says so in one line and ends with status 2.
 
-The table tells a failure by what was broken, how often, and the first line that shows it.
+The table tells a failure by what was broken, how often, and the first line that shows it. Ours is
+in results/robustness.md.
 """
 import argparse
 import contextlib
