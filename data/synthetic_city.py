@@ -81,6 +81,7 @@ PLACES = {
     "clothing_store": ("{} Tailors", "#5d3a66"), "jewelry_store": ("{} Jewels", "#856404"),
     "gym": ("{} Gym", "#d32f2f"), "bar": ("The {} Tavern", "#263238"),
 }
+# The syllables of invented names: the root of a name has one of each.
 ONSETS = "B Br C Cr D Dr F Fl G Gr H K Kl L M N P Pl R S St T Tr V".split()
 NUCLEI = "a e i o u ai ea ie oa ou".split()
 CODAS = "b d l ld m n nd r rn st".split()

@@ -16,7 +16,7 @@
 #   SIZE=512x8         width and layers of the model
 #   LRS="6e-4 3e-4 3e-4"     learning rates of the three stages of a start
 #   MORE_RL, MORE_SFT, MORE_TEST, SFT_SETTINGS     as in recipes/tiny.sh
-#   SMOKE=1            a few steps, in a folder of its own
+#   SMOKE=1            a few steps, in a separate folder
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TASK=gp-l

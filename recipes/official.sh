@@ -19,8 +19,8 @@
 #   SMOKE=1      on a CPU. Without MODEL a tiny random-init model stands in, without DATA an
 #                invented city. The numbers mean nothing.
 #
-# Relative paths are relative to the repository. What still differs from the official evaluation is
-# in the README, "Where we follow the paper".
+# Relative paths are relative to the repository. docs/official.md says more, and docs/differences.md
+# what still differs from the official evaluation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TASK=${TASK:?set TASK to gp-l, gp-vl, virl-l or virl-vl}

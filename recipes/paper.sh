@@ -10,7 +10,7 @@
 #   OUT=PATH     where the runs go, no comma in it [runs/TASK]
 #   SEED=0       of the runs
 #   NPROC=8      GPUs; 1 is plain python
-#   SMOKE=1      the same script in a minute or two, on a CPU, in a folder of its own. Without MODEL
+#   SMOKE=1      the same script in a minute or two, on a CPU, in a separate folder. Without MODEL
 #                a tiny random-init model stands in, without DATA an invented city. The numbers mean
 #                nothing.
 #

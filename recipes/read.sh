@@ -16,7 +16,7 @@
 #   SEEDS=0            the seeds, one model each
 #   FAMILY=mllama      or qwen3_vl
 #   OUT=folder         where the models and the runs go [runs/read-FAMILY]
-#   SMOKE=1            a few steps, in a folder of its own
+#   SMOKE=1            a few steps, in a separate folder
 set -euo pipefail
 cd "$(dirname "$0")/.."
 FAMILY=${FAMILY:-mllama}

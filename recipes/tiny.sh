@@ -21,7 +21,7 @@
 #   SEEDS=0            seeds of the runs from each start
 #   MODEL=folder       another model as start 0
 #   DATA=folder        V-IRL: the city to walk in; a synthetic one is made if there is none
-#   SMOKE=1            a few steps of everything, in a folder of its own
+#   SMOKE=1            a few steps of everything, in a separate folder
 #   BAND=1             all settings of PPO that tied on the training rule, not the best one alone
 #   RL_SETTINGS=...    options of rl.py in place of those below, one run for each, separated by ";"
 #   SFT_SETTINGS=...   the same for sft.py; "none" leaves that arm out
