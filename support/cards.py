@@ -156,6 +156,14 @@ def card_picture(rank, suit, width, height, card_dir=""):
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
+def check_folder(card_dir, ranks, suits):
+    """Read every card's file of a directory, if one is given; ValueError names the first that is bad."""
+    if card_dir:
+        for suit in suits:
+            for rank in ranks:
+                card_picture(rank, suit, *CARD, card_dir)
+
+
 def draw_hand(hand, resolution, card_dir=""):
     """Four (rank, suit) cards in a row on felt, RGB, resolution x resolution; ValueError names a card's bad file."""
     scale = resolution / CANVAS

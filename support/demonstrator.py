@@ -1,63 +1,161 @@
-"""Replies that are not the expert's: failed tries for dialogues with errors, and an imperfect demonstrator.
+"""Replies that are not the expert's, and two settings that plant them or a random reward in a task.
 
-The second makes the starts of the tiny run (recipes/base.sh), as settings of an environment: `faults=leave_out:0.4,ten:0.15` has
-0.4 of a GeneralPoints demonstrator's replies leave a card out, and 0.15 count J, Q and K as ten whatever the rule says.
+The settings work for every task, and the paper has none of them. `envs.make_env` wraps the
+environment that has one:
+
+faults         errors of an imperfect demonstrator, from whom SFT then learns, each with its share of
+               the replies, such as leave_out:0.4,ten:0.15. The faults of each task are in FAULTS:
+               leave_out     GeneralPoints: the formula leaves a card out
+               ten           GeneralPoints: J, Q and K count as ten whatever the rule says
+               walk_past     V-IRL: the agent walks on where it should change its direction
+               other_word    V-IRL: the direction is named in the vocabulary of the other rule
+faulty_tries   how many tries at a position have faults (1: only the first)
+reward         "verdict" is the paper's; "random" is 1 or -1 whatever the reply says (a control)
+
+The starts of the tiny run are made with such faults (recipes/base.sh).
 """
 import re
 
+from support import settings
 from support.solver import solutions
 
 
-def parse_faults(text, allowed):
-    """"leave_out:0.4,ten:0.15" -> {"leave_out": 0.4, "ten": 0.15}; ValueError names what is not allowed."""
-    shares = {}
-    for word in filter(None, text.split(",")):
-        name, _, share = word.partition(":")
-        if name not in allowed or not re.fullmatch(r"0?\.\d+|1|1\.0", share):
-            raise ValueError(f"faults {text!r}: allowed are {', '.join(allowed)}, each with its share of the replies, such as "
-                             f"{allowed[0]}:0.4")
-        shares[name] = float(share)
-    if sum(shares.values()) > 1:
-        raise ValueError(f"faults {text!r}: the shares are more than 1 together")
-    return shares
-
+# ---- Failed tries, for dialogues with errors -----------------------------------------------------
 
 def flawed_formula(rng, numbers):
-    """A try at a formula of these numbers: another value (mostly), a foreign number, or a bracket too many."""
+    """A try at a formula of these numbers: it mostly makes another value.
+
+    Sometimes it has a foreign number instead, or a bracket too many.
+    """
     numbers = rng.sample(numbers, 4)
     fault = rng.choices(("value", "number", "form"), weights=(6, 2, 1))[0]
     if fault == "number":
         numbers[0] = rng.randint(1, 13)
     a, b, c, d = numbers
     o, p, q = rng.choices("+-*/", weights=(3, 3, 3, 1), k=3)
-    formula = rng.choice((f"{a}{o}{b}{p}{c}{q}{d}", f"({a}{o}{b}){p}{c}{q}{d}", f"{a}{o}({b}{p}{c}){q}{d}",
-                          f"({a}{o}{b}){p}({c}{q}{d})", f"({a}{o}{b}{p}{c}){q}{d}"))
+    formula = rng.choice((
+        f"{a}{o}{b}{p}{c}{q}{d}",
+        f"({a}{o}{b}){p}{c}{q}{d}",
+        f"{a}{o}({b}{p}{c}){q}{d}",
+        f"({a}{o}{b}){p}({c}{q}{d})",
+        f"({a}{o}{b}{p}{c}){q}{d}"))
     return f"({formula}" if fault == "form" else formula
 
+
+# ---- Faults of a demonstrator: each takes an environment and gives a reply -----------------------
 
 def without_last_step(formula):
     """The longer operand of a formula's last operation: "(10-4)*3+6" -> "(10-4)*3"."""
     depth, last = 0, None
     for at, sign in enumerate(formula):
-        depth += (sign == "(") - (sign == ")")
-        if depth == 0 and (sign in "+-" or sign in "*/" and (last is None or formula[last] in "*/")):
+        if sign == "(":
+            depth += 1
+        if sign == ")":
+            depth -= 1
+        # The last operation is outside all brackets: the last + or - there, else the last * or /.
+        if depth == 0 and sign in "+-":
             last = at
-    return max(formula[:last], formula[last + 1:], key=lambda part: len(re.findall("[0-9]+", part)))
+        if depth == 0 and sign in "*/" and (last is None or formula[last] in "*/"):
+            last = at
+    operands = formula[:last], formula[last + 1:]
+    return max(operands, key=lambda operand: len(re.findall("[0-9]+", operand)))
 
 
-def faulty_hand(env, fault):
-    """A GeneralPoints reply that leaves a card out ("leave_out") or counts J, Q, K as ten ("ten")."""
-    numbers = [10 if card in "JQK" else number for card, number in zip(env.cards, env.numbers)] if fault == "ten" else env.numbers
+def leave_out(env):
+    return env.format_reply(without_last_step(env.formula), env.numbers)
+
+
+def count_ten(env):
+    """The expert's reply where such numbers make no solution."""
+    numbers = list(env.numbers)
+    for place, card in enumerate(env.cards):
+        if card in "JQK":
+            numbers[place] = 10
     found = solutions(numbers, env.target)
-    if not found:
+    return env.format_reply(found[0], numbers) if found else env.expert_reply()
+
+
+def walk_past(env):
+    """The expert's reply anywhere but at an intersection on the way."""
+    if not env.position.intersection:
         return env.expert_reply()
-    return env.format_reply(found[0] if fault == "ten" else without_last_step(env.formula), numbers)
+    turns = sum(position.kind == "turn" for position in env.rail[:env.at + 1])
+    walking = env.sentences[2 * turns - 1]         # each direction has two sentences: turn, go on
+    return env.format_reply("forward()", sentence=walking)
 
 
-def faulty_step(env, fault):
-    """A V-IRL reply that walks past an intersection ("walk_past") or takes the other rule's word ("other_word")."""
-    here = env.position
-    if fault == "walk_past" and here.intersection:
-        turns = sum(position.kind == "turn" for position in env.rail[:env.at + 1])     # two sentences each
-        return env.format_reply("forward()", sentence=env.sentences[2 * turns - 1])
-    return env.format_reply(here.other_action if fault == "other_word" else here.action)
+def other_word(env):
+    """The expert's reply where the two rules do not differ."""
+    return env.format_reply(env.position.other_action or env.position.action)
+
+
+HAND_FAULTS = {"leave_out": leave_out, "ten": count_ten}
+ROUTE_FAULTS = {"walk_past": walk_past, "other_word": other_word}
+FAULTS = {"gp-l": HAND_FAULTS, "gp-vl": HAND_FAULTS, "virl-l": ROUTE_FAULTS, "virl-vl": ROUTE_FAULTS}
+
+
+def parse_faults(text, allowed):
+    """"leave_out:0.4,ten:0.15" -> {"leave_out": 0.4, "ten": 0.15}; ValueError names what is wrong."""
+    shares = {}
+    for word in filter(None, text.split(",")):
+        name, _, share = word.partition(":")
+        if not allowed:
+            raise ValueError(f"faults {text!r}: the task has none")
+        if name not in allowed or not re.fullmatch(r"0?\.\d+|1|1\.0", share):
+            raise ValueError(f"faults {text!r}: allowed are {', '.join(allowed)}, each with its "
+                             f"share of the replies, such as {next(iter(allowed))}:0.4")
+        shares[name] = float(share)
+    if sum(shares.values()) > 1:
+        raise ValueError(f"faults {text!r}: the shares are more than 1 together")
+    return shares
+
+
+# ---- The wrappers --------------------------------------------------------------------------------
+
+class Wrapper:
+    """Stands for an environment: what it does not define is the environment's, to read and to set."""
+
+    def __init__(self, env, **more):
+        self.__dict__.update(env=env, **more)
+
+    def __getattr__(self, name):           # Python asks only for what it does not find on the wrapper
+        if name.startswith("__"):          # asked for when a wrapper is copied, before it has `env`
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.env, name, value)
+
+
+class ImperfectDemonstrator(Wrapper):
+    """Has faults (name -> function) in `shares` (name -> share) of its first `faulty_tries` tries."""
+
+    def demonstrate(self):
+        draw = 1.0
+        if self.env.tries < self.faulty_tries:
+            draw = self.env.rng.random()
+        for name, share in self.shares.items():
+            if draw < share:
+                return self.faults[name](self.env)
+            draw -= share
+        return self.env.expert_reply()
+
+
+class RandomReward(Wrapper):
+    """Pays 1 or -1, drawn by the environment's generator after each step."""
+
+    def step(self, reply):
+        messages, _, terminated, truncated, info = self.env.step(reply)
+        reward = self.env.rng.choice((-1.0, 1.0))
+        return messages, reward, terminated, truncated, info
+
+
+def wrap(env, task, faults="", faulty_tries=1, reward="verdict"):
+    """The environment of a task, with what these settings plant in it; ValueError names a wrong one."""
+    settings.check_whole("faulty_tries", faulty_tries, 1)
+    settings.check_choice("reward", reward, ("verdict", "random"))
+    allowed = FAULTS.get(task, {})
+    shares = parse_faults(faults, allowed)
+    if shares:
+        env = ImperfectDemonstrator(env, faults=allowed, shares=shares, faulty_tries=faulty_tries)
+    return RandomReward(env) if reward == "random" else env

@@ -2,7 +2,6 @@
 import argparse
 import os
 import random
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -10,18 +9,24 @@ from pathlib import Path
 from support import settings, transcripts
 from support.chat import read_text
 
-HELP = """A reply may be the JSON object that the prompt asks for, or just the answer:
-    {example}
-help   this text       prompt   the whole prompt again       quit   leave (also Ctrl-D, Ctrl-C)"""
+HELP = """A reply is the JSON object that the prompt asks for, or just the answer{example}
+help   this text       prompt   the whole prompt again       quit   leave (or Ctrl-D, Ctrl-C)"""
+FORMAT = "\nReply with a JSON"             # how our prompts begin the part that says how to reply
 
 
 def has_picture(env):
-    """Whether this place can be drawn: of a task in words too, if a city's street views are there."""
-    return env.vision or getattr(env, "folder", None) is not None and (env.folder / "street_views").is_dir()
+    """Whether a position can be drawn: in a task in words, if it has a folder of street views."""
+    if env.vision:
+        return True
+    folder = getattr(env, "folder", None)
+    return folder is not None and (folder / "street_views").is_dir()
 
 
 def show(env, seed, folder):
-    """Print a prompt, the expert's reply and the verdict; with a folder write there what every position has."""
+    """Print a prompt, the expert's reply and the verdict.
+
+    With a folder, write there the prompt, reply and picture of every position of the episode.
+    """
     messages, _ = env.reset(seed=seed)
     if folder:
         Path(folder).mkdir(parents=True)
@@ -40,88 +45,109 @@ def show(env, seed, folder):
             return
 
 
-def ask(env, text, answer):
-    """The next reply that is to be judged; None to leave."""
+def ask(env, text):
+    """The next reply that is to be judged; None if the player leaves."""
     while True:
         try:
-            said = input("\n> ").strip()
+            typed = input("\n> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return None
-        if said.lower() in ("quit", "exit", "q"):
+        command = typed.lower()
+        if command in ("quit", "exit", "q"):
             return None
-        if said.lower() in ("help", "?", "h", ""):
-            print(HELP.format(example=answer))
-        elif said.lower() == "prompt":
+        if command in ("help", "?", "h", ""):
+            print(HELP.format(example=f":\n    {env.example}" if env.example else "."))
+        elif command == "prompt":
             print(text)
-        elif env.kinds == ("formula",) and "{" not in said and re.search(r"\b[AJQK]\b", said):
-            print("Write the number that a card counts as, not its letter. (No try is lost.)")
+        elif "{" in typed:
+            return typed
         else:
-            return said if "{" in said else env.format_reply(said.split("=")[0].strip())
+            try:
+                answer = env.read_answer(typed)
+            except ValueError as advice:
+                print(f"{advice} (No try is lost.)")
+                continue
+            return env.format_reply(answer)
 
 
 def play_episode(env, seed, pictures):
     """One episode, read from the keyboard; False if the player leaves."""
     messages, _ = env.reset(seed=seed)
     shown, reward_sum = "", 0.0
-    example = "(1+2)*8*1" if env.kinds == ("formula",) else "forward()"
     while not env.done:
         if env.tries == 0:
             text = read_text(messages[-1])
-            old = os.path.commonprefix([shown, text]).rpartition("\n")[0]      # whole lines that were shown before
-            print(text.removeprefix(old).split("\nReply with a JSON")[0] if shown else f"\n{text}")
+            if shown:                      # only what is new: whole lines that were not shown before
+                old = os.path.commonprefix([shown, text]).rpartition("\n")[0]
+                print(text.removeprefix(old).split(FORMAT)[0])
+            else:
+                print(f"\n{text}")
             shown = text
             if env.vision:
                 path = Path(pictures) / f"{seed}_{env.turn:02d}.png"
                 env.picture().save(path)
                 print(f"(the picture: {path})")
-        reply = ask(env, text, example)
+        reply = ask(env, text)
+        solution = env.expert_reply()
         if reply is None:
-            print(f"A right reply would have been: {env.expert_reply()}")
+            print(f"A right reply would have been: {solution}")
             return False
-        solution, message = env.expert_reply(), env.judge(reply).message
+        message = env.judge(reply).message
         messages, reward, _, truncated, info = env.step(reply)
         reward_sum += reward
-        left = "" if info["status"] == "correct" else f", tries left: {env.verify_iter - info['try']}"
+        left = ""
+        if info["status"] != "correct":
+            left = f", tries left: {env.verify_iter - info['try']}"
         print(f"{message}   [{info['status']}, reward {reward:+g}{left}]")
         if truncated:
             print(f"A right reply would have been: {solution}")
-    print(f"{'Solved' if info['success'] else 'Not solved'} after {info['turn']} replies, reward {reward_sum:+g} in all.")
+    ending = "Solved" if info["success"] else "Not solved"
+    replies = "1 reply" if info["turn"] == 1 else f"{info['turn']} replies"
+    print(f"{ending} after {replies}, total reward {reward_sum:+g}.")
     return True
 
 
 def play(env, seed=None):
     """Episodes until the player leaves; with a seed, that one only."""
-    fixed, pictures = seed is not None, tempfile.mkdtemp(prefix="envs_") if env.vision else ""
-    print('You are the model. Type the answer alone or the whole JSON object; "help", "prompt" and "quit" cost no try.')
+    once = seed is not None
+    pictures = tempfile.mkdtemp(prefix="envs_") if env.vision else ""
+    print("You are the model. Type the answer alone or the whole JSON object.\n"
+          '"help", "prompt" and "quit" cost no try.')
     while True:
-        seed = seed if fixed else random.SystemRandom().randrange(10 ** 6)
+        if not once:
+            seed = random.SystemRandom().randrange(10 ** 6)
         print(f"\n---- episode {seed} (--seed {seed} plays it again) ----")
-        if not play_episode(env, seed, pictures) or fixed:
+        if not play_episode(env, seed, pictures) or once:
             return
 
 
 def command_line(tasks, make_env, description):
     """`python envs.py`: play, look at or read."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", help=", ".join(tasks))
-    parser.add_argument("words", nargs="*", metavar="SPLIT KEY=VALUE", help="a split [id], and settings")
-    parser.add_argument("--seed", type=int, help="which episode; without: a new one each time")
+    parser.add_argument("words", nargs="*", metavar="SPLIT KEY=VALUE",
+                        help="a split [id], and settings")
+    parser.add_argument("--seed", type=int,
+                        help="which episode to play; without it, a new one each time")
     parser.add_argument("--show", nargs="?", const="-", metavar="DIR",
-                        help="print one prompt, expert reply and verdict; with DIR write there every prompt, expert "
-                             "reply and picture of the episode")
-    parser.add_argument("--read", metavar="RUN", help="the conversations that rl.py kept of a run")
+                        help="print one prompt, expert reply and verdict; with DIR, write there "
+                             "every prompt, expert reply and picture of the episode")
+    parser.add_argument("--read", metavar="RUN", help="print the conversations that rl.py kept")
     parser.add_argument("--html", metavar="FILE", help="with --read: write them as a page")
     args = parser.parse_intermixed_args()
     try:
         if args.html and not args.read:
             raise ValueError(f"--html {args.html}: needs --read RUN")
         if args.read:
-            return transcripts.read_run(args.read, args.html, make_env)
+            transcripts.read_run(args.read, args.html, make_env)
+            return
         if not args.task:
             raise ValueError(f"a task is required: {', '.join(tasks)}")
-        named = [word for word in args.words if "=" not in word] or ["id"]           # before or behind its settings
-        split, *more = settings.read_splits([*named, *(word for word in args.words if "=" in word)])
+        names = [word for word in args.words if "=" not in word] or ["id"]
+        given = [word for word in args.words if "=" in word]       # may stand before the split, too
+        split, *more = settings.read_splits([*names, *given])
         if more:
             raise ValueError(f"one split at a time, not {more[0].name} as well")
         env = make_env(args.task, split.name, **split.settings)

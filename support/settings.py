@@ -3,6 +3,7 @@
     id rule=11,11,11 target=36 rule_ood      two splits, the first with settings that are for it alone
     id:0.7 rule_ood:0.3                      two splits and their weights
 """
+import inspect
 import json
 import re
 from pathlib import Path
@@ -77,6 +78,57 @@ def check_whole(name, value, low, high=None):
         raise ValueError(f"{name} {value!r}: must be a whole number, {low} or more")
     if high is not None and value > high:
         raise ValueError(f"{name} {value}: must be at most {high}")
+
+
+def check_letters(name, value, allowed):
+    """ValueError unless a setting is a text of some of the allowed letters, each once."""
+    known = isinstance(value, str) and value and set(value) <= set(allowed)
+    if not known or len(set(value)) < len(value):
+        raise ValueError(f"{name} {value!r}: allowed are letters of {allowed}, each once")
+
+
+def read_rule(rule, named):
+    """What J, Q and K are worth under a rule: a tuple of three, or None for "random".
+
+    `named` holds the rules that have names: {"face_cards_as_10": (10, 10, 10), ...}.
+    """
+    if rule == "random":
+        return None
+    if rule in named:
+        return named[rule]
+    values = rule.split(",") if isinstance(rule, str) else []
+    if len(values) == 3 and all(re.fullmatch("[1-9][0-9]?", value.strip()) for value in values):
+        return tuple(int(value) for value in values)
+    raise ValueError(f"rule {rule!r}: allowed are {', '.join(named)}, random, or three numbers "
+                     "from 1 to 99 for J,Q,K such as 3,12,7")
+
+
+def defaults_of(*makers):
+    """{name: default} of all arguments that have one; where two makers share a name, the last counts."""
+    found = {}
+    for maker in makers:
+        for name, parameter in inspect.signature(maker).parameters.items():
+            if parameter.default is not parameter.empty:
+                found[name] = parameter.default
+    return found
+
+
+def check_known(task, given, allowed, picture_settings):
+    """ValueError if a task lacks a setting; `picture_settings` are those that it lacks as a task in words."""
+    for name, value in given.items():
+        if name not in allowed:
+            raise ValueError(f"{name} {value!r}: {task} has no such setting; "
+                             f"it has {', '.join(allowed)}")
+        if name in picture_settings:
+            raise ValueError(f"{name} {value!r}: {task} has no pictures")
+
+
+def check_open(split, of_split, common, own):
+    """ValueError if settings for all splits change what a split says, and `own` does not settle it."""
+    for name, value in common.items():
+        if name in of_split and name not in own:
+            raise ValueError(f"{name} {value!r}: split {split} has a {name} of its own "
+                             f"({of_split[name]}); to change it, write {split} {name}={value}")
 
 
 def load_templates(path, templates, more_values, rule=""):

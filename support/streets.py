@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,7 @@ REACH = 20.0                                 # metres: a point is moved to the n
 SPACING = 8.0                                # metres: a place between two points keeps this distance from both
 SHORT_LEG = 5.0                              # metres: a leg that is no longer has no places between
 POINTS_PER_LEG = 5                           # a leg is cut in so many parts
+FOLDERS = {"train": ("train", "nyc_1k_routes"), "unseen": ("unseen",), "mini": ("mini", "VLN_mini")}
 FACTORIES = "str int float list dict set tuple unicode long".split()    # of a defaultdict; the last two as Python 2 had
 
 
@@ -146,15 +148,20 @@ class Route:
 
 @dataclass(frozen=True)
 class Position:
-    """One place on the rail: what the expert sees there, does there, and which instruction is current."""
-    kind: str            # "turn", "forward" or "stop"
-    action: str
-    other_action: str    # by the other rule
+    """One place on the rail: what is seen there, what the expert does, which instruction is current."""
+    kind: str                    # "turn", "forward" or "stop"
+    action: str                  # the expert's, by the rule in force
     pano: str
-    heading: int
-    landmark: str        # "Aldo Cafe is on your left", or ""
-    intersection: bool
-    sentence: str
+    heading: int                 # degrees: where the agent looks
+    sentence: str                # the current instruction
+    landmark: str = ""           # "Aldo Cafe is on your left", or "" if there is none
+    intersection: bool = False
+    other_action: str = ""       # the action by the other rule, where it is another
+
+    @property
+    def landmark_name(self):
+        """The name alone: "The destination Aldo Cafe is on your left" -> "Aldo Cafe"."""
+        return self.landmark.removeprefix("The destination ").split(" is on your ")[0]
 
 
 # A field, or the end of a block. A value ends at a quote that ends its line or the block, so that one with a brace or a
@@ -228,6 +235,16 @@ def read_route(record, panoramas, where):
         between.append(tuple(fitting))
         previous = place
     return Route(int(init_heading), *map(tuple, zip(*legs)), tuple(panos), tuple(between[1:]))
+
+
+def find_folder(root, data):
+    """The folder of a data set; ValueError if `root` has none."""
+    names = FOLDERS[data]
+    for name in names if root else ():
+        if Path(root, name).is_dir():
+            return Path(root, name)
+    raise ValueError(f"root {str(root)!r}: V-IRL needs a folder that holds {' or '.join(names)}; "
+                     "data/synthetic_city.py makes one")
 
 
 @lru_cache(maxsize=8)

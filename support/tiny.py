@@ -51,14 +51,35 @@ class Config:
     seed: int = running.knob(0, "fixes the weights", low=0)
 
 
+def hand_atoms(env):
+    """Ranks, values and signs of GeneralPoints."""
+    values = [*range(1, 14), *(env.rule_jqk or ()), env.target]
+    return list(dict.fromkeys([*envs.RANKS, *map(str, values), *"+-*/()="]))
+
+
+def route_atoms(env):
+    """Directions and actions of V-IRL, and what may border on a name there."""
+    return [*envs.COMPASS, *envs.RELATIVE, "front", "behind", "turn_direction(", "forward()",
+            "stop()", "\n", ", where ", "The destination ", " is on your ", "; ",
+            '{"current observation": "', '", "current instruction": "']
+
+
+ATOMS = {"gp-l": hand_atoms, "gp-vl": hand_atoms, "virl-l": route_atoms, "virl-vl": route_atoms}
+
+
+def atoms_of(task, env):
+    """The strings that a small tokenizer should keep whole; none for a task that is not in ATOMS."""
+    return ATOMS[task](env) if task in ATOMS else []
+
+
 def sample_texts(task, num=200, **settings):
-    """Prompts, replies and verdicts of the splits of a task in words, for training a small tokenizer."""
-    for split, own in envs.TASKS[task].splits.items():
-        if own.get("data", "train") != "train":                    # the other data sets may not be there
+    """Prompts, replies and verdicts of all splits of a task in words, to train a tokenizer on."""
+    for split, chosen in envs.TASKS[task].splits.items():
+        if chosen.get("data", "train") != "train":     # the other data sets may not be there
             continue
         env = envs.make_env(task, split, **settings | {"verify_iter": 2})
-        env.picture = lambda: None                                 # only words are needed, and drawing takes time
-        yield " ".join(env.atoms() * 2)
+        env.picture = lambda: None                     # only words are needed; drawing takes time
+        yield " ".join(atoms_of(task, env) * 2)
         for i in range(num):
             env.reset(seed=f"texts/{i}")
             messages = env.skip_ahead(env.rng, balance=False)
@@ -80,11 +101,14 @@ def train_tokenizer(texts, atoms, vocab_size=4096):
 
     words = sorted({re.escape(a) for a in atoms if a.isalnum()}, key=longest_first)
     marks = sorted({re.escape(a) for a in atoms if not a.isalnum()}, key=longest_first)
-    pattern = "|".join([rf"\b(?:{'|'.join(words)})\b"] * bool(words) + marks)
+    patterns = [rf"\b(?:{'|'.join(words)})\b", *marks] if words else marks
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if patterns:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex("|".join(patterns)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    else:                                              # parts that are words, as GPT-2 has them
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   min_frequency=2, show_progress=False)
@@ -158,7 +182,8 @@ def main(config):
         env = envs.make_env(config.task, **settings)
         torch.manual_seed(config.seed)
         family = config.family or ("mllama" if env.vision else "llama")
-        backbone, processor = make_tiny(config.size, family, sample_texts(config.task, **settings), env.atoms())
+        backbone, processor = make_tiny(config.size, family, sample_texts(config.task, **settings),
+                                        atoms_of(config.task, env))
     transformers_logging.disable_progress_bar()
     backbone.save_pretrained(config.out)
     processor.save_pretrained(config.out)

@@ -149,7 +149,7 @@ def expect_close(what, ours, baseline):
 
 def make_tokenizer():
     return tiny.train_tokenizer(tiny.sample_texts("gp-l", num=20),
-                                envs.make_env("gp-l", "id").atoms())
+                                tiny.atoms_of("gp-l", envs.make_env("gp-l")))
 
 
 def make_policy(args, vocab_size, layers, dtype="float32", **shape):
@@ -434,7 +434,7 @@ def make_vision_policy(args, vocab_size, dtype="float32", text=(), vision=()):
     """
     texts = tiny.sample_texts("gp-vl", num=20, resolution=224)
     backbone, processor = tiny.make_tiny("256x4", "mllama", texts,
-                                         envs.make_env("gp-vl", "id").atoms())
+                                         tiny.atoms_of("gp-vl", envs.make_env("gp-vl")))
     config = backbone.config
     for part, changed in ((config.text_config, {"vocab_size": vocab_size, **dict(text)}),
                           (config.vision_config,

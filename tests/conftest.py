@@ -55,7 +55,7 @@ def write_tiny(path):
     task, settings = ("gp-vl", {"resolution": 48}) if family != "llama" else ("gp-l", {})
     torch.manual_seed(0)
     backbone, processor = tiny.make_tiny(size, family, tiny.sample_texts(task, 30, **settings),
-                                         envs.make_env(task).atoms())
+                                         tiny.atoms_of(task, envs.make_env(task)))
     backbone.save_pretrained(path)
     processor.save_pretrained(path)
 

@@ -4,9 +4,11 @@ import copy
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from fractions import Fraction
@@ -21,7 +23,7 @@ from envs import GP_SPLITS, MORE_VALUES, PROMPTS, RANKS, RULES, GeneralPoints, h
 from support import cards, demonstrator
 from support.settings import load_templates
 from support.solver import solutions
-from verify import FEEDBACK, LAST_TRY_PENALTY
+from verify import FEEDBACK, LAST_TRY_PENALTY, Verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 WRONG = '{"formula": "1"}'    # legal, but never the four cards: wrong_numbers
@@ -391,19 +393,6 @@ def test_info_tells_whether_cards_and_numbers_were_read_right():
     assert (info["cards_read"], info["numbers_right"]) == (True, False)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"rule": "face_cards_as_11_12_13"}, {"rule": "random"}, {"rule": "20,30,40"},
-                                   {"target": 36}])
-def test_atoms_hold_every_rank_value_and_sign_of_prompts_and_replies(knobs):
-    env = make_env("gp-l", "id", **knobs)
-    atoms = env.atoms()
-    assert all(isinstance(atom, str) and atom for atom in atoms)
-    for seed in range(100):
-        env.reset(seed=seed)
-        reply = json.loads(env.expert_reply())
-        written = reply["cards"] + list(map(str, reply["number"])) + re.findall(r"\d+|\D", reply["formula"])
-        assert set(written) <= set(atoms)
-
-
 def test_a_step_tells_where_in_the_reply_the_answer_begins():
     env = make_env("gp-l", "id")
     env.reset(seed=0)
@@ -539,16 +528,51 @@ def test_a_text_that_no_setting_can_be_is_an_error_that_names_it(knob, value, to
 
 
 MEMBERS = ("kinds", "retry_prompt", "lay_out", "prompt", "picture", "judge", "format_reply", "expert_reply",
-           "flawed_reply", "atoms")
+           "flawed_reply")
 
 
 @pytest.mark.parametrize("missing", MEMBERS)
 def test_an_environment_that_lacks_a_member_cannot_be_made(missing):
     members = {name: getattr(GeneralPoints, name) for name in MEMBERS}
     assert type("Whole", (envs.Environment,), members)(False, 5, "informative", "").verify_iter == 5
+    assert set(MEMBERS) == set(envs.Environment.REQUIRED)
     del members[missing]
     with pytest.raises(TypeError, match=rf"Torn.*\b{missing}\b"):
         type("Torn", (envs.Environment,), members)(False, 5, "informative", "")
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """The task that the example in Environment's docstring adds, word for word."""
+    code = re.search(r"( {8}class Echo.*?)\n\n", envs.Environment.__doc__, re.S)[1]
+    monkeypatch.setattr(envs, "TASKS", dict(envs.TASKS))
+    names = {**vars(envs), "Verdict": Verdict}
+    exec(textwrap.dedent(code), names)
+    return names["Echo"]
+
+
+def test_the_example_of_an_environment_is_a_task(echo):
+    env = make_env("echo", verify_iter=2)
+    assert isinstance(env, echo) and len(env.REQUIRED) == len(MEMBERS)
+    messages, _ = env.reset(seed=0)
+    assert re.fullmatch(r"Say [1-9]\.", messages[0]["content"])
+    messages, reward, terminated, truncated, info = env.step(env.flawed_reply())
+    assert messages[-1]["content"] == "No. Try another action in the same format."
+    assert (reward, terminated, truncated, info["kind"]) == (-1.0, False, False, "number")
+    messages, reward, terminated, _, info = env.step(env.expert_reply())
+    assert (messages[-1]["content"], reward, terminated, info["success"]) == ("Yes.", 1.0, True, True)
+    with pytest.raises(ValueError, match="Echo has no picture"):
+        env.picture()
+
+
+def test_the_planted_settings_work_for_a_task_of_ones_own_but_it_has_no_faults(echo):
+    env = make_env("echo", reward="random")
+    env.reset(seed=0)
+    assert {env.step(env.flawed_reply())[1] for _ in range(5)} <= {1.0, -1.0}
+    assert list(env.settings) == ["vision", "verify_iter", "feedback", "prompt_file", "faults",
+                                  "faulty_tries", "reward"]
+    with pytest.raises(ValueError, match="faults 'ten:0.5': the task has none"):
+        make_env("echo", faults="ten:0.5")
 
 
 def test_every_split_can_be_made_and_overrides_win_over_the_split():
@@ -737,6 +761,25 @@ def test_the_demonstrators_faults_are_in_as_many_tries_as_said(faulty_tries, fau
         seen.append(env.demonstrate() != env.expert_reply())
         env.step(env.flawed_reply())
     assert seen == faulty
+
+
+def test_through_a_wrapper_the_environment_is_read_and_set():
+    env = make_env("gp-l", "id", faults="leave_out:1", reward="random", verify_iter=2)
+    env.reset(seed=0)
+    assert isinstance(env, demonstrator.RandomReward) and env.kinds == ("formula",)
+    assert not env.vision and not env.done and env.verify_iter == 2 and env.tries == 0
+    assert env.settings["faults"] == "leave_out:1" and env.settings["reward"] == "random"
+    env.deal = lambda: ([("8", "S"), ("3", "S"), ("8", "H"), ("3", "H")], [8, 3, 8, 3])
+    env.rng = random.Random(7)
+    env.reset()
+    assert json.loads(env.expert_reply())["formula"] == "8/(3-8/3)=24"
+    assert json.loads(env.demonstrate())["formula"] == "(3-8/3)=24"
+    assert env.step(env.demonstrate())[1] in (1.0, -1.0) and env.tries == 1
+    assert env.demonstrate() == env.expert_reply()             # faulty_tries is 1
+    with pytest.raises(AttributeError, match="nothing"):
+        env.nothing
+    again = copy.deepcopy(env)
+    assert again.step(again.expert_reply())[2:4] == (True, False) and not env.done
 
 
 @pytest.mark.parametrize("formula, rest", [("(10-4)*3+6", "(10-4)*3"), ("3*8*(2-1)", "3*8"), ("8/(3-8/3)", "(3-8/3)"), ("1+2-3", "1+2")])

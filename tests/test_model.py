@@ -23,7 +23,7 @@ import support.decoder
 from conftest import tiny_folder
 from support import running
 from support.decoder import CacheDecoder, LlamaDecoder
-from support.tiny import train_tokenizer
+from support.tiny import atoms_of, train_tokenizer
 
 
 def some_prompts(processor, num=6):
@@ -50,7 +50,7 @@ def test_any_text_comes_back_from_the_tokenizer(tiny):
 def test_every_atom_is_one_token_and_wording_between_atoms_is_cheap(tiny):
     _, processor = tiny
     env = envs.make_env("gp-l", "rule_ood")
-    for atom in env.atoms():
+    for atom in atoms_of("gp-l", env):
         assert len(processor(atom, add_special_tokens=False).input_ids) == 1, atom
     messages, _ = env.reset(0)
     assert len(model.encode(processor, messages)) < 45

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from envs import make_env
+from envs import Environment, make_env
 from support import play
+from verify import Verdict
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_a_person_can_play_with_json_or_bare_formulas_and_stop_at_any_time(playe
     for shown in (done.stdout, *(played(make_env("gp-l"), "1+1", "what?", answer, "never read")
                                  for answer in (json.dumps(reply), reply["formula"], reply["formula"].removesuffix("=24")))):
         assert verdicts(shown) == [("wrong_numbers", "-2", "4"), ("illegal_formula", "-3", "3"), ("correct", "+5", "")]
-        assert shown.endswith("Solved after 3 replies, reward +0 in all.\n") and "A right reply" not in shown
+        assert shown.endswith("Solved after 3 replies, total reward +0.\n") and "A right reply" not in shown
     left = envs_py("gp-l", "--seed", "3", stdin="1\n")
     assert (left.returncode, left.stderr) == (0, "") and left.stdout.count("wrong_numbers") == 1
 
@@ -65,13 +66,13 @@ def test_the_tries_that_are_left_are_counted_down_and_a_solution_is_shown_after_
     right = solution(env)
     lost = played(env, *["1"] * 9)
     assert verdicts(lost) == [("wrong_numbers", "-2", str(left)) for left in (4, 3, 2, 1)] + [("wrong_numbers", "-3", "0")]
-    assert lost.endswith(f"tries left: 0]\nA right reply would have been: {right}\nNot solved after 5 replies, reward -11 in all.\n")
+    assert lost.endswith(f"tries left: 0]\nA right reply would have been: {right}\nNot solved after 5 replies, total reward -11.\n")
     assert lost.count("A right reply") == 1
 
 
 def test_help_and_prompt_cost_no_try(played):
     shown = played(make_env("gp-l"), "help", "?", "", "prompt", "PROMPT", "1")
-    assert shown.count("A reply may be the JSON object") == 3 and shown.count("Make 24 from four cards.") == 3
+    assert shown.count("A reply is the JSON object") == 3 and shown.count("Make 24 from four cards.") == 3
     assert verdicts(shown) == [("wrong_numbers", "-2", "4")]
 
 
@@ -89,7 +90,7 @@ def test_a_seed_is_one_episode_and_without_one_there_is_always_another(played):
     env = make_env("gp-l", verify_iter=1)
     assert "---- episode 3 (--seed 3 plays it again) ----" in played(env, "1", "1") and env.turn == 1
     shown = played(env, "1", "1", "quit", seed=None)
-    assert shown.count("---- episode") == 3 and shown.count("Not solved after 1 replies") == 2
+    assert shown.count("---- episode") == 3 and shown.count("Not solved after 1 reply, total reward -3.") == 2
     numbers = re.findall(r"---- episode (\d+) \(--seed \1 plays", shown)
     assert len(set(numbers)) == 3
 
@@ -133,3 +134,60 @@ def test_a_card_s_letter_in_a_formula_costs_no_try_and_a_split_may_stand_behind_
     assert "not its letter" in told and told.count("tries left: 4") == 1
     one, other = (envs_py("gp-l", *words, "--show").stdout for words in (("rule_ood", "target=10"), ("target=10", "rule_ood")))
     assert one == other and "K counts as 13" in one and "Make 10" in one
+
+
+class Parity(Environment):
+    """Say whether each of two numbers is even: a third game, with two positions in an episode."""
+    kinds = ("first", "second")
+    retry_prompt = "nav_retry"
+
+    def lay_out(self, episode):
+        self.numbers = [self.rng.randint(1, 99), self.rng.randint(1, 99)]
+        self.at = 0
+
+    at_end = property(lambda self: self.at == 1)
+
+    def move_on(self):
+        self.at += 1
+        self.begin_dialogue()
+
+    def prompt(self):
+        return f"Is this number even?\n{self.numbers[self.at]}"
+
+    def picture(self):
+        raise ValueError("there is none")
+
+    def judge(self, reply):
+        right = reply == self.expert_reply()
+        return Verdict("correct", 1.0, "Yes.") if right else Verdict("wrong", -1.0, "No.")
+
+    def format_reply(self, answer):
+        return json.dumps({"answer": answer})
+
+    def expert_reply(self):
+        return self.format_reply("odd" if self.numbers[self.at] % 2 else "even")
+
+    def flawed_reply(self):
+        return self.format_reply("maybe")
+
+
+def test_a_third_game_is_played_in_its_words(played, tmp_path):
+    env = Parity(verify_iter=3)
+    env.reset(3)
+    right = ["odd" if number % 2 else "even" for number in env.numbers]
+    shown = played(env, "help", "A", *right)                   # no card: a letter is an answer
+    told = shown.split("> help\n")[1].splitlines()
+    assert told[0] == "A reply is the JSON object that the prompt asks for, or just the answer."
+    assert not re.search("forward|card|letter", shown)
+    assert verdicts(shown) == [("wrong", "-1", "2"), ("correct", "+1", ""), ("correct", "+1", "")]
+    assert shown.endswith(f"\n{env.numbers[1]}\n\n> {right[1]}\nYes.   [correct, reward +1]\n"
+                          "Solved after 3 replies, total reward +1.\n")
+    env.example = "even"
+    assert "or just the answer:\n    even\n" in played(env, "help")
+    play.show(env, 3, str(tmp_path / "shown"))
+    assert sorted(path.name for path in (tmp_path / "shown").iterdir()) == ["00.txt", "01.txt"]
+
+
+def test_help_shows_an_answer_of_the_game_that_is_played(played, city):
+    assert "    (1+2)*8*1\n" in played(make_env("gp-l"), "help")
+    assert "    forward()\n" in played(make_env("virl-l", root=city), "help")

@@ -282,9 +282,6 @@ class Echo(envs.Environment):
     def flawed_reply(self):
         return self.format_reply(-1)
 
-    def atoms(self):
-        return [*"0123456789"]
-
 
 def test_a_class_and_a_row_make_a_task_for_all_scripts(tmp_path, device, monkeypatch, capsys):
     splits = {"id": {}, "far": {"most": 99}}

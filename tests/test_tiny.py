@@ -1,4 +1,5 @@
 """support/tiny.py: a model folder out of nothing."""
+import json
 import re
 
 import pytest
@@ -19,6 +20,19 @@ def test_sample_texts_show_prompts_replies_and_verdicts_of_every_split():
 def test_texts_of_v_irl_are_of_the_training_routes_by_both_rules(city):
     everything = "\n".join(tiny.sample_texts("virl-l", 30, root=str(city)))
     assert re.search(r'"turn_direction\((slightly )?(left|right)\)"', everything) and re.search(r'"turn_direction\(north', everything)
+
+
+@pytest.mark.parametrize("knobs", [
+    {}, {"rule": "face_cards_as_11_12_13"}, {"rule": "random"}, {"rule": "20,30,40"}, {"target": 36}])
+def test_atoms_hold_every_rank_value_and_sign_of_prompts_and_replies(knobs):
+    env = envs.make_env("gp-l", "id", **knobs)
+    atoms = tiny.atoms_of("gp-l", env)
+    assert all(isinstance(atom, str) and atom for atom in atoms)
+    for seed in range(100):
+        env.reset(seed=seed)
+        reply = json.loads(env.expert_reply())
+        written = reply["cards"] + list(map(str, reply["number"])) + re.findall(r"\d+|\D", reply["formula"])
+        assert set(written) <= set(atoms)
 
 
 def write(folder, **knobs):
@@ -83,3 +97,10 @@ def test_a_folder_that_is_there_is_left_as_it_is(tmp_path, capsys):
         write(tmp_path / "mine")
     assert "must name a new folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_without_atoms_words_and_numbers_are_the_parts_of_a_text():
+    processor = tiny.train_tokenizer(["Say 17 twice.", "Say 42 twice."] * 10, [])
+    ids = processor("Say 42 twice.", add_special_tokens=False).input_ids
+    assert [processor.decode([i]) for i in ids] == ["Say", " 42", " twice", "."]
+    assert tiny.atoms_of("echo", None) == []
