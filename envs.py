@@ -51,7 +51,6 @@ import json
 import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from zlib import crc32
 
 from support import cards, demonstrator, play, prompts, settings, streets
@@ -81,8 +80,8 @@ class Environment:
 
     kinds                   the kinds of its positions; metrics are reported for each apart
     retry_prompt            which of PROMPTS stands around a verdict that asks for another try
-    lay_out(episode)        draws an episode from `self.rng` and stands at its first position;
-                            the argument is a number, for data that are played in order
+    lay_out(episode)        draws an episode from `self.rng`, and its positions (`rail`) if there
+                            are several; `episode` is a number, for data played in order
     prompt()                what the model is told at the present position
     picture()               what it is shown there if `vision` (PIL); ValueError if it has none
     judge(reply)            the `verify.Verdict` on a reply there; no state changes
@@ -90,7 +89,7 @@ class Environment:
     expert_reply()          a correct reply, as valid JSON
     flawed_reply()          one in the right format that is not correct (appendix D, Fig. 15)
 
-    An example that runs (`Verdict` is verify.py's):
+    An example (`Verdict` is verify.py's):
 
         class Echo(Environment):
             kinds = ("number",)
@@ -112,7 +111,8 @@ class Environment:
                 "expert_reply", "flawed_reply")
     rule_name = ""       # the key by which a prompt file may have several texts
     example = ""         # an answer as a player may type it
-    at_end = True        # whether the present position is the last
+    rail = (None,)       # the positions of an episode; where there are several, each has a `kind`
+    at = 0               # the index of the present one
 
     def __init_subclass__(cls):
         for name in cls.REQUIRED:
@@ -130,17 +130,10 @@ class Environment:
         self.rng = random.Random("0")
         self.done = True
 
-    # What an environment may change. One with a single position in an episode needs none of it.
-
-    def move_on(self):
-        """Go to the next position and `begin_dialogue` there."""
-
-    def skip_ahead(self, rng, balance):
-        """Go to a position that `rng` draws (with `balance` its kind first); the messages there."""
-        return self.messages
+    # What an environment may change.
 
     def details(self, verdict):
-        """What `info` says beside the common keys, or in place of them."""
+        """What `info` of a step says beside the common keys."""
         return {}
 
     def demonstrate(self):
@@ -158,10 +151,15 @@ class Environment:
         if seed is not None:
             self.rng = random.Random(str(seed))    # a text, because -1 as a number seeds like 1
         self.lay_out(episode)
+        self.at = 0
         self.turn = 0
         self.done = False
         self.begin_dialogue()
         return self.messages, {"status": "", "success": False, "turn": 0, "new_dialogue": True}
+
+    @property
+    def position(self):
+        return self.rail[self.at]
 
     def begin_dialogue(self):
         """Begin a dialogue at the present position, with its prompt and picture."""
@@ -181,17 +179,18 @@ class Environment:
         self.turn += 1
         self.tries += 1
         correct = verdict.status == "correct"
-        terminated = correct and self.at_end
+        terminated = correct and self.at == len(self.rail) - 1
         # differs 3: the last reply that is judged pays the limit; theirs asks for one more reply,
         # which nobody reads, and charges that
         truncated = not correct and self.tries == self.verify_iter
         self.done = terminated or truncated
-        info = {"status": verdict.status, "success": terminated, "turn": self.turn,
-                "kind": self.kinds[0], "try": self.tries,
-                "new_dialogue": correct and not terminated, "answer_at": verdict.answer_at,
-                **self.details(verdict)}
+        kind = self.position.kind if len(self.rail) > 1 else self.kinds[0]
+        info = {"status": verdict.status, "success": terminated, "turn": self.turn, "kind": kind,
+                "try": self.tries, "new_dialogue": correct and not terminated,
+                "answer_at": verdict.answer_at, **self.details(verdict)}
         if info["new_dialogue"]:
-            self.move_on()
+            self.at += 1
+            self.begin_dialogue()
         else:
             told = verdict.message
             if not self.done:
@@ -200,6 +199,16 @@ class Environment:
                              {"role": "user", "content": told}]
         reward = verdict.reward + (LAST_TRY_PENALTY if truncated else 0.0)
         return self.messages, reward, terminated, truncated, info
+
+    def skip_ahead(self, rng, balance):
+        """Go to a position that `rng` draws (with `balance` its kind first): the messages there."""
+        if len(self.rail) > 1:
+            wanted = sorted({position.kind for position in self.rail})
+            if balance:
+                wanted = [rng.choice(wanted)]
+            self.at = rng.choice([at for at, there in enumerate(self.rail) if there.kind in wanted])
+            self.begin_dialogue()
+        return self.messages
 
 
 # ---- GeneralPoints -------------------------------------------------------------------------------
@@ -217,17 +226,15 @@ def held_out(numbers):
 class GeneralPoints(Environment):
     """Make the target from four cards.
 
-    rule          "face_cards_as_10", "face_cards_as_11_12_13", "random", or the values of J,Q,K
-                  such as "3,12,7"
+    rule          a name in RULES, "random", or the values of J,Q,K such as "3,12,7"
     target        what the formula must make
     face_card     at least one card is J, Q or K (the paper's OOD sampling)
     suits         the suits of the deck, a subset of "SHDC"
-    fold          which multisets of values are dealt: "all", the held-out tenth ("test") or
-                  the others ("train")
+    fold          multisets of values to deal: "all", the held-out tenth ("test"), or "train"
     solution      the expert's formula: "fixed" (the shortest) or "random" (any of them, seeded)
     resolution    pixels of the picture's side (1200 in the paper)
     card_dir      a folder with the official card pictures; "" draws ours
-    vision        whether cards come as a picture, where misreading them costs extra; the task's
+    vision        whether cards come as a picture, where misreading them costs extra (by the task)
     verify_iter   judged replies per episode (5 in the paper)
     feedback      "informative" names the fault, "plain" only says that the try failed
     prompt_file   a JSON object of texts that replace those of PROMPTS
@@ -357,8 +364,7 @@ def relative_word(angle, wrapped=True):
 class Navigation(Environment):
     """Walk a route on rails: only the expert's action moves the agent (Section 4.2, appendix B).
 
-    A new dialogue begins at every position. Its prompt tells what was seen and done before, and
-    leaves failed tries out.
+    The dialogue at a position tells what was seen and done before, but no failed tries.
 
     root          a folder with the data sets, under the names in streets.FOLDERS
     data          the data set: "train", "unseen" or "mini"
@@ -397,10 +403,9 @@ class Navigation(Environment):
         self.actions = ["forward()", *turns, "stop()"]
 
     def lay_out(self, episode):
-        """Draw a route and its rail.
+        """Draw a route and lay its rail.
 
-        The draws come in the order of the official code, though not from its seeds: the route,
-        the heading, then one for each place of each leg.
+        The draws come in the official order: route, heading, then one for each place of each leg.
         """
         self.number = episode % len(self.routes) if self.in_order else None
         route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
@@ -409,13 +414,9 @@ class Navigation(Environment):
         words = [relative_word(new - old, self.wrapped) for old, new in zip(before, route.headings)]
         self.sentences = self.instruct(route, words)
         self.rail = list(self.lay_rail(route, heading, words))
-        self.at = 0
 
     def instruct(self, route, words):
-        """Two sentences for each leg of a route: change direction, then go on.
-
-        The first names the direction in both vocabularies; `words` are the relative ones.
-        """
+        """Two sentences for each leg: face a direction, named in both vocabularies, and go on."""
         sentences = []
         last = len(words) - 1
         for leg, landmark in enumerate(route.landmarks):
@@ -434,9 +435,7 @@ class Navigation(Environment):
         that is not left out; every point has a "turn", and the last has the "stop".
         """
         for i, pano in enumerate(route.panos):
-            landmark = ""
             if i > 0:
-                landmark = route.landmarks[i - 1]
                 heading = route.headings[i - 1]        # of arrival: one changes it on leaving
                 # differs 20: a sentence belongs to its leg; theirs counts on, and a leg without
                 # places shifts the later ones
@@ -445,36 +444,17 @@ class Navigation(Environment):
                     if kept and place is not None:
                         yield streets.Position(kind="forward", action="forward()", pano=place,
                                                heading=heading, sentence=self.sentences[2 * i - 1])
+            landmark = route.landmarks[i - 1] if i > 0 else ""
             here = dict(pano=pano, heading=heading, landmark=landmark)
             if i == len(words):
                 yield streets.Position(kind="stop", action="stop()", sentence=self.sentences[-1],
                                        **here)
-                return
-            actions = [f"turn_direction({word})" for word in (route.directions[i], words[i])]
-            if self.action_space == "relative":
-                actions.reverse()
-            yield streets.Position(kind="turn", action=actions[0], other_action=actions[1],
-                                   intersection=i > 0, sentence=self.sentences[2 * i], **here)
-
-    @property
-    def position(self):
-        return self.rail[self.at]
-
-    @property
-    def at_end(self):
-        return self.at == len(self.rail) - 1
-
-    def move_on(self):
-        self.at += 1
-        self.begin_dialogue()
-
-    def skip_ahead(self, rng, balance):
-        wanted = sorted({position.kind for position in self.rail})
-        if balance:
-            wanted = [rng.choice(wanted)]
-        self.at = rng.choice([at for at, there in enumerate(self.rail) if there.kind in wanted])
-        self.begin_dialogue()
-        return self.messages
+            else:
+                actions = [f"turn_direction({word})" for word in (route.directions[i], words[i])]
+                if self.action_space == "relative":
+                    actions.reverse()
+                yield streets.Position(kind="turn", action=actions[0], other_action=actions[1],
+                                       intersection=i > 0, sentence=self.sentences[2 * i], **here)
 
     def picture(self):
         """The four views from here as one picture."""
@@ -515,10 +495,10 @@ class Navigation(Environment):
                                 self.feedback, self.phrases)
 
     def details(self, verdict):
-        return {"kind": self.position.kind, "route": self.number, "position": self.at}
+        return {"route": self.number, "position": self.at}
 
     def format_reply(self, answer, position=None, sentence=None):
-        """`position`: where the observation is from; `sentence`: the instruction; if not of here."""
+        """`position`: where the observation is from; `sentence`: the instruction; if not here."""
         observation = self.observation(position or self.position)
         return fill(self.prompts["nav_reply"], observation=within_quotes(observation),
                     instruction=within_quotes(sentence or self.position.sentence),
@@ -562,8 +542,7 @@ NAVIGATION_SPLITS = {
     "rule_ood": dict(data="train", action_space="relative"),
     "unseen": dict(data="unseen"),
 }
-NAVIGATION_PICTURE_SPLITS = {
-    **NAVIGATION_SPLITS, "visual_ood": dict(data="mini", in_order=True)}
+NAVIGATION_PICTURE_SPLITS = NAVIGATION_SPLITS | {"visual_ood": dict(data="mini", in_order=True)}
 PICTURE_SETTINGS = ("resolution", "card_dir", "view_headings")
 GP_PICTURE_METRICS = ("solved_and_read", "recognition", "success", "rank_accuracy")
 NAVIGATION_METRICS = ("paper_step_accuracy", "step_accuracy_turn", "step_accuracy", "success")
@@ -593,7 +572,8 @@ def make_env(task, split="id", common=(), /, **own):
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: allowed are {', '.join(TASKS)}")
-    row, common = TASKS[task], dict(common)
+    row = TASKS[task]
+    common = dict(common)
     if split not in row.splits:
         raise ValueError(f"split {split!r}: {task} has {', '.join(row.splits)}")
     defaults = settings.defaults_of(Environment, demonstrator.wrap, row.environment)

@@ -101,7 +101,7 @@ def test_dialogues_on_a_walk_are_byte_for_byte_those_of_the_official_code(
     for number, episode in enumerate(played):
         env.rng = random.Random(SEED + number)
         env.lay_out(0)
-        env.turn, env.done = 0, False
+        env.turn, env.at, env.done = 0, 0, False
         env.begin_dialogue()
         follow(env, episode["dialogues"])
     assert len(played) == EPISODES and len(verdicts(played)) == 2

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import NamedTuple
 
 import pytest
 from PIL import Image
@@ -136,23 +137,21 @@ def test_a_card_s_letter_in_a_formula_costs_no_try_and_a_split_may_stand_behind_
     assert one == other and "K counts as 13" in one and "Make 10" in one
 
 
+class Number(NamedTuple):
+    kind: str
+    value: int
+
+
 class Parity(Environment):
     """Say whether each of two numbers is even: a third game, with two positions in an episode."""
     kinds = ("first", "second")
     retry_prompt = "nav_retry"
 
     def lay_out(self, episode):
-        self.numbers = [self.rng.randint(1, 99), self.rng.randint(1, 99)]
-        self.at = 0
-
-    at_end = property(lambda self: self.at == 1)
-
-    def move_on(self):
-        self.at += 1
-        self.begin_dialogue()
+        self.rail = [Number(kind, self.rng.randint(1, 99)) for kind in self.kinds]
 
     def prompt(self):
-        return f"Is this number even?\n{self.numbers[self.at]}"
+        return f"Is this number even?\n{self.position.value}"
 
     def picture(self):
         raise ValueError("there is none")
@@ -165,7 +164,7 @@ class Parity(Environment):
         return json.dumps({"answer": answer})
 
     def expert_reply(self):
-        return self.format_reply("odd" if self.numbers[self.at] % 2 else "even")
+        return self.format_reply("odd" if self.position.value % 2 else "even")
 
     def flawed_reply(self):
         return self.format_reply("maybe")
@@ -174,13 +173,13 @@ class Parity(Environment):
 def test_a_third_game_is_played_in_its_words(played, tmp_path):
     env = Parity(verify_iter=3)
     env.reset(3)
-    right = ["odd" if number % 2 else "even" for number in env.numbers]
+    right = ["odd" if number.value % 2 else "even" for number in env.rail]
     shown = played(env, "help", "A", *right)                   # no card: a letter is an answer
     told = shown.split("> help\n")[1].splitlines()
     assert told[0] == "A reply is the JSON object that the prompt asks for, or just the answer."
     assert not re.search("forward|card|letter", shown)
     assert verdicts(shown) == [("wrong", "-1", "2"), ("correct", "+1", ""), ("correct", "+1", "")]
-    assert shown.endswith(f"\n{env.numbers[1]}\n\n> {right[1]}\nYes.   [correct, reward +1]\n"
+    assert shown.endswith(f"\n{env.rail[1].value}\n\n> {right[1]}\nYes.   [correct, reward +1]\n"
                           "Solved after 3 replies, total reward +1.\n")
     env.example = "even"
     assert "or just the answer:\n    even\n" in played(env, "help")

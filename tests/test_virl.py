@@ -691,7 +691,7 @@ def test_the_page_of_a_run_shows_the_views_of_every_position(pictures, tmp_path,
     assert len(set(shown)) > 2
     for env.at, data in enumerate(shown):
         assert Image.open(io.BytesIO(base64.b64decode(data))).tobytes() == env.picture().tobytes()
-    assert env.at_end
+    assert env.at == len(env.rail) - 1
 
 
 def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path):
