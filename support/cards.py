@@ -1,6 +1,7 @@
 """The cards' pictures: four cards in a row on felt, at the official places, drawn by us.
 
-The official pictures come without a licence; who has them can use them (`card_dir`, files such as HT.png).
+The official pictures come without a licence. Anyone who has them can use them: the setting
+`card_dir` names their folder, with files such as HT.png.
 """
 import math
 from functools import lru_cache
@@ -10,7 +11,7 @@ from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageOps
 
 
 def is_turned(picture):
-    """Whether a viewer turns or mirrors a picture, as its EXIF block says; a broken one says nothing."""
+    """Whether a viewer turns or mirrors a picture by its EXIF block; a broken block says nothing."""
     try:
         return picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
     except Exception:   # it can raise anything
@@ -18,21 +19,27 @@ def is_turned(picture):
 
 
 def to_8_bits(picture):
-    """A picture with 16 bits a level, which `convert` would cut at 255; ValueError where it is not said what is white."""
+    """A picture of 16 bits a level with 8 bits, where `convert` would cut it at 255.
+
+    ValueError if nothing says which level is white.
+    """
     if picture.mode[0] not in "IF":
         return picture
-    known = picture.mode.startswith("I;16") or picture.mode == "I" and picture.format in ("PNG", "PPM")
-    bits = getattr(picture, "tag_v2", {}).get(258, (16,))           # a TIFF of 12 bits has the same mode
+    known = (picture.mode.startswith("I;16")
+             or picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    bits = getattr(picture, "tag_v2", {}).get(258, (16,))      # a TIFF of 12 bits has the same mode
     if not known or bits != (16,) or picture.has_transparency_data:
-        raise ValueError(f"nothing says which of its levels ({picture.mode}, {picture.format}) is white: save it with 8 "
-                         "bits a channel")
+        raise ValueError(f"nothing says which of its levels ({picture.mode}, {picture.format}) "
+                         "is white: save it with 8 bits a channel")
     return picture.convert("I").point(lambda level: level / 256).convert("L")
 
 
 def open_picture(path, ground="white"):
-    """A picture file as a viewer shows it, in RGB: upright, on a ground where it is transparent, the first of its frames.
+    """A picture file as a viewer shows it, in RGB.
 
-    It is read to its end; ValueError names one that is missing, broken or of levels that could mean anything.
+    It is upright, stands on a ground where it is transparent, and is the first of several frames.
+    It is read to its end. ValueError names a file that is missing or broken, or whose levels could
+    mean anything.
     """
     try:
         with Image.open(path) as picture:
@@ -41,19 +48,27 @@ def open_picture(path, ground="white"):
             if is_turned(picture):
                 picture = ImageOps.exif_transpose(picture)
             if picture.has_transparency_data:
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture.convert("RGBA"))
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground),
+                                                picture.convert("RGBA"))
             return picture.convert("RGB")
     except Exception as error:   # a broken file can raise anything
         raise ValueError(f"{path}: not a picture that can be read: {error}") from None
 
 
-# ---- Shapes ------------------------------------------------------------------------------------------------
+# ---- Shapes --------------------------------------------------------------------------------------
 
 MIN_SIZE, MAX_SIZE = 48, 4096       # of a picture, in pixels
-CANVAS, CARD, CARDS_X, CARDS_Y = 1200, (270, 378), (5, 302, 599, 896), 411      # the official geometry, in pixels
-FELT, NAVY, CREAM, GOLD = (53, 101, 77), (32, 48, 104), (252, 246, 226), (226, 170, 44)
+# The official geometry, in pixels.
+CANVAS = 1200                       # the side of the picture
+CARD = (270, 378)                   # width and height of a card
+CARDS_X = (5, 302, 599, 896)        # where each of the four begins
+CARDS_Y = 411
+FELT = (53, 101, 77)
+NAVY = (32, 48, 104)
+CREAM = (252, 246, 226)
+GOLD = (226, 170, 44)
 INKS = {"S": (10, 10, 8), "H": (192, 36, 42), "D": (192, 36, 42), "C": (10, 10, 8)}
-FINE = 3                # cards are drawn this many times larger and reduced, which smooths the edges
+FINE = 3    # cards are drawn this many times larger and reduced, which smooths the edges
 
 
 def arc(x, y, across, down, start=0, end=360):
@@ -62,8 +77,8 @@ def arc(x, y, across, down, start=0, end=360):
     return [(x + across * math.cos(angle), y + down * math.sin(angle)) for angle in angles]
 
 
-# Ranks as pen strokes, 1 high. What looks alike at 50 x 70 pixels is kept apart: the 3 has a flat top (8, J), the J a
-# bar (3), the Q a long tail (0).
+# Ranks as pen strokes, 1 high. They are told apart at 50 x 70 pixels: the 3 has a flat top, unlike
+# the 8 and the J; the J has a bar, unlike the 3; the Q has a long tail, unlike the 0.
 SIX = [*arc(.53, .69, .52, .69, 268, 180), *arc(.3, .69, .29, .31, 180, 540)]
 STROKES = {
     "A": [[(0, 1), (.32, 0), (.64, 1)], [(.11, .68), (.53, .68)]],
@@ -81,7 +96,8 @@ STROKES = {
 }
 # Suits as polygons, about 1 high, around (0, 0).
 HEART = [(math.sin(t) ** 3 * 16 / 33,
-          -(2.5 + 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 31)
+          -(2.5 + 13 * math.cos(t) - 5 * math.cos(2 * t)
+            - 2 * math.cos(3 * t) - math.cos(4 * t)) / 31)
          for t in (step * math.pi / 30 for step in range(60))]
 STEM = [(-.06, -.2), (.06, -.2), (.09, .35), (.22, .5), (-.22, .5), (-.09, .35)]
 SIGNS = {
@@ -94,9 +110,17 @@ SIGNS = {
 FOUR, SIDES, CENTRE = [(100, 58), (170, 58)], [(100, 189), (170, 189)], (135, 189)
 EIGHT = [*FOUR, (100, 145), (170, 145)]
 PIPS = {
-    "A": ([], [CENTRE]), "2": ([(135, 58)], []), "3": ([(135, 58)], [CENTRE]), "4": (FOUR, []), "5": (FOUR, [CENTRE]),
-    "6": (FOUR, SIDES), "7": (FOUR, [*SIDES, (135, 123)]), "8": ([*FOUR, (135, 123)], SIDES), "9": (EIGHT, [CENTRE]),
-    "10": ([*EIGHT, (135, 101)], []), **dict.fromkeys("JQK", ([(94, 61)], [])),
+    "A": ([], [CENTRE]),
+    "2": ([(135, 58)], []),
+    "3": ([(135, 58)], [CENTRE]),
+    "4": (FOUR, []),
+    "5": (FOUR, [CENTRE]),
+    "6": (FOUR, SIDES),
+    "7": (FOUR, [*SIDES, (135, 123)]),
+    "8": ([*FOUR, (135, 123)], SIDES),
+    "9": (EIGHT, [CENTRE]),
+    "10": ([*EIGHT, (135, 101)], []),
+    **dict.fromkeys("JQK", ([(94, 61)], [])),
 }
 
 
@@ -117,19 +141,24 @@ def draw_rank(pen, rank, ink, x, y, height, thickness):
     for stroke in STROKES[rank]:
         points = placed(stroke, x - middle * height, y - height / 2, height)
         pen.line(points, ink, FINE * thickness)
-        for point in points:                                # rounds ends and joints; joint="curve" leaves notches
+        for point in points:               # rounds ends and joints; joint="curve" leaves notches
             pen.circle(point, FINE * thickness / 2, ink)
 
 
 def draw_card(rank, suit):
-    """One card, an RGB picture of CARD pixels; the felt around its round corners makes a paste mask needless."""
+    """One card, an RGB picture of CARD pixels.
+
+    Around its round corners is felt, so that it can be pasted without a mask.
+    """
     fine = (FINE * CARD[0], FINE * CARD[1])
     card, (twice, once) = Image.new("RGB", fine, FELT), PIPS[rank]
     pen = ImageDraw.Draw(card)
     pen.rounded_rectangle((0, 0, fine[0] - 1, fine[1] - 1), FINE * 16, "white")
     if rank in "JQK":
-        pen.rectangle((FINE * 67, FINE * 32, fine[0] - 1 - FINE * 67, fine[1] - 1 - FINE * 32), CREAM, NAVY, FINE * 4)
-    draw_rank(pen, rank, INKS[suit], 34, 46, 60, 10)        # the corner index, then the suit under it and the pips
+        frame = (FINE * 67, FINE * 32, fine[0] - 1 - FINE * 67, fine[1] - 1 - FINE * 32)
+        pen.rectangle(frame, CREAM, NAVY, FINE * 4)
+    # The corner index, then the suit under it and the pips.
+    draw_rank(pen, rank, INKS[suit], 34, 46, 60, 10)
     for x, y in [(34, 108), *twice]:
         draw_suit(pen, suit, x, y)
     # All of it once more, turned by 180 degrees: the darker of two pixels is the drawn one.
@@ -139,7 +168,7 @@ def draw_card(rank, suit):
         draw_suit(pen, suit, x, y, 120 if rank == "A" else 40)
     if rank in "JQK":
         draw_rank(pen, rank, INKS[suit], 135, 202, 125, 20)
-        steps = {"J": 2, "Q": 4, "K": 8}[rank]              # a crown: 2, 3 or 5 tips with a valley between two
+        steps = {"J": 2, "Q": 4, "K": 8}[rank]     # a crown with a valley between two tips
         crown = [(step / steps - .5, step % 2 * .22) for step in range(steps + 1)]
         pen.polygon(placed([*crown, (.4, .44), (-.4, .44)], 135, 90, 62), GOLD, NAVY, FINE * 2)
         for tip in placed(crown[::2], 135, 90, 62):
@@ -149,7 +178,10 @@ def draw_card(rank, suit):
 
 @lru_cache(maxsize=520)
 def card_picture(rank, suit, width, height, card_dir=""):
-    """A card scaled to width x height: ours, or the file of a directory with the official names (HT.png: H 10)."""
+    """A card scaled to width x height: ours, or a file of `card_dir` by its official name.
+
+    HT.png is the 10 of hearts.
+    """
     name = f"{suit}{'T' if rank == '10' else rank}.png"
     # The official code pastes a card without its mask, so outside of the round corners it is black.
     picture = open_picture(Path(card_dir, name), "black") if card_dir else draw_card(rank, suit)
@@ -157,7 +189,7 @@ def card_picture(rank, suit, width, height, card_dir=""):
 
 
 def check_folder(card_dir, ranks, suits):
-    """Read every card's file of a directory, if one is given; ValueError names the first that is bad."""
+    """Read every card's file of a folder, if one is given; ValueError names the first bad file."""
     if card_dir:
         for suit in suits:
             for rank in ranks:
@@ -165,10 +197,14 @@ def check_folder(card_dir, ranks, suits):
 
 
 def draw_hand(hand, resolution, card_dir=""):
-    """Four (rank, suit) cards in a row on felt, RGB, resolution x resolution; ValueError names a card's bad file."""
+    """Four (rank, suit) cards in a row on felt, RGB, resolution x resolution.
+
+    ValueError names the bad file of a card.
+    """
     scale = resolution / CANVAS
     width, height = round(CARD[0] * scale), round(CARD[1] * scale)
     canvas = Image.new("RGB", (resolution, resolution), FELT)
     for (rank, suit), x in zip(hand, CARDS_X):
-        canvas.paste(card_picture(rank, suit, width, height, card_dir), (round(x * scale), round(CARDS_Y * scale)))
+        card = card_picture(rank, suit, width, height, card_dir)
+        canvas.paste(card, (round(x * scale), round(CARDS_Y * scale)))
     return canvas

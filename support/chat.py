@@ -1,10 +1,15 @@
-"""A message in the Hugging Face chat format, as the environments write it: the picture before the text, if there is one."""
+"""A message in the Hugging Face chat format, as the environments write it.
+
+A picture stands before the text.
+"""
 import json
 
 
 def user_message(text, picture=None):
     """A user's message."""
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}] if picture else text
+    if picture is None:
+        return {"role": "user", "content": text}
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
     return {"role": "user", "content": content}
 
 

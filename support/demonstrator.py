@@ -3,8 +3,8 @@
 The settings work for every task, and the paper has none of them. `envs.make_env` wraps the
 environment that has one:
 
-faults         errors of an imperfect demonstrator, from whom SFT then learns, each with its share of
-               the replies, such as leave_out:0.4,ten:0.15. The faults of each task are in FAULTS:
+faults         errors of an imperfect demonstrator, from whom SFT then learns. Each has its share of
+               the replies, such as leave_out:0.4,ten:0.15. FAULTS lists those of each task:
                leave_out     GeneralPoints: the formula leaves a card out
                ten           GeneralPoints: J, Q and K count as ten whatever the rule says
                walk_past     V-IRL: the agent walks on where it should change its direction
@@ -91,11 +91,15 @@ def other_word(env):
 
 HAND_FAULTS = {"leave_out": leave_out, "ten": count_ten}
 ROUTE_FAULTS = {"walk_past": walk_past, "other_word": other_word}
-FAULTS = {"gp-l": HAND_FAULTS, "gp-vl": HAND_FAULTS, "virl-l": ROUTE_FAULTS, "virl-vl": ROUTE_FAULTS}
+FAULTS = {"gp-l": HAND_FAULTS, "gp-vl": HAND_FAULTS,
+          "virl-l": ROUTE_FAULTS, "virl-vl": ROUTE_FAULTS}
 
 
 def parse_faults(text, allowed):
-    """"leave_out:0.4,ten:0.15" -> {"leave_out": 0.4, "ten": 0.15}; ValueError names what is wrong."""
+    """"leave_out:0.4,ten:0.15" -> {"leave_out": 0.4, "ten": 0.15}.
+
+    ValueError names what is not `allowed`.
+    """
     shares = {}
     for word in filter(None, text.split(",")):
         name, _, share = word.partition(":")
@@ -113,12 +117,12 @@ def parse_faults(text, allowed):
 # ---- The wrappers --------------------------------------------------------------------------------
 
 class Wrapper:
-    """Stands for an environment: what it does not define is the environment's, to read and to set."""
+    """Stands for an environment. What it does not define is read and set on the environment."""
 
     def __init__(self, env, **more):
         self.__dict__.update(env=env, **more)
 
-    def __getattr__(self, name):           # Python asks only for what it does not find on the wrapper
+    def __getattr__(self, name):           # called only for what the wrapper itself does not have
         if name.startswith("__"):          # asked for when a wrapper is copied, before it has `env`
             raise AttributeError(name)
         return getattr(self.env, name)
@@ -128,7 +132,7 @@ class Wrapper:
 
 
 class ImperfectDemonstrator(Wrapper):
-    """Has faults (name -> function) in `shares` (name -> share) of its first `faulty_tries` tries."""
+    """Has `faults` (name -> function) in `shares` (name -> share) of the first `faulty_tries`."""
 
     def demonstrate(self):
         draw = 1.0
@@ -151,7 +155,10 @@ class RandomReward(Wrapper):
 
 
 def wrap(env, task, faults="", faulty_tries=1, reward="verdict"):
-    """The environment of a task, with what these settings plant in it; ValueError names a wrong one."""
+    """The environment of a task with what these settings plant in it.
+
+    ValueError names a setting that is not allowed.
+    """
     settings.check_whole("faulty_tries", faulty_tries, 1)
     settings.check_choice("reward", reward, ("verdict", "random"))
     allowed = FAULTS.get(task, {})

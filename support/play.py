@@ -78,7 +78,7 @@ def play_episode(env, seed, pictures):
     while not env.done:
         if env.tries == 0:
             text = read_text(messages[-1])
-            if shown:                      # only what is new: whole lines that were not shown before
+            if shown:                      # print only what is new, in whole lines
                 old = os.path.commonprefix([shown, text]).rpartition("\n")[0]
                 print(text.removeprefix(old).split(FORMAT)[0])
             else:

@@ -1,12 +1,14 @@
-"""What the model is told, before a first verdict: our words in the structure of the paper's prompts.
+"""What the model is told beside verdicts: our words in the structure of the paper's prompts.
+
+`verify.fill` puts values into the {names}; all other braces stay as they are.
 
 A prompt file may replace each text by its name (data/official_prompts.py writes such files). It
-gives one text, or one for each rule: {"absolute": ..., "relative": ...} in V-IRL, {"10,10,10": ...,
-"11,12,13": ...} in GeneralPoints. {names} in braces are filled in; all other braces stay.
+gives one text, or one for each rule: {"absolute": ..., "relative": ...} in V-IRL,
+{"10,10,10": ..., "11,12,13": ...} in GeneralPoints.
 """
 
 TEXTS = {
-    # GeneralPoints (A.2): the task, the input, the output; then a reply, and what follows a verdict.
+    # GeneralPoints (A.2): the task, the input, the output; a reply; what follows a verdict.
     "gp_task": "Make {target} from four cards. Combine their values with + - * / and parentheses, "
                "and use every card exactly once. An ace counts as 1, J counts as {J}, "
                "Q counts as {Q} and K counts as {K}.",
@@ -19,8 +21,8 @@ TEXTS = {
     "gp_reply": "{\"cards\": {cards}, \"number\": {numbers}, \"formula\": \"{formula}\"}",
     "gp_retry": "{verdict} Try another formula in the same format.",
 
-    # V-IRL (B.2): the task, the instructions, what an observation is, the actions, the history, the
-    # output; then a reply, and what follows a verdict.
+    # V-IRL (B.2): the task, the instructions, what an observation is, the actions, the history,
+    # the output; a reply; what follows a verdict.
     "nav_task": "Walk to a destination: follow the instructions, one action at a time.",
     "nav_instruction": "\nInstructions:{instruction}",
     "nav_sentence": "\n{sentence}",

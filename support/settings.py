@@ -1,6 +1,6 @@
 """Settings and splits as a user writes them, for the command lines of all scripts and of envs.py.
 
-    id rule=11,11,11 target=36 rule_ood      two splits, the first with settings that are for it alone
+    id rule=11,11,11 target=36 rule_ood      two splits, the first with settings for it alone
     id:0.7 rule_ood:0.3                      two splits and their weights
 """
 import inspect
@@ -33,13 +33,17 @@ def read_settings(words):
 
 
 def read_splits(words, weighted=False):
-    """("id:0.7", "rule=11,11,11", "rule_ood") -> [Split("id", {"rule": "11,11,11"}, 0.7), Split("rule_ood", {}, 1.0)]; a weight only if
-    `weighted`."""
+    """The splits that words name, with a weight only if `weighted`.
+
+    ("id:0.7", "rule=11,11,11", "rule_ood") ->
+    [Split("id", {"rule": "11,11,11"}, 0.7), Split("rule_ood", {}, 1.0)]
+    """
     splits = []
     for word in words:
         if "=" in word:
             if not splits:
-                raise ValueError(f"setting {word!r}: the name of a split must stand before it, such as id {word}")
+                raise ValueError(f"setting {word!r}: the name of a split must stand before it, "
+                                 f"such as id {word}")
             splits[-1].settings.update(read_settings([word]))
             continue
         name, colon, weight = word.partition(":")
@@ -49,7 +53,8 @@ def read_splits(words, weighted=False):
             if not 0 < float(weight or 1) < float("inf"):
                 raise ValueError("it must be above 0")
         except ValueError:
-            raise ValueError(f"split {word!r}: its weight {weight!r} must be a number above 0, as in id:0.7") from None
+            raise ValueError(f"split {word!r}: its weight {weight!r} must be a number above 0, "
+                             "as in id:0.7") from None
         splits.append(Split(name, {}, float(weight or 1)))
     if not splits:
         raise ValueError("no split is named")
@@ -57,7 +62,7 @@ def read_splits(words, weighted=False):
 
 
 def read_value(name, value, default):
-    """The text of a setting as the type of its default; ValueError if it is none."""
+    """The text of a setting as the type of its default; ValueError if it cannot be that."""
     if not isinstance(value, str) or isinstance(default, str):
         return value
     if isinstance(default, bool):
@@ -104,7 +109,7 @@ def read_rule(rule, named):
 
 
 def defaults_of(*makers):
-    """{name: default} of all arguments that have one; where two makers share a name, the last counts."""
+    """{name: default} of all arguments that have one; of two makers' defaults the last counts."""
     found = {}
     for maker in makers:
         for name, parameter in inspect.signature(maker).parameters.items():
@@ -114,7 +119,7 @@ def defaults_of(*makers):
 
 
 def check_known(task, given, allowed, picture_settings):
-    """ValueError if a task lacks a setting; `picture_settings` are those that it lacks as a task in words."""
+    """ValueError if a task lacks a setting, such as `picture_settings` in a task in words."""
     for name, value in given.items():
         if name not in allowed:
             raise ValueError(f"{name} {value!r}: {task} has no such setting; "
@@ -124,7 +129,7 @@ def check_known(task, given, allowed, picture_settings):
 
 
 def check_open(split, of_split, common, own):
-    """ValueError if settings for all splits change what a split says, and `own` does not settle it."""
+    """ValueError if a setting for all splits contradicts this one, and `own` does not settle it."""
     for name, value in common.items():
         if name in of_split and name not in own:
             raise ValueError(f"{name} {value!r}: split {split} has a {name} of its own "
@@ -132,10 +137,11 @@ def check_open(split, of_split, common, own):
 
 
 def load_templates(path, templates, more_values, rule=""):
-    """`templates` with those of a JSON file put over them; ValueError names what the file may not hold.
+    """`templates` with those of a JSON file put over them.
 
-    A template may use the {names} of the one that it replaces, and those that `more_values` has for it. In its place may
-    stand an object with one for each rule.
+    A template may use the {names} of the one that it replaces, and those that `more_values` has
+    for it. An object with one template for each rule may stand in its place. ValueError names what
+    the file may not hold.
     """
     if not path:
         return templates
@@ -144,18 +150,21 @@ def load_templates(path, templates, more_values, rule=""):
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"prompt file {path}: {error}") from None
     if not isinstance(given, dict):
-        raise ValueError(f"prompt file {path}: expected a JSON object of templates, got {type(given).__name__}")
+        raise ValueError(f"prompt file {path}: expected a JSON object of templates, "
+                         f"got {type(given).__name__}")
     chosen = {**templates, **given}
     for name, text in given.items():
         if name not in templates:
-            raise ValueError(f"prompt file {path}: unknown template {name!r}; allowed: {', '.join(templates)}")
+            raise ValueError(f"prompt file {path}: unknown template {name!r}; "
+                             f"allowed: {', '.join(templates)}")
         if isinstance(text, dict):
             if rule not in text:
-                raise ValueError(f"prompt file {path}: template {name!r} is worded for {' and '.join(text) or 'no rule'}, "
-                                 f"not for the rule {rule}")
+                raise ValueError(f"prompt file {path}: template {name!r} is worded for "
+                                 f"{' and '.join(text) or 'no rule'}, not for the rule {rule}")
             text = chosen[name] = text[rule]
         if not isinstance(text, str):
-            raise ValueError(f"prompt file {path}: template {name!r} must be text, got {type(text).__name__}")
+            raise ValueError(f"prompt file {path}: template {name!r} must be text, "
+                             f"got {type(text).__name__}")
         allowed = set(re.findall(r"\{(\w+)\}", templates[name])) | more_values.get(name, set())
         foreign = set(re.findall(r"\{(\w+)\}", text)) - allowed
         if foreign:

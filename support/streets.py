@@ -1,7 +1,12 @@
-"""V-IRL's released files: routes, the mapping from places to panoramas, the panoramas, and views cut out of them.
+"""V-IRL's released files: routes, panoramas, and the views that are cut out of them.
 
-A data folder holds route_infos.json, gps_pano_mapping.pkl (a pickle that you downloaded: read by a restricted
-unpickler, nothing in it can run) and street_views/ID.jpg with ID.metadata.json. In words the first is enough.
+A data folder holds these files. A task in words needs only the first.
+
+    route_infos.json                          the routes
+    gps_pano_mapping.pkl                      which panorama belongs to which place
+    street_views/ID.jpg, ID.metadata.json     the panoramas
+
+The mapping is a pickle that you downloaded. A restricted unpickler reads it: nothing in it can run.
 """
 import io
 import itertools
@@ -20,17 +25,21 @@ from PIL import Image
 from support.cards import is_turned, open_picture
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
-NO_LANDMARK = "No landmark nearby"           # as the files spell it
-REACH = 20.0                                 # metres: a point is moved to the nearest panorama within this
-SPACING = 8.0                                # metres: a place between two points keeps this distance from both
-SHORT_LEG = 5.0                              # metres: a leg that is no longer has no places between
-POINTS_PER_LEG = 5                           # a leg is cut in so many parts
+NO_LANDMARK = "No landmark nearby"   # as the files spell it
+REACH = 20.0                         # metres: a point moves to the nearest panorama within this
+SPACING = 8.0                        # metres: a place between two points is as far from both
+SHORT_LEG = 5.0                      # metres: a leg that is no longer has no places between
+POINTS_PER_LEG = 5                   # a leg is cut in so many parts
 FOLDERS = {"train": ("train", "nyc_1k_routes"), "unseen": ("unseen",), "mini": ("mini", "VLN_mini")}
-FACTORIES = "str int float list dict set tuple unicode long".split()    # of a defaultdict; the last two as Python 2 had
+# What a defaultdict may make of a missing key; the last two are Python 2's.
+FACTORIES = ("str", "int", "float", "list", "dict", "set", "tuple", "unicode", "long")
 
 
 class ScalarType:
-    """Stands in for numpy.dtype, whose state a file could set so that bytes are taken for addresses."""
+    """Stands in for numpy.dtype.
+
+    A file could set the state of the real one, so that numpy takes bytes for addresses.
+    """
 
     def __init__(self, name, *_):
         if not re.fullmatch("[iuf][248]|U[0-9]{1,3}", name):
@@ -42,7 +51,7 @@ class ScalarType:
 
 
 def flat_only(load_tuple):
-    """The reading of a tuple, made to refuse one in it: to hash a deep tuple ends the process."""
+    """The reading of a tuple that refuses a tuple in it: hashing a deep one ends the process."""
     def load(unpickler):
         load_tuple(unpickler)
         if any(isinstance(item, tuple) for item in unpickler.stack[-1]):
@@ -51,13 +60,16 @@ def flat_only(load_tuple):
 
 
 class MappingUnpickler(pickle._Unpickler):
-    """Reads numbers, strings, flat tuples, dicts and numpy scalars; the name of anything else ends the reading.
+    """Reads numbers, strings, flat tuples, dicts and numpy scalars.
 
-    Nothing that it reads can run or takes more memory than a multiple of the file. It is Python's unpickler in Python,
-    as the one in C lets nobody look at tuples: 1.5 s for 500,000 places.
+    The name of anything else ends the reading. Nothing that it reads can run, or takes more memory
+    than a multiple of the file. It is the unpickler that is written in Python, since the one in C
+    lets nobody look at tuples. It takes 1.5 s for 500,000 places.
     """
-    dispatch = {code: flat_only(load) if code in b"t\x85\x86\x87" else load     # the four opcodes of tuples
-                for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
+                if code != pickle.BYTEARRAY8[0]}
+    for code in b"t\x85\x86\x87":           # the four opcodes of tuples
+        dispatch[code] = flat_only(dispatch[code])
 
     def find_class(self, module, name):
         if (module, name) == ("collections", "OrderedDict"):
@@ -76,15 +88,23 @@ class MappingUnpickler(pickle._Unpickler):
 
 
 def geodesic(a, b):
-    """Metres between two (latitude, longitude) points in degrees, on the WGS-84 ellipsoid; for up to a kilometre."""
+    """Metres between two (latitude, longitude) points in degrees, at most a kilometre apart.
+
+    On the WGS-84 ellipsoid, with a = 6378137 m and e^2 = 0.00669437999014, at the mean latitude p:
+    w = 1 - e^2 sin^2(p), north = a (1 - e^2) / w^1.5 * d_lat, east = a / sqrt(w) cos(p) * d_lon.
+    """
     latitude = math.radians((a[0] + b[0]) / 2)
     w = 1 - 0.00669437999014 * math.sin(latitude) ** 2
     north = 6378137.0 * (1 - 0.00669437999014) / w ** 1.5 * math.radians(b[0] - a[0])
-    return math.hypot(north, 6378137.0 / math.sqrt(w) * math.cos(latitude) * math.radians(b[1] - a[1]))
+    east = 6378137.0 / math.sqrt(w) * math.cos(latitude) * math.radians(b[1] - a[1])
+    return math.hypot(north, east)
 
 
 def read_point(value, where="a key"):
-    """(latitude, longitude) from a list of two numbers in degrees; ValueError says where there is none."""
+    """(latitude, longitude) from a list of two numbers in degrees.
+
+    ValueError names the place, `where`, that holds something else.
+    """
     if not (isinstance(value, list) and len(value) == 2
             and all(type(x) in (int, float) and abs(x) <= 180 for x in value)):
         raise ValueError(f"{where}: expected latitude and longitude, got {str(value)[:40]}")
@@ -92,10 +112,10 @@ def read_point(value, where="a key"):
 
 
 class Panoramas:
-    """The mapping (latitude, longitude) -> panorama, with the nearest one within REACH of any point.
+    """The mapping (latitude, longitude) -> panorama, and the nearest within REACH of any point.
 
-    Every place is entered in its cell of at least REACH by REACH, so that a search looks at nine cells. Distances are
-    on a sphere, as in the official code; the first of equals wins.
+    Every place is entered in its cell, which is at least REACH by REACH. A search looks at nine
+    cells. Distances are on a sphere, as in the official code; the first of equals wins.
     """
 
     def __init__(self, path):
@@ -106,11 +126,14 @@ class Panoramas:
             if not self.ids or len(self.ids) < len(mapping):
                 raise ValueError("it is empty or holds something else")
         except Exception as error:   # a broken pickle can raise anything
-            reason = error if isinstance(error, (OSError, ValueError, pickle.UnpicklingError)) else "a broken pickle"
-            raise ValueError(f"{path}: not a dict of (latitude, longitude) -> panorama: {reason}") from None
+            told = isinstance(error, (OSError, ValueError, pickle.UnpicklingError))
+            raise ValueError(f"{path}: not a dict of (latitude, longitude) -> panorama: "
+                             f"{error if told else 'a broken pickle'}") from None
         self.lat_cell = math.degrees(REACH / 6.3e6)
-        self.lon_cell = self.lat_cell / max(0.01, min(math.cos(math.radians(lat)) for lat, _ in self.ids))
-        self.places, self.cells = list(self.ids), defaultdict(list)
+        narrowest = min(math.cos(math.radians(lat)) for lat, _ in self.ids)
+        self.lon_cell = self.lat_cell / max(0.01, narrowest)
+        self.places = list(self.ids)
+        self.cells = defaultdict(list)       # (row, column) -> indices of places
         for number, place in enumerate(self.places):
             self.cells[self.cell(*place)].append(number)
 
@@ -137,18 +160,19 @@ class Panoramas:
 
 @dataclass(frozen=True)
 class Route:
-    """One route: k milestones, k + 1 points (start, turning points, destination), and what may lie between them."""
+    """One route of k legs; its k + 1 points are the start, intersections and the destination."""
     init_heading: int    # degrees; 0 means random
     headings: tuple      # (k,) degrees, of the legs
     directions: tuple    # (k,) the same as compass words
-    landmarks: tuple     # (k,) what is said on arrival at points 1..k; "" where there is no landmark
+    landmarks: tuple     # (k,) what is said on arrival at points 1..k; "" if there is no landmark
     panos: tuple         # (k + 1,) panorama of each point
-    between: tuple       # (k,) of each leg: () if it is too short, else POINTS_PER_LEG panoramas, None where no place fits
+    between: tuple       # (k,) of each leg: () if it is too short, else POINTS_PER_LEG panoramas,
+                         #      with None where no place fits
 
 
 @dataclass(frozen=True)
 class Position:
-    """One place on the rail: what is seen there, what the expert does, which instruction is current."""
+    """One place on the rail: what is seen, what the expert does, which instruction is current."""
     kind: str                    # "turn", "forward" or "stop"
     action: str                  # the expert's, by the rule in force
     pano: str
@@ -164,8 +188,10 @@ class Position:
         return self.landmark.removeprefix("The destination ").split(" is on your ")[0]
 
 
-# A field, or the end of a block. A value ends at a quote that ends its line or the block, so that one with a brace or a
-# line break in it, as names have them, is read whole; a quote that is missing takes no other field in.
+# One field of a block, or the block's end. Example: "landmarks": "The {Marn} Cafe is on your left",
+# A value ends at a quote that ends its line or the block. So a name with a brace or a line break is
+# read whole, and a missing quote takes no other field in.
+# Groups: the key, the quote, the value in quotes, the value without.
 MILESTONE = re.compile(r"""
     (?<![^\n{}]) [ \t]* ["']?(\w+)["']? [ \t]* : [ \t]*
     (?: (["']) ( (?: (?! \n [ \t]* "\w+"[ \t]*: ) . ){0,500}? ) \2  |  ([^\n}]*?) )
@@ -174,7 +200,10 @@ MILESTONE = re.compile(r"""
 
 
 def parse_milestones(text):
-    """The blocks of `milestone_info` as a list of dicts: `{`, lines of "key": "value", and `}` (virl data format)."""
+    """The blocks of `milestone_info` as a list of dicts.
+
+    A block is `{`, lines of "key": "value", and `}`.
+    """
     blocks, fields = [], {}
     for key, quote, quoted, bare in MILESTONE.findall(text + "}"):
         if key:
@@ -195,46 +224,71 @@ def read_key(record, path, where):
     return record
 
 
-def read_route(record, panoramas, where):
-    """A Route from one record of route_infos.json; ValueError names file, route and key."""
-    start = read_point(read_key(record, "start_place.relocated_geocode", where), f"{where}, relocated_geocode")
-    geocodes = read_key(record, "route_results.geocode_list", where)
-    if not isinstance(geocodes, list) or not geocodes:
-        raise ValueError(f"{where}, key 'geocode_list': expected a list of points")
-    points = [start] + [read_point(value, f"{where}, geocode_list {i}") for i, value in enumerate(geocodes)]
-    text, init_heading = read_key(record, "milestone_info", where), record.get("init_heading", 0)
-    blocks = parse_milestones(text) if isinstance(text, str) else []
-    if len(blocks) != len(geocodes):
-        raise ValueError(f"{where}: {len(blocks)} blocks in 'milestone_info', {len(geocodes)} points in 'geocode_list'")
-    if type(init_heading) not in (int, float) or init_heading not in range(-360, 361):
-        raise ValueError(f"{where}, key 'init_heading': expected whole degrees, got {init_heading!r}")
-    legs = []
-    for i, block in enumerate(blocks):
-        heading = re.fullmatch(r"(-?\d{1,3}) \((\w+)\)", block.get("to_next_intersection_heading", ""))
-        if heading is None or heading[2] not in COMPASS:
-            raise ValueError(f"{where}, 'milestone_info' block {i}: key 'to_next_intersection_heading' must read like "
-                             f"'212 (southwest)', got {block.get('to_next_intersection_heading')!r}")
-        legs.append((int(heading[1]), heading[2], block.get("landmarks", NO_LANDMARK).replace(NO_LANDMARK, "")))
-    nearest, ids = (panoramas.nearest, panoramas.ids) if panoramas else (lambda point: point, defaultdict(str))
-    panos, between, previous = [], [], start
-    for i, point in enumerate(points):                              # the first leg has no length and so no places
-        length = geodesic(previous, point)                          # before the point is moved to its panorama
+def find_places(points, panoramas, where):
+    """The panoramas of a route's points and of the places between them: `Route.panos`, `.between`.
+
+    Without `panoramas` every point is its place, and a panorama's name is "".
+    """
+    nearest, ids = (lambda point: point), defaultdict(str)
+    if panoramas:
+        nearest, ids = panoramas.nearest, panoramas.ids
+    panos, between, previous = [], [], points[0]
+    for i, point in enumerate(points):       # the first "leg" has no length and so no places
+        length = geodesic(previous, point)   # before the point is moved to its panorama
         place = nearest(point)
         if place is None:
-            raise ValueError(f"{where}, {f'geocode_list {i - 1}' if i else 'relocated_geocode'}: no panorama within "
-                             f"{REACH:g} m of {point}")
+            key = f"geocode_list {i - 1}" if i else "relocated_geocode"
+            raise ValueError(f"{where}, {key}: no panorama within {REACH:g} m of {point}")
         fitting = []
-        # The last place is the point itself and never fits; but a rail draws for it, as in the official code.
-        for number in range(1, POINTS_PER_LEG + 1) if length > SHORT_LEG else ():
-            share = number / POINTS_PER_LEG
-            wanted = tuple(p * (1 - share) + q * share for p, q in zip(previous, place))
-            found = nearest(wanted)
-            apart = found and geodesic(previous, found) > SPACING and geodesic(place, found) > SPACING
-            fitting.append(ids[found] if apart else None)
+        if length > SHORT_LEG:
+            # The last of these is the point itself and never fits. Yet a rail draws for it, as in
+            # the official code.
+            for number in range(1, POINTS_PER_LEG + 1):
+                share = number / POINTS_PER_LEG
+                wanted = tuple(p * (1 - share) + q * share for p, q in zip(previous, place))
+                found = nearest(wanted)
+                fits = (found and geodesic(previous, found) > SPACING
+                        and geodesic(place, found) > SPACING)
+                fitting.append(ids[found] if fits else None)
         panos.append(ids[place])
         between.append(tuple(fitting))
         previous = place
-    return Route(int(init_heading), *map(tuple, zip(*legs)), tuple(panos), tuple(between[1:]))
+    return tuple(panos), tuple(between[1:])
+
+
+def read_route(record, panoramas, where):
+    """A Route from one record of route_infos.json; ValueError names file, route and key."""
+    start = read_point(read_key(record, "start_place.relocated_geocode", where),
+                       f"{where}, relocated_geocode")
+    geocodes = read_key(record, "route_results.geocode_list", where)
+    if not isinstance(geocodes, list) or not geocodes:
+        raise ValueError(f"{where}, key 'geocode_list': expected a list of points")
+    points = [start]
+    for i, value in enumerate(geocodes):
+        points.append(read_point(value, f"{where}, geocode_list {i}"))
+    text = read_key(record, "milestone_info", where)
+    blocks = parse_milestones(text) if isinstance(text, str) else []
+    if len(blocks) != len(geocodes):
+        raise ValueError(f"{where}: {len(blocks)} blocks in 'milestone_info', "
+                         f"{len(geocodes)} points in 'geocode_list'")
+    init_heading = record.get("init_heading", 0)
+    if type(init_heading) not in (int, float) or init_heading not in range(-360, 361):
+        raise ValueError(f"{where}, key 'init_heading': expected whole degrees, "
+                         f"got {init_heading!r}")
+    headings, directions, landmarks = [], [], []
+    for i, block in enumerate(blocks):
+        stated = block.get("to_next_intersection_heading", "")
+        heading = re.fullmatch(r"(-?\d{1,3}) \((\w+)\)", stated)
+        if heading is None or heading[2] not in COMPASS:
+            raise ValueError(f"{where}, 'milestone_info' block {i}: key "
+                             "'to_next_intersection_heading' must read like '212 (southwest)', "
+                             f"got {block.get('to_next_intersection_heading')!r}")
+        headings.append(int(heading[1]))
+        directions.append(heading[2])
+        landmarks.append(block.get("landmarks", NO_LANDMARK).replace(NO_LANDMARK, ""))
+    panos, between = find_places(points, panoramas, where)
+    return Route(int(init_heading), tuple(headings), tuple(directions), tuple(landmarks),
+                 panos, between)
 
 
 def find_folder(root, data):
@@ -251,8 +305,8 @@ def find_folder(root, data):
 def load_routes(folder, vision):
     """The routes of a data folder; ValueError names file, route and key of what is wrong with it.
 
-    Without a mapping file the rail uses the points as they are, which is enough for words. With `vision` every
-    panorama that a rail may visit must be there, twice as wide as high.
+    Without a mapping file the rail uses the points as they are, which is enough for words. With
+    `vision` every panorama that a rail may visit must be there, twice as wide as high.
     """
     path, panoramas = folder / "route_infos.json", None
     try:
@@ -262,25 +316,31 @@ def load_routes(folder, vision):
         raise ValueError(f"{path}: expected [routes, cursor]: {error}") from None
     if (folder / "gps_pano_mapping.pkl").is_file() or vision:
         panoramas = Panoramas(folder / "gps_pano_mapping.pkl")
-    routes = [read_route(record, panoramas, f"{path}, route {i}") for i, record in enumerate(records)]
+    routes = [read_route(record, panoramas, f"{path}, route {i}")
+              for i, record in enumerate(records)]
     if not routes:
         raise ValueError(f"{path}: holds no route")
     checked = set()
     for i, route in enumerate(routes if vision else ()):
         for pano in {*route.panos, *itertools.chain(*route.between)} - checked - {None}:
             checked.add(pano)
-            for file in (picture := folder / "street_views" / f"{pano}.jpg", picture.with_suffix(".metadata.json")):
+            picture = folder / "street_views" / f"{pano}.jpg"
+            for file in (picture, picture.with_suffix(".metadata.json")):
                 if not file.is_file():
-                    raise ValueError(f"{path}, route {i}: {file} is missing; a city made with --no-pictures "
-                                     "is for words only")
-            check_panorama(picture), read_rotation(picture)
+                    raise ValueError(f"{path}, route {i}: {file} is missing; a city made with "
+                                     "--no-pictures is for words only")
+            check_panorama(picture)
+            read_rotation(picture)
     return routes
 
 
-# ---- V-IRL: views ------------------------------------------------------------------------------------------
+# ---- Views ---------------------------------------------------------------------------------------
 
 def check_panorama(path):
-    """ValueError if a file is no picture twice as wide as high; it is decoded only if it is shown turned."""
+    """ValueError if a file is no picture twice as wide as high.
+
+    It is decoded only if a viewer shows it turned.
+    """
     try:
         with Image.open(path) as picture:
             width, height = open_picture(path).size if is_turned(picture) else picture.size
@@ -312,40 +372,48 @@ def read_panorama(path):
 
 @lru_cache(maxsize=4)
 def view_table(size, width):
-    """Where in a panorama of `width` a view of size x size pixels looks that is 90 degrees wide and level.
+    """Where in a panorama of `width` each pixel of a level view looks that is 90 degrees wide.
 
-    Columns in 1/256ths, to which a heading only adds; index of the first pixel of the upper row; weight of the lower
-    row in 1/256ths. (size, size) each.
+    The view has size x size pixels. Three arrays of that shape: the column in 1/256ths, to which a
+    heading only adds; the index of the first pixel of the upper row; the weight of the lower row
+    in 1/256ths.
     """
     offset = (np.arange(size) - (size - 1) / 2) / (size / 2)
-    u, v = np.meshgrid(offset, offset)                                              # in focal lengths
+    u, v = np.meshgrid(offset, offset)                 # in focal lengths
     x = (np.arctan2(u, 1) / (2 * np.pi) + 0.5) * (width - 1)
     y = (np.arctan2(v, np.hypot(u, 1)) / np.pi + 0.5) * (width // 2 - 1)
     upper = np.minimum(y.astype(np.int32), width // 2 - 2)
-    return (x * 256).astype(np.int32), upper * width, ((y - upper) * 256).astype(np.uint16)[..., None]
+    below = ((y - upper) * 256).astype(np.uint16)[..., None]
+    return (x * 256).astype(np.int32), upper * width, below
 
 
 def crop_view(panorama, rotation, heading, size):
-    """The level view (size, size, 3) of 90 degrees towards a compass heading: bilinear, in whole numbers of 8 bits,
-    which is several times faster than with floats."""
+    """The level view (size, size, 3) of 90 degrees towards a compass heading.
+
+    It is bilinear in whole numbers of 8 bits, which is several times faster than with floats.
+    """
     width = panorama.shape[1]
     x, row, below = view_table(size, width)
-    turn, around = ((heading - 180) % 360 + rotation) % 360, (width - 1) * 256      # 0: towards the centre column
+    turn = ((heading - 180) % 360 + rotation) % 360    # 0: towards the centre column
+    around = (width - 1) * 256
     x = x + int(turn / 360 * around)
     x -= np.where(x >= around, around, 0)
-    right, at, flat = (x & 255).astype(np.uint16)[..., None], row + (x >> 8), panorama.reshape(-1)
+    right = (x & 255).astype(np.uint16)[..., None]     # the weight of the pixel to the right
+    at = row + (x >> 8)
+    flat = panorama.reshape(-1)
 
     def mix(at):
-        """Of the pixels at and right of an index, weighted: (size, size, 4), at most 255 * 256."""
+        """The pixels at an index and right of it, weighted: (size, size, 4), at most 255 * 256."""
         here, beside = (flat.take(index)[..., None].view(np.uint8) for index in (at, at + 1))
         return here * (256 - right) + beside * right
 
-    return (((mix(at) >> 8) * (256 - below) + (mix(at + width) >> 8) * below) >> 8).astype(np.uint8)[..., :3]
+    mixed = (mix(at) >> 8) * (256 - below) + (mix(at + width) >> 8) * below
+    return (mixed >> 8).astype(np.uint8)[..., :3]
 
 
 @lru_cache(maxsize=64)
 def view_grid(path, heading, view_headings, size):
-    """Four views as one picture, 2 x 2 with a black line of 5 pixels: the first two above the other two."""
+    """Four views as one picture: the first two above the others, with a black cross of 5 pixels."""
     panorama, rotation = read_panorama(path)
     grid = Image.new("RGB", (2 * size + 5, 2 * size + 5))
     for i, turn in enumerate(view_headings):

@@ -1,7 +1,7 @@
 """Read the conversations that rl.py kept of a run (turns.jsonl): in the terminal, or as one page.
 
     python envs.py --read runs/rl
-    python envs.py --read runs/rl --html rl.html       # pictures are dealt again from their seeds
+    python envs.py --read runs/rl --html rl.html       # draws the pictures again from their seeds
 
 The page holds all that it shows; it loads nothing from elsewhere.
 """
@@ -13,10 +13,13 @@ from pathlib import Path
 
 from support.settings import read_settings, read_splits
 
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222 }
 article { border: 1px solid #ccc; border-radius: 8px; padding: 0 1rem 1rem; margin: 1.5rem 0 }
 h2 { font-size: 1rem; font-weight: 600 } img { max-width: 100%; border-radius: 4px }
-p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; padding: .5rem .75rem; border-radius: 6px }
+p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; padding: .5rem .75rem;
+    border-radius: 6px }
 .user { background: #f2f2f2 } .right { background: #d9f2dd } .wrong { background: #fbe0dd }
 small { float: right; color: #555; margin-left: 1rem }"""
 
@@ -25,7 +28,8 @@ def read_rows(run):
     """(config, rows of turns.jsonl); ValueError says what is missing."""
     config, path = Path(run) / "config.json", Path(run) / "turns.jsonl"
     if not config.is_file() or not path.is_file():
-        raise ValueError(f"run {str(run)!r}: needs config.json and turns.jsonl, which rl.py writes (sft.py does not)")
+        raise ValueError(f"run {str(run)!r}: needs config.json and turns.jsonl, which rl.py writes "
+                         "(sft.py does not)")
     lines = path.read_text().splitlines(keepends=True)
     try:
         rows = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
@@ -44,10 +48,16 @@ def title(row):
 
 
 def replies_with_verdicts(row):
-    """(message, status or "", reward or None) for every message: verdicts belong to the assistant's."""
+    """(message, status, reward) for every message; only the assistant's have a verdict.
+
+    The others have the status "" and the reward None.
+    """
     verdicts = iter(row["verdicts"])
     for message in row["messages"]:
-        yield (message, *(next(verdicts) if message["role"] == "assistant" else ("", None)))
+        status, reward = "", None
+        if message["role"] == "assistant":
+            status, reward = next(verdicts)
+        yield message, status, reward
 
 
 def print_rows(rows):
@@ -59,31 +69,42 @@ def print_rows(rows):
 
 
 def picture_again(config, row, make_env):
-    """The picture of a row as an <img>, dealt again from its seed; "" for a task in words."""
+    """The picture of a row as an <img>, drawn again from its seed; "" for a task in words."""
     split = read_splits(config["split"])[0]
     env = make_env(config["task"], split.name, read_settings(config["env"]), **split.settings)
     if not env.vision:
         return ""
-    env.reset(f"{config['seed']}/rl/{row['env']}/{row['episode']}", row["episode"] * config["num_envs"] + row["env"])
+    env.reset(f"{config['seed']}/rl/{row['env']}/{row['episode']}",    # as in rl.Conversation.begin
+              row["episode"] * config["num_envs"] + row["env"])
     if "position" in row:
         env.at = row["position"]
     png = io.BytesIO()
     env.picture().save(png, "PNG")
-    return f'<img alt="what the model saw" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img alt="what the model saw" src="data:image/png;base64,{data}">'
 
 
 def page(config, rows, name, make_env):
+    """The whole page as HTML."""
     articles = []
     for row in rows:
-        parts = [f"<article><h2>{html.escape(title(row))}</h2>", picture_again(config, row, make_env)]
+        parts = ["<article>", f"<h2>{html.escape(title(row))}</h2>",
+                 picture_again(config, row, make_env)]
         for message, status, reward in replies_with_verdicts(row):
-            kind = "user" if not status else "right" if status == "correct" else "wrong"
-            told = f"<small>{html.escape(status)}, reward {reward:+g}</small>" if status else ""
+            kind, told = "user", ""
+            if status:
+                kind = "right" if status == "correct" else "wrong"
+                told = f"<small>{html.escape(status)}, reward {reward:+g}</small>"
             parts.append(f'<p class="{kind}">{told}{html.escape(message["content"])}</p>')
         articles.append("\n".join([*parts, "</article>"]))
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>'
-            f"<style>{STYLE}</style><h1>{html.escape(name)}</h1>\n<div>{len(rows)} dialogues of {html.escape(config['task'])}, "
-            f"the first of each rollout. Green: correct.</div>\n" + "\n".join(articles) + "\n</html>\n")
+    return "\n".join([
+        '<!doctype html><html lang="en"><meta charset="utf-8">',
+        f"<title>{html.escape(name)}</title>",
+        f"<style>{STYLE}</style>",
+        f"<h1>{html.escape(name)}</h1>",
+        f"<div>{len(rows)} dialogues of {html.escape(config['task'])}, "
+        "the first of each rollout. Correct replies are green.</div>",
+        *articles, "</html>", ""])
 
 
 def read_run(run, file, make_env):
