@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageOps
 
 
 def is_turned(picture):
-    """Whether a viewer turns or mirrors a picture by its EXIF block; a broken block says nothing."""
+    """Whether a viewer turns or mirrors a picture, by its EXIF block; a broken one says nothing."""
     try:
         return picture.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
     except Exception:   # it can raise anything

@@ -48,8 +48,8 @@ CHAT_TEMPLATE = (
 class Config:
     """A model of about a million parameters."""
     out: str = running.knob("", "the folder to write, new")
-    task: str = running.knob("gp-l", "the task whose words the tokenizer learns; for a -vl task the "
-                             "model sees pictures", choices=tuple(envs.TASKS))
+    task: str = running.knob("gp-l", "the task whose words the tokenizer learns; for a -vl task "
+                             "the model sees pictures", choices=tuple(envs.TASKS))
     env: tuple = running.knob((), "settings of the task, such as root=city0 (envs.py lists them)")
     family: str = running.knob("", "the kind of vision model; if not given, mllama",
                                choices=("", *FAMILIES))

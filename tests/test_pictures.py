@@ -19,16 +19,21 @@ def test_16_bits_a_level_are_read_as_the_8_that_matter(tmp_path):
         picture = Image.fromarray(np.full((4, 4), level, np.uint16))
         for name in ("16.png", "16.tif", "16.pgm"):
             assert shown(tmp_path, picture, name) == ((4, 4), (expected,) * 3)
-    for mode, colour, expected in (("L", 128, (128,) * 3), ("1", 1, (255,) * 3), ("RGB", (1, 2, 3), (1, 2, 3))):
+    for mode, colour, expected in (("L", 128, (128,) * 3), ("1", 1, (255,) * 3),
+                                   ("RGB", (1, 2, 3), (1, 2, 3))):
         assert shown(tmp_path, Image.new(mode, (4, 4), colour), "8.png")[1] == expected
-    assert shown(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "cmyk.tif")[1] == (255, 0, 0)
+    assert shown(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "cmyk.tif")[1] == (
+        255, 0, 0)
 
 
 @pytest.mark.parametrize("kind, name, options", [
-    (np.float32, "float.tif", {}), (np.int32, "32.tif", {}), (np.uint16, "16.png", {"transparency": 7})])
+    (np.float32, "float.tif", {}), (np.int32, "32.tif", {}),
+    (np.uint16, "16.png", {"transparency": 7})])
 def test_levels_that_could_mean_anything_are_refused_by_name(tmp_path, kind, name, options):
     Image.fromarray(np.full((4, 4), 1, kind)).save(tmp_path / name, **options)
-    with pytest.raises(ValueError, match=f"{name}: not a picture that can be read: nothing says which of its levels"):
+    with pytest.raises(ValueError,
+                       match=f"{name}: not a picture that can be read: nothing says which of "
+                             "its levels"):
         open_picture(tmp_path / name)
 
 
@@ -36,7 +41,8 @@ def test_levels_that_could_mean_anything_are_refused_by_name(tmp_path, kind, nam
 def test_a_picture_is_upright_as_its_exif_block_says_and_a_broken_one_says_nothing(tmp_path, name):
     picture, exif = Image.new("RGB", (64, 32), "red"), Image.Exif()
     picture.paste("blue", (32, 0, 64, 32))
-    for orientation, size, first in ((1, (64, 32), "red"), (3, (64, 32), "blue"), (6, (32, 64), "red"), (8, (32, 64), "blue")):
+    for orientation, size, first in ((1, (64, 32), "red"), (3, (64, 32), "blue"),
+                                     (6, (32, 64), "red"), (8, (32, 64), "blue")):
         exif[ExifTags.Base.Orientation] = orientation
         read_size, pixel = shown(tmp_path, picture, name, exif=exif)
         assert read_size == size and (pixel[0] > 128) == (first == "red")
@@ -47,11 +53,15 @@ def test_a_picture_is_upright_as_its_exif_block_says_and_a_broken_one_says_nothi
 
 
 @pytest.mark.parametrize("mode, colour, name, options", [
-    ("RGBA", (10, 20, 30, 0), "clear.png", {}), ("LA", (10, 0), "clear.png", {}), ("RGBA", (10, 20, 30, 0), "clear.webp", {"exact": True, "lossless": True}),
-    ("RGB", (10, 20, 30), "clear.png", {"transparency": (10, 20, 30)}), ("L", 10, "clear.png", {"transparency": 10}),
+    ("RGBA", (10, 20, 30, 0), "clear.png", {}), ("LA", (10, 0), "clear.png", {}),
+    ("RGBA", (10, 20, 30, 0), "clear.webp", {"exact": True, "lossless": True}),
+    ("RGB", (10, 20, 30), "clear.png", {"transparency": (10, 20, 30)}),
+    ("L", 10, "clear.png", {"transparency": 10}),
     ("P", 0, "clear.gif", {"transparency": 0}), ("P", 0, "clear.png", {"transparency": 0})])
-def test_what_is_transparent_is_white_and_no_hidden_colour_shows(tmp_path, mode, colour, name, options):
-    assert shown(tmp_path, Image.new(mode, (4, 4), colour), name, **options) == ((4, 4), (255, 255, 255))
+def test_what_is_transparent_is_white_and_no_hidden_colour_shows(
+        tmp_path, mode, colour, name, options):
+    assert shown(tmp_path, Image.new(mode, (4, 4), colour), name, **options) == (
+        (4, 4), (255, 255, 255))
     half = shown(tmp_path, Image.new("RGBA", (4, 4), (255, 0, 0, 51)), "half.png")[1]
     assert half == (255, 204, 204)
 
@@ -59,7 +69,8 @@ def test_what_is_transparent_is_white_and_no_hidden_colour_shows(tmp_path, mode,
 def test_of_several_frames_the_first_is_read(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     for name in ("two.gif", "two.png", "two.webp"):
-        assert shown(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], lossless=True)[1][0] > 250
+        assert shown(tmp_path, frames[0], name, save_all=True, append_images=frames[1:],
+                     lossless=True)[1][0] > 250
 
 
 def test_the_corners_of_official_cards_are_black(tmp_path):

@@ -18,7 +18,10 @@ from verify import Verdict
 
 @pytest.fixture
 def played(monkeypatch, capsys):
-    """played(env, *said, seed=3): what the screen shows to somebody who says this and then Ctrl-D; an exception is raised."""
+    """played(env, *said, seed=3): what the screen shows to a player who types this and Ctrl-D.
+
+    An exception among them is raised.
+    """
     def run(env, *said, seed=3):
         lines = iter(said)
 
@@ -45,7 +48,8 @@ def verdicts(shown):
 
 
 def envs_py(*arguments, stdin=""):
-    return subprocess.run([sys.executable, "envs.py", *map(str, arguments)], cwd=ROOT, input=stdin, capture_output=True, text=True,
+    return subprocess.run([sys.executable, "envs.py", *map(str, arguments)], cwd=ROOT, input=stdin,
+                          capture_output=True, text=True,
                           timeout=60)
 
 
@@ -55,9 +59,12 @@ def test_a_person_can_play_with_json_or_bare_formulas_and_stop_at_any_time(playe
     done = envs_py("gp-l", "--seed", "3", stdin=f"1+1\nwhat?\n{json.dumps(reply)}\nnever read\n")
     assert (done.returncode, done.stderr) == (0, "")
     for shown in (done.stdout, *(played(make_env("gp-l"), "1+1", "what?", answer, "never read")
-                                 for answer in (json.dumps(reply), reply["formula"], reply["formula"].removesuffix("=24")))):
-        assert verdicts(shown) == [("wrong_numbers", "-2", "4"), ("illegal_formula", "-3", "3"), ("correct", "+5", "")]
-        assert shown.endswith("Solved after 3 replies, total reward +0.\n") and "A right reply" not in shown
+                                 for answer in (json.dumps(reply), reply["formula"],
+                                                reply["formula"].removesuffix("=24")))):
+        assert verdicts(shown) == [("wrong_numbers", "-2", "4"), ("illegal_formula", "-3", "3"),
+                                   ("correct", "+5", "")]
+        assert shown.endswith("Solved after 3 replies, total reward +0.\n")
+        assert "A right reply" not in shown
     left = envs_py("gp-l", "--seed", "3", stdin="1\n")
     assert (left.returncode, left.stderr) == (0, "") and left.stdout.count("wrong_numbers") == 1
 
@@ -66,14 +73,17 @@ def test_the_tries_that_are_left_are_counted_down_and_a_solution_is_shown_after_
     env = make_env("gp-l")
     right = solution(env)
     lost = played(env, *["1"] * 9)
-    assert verdicts(lost) == [("wrong_numbers", "-2", str(left)) for left in (4, 3, 2, 1)] + [("wrong_numbers", "-3", "0")]
-    assert lost.endswith(f"tries left: 0]\nA right reply would have been: {right}\nNot solved after 5 replies, total reward -11.\n")
+    assert verdicts(lost) == [("wrong_numbers", "-2", str(left))
+                              for left in (4, 3, 2, 1)] + [("wrong_numbers", "-3", "0")]
+    assert lost.endswith(f"tries left: 0]\nA right reply would have been: {right}\n"
+                         "Not solved after 5 replies, total reward -11.\n")
     assert lost.count("A right reply") == 1
 
 
 def test_help_and_prompt_cost_no_try(played):
     shown = played(make_env("gp-l"), "help", "?", "", "prompt", "PROMPT", "1")
-    assert shown.count("A reply is the JSON object") == 3 and shown.count("Make 24 from four cards.") == 3
+    assert shown.count("A reply is the JSON object") == 3
+    assert shown.count("Make 24 from four cards.") == 3
     assert verdicts(shown) == [("wrong_numbers", "-2", "4")]
 
 
@@ -83,15 +93,18 @@ def test_whoever_leaves_is_shown_a_right_reply_and_asked_nothing_more(played, wo
     right = solution(env)
     shown = played(env, "1", word, "1")
     assert verdicts(shown) == [("wrong_numbers", "-2", "4")]
-    assert shown.endswith(f"A right reply would have been: {right}\n") and "olved after" not in shown
+    assert shown.endswith(f"A right reply would have been: {right}\n")
+    assert "olved after" not in shown
     assert played(env, word, "1", seed=None).count("---- episode") == 1
 
 
 def test_a_seed_is_one_episode_and_without_one_there_is_always_another(played):
     env = make_env("gp-l", verify_iter=1)
-    assert "---- episode 3 (--seed 3 plays it again) ----" in played(env, "1", "1") and env.turn == 1
+    assert "---- episode 3 (--seed 3 plays it again) ----" in played(env, "1", "1")
+    assert env.turn == 1
     shown = played(env, "1", "1", "quit", seed=None)
-    assert shown.count("---- episode") == 3 and shown.count("Not solved after 1 reply, total reward -3.") == 2
+    assert shown.count("---- episode") == 3
+    assert shown.count("Not solved after 1 reply, total reward -3.") == 2
     numbers = re.findall(r"---- episode (\d+) \(--seed \1 plays", shown)
     assert len(set(numbers)) == 3
 
@@ -102,14 +115,17 @@ def test_a_person_can_play_with_bare_actions(city):
     assert verdicts(done.stdout) == [("wrong_action", "-1", "1"), ("wrong_action", "-2", "0")]
 
 
-def test_on_a_route_the_verdict_stands_before_the_next_place_of_which_only_the_news_is_told(played, city):
+def test_on_a_route_the_verdict_stands_before_the_next_place_of_which_only_the_news_is_told(
+        played, city):
     env = make_env("virl-l", root=city)
     env.reset(3)
     actions = [position.action for position in env.rail]
     shown = played(env, *actions)
-    assert verdicts(shown) == [("correct", "+1", "")] * len(actions) and f"Solved after {len(actions)} replies" in shown
+    assert verdicts(shown) == [("correct", "+1", "")] * len(actions)
+    assert f"Solved after {len(actions)} replies" in shown
     first, *later = shown.split("\n> ")[1:]
-    for action, part in zip(actions, [first, *later][:-1]):        # what follows an answer: the verdict, then the next place
+    # what follows an answer: the verdict, then the next place
+    for action, part in zip(actions, [first, *later][:-1]):
         answer, verdict, *news = part.splitlines()
         assert answer == action and verdict == "Correct.   [correct, reward +1]"
         assert f"-> {action}" in "\n".join(news)
@@ -127,13 +143,15 @@ def test_a_hand_in_pictures_is_written_where_the_player_is_told(played, monkeypa
 
 def test_one_split_at_a_time_is_played():
     done = envs_py("gp-l", "id", "rule_ood")
-    assert done.returncode == 2 and "one split at a time, not rule_ood as well" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "one split at a time, not rule_ood as well" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_card_s_letter_in_a_formula_costs_no_try_and_a_split_may_stand_behind_its_settings():
     told = envs_py("gp-l", "--seed", "3", stdin="(J-1)*8\n1+1\nquit\n").stdout
     assert "not its letter" in told and told.count("tries left: 4") == 1
-    one, other = (envs_py("gp-l", *words, "--show").stdout for words in (("rule_ood", "target=10"), ("target=10", "rule_ood")))
+    one, other = (envs_py("gp-l", *words, "--show").stdout
+                  for words in (("rule_ood", "target=10"), ("target=10", "rule_ood")))
     assert one == other and "K counts as 13" in one and "Make 10" in one
 
 

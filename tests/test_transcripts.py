@@ -30,8 +30,10 @@ def test_a_run_is_read_in_the_terminal_with_the_verdict_on_every_reply(words):
     run, rows = words
     done = envs_py("--read", run)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.findall(r"^---- update (\d+), environment (\d+), episode (\d+): (.*) ----$", done.stdout, re.M) == [
-        (str(row["step"]), str(row["env"]), str(row["episode"]), "out of tries" if row["done"] else "goes on") for row in rows]
+    assert re.findall(r"^---- update (\d+), environment (\d+), episode (\d+): (.*) ----$",
+                      done.stdout, re.M) == [
+        (str(row["step"]), str(row["env"]), str(row["episode"]),
+         "out of tries" if row["done"] else "goes on") for row in rows]
     assert {row["done"] for row in rows} == {True, False}
     said = [message["content"] for row in rows for message in row["messages"]]
     place = 0
@@ -45,11 +47,14 @@ def test_a_run_is_read_in_the_terminal_with_the_verdict_on_every_reply(words):
 def test_a_run_in_words_becomes_a_page_without_pictures_that_loads_nothing(words, tmp_path):
     run, rows = words
     done = envs_py("--read", run, "--html", tmp_path / "page.html")
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'page.html'}: {len(rows)} dialogues\n")
+    assert (done.returncode, done.stdout) == (0,
+                                              f"{tmp_path / 'page.html'}: {len(rows)} dialogues\n")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>") and page.count("<article>") == page.count("</article>") == len(rows)
+    assert page.startswith("<!doctype html>")
+    assert page.count("<article>") == page.count("</article>") == len(rows)
     assert "http" not in page and "<img" not in page and "<script" not in page
-    assert page.count('<p class="wrong">') == sum(len(row["verdicts"]) for row in rows) and "Make 24 from four cards." in page
+    assert page.count('<p class="wrong">') == sum(len(row["verdicts"]) for row in rows)
+    assert "Make 24 from four cards." in page
 
 
 def test_the_page_of_a_run_in_pictures_shows_what_the_model_saw(tmp_path, device, monkeypatch):
@@ -60,7 +65,8 @@ def test_the_page_of_a_run_in_pictures_shows_what_the_model_saw(tmp_path, device
         seen.update((turn.dialogue_key[:2], turn.picture) for turn in turns)
         return turns
     monkeypatch.setattr(rl, "collect_turns", keep)
-    rows = train(tmp_path / "rl", device, task="gp-vl", env=("resolution=60", "verify_iter=4"), split=("rule_ood", "suits=H"),
+    rows = train(tmp_path / "rl", device, task="gp-vl", env=("resolution=60", "verify_iter=4"),
+                 split=("rule_ood", "suits=H"),
                  model=tiny_folder(vision=True))
     transcripts.read_run(tmp_path / "rl", tmp_path / "page.html", make_env)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -68,12 +74,15 @@ def test_the_page_of_a_run_in_pictures_shows_what_the_model_saw(tmp_path, device
     assert len(shown) == len(rows) and "http" not in page
     for row, data in zip(rows, shown):
         picture = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert picture.size == (60, 60) and picture.tobytes() == seen[row["env"], row["episode"]].tobytes()
+        assert picture.size == (60, 60)
+        assert picture.tobytes() == seen[row["env"], row["episode"]].tobytes()
     assert len(set(shown)) > 1
 
 
-ROW = {"step": 1, "env": 0, "episode": 0, "done": True, "success": True, "verdicts": [["correct", 5]],
-       "messages": [{"role": "user", "content": "a <b> & c"}, {"role": "assistant", "content": "<script>x</script>"},
+ROW = {"step": 1, "env": 0, "episode": 0, "done": True, "success": True,
+       "verdicts": [["correct", 5]],
+       "messages": [{"role": "user", "content": "a <b> & c"},
+                    {"role": "assistant", "content": "<script>x</script>"},
                     {"role": "user", "content": "Correct."}]}
 
 
@@ -83,7 +92,8 @@ def test_what_a_model_writes_is_text_on_the_page_and_right_replies_stand_out(tmp
         file.write('{"torn')
     transcripts.read_run(run, tmp_path / "page.html", make_env)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "a &lt;b&gt; &amp; c" in page and "&lt;script&gt;x&lt;/script&gt;</p>" in page and "<script" not in page
+    assert "a &lt;b&gt; &amp; c" in page and "&lt;script&gt;x&lt;/script&gt;</p>" in page
+    assert "<script" not in page
     assert page.count('<p class="right">') == 1 and page.count('<p class="user">') == 2
     assert "update 1, environment 0, episode 0: solved" in page and "correct, reward +5" in page
     transcripts.read_run(run, "", make_env)
@@ -91,14 +101,17 @@ def test_what_a_model_writes_is_text_on_the_page_and_right_replies_stand_out(tmp
 
 
 def test_a_run_without_conversations_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.*needs config.json and turns.jsonl, which rl.py writes"):
+    with pytest.raises(ValueError,
+                       match="nowhere.*needs config.json and turns.jsonl, which rl.py writes"):
         transcripts.read_run(tmp_path / "nowhere", "", make_env)
     with pytest.raises(ValueError, match="turns.jsonl: holds no conversation yet"):
         transcripts.read_run(write_conversations(tmp_path / "run"), "", make_env)
     with pytest.raises(ValueError, match="page.html: there is no folder"):
-        transcripts.read_run(write_conversations(tmp_path / "other", ROW), tmp_path / "none" / "page.html", make_env)
+        transcripts.read_run(write_conversations(tmp_path / "other", ROW),
+                             tmp_path / "none" / "page.html", make_env)
     done = envs_py("--read", tmp_path / "run")
-    assert done.returncode == 2 and "holds no conversation yet" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "holds no conversation yet" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_garbage_in_the_file_is_named(tmp_path):
