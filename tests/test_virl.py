@@ -782,8 +782,9 @@ def test_show_writes_the_views_and_the_prompt_of_every_position(pictures, tmp_pa
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("in_order", [False, True])
-def test_the_page_of_a_run_shows_the_views_of_every_position(pictures, tmp_path, in_order):
+@pytest.mark.parametrize("in_order, more", [
+    (False, []), (True, []), (False, ["reward=random", "faults=walk_past:0.5"])])
+def test_the_page_of_a_run_shows_the_views_of_every_position(pictures, tmp_path, in_order, more):
     env = make_env("virl-vl", root=str(pictures), resolution=16, in_order=in_order)
     # of 3 environments the second, its third episode
     env.reset("5/rl/1/2", episode=2 * 3 + 1)
@@ -791,8 +792,8 @@ def test_the_page_of_a_run_shows_the_views_of_every_position(pictures, tmp_path,
              "verdicts": [], "messages": []}
             for at in range(len(env.rail))]
     run = write_conversations(tmp_path / "run", *rows, task="virl-vl",
-                              env=[f"root={pictures}", "resolution=16"],
-                     split=["id", f"in_order={str(in_order).lower()}"], seed=5, num_envs=3)
+                              env=[f"root={pictures}", "resolution=16", *more],
+                              split=["id", f"in_order={str(in_order).lower()}"], seed=5, num_envs=3)
     transcripts.read_run(run, tmp_path / "page.html", make_env)
     shown = re.findall(r'src="data:image/png;base64,([^"]+)"', (tmp_path / "page.html").read_text())
     assert len(set(shown)) > 2
