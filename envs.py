@@ -6,11 +6,12 @@ The paper trains on one setting of what J, Q and K are worth and tests on anothe
     split         J, Q, K        hands                   used for
     id            10, 10, 10     any solvable            training and in-distribution tests
     rule_ood      11, 12, 13     with a face card        the rule never trained on
-    unseen        10, 10, 10     the held-out tenth      hands never trained on (with fold=train)
+    unseen        10, 10, 10     the held-out tenth      hands that fold=train keeps from training
     visual_ood    10, 10, 10     red suits               cards that look different (pictures only)
     rule_family   drawn anew     any solvable            our stand-in for pre-training
 
-`rule_family` never draws one of the two rules above. With pictures all other suits are black.
+`rule_family` never draws one of the two rules above. With pictures, all other splits have black
+suits.
 
 V-IRL gives written instructions through a city to a destination. They name each direction in both
 vocabularies; the rule says which of the two an action takes. The data are folders in the released
@@ -29,7 +30,7 @@ An environment is a conversation with the verifier (sequential revision, Section
     messages, reward, terminated, truncated, info = env.step(reply)     # and: reply, verdict
 
     user       Make 24 from four cards. ... J counts as 10, ... Cards: ["Q", "10", "A", "3"] ...
-    assistant  {"cards": ["Q", "10", "A", "3"], "number": [10, 10, 1, 3], "formula": "(10-1)*3-1...
+    assistant  {"cards": ["Q", "10", "A", "3"], "number": ..., "formula": "(10-1)*3-10=24"}
     user       Your formula uses the right numbers, but it makes 17, not 24. Try another ...
 
 `GeneralPoints` and `Navigation` list their settings. All scripts take them as words KEY=VALUE:
@@ -89,7 +90,7 @@ class Environment:
     expert_reply()          a correct reply, as valid JSON
     flawed_reply()          one in the right format that is not correct (appendix D, Fig. 15)
 
-    An example (`Verdict` is verify.py's):
+    An example that runs (`Verdict` is verify.py's):
 
         class Echo(Environment):
             kinds = ("number",)
@@ -169,9 +170,9 @@ class Environment:
     def step(self, reply):
         """Judge one reply: (messages, reward, terminated, truncated, info).
 
-        `info`: the status of the verdict; success (the episode is solved); turn (replies so far in
-        the episode); kind of the position; try (replies so far at it); new_dialogue (whether one
-        begins); answer_at (where in the reply the answer begins); and what `details` adds.
+        `info` has the status of the verdict and success: whether the episode is solved. turn and
+        try count the replies in the episode and at the position, which is of a kind. new_dialogue
+        says whether one begins, answer_at where in the reply the answer does; `details` adds more.
         """
         if self.done:
             raise RuntimeError("the episode is over: call reset() first")
@@ -403,10 +404,7 @@ class Navigation(Environment):
         self.actions = ["forward()", *turns, "stop()"]
 
     def lay_out(self, episode):
-        """Draw a route and lay its rail.
-
-        The draws come in the official order: route, heading, then one for each place of each leg.
-        """
+        """Draw a route and lay its rail; the draws come in the official order."""
         self.number = episode % len(self.routes) if self.in_order else None
         route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
         heading = route.init_heading or self.rng.randint(0, 359)       # 0 in a file means: any
@@ -431,8 +429,8 @@ class Navigation(Environment):
     def lay_rail(self, route, heading, words):
         """The positions from the start to the destination, in the order in which one walks.
 
-        A route of k legs has k + 1 points. A leg leads to a point, by a "forward" at each place
-        that is not left out; every point has a "turn", and the last has the "stop".
+        A route of k legs has k + 1 points. A leg leads to its point by a "forward" at each place
+        that is not left out. At every point stands a "turn", at the last one the "stop".
         """
         for i, pano in enumerate(route.panos):
             if i > 0:

@@ -19,7 +19,7 @@ def is_turned(picture):
 
 
 def to_8_bits(picture):
-    """A picture of 16 bits a level with 8 bits, where `convert` would cut it at 255.
+    """A picture with 16 bits a level, brought to 8; `convert` would cut it at 255.
 
     ValueError if nothing says which level is white.
     """

@@ -90,8 +90,11 @@ class MappingUnpickler(pickle._Unpickler):
 def geodesic(a, b):
     """Metres between two (latitude, longitude) points in degrees, at most a kilometre apart.
 
-    On the WGS-84 ellipsoid, with a = 6378137 m and e^2 = 0.00669437999014, at the mean latitude p:
-    w = 1 - e^2 sin^2(p), north = a (1 - e^2) / w^1.5 * d_lat, east = a / sqrt(w) cos(p) * d_lon.
+    On the WGS-84 ellipsoid, with a = 6378137 m, e^2 = 0.00669437999014 and the mean latitude p:
+
+        w     = 1 - e^2 sin^2(p)
+        north = a (1 - e^2) / w^1.5  * change of latitude
+        east  = a / w^0.5 * cos(p)   * change of longitude
     """
     latitude = math.radians((a[0] + b[0]) / 2)
     w = 1 - 0.00669437999014 * math.sin(latitude) ** 2
@@ -374,9 +377,9 @@ def read_panorama(path):
 def view_table(size, width):
     """Where in a panorama of `width` each pixel of a level view looks that is 90 degrees wide.
 
-    The view has size x size pixels. Three arrays of that shape: the column in 1/256ths, to which a
-    heading only adds; the index of the first pixel of the upper row; the weight of the lower row
-    in 1/256ths.
+    The view has size x size pixels, and so have the three arrays that are returned. The first has
+    the column in 1/256ths, to which a heading only adds. The second has the index of the first
+    pixel of the upper row, the third the weight of the lower row in 1/256ths.
     """
     offset = (np.arange(size) - (size - 1) / 2) / (size / 2)
     u, v = np.meshgrid(offset, offset)                 # in focal lengths
