@@ -57,7 +57,7 @@ def ask(env, text):
         if command in ("quit", "exit", "q"):
             return None
         if command in ("help", "?", "h", ""):
-            print(HELP.format(example=f":\n    {env.example}" if env.example else "."))
+            print(HELP.format(example=f", such as\n    {env.example}" if env.example else "."))
         elif command == "prompt":
             print(text)
         elif "{" in typed:

@@ -200,7 +200,7 @@ def test_a_third_game_is_played_in_its_words(played, tmp_path):
     assert shown.endswith(f"\n{env.rail[1].value}\n\n> {right[1]}\nYes.   [correct, reward +1]\n"
                           "Solved after 3 replies, total reward +1.\n")
     env.example = "even"
-    assert "or just the answer:\n    even\n" in played(env, "help")
+    assert "or just the answer, such as\n    even\n" in played(env, "help")
     play.show(env, 3, str(tmp_path / "shown"))
     assert sorted(path.name for path in (tmp_path / "shown").iterdir()) == ["00.txt", "01.txt"]
 
