@@ -29,6 +29,12 @@ def wide_product(hidden, weight):
         return F.linear(hidden.float(), weight.float())            # a CPU has no such product of mixed types
 
 
+def is_plain_llama(config):
+    """Whether `LlamaDecoder` can decode a model of this config."""
+    return (config.model_type == "llama" and config.hidden_act == "silu"
+            and not config.attention_bias and not config.mlp_bias)
+
+
 class RolloutMemory:
     """What is kept from one `Policy.generate` to the next while the weights stand still, in a rollout or an evaluation.
 

@@ -193,3 +193,22 @@ FAMILIES = {"mllama": MllamaVision, "qwen2_5_vl": QwenVision, "qwen3_vl": QwenVi
 def num_placeholders(processor, picture):
     """How many tokens of a prompt stand for a picture."""
     return processor.num_placeholders(picture) if picture and isinstance(processor, QwenProcessor) else 1
+
+
+def repeat_image_tokens(processor, kept, ids, picture):
+    """`ids`, in which the one image token of a template stands as often as the picture needs.
+
+    `kept` are the ids before them, whose image tokens are repeated already. ValueError unless the
+    dialogue has the tokens of its picture, and none without a picture.
+    """
+    image_id, num = processor.image_token_id, num_placeholders(processor, picture)
+    repeated = []
+    for i in ids:
+        repeated += [i] * (num if i == image_id else 1)
+    found = (kept + repeated).count(image_id) / num
+    expected = 0 if picture is None else 1
+    if found != expected:
+        raise ValueError(f"{found:.3g} {processor.image_token} tokens in a dialogue with {expected} "
+                         "pictures: the template must write one for each, and the text of a message "
+                         f"must not hold {processor.image_token}")
+    return repeated

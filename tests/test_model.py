@@ -21,7 +21,7 @@ import envs
 import model
 import support.decoder
 from conftest import tiny_folder
-from support import running
+from support import loading, running
 from support.decoder import CacheDecoder, LlamaDecoder
 from support.tiny import atoms_of, train_tokenizer
 
@@ -459,7 +459,7 @@ def test_a_template_that_writes_earlier_replies_otherwise_keeps_the_sampled_ids(
     (TURNS.replace("REPLY", "{% for i in range(90000) %}{% for j in range(400) %}{% endfor %}{% endfor %}"), "does not come to an end"),
 ])
 def test_a_template_that_cannot_be_used_is_refused_when_the_model_is_loaded(tmp_path, monkeypatch, template, told):
-    monkeypatch.setattr(model, "TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr(loading, "TEMPLATE_SECONDS", 0.5)
     with pytest.raises(ValueError, match=f"its chat template .*{told.replace('|', '.')}"):
         model.load_policy(changed_folder(tmp_path, template))
 
@@ -482,7 +482,7 @@ def test_a_reply_to_learn_and_earlier_ones_of_a_file_hold_no_control_token(tiny)
 
 
 def test_a_model_whose_cache_has_no_rows_to_drop_is_refused(monkeypatch):
-    monkeypatch.delattr(model.DynamicCache.__mro__[1], "reorder_cache")
+    monkeypatch.delattr(loading.DynamicCache.__mro__[1], "reorder_cache")
     with pytest.raises(ValueError, match="rows of its cache cannot be dropped .llama."):
         model.load_policy(tiny_folder())
 
@@ -490,7 +490,7 @@ def test_a_model_whose_cache_has_no_rows_to_drop_is_refused(monkeypatch):
 def test_chunks_of_attention_bound_the_context():
     config = LlamaConfig(max_position_embeddings=512)
     config.layer_types, config.attention_chunk_size = ["chunked_attention", "full_attention"], 16
-    assert model.context_of(config) == 16 and model.context_of(LlamaConfig(max_position_embeddings=512)) == 512
+    assert loading.context_of(config) == 16 and loading.context_of(LlamaConfig(max_position_embeddings=512)) == 512
 
 
 def test_the_first_token_of_a_prompt_may_mark_every_turn(tmp_path):

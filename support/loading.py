@@ -1,0 +1,262 @@
+"""A model's folder with its tokenizer and chat template, and all that may be wrong with them.
+
+`model.load_policy` is the short story. It calls, in this order:
+
+    load_folder        the backbone and its processor, from files that may be odd
+    check_model        whether they behave as `model.encode` and `model.Policy` take for granted
+    freeze_parts       the parts of a vision model that are not trained
+    load_value_head    the weights of the value head, if the folder has any
+
+model.py also takes from here what it needs of a tokenizer, a template and a config.
+"""
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          AutoTokenizer, DynamicCache)
+from transformers import logging as transformers_logging
+
+from support import running
+from support.chat import user_message
+from support.vision import FAMILIES
+
+transformers_logging.set_verbosity_error()     # no bars and no hints of the library among our lines
+transformers_logging.disable_progress_bar()
+
+# What `--freeze` may name: the picture encoder, and what makes its states tokens or keys (Fig. 16).
+FREEZABLE = ("vision", "projector")
+# For two prompts, when a model is loaded: a template can loop for ever.
+TEMPLATE_SECONDS = 20
+# Some templates print today's date (Llama 3.2, SmolLM3). Prompts must not change overnight.
+DATE = "01 Jan 2025"
+
+# ---- Tokenizer and chat template -----------------------------------------------------------------
+
+
+def tokenizer_of(processor):
+    """A text model's processor is its tokenizer; that of a vision model holds one."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def template_of(processor):
+    """The chat template; of several named ones "default", and None if there is none."""
+    template = processor.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def render(processor, messages, **kwargs):
+    """The dialogue as the model's chat template writes it, a string."""
+    template = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}" + template_of(processor)
+    try:
+        return tokenizer_of(processor).apply_chat_template(
+            messages, chat_template=template, tokenize=False, date_string=DATE, **kwargs)
+    except Exception as error:                 # a template is a program, and can raise anything
+        raise ValueError(f"the chat template cannot write this dialogue: {reason(error)}") from None
+
+
+def reason(error):
+    """The words of an error, or its name if it has none."""
+    return str(error).strip() or repr(error)
+
+
+def check_text(tokenizer, text):
+    """ValueError if a text holds what the tokenizer reads as a control token.
+
+    The name of a landmark, a prompt file and a data file may hold one. A verdict cannot repeat one
+    of a reply, since `verify.plain` takes them apart.
+    """
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content in text:
+            raise ValueError(f"the text {text[:60]!r}... holds {token.content}, "
+                             "a control token of the model")
+
+
+def never_sampled(tokenizer, num_rows):
+    """A mask (num_rows,) of the rows of lm_head that are never sampled.
+
+    These are the special ids but the end-of-turn, and rows that stand for no token. A special token
+    may have no row, as Mllama's <|image|>.
+    """
+    mask = torch.zeros(num_rows, dtype=torch.bool)
+    mask[len(tokenizer):] = True
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.special and i < num_rows and i != tokenizer.eos_token_id:
+            mask[i] = True
+    return mask
+
+
+def context_of(config):
+    """How many tokens a row may have.
+
+    Beyond its sliding window, or its chunk of attention, a model would see other tokens in a padded
+    row than in the row alone.
+    """
+    limits = [config.max_position_embeddings]
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if window and (layer_types is None or "sliding_attention" in layer_types):
+        limits.append(window)
+    if "chunked_attention" in (layer_types or ()):
+        limits.append(config.attention_chunk_size)
+    return min(limits)
+
+
+# ---- Reading a folder ----------------------------------------------------------------------------
+
+def load_folder(path, vision, dtype, hollow):
+    """(backbone, processor) from a Hugging Face folder, with weights of this type.
+
+    `vision` demands a model that reads pictures. With `hollow` the weights take no memory and have
+    no values. ValueError says why the folder cannot be used.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"model {path!r}: an adapter (PEFT) without its model: "
+                             "merge it into the model first")
+        raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "
+                         "support/tiny.py writes a tiny one")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            raise ValueError("its weights are quantized (quantization_config); "
+                             "take the model as it was before")
+        family = FAMILIES.get(config.model_type)
+        backbone, faults = load_backbone(folder, config, dtype, hollow)
+        if family:
+            processor = family.load_processor(folder, config)
+        else:
+            processor = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:                 # the libraries raise anything on files that are odd
+        raise ValueError(f"model {path!r}: not a causal language model shaped like Llama with its "
+                         "tokenizer, nor a Llama-3.2-Vision with its processor, nor a Qwen2.5-VL or "
+                         f"Qwen3-VL: {reason(error).splitlines()[0]}") from None
+    check_weights(path, faults)
+    if vision and not family:
+        raise ValueError(f"model {path!r}: {config.model_type} reads no pictures; the task needs a "
+                         f"vision model, supported are {', '.join(FAMILIES)}")
+    if not hasattr(backbone, "model") or not hasattr(backbone, "lm_head"):
+        raise ValueError(f"model {path!r}: architecture {config.model_type} is not supported; "
+                         f"supported are {', '.join(FAMILIES)} and causal LMs shaped like Llama "
+                         "(.model and .lm_head)")
+    if family:
+        family.check(path, backbone, processor)
+    return backbone, processor
+
+
+def load_backbone(folder, config, dtype, hollow):
+    """The model, and what transformers tells of weights that do not fit: kind -> names."""
+    model_class = AutoModelForCausalLM
+    if config.model_type in FAMILIES:
+        model_class = AutoModelForImageTextToText
+    if hollow:
+        with torch.device("meta"):
+            return model_class.from_config(config, dtype=dtype), {}
+    return model_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False,
+                                       output_loading_info=True, ignore_mismatched_sizes=True)
+
+
+def check_weights(path, faults):
+    """ValueError unless the folder's weights are those of the model, each in its shape.
+
+    Else transformers would fill what is missing with random numbers.
+    """
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(map(str, faults.get(f"{kind}_keys", ())))
+        if names:
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"model {path!r}: its weights do not fill the model: "
+                             f"{names[0]} is {kind}{more}")
+
+
+# ---- Does it behave ------------------------------------------------------------------------------
+
+def check_template(path, processor, vision, encode, encode_reply):
+    """The ids (P,) of a first prompt; ValueError unless the chat template allows what `encode` does.
+
+    `encode` and `encode_reply` are those of model.py. They try a first and a second prompt.
+    """
+    tokenizer = tokenizer_of(processor)
+    if template_of(processor) is None or tokenizer.eos_token is None:
+        raise ValueError(f"model {path!r}: its tokenizer has no chat template (or none called "
+                         "default), or no end-of-sequence token")
+    picture = Image.new("RGB", (64, 64)) if vision else None
+    messages = [user_message("1", picture), {"role": "assistant", "content": "2"}, user_message("3")]
+    try:
+        first = encode(processor, messages[:1])
+        encode(processor, messages, first + encode_reply(processor, "2"))
+    except ValueError as error:
+        raise ValueError(f"model {path!r}: its chat template cannot be used: {error}") from None
+    if tokenizer.bos_token and first[:2] == 2 * [tokenizer.bos_token_id]:
+        raise ValueError(f"model {path!r}: its chat template must write {tokenizer.bos_token} once, "
+                         "not twice")
+    return first
+
+
+def check_model(path, backbone, processor, vision, encode, encode_reply):
+    """ValueError unless model and chat template behave as `encode` and `Policy` take for granted."""
+    # The template lets a dialogue go on, and comes to an end.
+    try_template = partial(check_template, path, processor, vision, encode, encode_reply)
+    ids = running.within_seconds(TEMPLATE_SECONDS, try_template,
+                                 f"model {path!r}: its chat template does not come to an end")
+
+    # Each token has an embedding, and the end-of-turn a logit.
+    num_logits = backbone.lm_head.weight.shape[0]
+    num_embeddings = backbone.get_input_embeddings().weight.shape[0]
+    tokenizer = tokenizer_of(processor)
+    if max(ids) >= num_embeddings or tokenizer.eos_token_id >= num_logits:
+        raise ValueError(f"model {path!r}: its tokenizer has more tokens ({len(tokenizer)}) than "
+                         f"the model ({num_logits}): resize the model's embeddings")
+
+    with torch.no_grad():
+        text = torch.tensor([[i for i in ids if i < num_logits]])      # <|image|> has no row
+        expected = backbone(text).logits
+        product = backbone.lm_head(backbone.model(text).last_hidden_state)
+        # Sampling drops the rows of replies that have ended.
+        try:
+            cache = DynamicCache(config=backbone.config.get_text_config())
+            backbone.model(input_ids=text, past_key_values=cache, use_cache=True)
+            cache.reorder_cache(torch.tensor([0]))
+        except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
+            raise ValueError(f"model {path!r}: rows of its cache cannot be dropped "
+                             f"({backbone.config.model_type}), which sampling needs") from None
+
+    # The logits are numbers, and the plain product that `TokenLogprobs` computes.
+    if not torch.isfinite(expected).all():
+        raise ValueError(f"model {path!r}: its weights give logits that are no finite numbers")
+    product = product / getattr(backbone.config.get_text_config(), "logits_scaling", 1.0)
+    if backbone.lm_head.bias is not None or not torch.allclose(expected, product, atol=1e-4):
+        raise ValueError(f"model {path!r}: its logits are not plain products of hidden states and "
+                         f"lm_head ({backbone.config.model_type}), which is not supported")
+
+
+# ---- Parts ---------------------------------------------------------------------------------------
+
+def freeze_parts(backbone, names):
+    """Take the parts of these names, comma-separated, out of training; ValueError for any other."""
+    family = FAMILIES.get(backbone.config.model_type)
+    for name in filter(None, names.split(",")):
+        if name not in FREEZABLE or not family:
+            raise ValueError(f"freeze {name!r}: allowed are {', '.join(FREEZABLE)}, "
+                             "and only in a vision model")
+        for parameter_name, parameter in backbone.named_parameters():
+            if re.match(family.parts[name], parameter_name):
+                parameter.requires_grad_(False)
+
+
+def load_value_head(path, value_head):
+    """Put the folder's weights into the value head; without such a file it stays as it is."""
+    file = Path(path) / "value_head.safetensors"
+    if file.is_file():
+        try:
+            value_head.load_state_dict(load_file(file))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            told = " ".join(str(error).split())
+            raise ValueError(f"{file}: not this model's value head: {told}") from None
