@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
-                          Qwen2Config, Qwen2ForCausalLM)
+from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig,
+                          LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 
 import envs
 import model
@@ -42,7 +42,8 @@ def some_prompts(processor, num=6):
 
 def test_any_text_comes_back_from_the_tokenizer(tiny):
     _, processor = tiny
-    for text in ["", "{\"formula\": \"(10-6)*4=24\"}", "ünïcode ♠ \n\t 中文", "  two  blanks ", "24242424 1J2Q"]:
+    for text in ["", "{\"formula\": \"(10-6)*4=24\"}", "ünïcode ♠ \n\t 中文", "  two  blanks ",
+                 "24242424 1J2Q"]:
         ids = processor(text, add_special_tokens=False).input_ids
         assert processor.decode(ids) == text
 
@@ -70,7 +71,8 @@ def test_prompt_ids_grow_only_at_the_end_over_five_turns(tiny):
     messages, _ = env.reset(1)
     prompt = model.encode(processor, messages)
     for turn in range(5):
-        response, _ = policy.generate([prompt], model.sampling_uniforms([(0, turn)], 7 + turn), 7 + turn, 1.0)[0]
+        response, _ = policy.generate([prompt], model.sampling_uniforms([(0, turn)], 7 + turn),
+                                      7 + turn, 1.0)[0]
         messages, _, terminated, truncated, _ = env.step(model.decode_reply(processor, response))
         following = model.encode(processor, messages, prompt + response)
         assert following[:len(prompt) + len(response)] == prompt + response
@@ -85,7 +87,8 @@ def test_a_reply_cut_at_the_limit_is_closed_in_the_next_prompt_only(tiny):
     cut = processor("{\"cards\": [", add_special_tokens=False).input_ids
     whole = cut + [processor.eos_token_id]
     messages, *_ = env.step(model.decode_reply(processor, cut))
-    assert model.encode(processor, messages, prompt + cut) == model.encode(processor, messages, prompt + whole)
+    of_cut = model.encode(processor, messages, prompt + cut)
+    assert of_cut == model.encode(processor, messages, prompt + whole)
 
 
 def test_encoding_with_prior_ids_equals_encoding_afresh_when_the_ids_are_canonical(tiny):
@@ -94,29 +97,35 @@ def test_encoding_with_prior_ids_equals_encoding_afresh_when_the_ids_are_canonic
     prompt = model.encode(processor, env.reset(3)[0])
     reply = env.flawed_reply()
     messages, *_ = env.step(reply)
-    assert model.encode(processor, messages, prompt + model.encode_reply(processor, reply)) == model.encode(processor, messages)
+    going_on = model.encode(processor, messages, prompt + model.encode_reply(processor, reply))
+    assert going_on == model.encode(processor, messages)
 
 
 def test_logprobs_are_those_of_the_plain_model_at_the_response_tokens(tiny):
     policy, processor = tiny
     prompts = some_prompts(processor)
-    samples = [(p, model.encode_reply(processor, "[1] (2" * (i + 1))) for i, p in enumerate(prompts)]
+    samples = [(p, model.encode_reply(processor, "[1] (2" * (i + 1)))
+               for i, p in enumerate(prompts)]
     before = [(list(p), list(r)) for p, r in samples]
     logprobs, values = policy(model.collate([[s] for s in samples], policy.device))
     assert samples == before
-    assert logprobs.shape == (len(samples), max(len(r) for _, r in samples)) and values.shape == (len(samples),)
+    assert logprobs.shape == (len(samples), max(len(r) for _, r in samples))
+    assert values.shape == (len(samples),)
     for (prompt, response), row, value in zip(samples, logprobs, values):
         ids = torch.tensor([prompt + response], device=policy.device)
         out = policy.backbone(ids, output_hidden_states=True)
-        expected = torch.log_softmax(out.logits[0].float(), -1)[len(prompt) - 1:-1].gather(1, ids[0, len(prompt):, None])[:, 0]
+        plain = torch.log_softmax(out.logits[0].float(), -1)[len(prompt) - 1:-1]
+        expected = plain.gather(1, ids[0, len(prompt):, None])[:, 0]
         torch.testing.assert_close(row[:len(response)], expected, atol=1e-5, rtol=0)
         assert (row[len(response):] == 0).all()
-        torch.testing.assert_close(value, policy.value_head(out.hidden_states[-1][0, len(prompt) - 1])[0], atol=1e-5, rtol=0)
+        expected_value = policy.value_head(out.hidden_states[-1][0, len(prompt) - 1])[0]
+        torch.testing.assert_close(value, expected_value, atol=1e-5, rtol=0)
 
 
 def test_padding_and_neighbours_change_nothing(tiny):
     policy, processor = tiny
-    samples = [(p, model.encode_reply(processor, "12+" * (i + 1))) for i, p in enumerate(some_prompts(processor))]
+    samples = [(p, model.encode_reply(processor, "12+" * (i + 1)))
+               for i, p in enumerate(some_prompts(processor))]
     together, values = policy(model.collate([[s] for s in samples], policy.device), 0.7)
     for sample, row, value in zip(samples, together, values):
         alone, alone_value = policy(model.collate([[sample]], policy.device), 0.7)
@@ -129,7 +138,7 @@ def test_turns_that_share_a_row_have_the_logprobs_and_values_of_turns_alone(tiny
     env = envs.make_env("gp-l", "id")
     messages, _ = env.reset(4)
     dialogue, prompt = [], model.encode(processor, messages)
-    for length in (9, 5, 7):                                     # cut replies: the next prompt closes them
+    for length in (9, 5, 7):   # cut replies: the next prompt closes them
         response = model.encode_reply(processor, env.flawed_reply())[:length]
         dialogue.append((prompt, response))
         messages, *_ = env.step(model.decode_reply(processor, response))
@@ -138,7 +147,8 @@ def test_turns_that_share_a_row_have_the_logprobs_and_values_of_turns_alone(tiny
     batch = model.collate(dialogues, policy.device)
     assert batch["input_ids"].shape[0] == 2 and len(batch["row"]) == 4
     together, values = policy(batch, 1.0)
-    alone, alone_values = policy(model.collate([[turn] for turns in dialogues for turn in turns], policy.device), 1.0)
+    rows = [[turn] for turns in dialogues for turn in turns]
+    alone, alone_values = policy(model.collate(rows, policy.device), 1.0)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(values, alone_values, atol=1e-5, rtol=0)
     with pytest.raises(AssertionError, match="does not begin with the turn before"):
@@ -149,8 +159,10 @@ def test_turns_that_share_a_row_have_the_logprobs_and_values_of_turns_alone(tiny
 def test_logprobs_seen_while_sampling_equal_those_of_the_update(tiny, temperature):
     policy, processor = tiny
     prompts = some_prompts(processor)
-    replies = policy.generate(prompts, model.sampling_uniforms([(5, i) for i in range(len(prompts))], 24), 24, temperature)
-    logprobs, _ = policy(model.collate([[(p, r)] for p, (r, _) in zip(prompts, replies)], policy.device), temperature)
+    uniforms = model.sampling_uniforms([(5, i) for i in range(len(prompts))], 24)
+    replies = policy.generate(prompts, uniforms, 24, temperature)
+    rows = [[(p, r)] for p, (r, _) in zip(prompts, replies)]
+    logprobs, _ = policy(model.collate(rows, policy.device), temperature)
     for row, (response, seen) in zip(logprobs.tolist(), replies):
         assert row[:len(response)] == pytest.approx(seen, abs=1e-5)
 
@@ -168,14 +180,16 @@ def test_a_reply_does_not_depend_on_the_rows_beside_it(tiny):
 def test_replies_end_with_end_of_turn_or_at_the_limit_and_hold_no_special_id(tiny):
     policy, processor = tiny
     prompts = some_prompts(processor) * 20
-    bias = policy.backbone.lm_head.weight.detach().clone()
+    weight = policy.backbone.lm_head.weight
+    before = weight.detach().clone()
+    uniforms = model.sampling_uniforms([(i,) for i in range(120)], 60)
     try:
         with torch.no_grad():   # make end-of-turn likely, so that rows leave at different times
-            policy.backbone.lm_head.weight[policy.eos_id] += 0.02 * policy.backbone.lm_head.weight.sum(0).sign()
-        replies = [ids for ids, _ in policy.generate(prompts, model.sampling_uniforms([(i,) for i in range(120)], 60), 60, 3.0)]
+            weight[policy.eos_id] += 0.02 * weight.sum(0).sign()
+        replies = [ids for ids, _ in policy.generate(prompts, uniforms, 60, 3.0)]
     finally:
         with torch.no_grad():
-            policy.backbone.lm_head.weight.copy_(bias)
+            weight.copy_(before)
     special = set(processor.all_special_ids)
     assert len({len(ids) for ids in replies}) > 1
     for ids in replies:
@@ -194,13 +208,15 @@ def test_samples_follow_the_softmax_at_the_temperature(tiny):
     ids, _ = policy.pick(logits.expand(20_000, -1), uniforms, 0.5)
     expected = torch.softmax(torch.tensor([2.0, 1.0, -1.0]), 0)
     for token, p in zip(allowed.tolist(), expected.tolist()):
-        assert abs(float((ids == token).float().mean()) - p) < 4 * (p * (1 - p) / 20_000) ** 0.5   # four standard errors
+        four_errors = 4 * (p * (1 - p) / 20_000) ** 0.5
+        assert abs(float((ids == token).float().mean()) - p) < four_errors
 
 
 def test_the_fast_llama_decoder_and_the_cache_decoder_agree_with_grouped_heads(device):
     torch.manual_seed(1)
     tokenizer = train_tokenizer(["a b c d 1 2 3"] * 3, ["1", "2", "3"])
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2,
+                         num_attention_heads=4,
                          num_key_value_heads=2, intermediate_size=96, tie_word_embeddings=False)
     policy = model.Policy(LlamaForCausalLM(config), tokenizer).to(device)
     prompts = [[5, 6, 7, 8], [9], list(range(20, 31))]
@@ -214,8 +230,11 @@ def test_the_fast_llama_decoder_and_the_cache_decoder_agree_with_grouped_heads(d
 
 
 class TapedGraph(TorchDispatchMode):
-    """What a CUDA graph does, on any device: capture notes operations and leaves no trace of them; replay does just those
-    to the same memory, whatever Python has changed meanwhile. What would wait for the device is an error."""
+    """What a CUDA graph does, on any device.
+
+    Capture notes operations and leaves no trace of them. Replay does just those to the same memory,
+    whatever Python has changed meanwhile. What would wait for the device is an error.
+    """
 
     captured = replayed = 0
 
@@ -224,8 +243,10 @@ class TapedGraph(TorchDispatchMode):
         self.tape = []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        assert operation not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        written = [(tensor, tensor.clone()) for tensor, argument in zip(args, operation._schema.arguments)
+        assert operation not in (torch.ops.aten._local_scalar_dense.default,
+                                 torch.ops.aten.nonzero.default)
+        written = [(tensor, tensor.clone())
+                   for tensor, argument in zip(args, operation._schema.arguments)
                    if argument.alias_info and argument.alias_info.is_write]
         result = operation(*args, **(kwargs or {}))
         self.tape.append((operation, args, kwargs or {}, result, written))
@@ -255,8 +276,10 @@ def test_a_decoder_under_cuda_graphs_samples_the_same(tiny, monkeypatch):
     alike = [prompts[0], prompts[0][::-1]]
     uniforms = model.sampling_uniforms([(i,) for i in range(len(prompts))], limit).clip(0.001)
     uniforms[range(len(prompts)), [10 + 3 * i for i in range(len(prompts))]] = 0
-    monkeypatch.setattr(policy, "eos_id", int((~policy.banned).nonzero()[0]))   # what a uniform of 0 draws
-    assert model.LlamaDecoder(policy, model.RolloutMemory(policy, 1)).graphs == (policy.device.type == "cuda")
+    first_id = int((~policy.banned).nonzero()[0])                 # what a uniform of 0 draws
+    monkeypatch.setattr(policy, "eos_id", first_id)
+    memory = model.RolloutMemory(policy, 1)
+    assert model.LlamaDecoder(policy, memory).graphs == (policy.device.type == "cuda")
     monkeypatch.setattr(model.LlamaDecoder, "graphs", False)
     expected = policy.generate(prompts, uniforms, limit, 1.0)
     one_by_one = policy.generate(alike, uniforms[-2:, :5], 5, 1.0, token_budget=1)
@@ -267,26 +290,30 @@ def test_a_decoder_under_cuda_graphs_samples_the_same(tiny, monkeypatch):
     monkeypatch.setattr(model.LlamaDecoder, "graphs", True)
     found = policy.generate(prompts, uniforms, limit, 1.0)
     found += policy.generate(alike, uniforms[-2:, :5], 5, 1.0, token_budget=1)
-    for (ids, logprobs), (expected_ids, expected_logprobs) in zip(found, expected + one_by_one, strict=True):
-        assert ids == expected_ids and logprobs == pytest.approx(expected_logprobs, abs=1e-5)
+    expected += one_by_one
+    for (ids, logprobs), (expected_ids, others) in zip(found, expected, strict=True):
+        assert ids == expected_ids and logprobs == pytest.approx(others, abs=1e-5)
     if policy.device.type == "cpu":
         assert 4 <= TapedGraph.captured < 10 and TapedGraph.replayed > 60
-    for rope_type in ("dynamic", "longrope"):                                    # these look at the positions
+    for rope_type in ("dynamic", "longrope"):                     # these look at the positions
         monkeypatch.setattr(policy.backbone.model.rotary_emb, "rope_type", rope_type)
-        assert model.LlamaDecoder.graphs and not model.LlamaDecoder(policy, model.RolloutMemory(policy, 1)).graphs
+        assert model.LlamaDecoder.graphs and not model.LlamaDecoder(policy, memory).graphs
 
 
-def test_greedy_decoding_equals_generate_of_hugging_face_also_for_another_architecture(tiny, device):
+def test_greedy_decoding_equals_generate_of_hugging_face_also_for_another_architecture(
+        tiny, device):
     _, processor = tiny
     torch.manual_seed(2)
-    config = Qwen2Config(vocab_size=len(processor), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=2, intermediate_size=64)
+    config = Qwen2Config(vocab_size=len(processor), hidden_size=32, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=2, intermediate_size=64)
     policy = model.Policy(Qwen2ForCausalLM(config), processor).to(device)
     policy.banned.fill_(False)
     for prompt in some_prompts(processor, 3):
         ids = torch.tensor([prompt], device=device)
-        expected = policy.backbone.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
-                                            eos_token_id=policy.eos_id, pad_token_id=processor.pad_token_id)[0, len(prompt):]
+        expected = policy.backbone.generate(ids, attention_mask=torch.ones_like(ids),
+                                            max_new_tokens=12, do_sample=False,
+                                            eos_token_id=policy.eos_id,
+                                            pad_token_id=processor.pad_token_id)[0, len(prompt):]
         assert policy.generate([prompt], np.zeros((1, 12)), 12, 0.0)[0][0] == expected.tolist()
 
 
@@ -297,7 +324,8 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_weights(tiny, devi
     policy.dtype = torch.bfloat16
     try:
         rough, values = policy(model.collate([[s] for s in samples], policy.device))
-        replies = policy.generate([p for p, _ in samples], model.sampling_uniforms([(i,) for i in range(6)], 8), 8, 1.0)
+        replies = policy.generate([p for p, _ in samples],
+                                  model.sampling_uniforms([(i,) for i in range(6)], 8), 8, 1.0)
     finally:
         policy.dtype = torch.float32
     assert rough.dtype == values.dtype == torch.float32 and len(replies) == 6
@@ -311,7 +339,8 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
     groups = model.micro_batches(lengths, 110)
     assert sorted(row for group in groups for row in group) == list(range(8))
     assert all(len(group) * max(lengths[row] for row in group) <= 110 for group in groups)
-    assert model.micro_batches([500, 1], 10) == [[0], [1]]   # a row longer than the budget still runs
+    # a row longer than the budget still runs
+    assert model.micro_batches([500, 1], 10) == [[0], [1]]
 
 
 @pytest.mark.parametrize("group_cost", [1, 6, 40, 10_000])
@@ -332,8 +361,10 @@ def test_micro_batches_have_the_least_padding(group_cost):
 
 def test_processes_cut_their_micro_batches_at_the_same_places(monkeypatch):
     rng = random.Random(0)
-    parts = [[rng.choice((60, 110, 200)) + rng.randint(0, 9) for _ in range(num)] for num in (16, 13, 0)]
-    monkeypatch.setattr(running, "gather", lambda own: [sorted(part, reverse=True) for part in parts])
+    parts = [[rng.choice((60, 110, 200)) + rng.randint(0, 9) for _ in range(num)]
+             for num in (16, 13, 0)]
+    monkeypatch.setattr(running, "gather",
+                        lambda own: [sorted(part, reverse=True) for part in parts])
     cut = [model.aligned_micro_batches(part, 1000) for part in parts]
     assert cut[2] == [] and len(cut[0]) > 3
     for part, groups in zip(parts, cut):
@@ -347,13 +378,16 @@ def test_processes_cut_their_micro_batches_at_the_same_places(monkeypatch):
 
 def test_num_params_counts_what_multiplies():
     tokenizer = train_tokenizer(["abc"] * 3, ["1"])
-    shape = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, intermediate_size=64)
+    shape = dict(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=1,
+                 num_key_value_heads=1, intermediate_size=64)
     sizes = {}
     for tied in (True, False):
-        policy = model.Policy(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tied)), tokenizer)
+        policy = model.Policy(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=tied)),
+                              tokenizer)
         sizes[tied] = policy.num_params
     assert sizes[True] == sizes[False] == 300 * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
-    assert policy.gflops(10, 4) == 2 * sizes[True] * (3 * 10 + 4) / 1e9 and policy.gflops(10) == 6 * sizes[True] * 10 / 1e9
+    assert policy.gflops(10, 4) == 2 * sizes[True] * (3 * 10 + 4) / 1e9
+    assert policy.gflops(10) == 6 * sizes[True] * 10 / 1e9
 
 
 def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):
@@ -368,15 +402,18 @@ WEIGHT = "model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.mark.parametrize("change, told", [
-    (lambda w: {f"_orig_mod.{name}": tensor for name, tensor in w.items()}, r"lm_head.weight is missing, and \d+ more"),
-    (lambda w: {name: tensor for name, tensor in w.items() if name != WEIGHT}, f"{WEIGHT} is missing$"),
+    (lambda w: {f"_orig_mod.{name}": tensor for name, tensor in w.items()},
+     r"lm_head.weight is missing, and \d+ more"),
+    (lambda w: {name: tensor for name, tensor in w.items() if name != WEIGHT},
+     f"{WEIGHT} is missing$"),
     (lambda w: {**w, "score.weight": torch.zeros(2, 2)}, "score.weight is unexpected$"),
     (lambda w: {**w, WEIGHT: w[WEIGHT][:, :-1].contiguous()}, f"{WEIGHT}.* is mismatched$"),
 ])
-def test_a_folder_whose_weights_do_not_fill_the_model_is_refused_by_the_first_of_them(tmp_path, change, told):
+def test_a_folder_whose_weights_do_not_fill_the_model_is_refused_by_the_first_of_them(
+        tmp_path, change, told):
     shutil.copytree(tiny_folder(), tmp_path / "model")
-    save_file(change(load_file(tmp_path / "model" / "model.safetensors")), tmp_path / "model" / "model.safetensors",
-              metadata={"format": "pt"})
+    weights = tmp_path / "model" / "model.safetensors"
+    save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"weights do not fill the model: .*{told}"):
         model.load_policy(str(tmp_path / "model"))
 
@@ -384,7 +421,8 @@ def test_a_folder_whose_weights_do_not_fill_the_model_is_refused_by_the_first_of
 def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(tmp_path):
     shutil.copytree(tiny_folder(), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config |= {"model_type": "other", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config |= {"model_type": "other", "auto_map": code}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ValueError, match="not a causal language model shaped like Llama"):
@@ -392,14 +430,17 @@ def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_run_that_samples_control_tokens_as_text_goes_on_and_a_prompt_file_with_one_is_refused(tiny, tmp_path):
+def test_a_run_that_samples_control_tokens_as_text_goes_on_and_a_prompt_file_with_one_is_refused(
+        tiny, tmp_path):
     _, processor = tiny
     reply = '{"cards": ["<|end_of_turn|><|assistant|>"], "formula": "<|end_of_turn|>"}'
-    ids = [i for word in reply.split("|") for i in processor(word, add_special_tokens=False).input_ids
-           + processor("|", add_special_tokens=False).input_ids][:-1] + [processor.eos_token_id]
+    bar, ids = processor("|", add_special_tokens=False).input_ids, []
+    for word in reply.split("|"):
+        ids += processor(word, add_special_tokens=False).input_ids + bar
+    ids = ids[:-1] + [processor.eos_token_id]
     assert ids.count(processor.eos_token_id) == 1 and model.decode_reply(processor, ids) == reply
     env = envs.make_env("gp-vl", "id", resolution=60)
-    env.vision, env.done = False, True                             # the words of gp-vl, for a model in words
+    env.vision, env.done = False, True   # the words of gp-vl, for a model in words
     prompt = model.encode(processor, env.reset(0)[0])
     env.vision = True                                              # and its verdict
     messages, *_ = env.step(model.decode_reply(processor, ids))
@@ -411,16 +452,17 @@ def test_a_run_that_samples_control_tokens_as_text_goes_on_and_a_prompt_file_wit
         model.encode(processor, env.reset(0)[0])
 
 
-# ---- Templates and tokenizers of other models --------------------------------------------------------------------
+# ---- Templates and tokenizers of other models ----------------------------------------------------
 
 def changed_folder(tmp_path, template=None, config=None, tokenizer=None, vision=False):
-    """A copy of the tiny model's folder with another chat template, or with other values in its JSON files."""
+    """A copy of the tiny model's folder with another template, or other values in its files."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder(vision=vision), folder)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     for name, change in (("config.json", config), ("tokenizer_config.json", tokenizer)):
-        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | (change or {})))
+        values = json.loads((folder / name).read_text()) | (change or {})
+        (folder / name).write_text(json.dumps(values))
     return str(folder)
 
 
@@ -432,42 +474,51 @@ TURNS = ("{{ '<|begin_of_text|>' }}{% for m in messages %}{% if m['role'] == 'us
 
 def test_a_template_that_writes_earlier_replies_otherwise_keeps_the_sampled_ids(tmp_path):
     """As Qwen3's, which puts an empty thought into the last reply alone."""
-    thought = "{% if loop.index == messages|length - 1 %}<think></think>{% endif %}{{ m['content'] }}"
+    thought = ("{% if loop.index == messages|length - 1 %}<think></think>{% endif %}"
+               "{{ m['content'] }}")
     policy, processor = model.load_policy(changed_folder(tmp_path, TURNS.replace("REPLY", thought)))
     env = envs.make_env("gp-l", "id")
     ids, messages = None, env.reset(0)[0]
     for turn in range(3):
         after = model.encode(processor, messages, ids)
         if turn:
-            assert after[:len(ids)] == ids and processor.decode(after[len(ids):]).startswith("<|user|>No JSON")
+            assert after[:len(ids)] == ids
+            assert processor.decode(after[len(ids):]).startswith("<|user|>No JSON")
             assert after[len(ids):].count(processor.eos_token_id) == 1
         ids = after + model.encode_reply(processor, f"reply {turn}")
         messages, *_ = env.step(f"reply {turn}")
     assert "<think>" not in processor.decode(ids)
     odd = [{"role": role, "content": "(the last reply)"} for role in ("user", "assistant", "user")]
     first = model.encode(processor, odd[:1])
-    assert processor.decode(model.encode(processor, odd, first + model.encode_reply(processor, "x"))).count("(the last reply)") == 2
+    second = model.encode(processor, odd, first + model.encode_reply(processor, "x"))
+    assert processor.decode(second).count("(the last reply)") == 2
 
 
 @pytest.mark.parametrize("template, told", [
-    (TURNS.replace("REPLY{{ '<|end_of_turn|>' }}", "{{ m['content'] }}"), "must show the last reply and end it with '<|end_of_turn|>'"),
+    (TURNS.replace("REPLY{{ '<|end_of_turn|>' }}", "{{ m['content'] }}"),
+     "must show the last reply and end it with '<|end_of_turn|>'"),
     (TURNS.replace("REPLY", "{{ raise_exception('no replies') }}"), "no replies"),
     (TURNS.replace("REPLY", "{{ m['content'] + 1 }}"), "cannot be used: "),
     (TURNS.replace("REPLY", "{{ ''.__class__.__mro__ }}"), "cannot be used: .*unsafe"),
     ("{% for m in messages %}", "cannot be used: "),
-    ("{{ '<|begin_of_text|>' }}" + TURNS.replace("REPLY", "{{ m['content'] }}"), "must write <|begin_of_text|> once, not twice"),
-    (TURNS.replace("REPLY", "{% for i in range(90000) %}{% for j in range(400) %}{% endfor %}{% endfor %}"), "does not come to an end"),
+    ("{{ '<|begin_of_text|>' }}" + TURNS.replace("REPLY", "{{ m['content'] }}"),
+     "must write <|begin_of_text|> once, not twice"),
+    (TURNS.replace("REPLY", "{% for i in range(90000) %}{% for j in range(400) %}{% endfor %}"
+                   "{% endfor %}"), "does not come to an end"),
 ])
-def test_a_template_that_cannot_be_used_is_refused_when_the_model_is_loaded(tmp_path, monkeypatch, template, told):
+def test_a_template_that_cannot_be_used_is_refused_when_the_model_is_loaded(
+        tmp_path, monkeypatch, template, told):
     monkeypatch.setattr(loading, "TEMPLATE_SECONDS", 0.5)
     with pytest.raises(ValueError, match=f"its chat template .*{told.replace('|', '.')}"):
         model.load_policy(changed_folder(tmp_path, template))
 
 
 def test_a_template_that_prints_the_date_prints_the_same_every_day(tmp_path):
-    template = TURNS.replace("{% for m", "{{ strftime_now('%d %B %Y') }}{% for m").replace("REPLY", "{{ m['content'] }}")
+    template = TURNS.replace("{% for m", "{{ strftime_now('%d %B %Y') }}{% for m")
+    template = template.replace("REPLY", "{{ m['content'] }}")
     _, processor = model.load_policy(changed_folder(tmp_path, template))
-    assert "01 Jan 2025" in processor.decode(model.encode(processor, [{"role": "user", "content": "1"}]))
+    prompt = model.encode(processor, [{"role": "user", "content": "1"}])
+    assert "01 Jan 2025" in processor.decode(prompt)
 
 
 def test_a_reply_to_learn_and_earlier_ones_of_a_file_hold_no_control_token(tiny):
@@ -475,10 +526,12 @@ def test_a_reply_to_learn_and_earlier_ones_of_a_file_hold_no_control_token(tiny)
     odd = "x<|end_of_turn|><|user|>hi"
     with pytest.raises(ValueError, match="holds <.end_of_turn.>, a control token"):
         model.encode_reply(processor, odd)
-    messages = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", odd), ("user", "2"))]
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": odd},
+                {"role": "user", "content": "2"}]
     with pytest.raises(ValueError, match="control token"):
         model.encode(processor, messages)
-    assert model.encode(processor, messages, model.encode(processor, messages[:1]) + [5, processor.eos_token_id])   # kept as ids
+    first = model.encode(processor, messages[:1])
+    assert model.encode(processor, messages, first + [5, processor.eos_token_id])  # kept as ids
 
 
 def test_a_model_whose_cache_has_no_rows_to_drop_is_refused(monkeypatch):
@@ -490,12 +543,15 @@ def test_a_model_whose_cache_has_no_rows_to_drop_is_refused(monkeypatch):
 def test_chunks_of_attention_bound_the_context():
     config = LlamaConfig(max_position_embeddings=512)
     config.layer_types, config.attention_chunk_size = ["chunked_attention", "full_attention"], 16
-    assert loading.context_of(config) == 16 and loading.context_of(LlamaConfig(max_position_embeddings=512)) == 512
+    assert loading.context_of(config) == 16
+    assert loading.context_of(LlamaConfig(max_position_embeddings=512)) == 512
 
 
 def test_the_first_token_of_a_prompt_may_mark_every_turn(tmp_path):
     """As SmolLM2's, whose beginning-of-sequence token is that of a turn."""
-    template = TURNS.replace("{{ '<|begin_of_text|>' }}", "").replace("<|user|>", "<|begin_of_text|>").replace("<|assistant|>", "<|begin_of_text|>").replace("REPLY", "{{ m['content'] }}")
+    template = TURNS.replace("{{ '<|begin_of_text|>' }}", "").replace("REPLY", "{{ m['content'] }}")
+    for role in ("<|user|>", "<|assistant|>"):
+        template = template.replace(role, "<|begin_of_text|>")
     policy, processor = model.load_policy(changed_folder(tmp_path, template))
     messages = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
     assert model.encode(processor, messages).count(processor.bos_token_id) == 4
@@ -519,29 +575,40 @@ def test_a_tokenizer_that_marks_the_beginning_of_a_text_marks_none_in_a_later_tu
     """As Llama 2's, which writes a blank before a text, and not behind a control token."""
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    raw.train_from_iterator(["a question", "an answer"] * 9, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"]))
-    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}"
-    processor = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", bos_token="<s>", chat_template=template)
-    messages = [{"role": role, "content": text} for role, text in (("user", "a question"), ("assistant", "an answer"), ("user", "a question"))]
+    raw.train_from_iterator(["a question", "an answer"] * 9,
+                            trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"]))
+    template = ("{% for m in messages %}{{ m['content'] }}"
+                "{% if m['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}")
+    processor = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", bos_token="<s>",
+                                        chat_template=template)
+    question, answer = ({"role": role, "content": text}
+                        for role, text in (("user", "a question"), ("assistant", "an answer")))
+    messages = [question, answer, question]
     whole = model.encode(processor, messages)
     first = whole[:whole.index(processor.eos_token_id) + 1]
     assert model.encode(processor, messages, first) == whole
 
 
-# ---- What cannot be computed here ---------------------------------------------------------------------------------
+# ---- What cannot be computed here ----------------------------------------------------------------
 
 def broken_weights(folder, change):
     path = Path(folder) / "model.safetensors"
-    save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    weights = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("prepare, told", [
-    (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"), "an adapter .PEFT. without its model: merge it"),
-    (lambda folder: (folder / "value_head.safetensors").write_bytes(b"\x00" * 40), "value_head.safetensors: not this model's value head"),
-    (lambda folder: save_file({"0.weight": torch.zeros(2)}, folder / "value_head.safetensors"), "value_head.safetensors: not this"),
+    (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+     "an adapter .PEFT. without its model: merge it"),
+    (lambda folder: (folder / "value_head.safetensors").write_bytes(b"\x00" * 40),
+     "value_head.safetensors: not this model's value head"),
+    (lambda folder: save_file({"0.weight": torch.zeros(2)}, folder / "value_head.safetensors"),
+     "value_head.safetensors: not this"),
     (lambda folder: broken_weights(folder, lambda _, w: w * float("nan")), "no finite numbers"),
-    (lambda folder: (folder / "tokenizer.json").write_text("[" * 9999), "not a causal language model shaped like Llama"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b""), "not a causal language model shaped like Llama"),
+    (lambda folder: (folder / "tokenizer.json").write_text("[" * 9999),
+     "not a causal language model shaped like Llama"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b""),
+     "not a causal language model shaped like Llama"),
 ])
 def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, prepare, told):
     folder = changed_folder(tmp_path)
@@ -553,7 +620,8 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, prepare, told
 
 def test_a_quantized_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="weights are quantized"):
-        model.load_policy(changed_folder(tmp_path, config={"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+        quantized = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        model.load_policy(changed_folder(tmp_path, config=quantized))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
@@ -576,32 +644,38 @@ def test_a_processor_that_cuts_more_tiles_than_the_model_takes_is_refused(tmp_pa
         model.load_policy(folder, vision=True)
 
 
-@pytest.mark.parametrize("change", [{"max_position_embeddings": 60}, {"model_type": "mistral", "architectures": ["MistralForCausalLM"],
-                                                                      "sliding_window": 60}])
+@pytest.mark.parametrize("change", [
+    {"max_position_embeddings": 60},
+    {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 60}])
 def test_a_dialogue_longer_than_the_context_or_the_sliding_window_is_refused(tmp_path, change):
     policy, processor = model.load_policy(changed_folder(tmp_path, config=change))
     prompt = some_prompts(processor, 1)[0]
     room = 60 - len(prompt)
     assert len(policy.generate([prompt], model.sampling_uniforms([0], room), room, 1.0)) == 1
-    with pytest.raises(ValueError, match="a dialogue of 61 tokens.* does not fit the model's context of 60 .or its sliding window."):
+    told = ("a dialogue of 61 tokens.* does not fit the model's context of 60 "
+            ".or its sliding window.")
+    with pytest.raises(ValueError, match=told):
         policy.generate([prompt], model.sampling_uniforms([0], room + 1), room + 1, 1.0)
     with pytest.raises(ValueError, match="a dialogue of 61 tokens"):
         policy(model.collate([[(prompt, [5] * (room + 1))]], policy.device))
 
 
-# ---- bfloat16 ------------------------------------------------------------------------------------------------------
+# ---- bfloat16 ------------------------------------------------------------------------------------
 
 def test_logprobs_in_bfloat16_are_those_of_the_exact_product_of_its_factors(tmp_path):
     policy, processor = model.load_policy(tiny_folder(), dtype="bfloat16")
     prompts, temperature = some_prompts(processor, 6), 0.2
-    policy.backbone.lm_head.weight.data /= policy.backbone.lm_head.weight.std()    # logits as large as those of a trained model
-    replies = [model.encode_reply(processor, '{"cards": ["A"], "formula": "1+2"}')[:12 + i] for i in range(6)]
+    weight = policy.backbone.lm_head.weight
+    weight.data /= weight.std()                        # logits as large as those of a trained model
+    reply = model.encode_reply(processor, '{"cards": ["A"], "formula": "1+2"}')
+    replies = [reply[:12 + i] for i in range(6)]
     batch = model.collate([[pair] for pair in zip(prompts, replies)], policy.device)
     with torch.no_grad():
         logprobs, _ = policy(batch, temperature)
         with policy.autocast():
-            hidden = policy.backbone.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    logits = hidden.bfloat16().double() @ policy.backbone.lm_head.weight.bfloat16().double().T / temperature
+            out = policy.backbone.model(input_ids=batch["input_ids"], use_cache=False)
+    hidden = out.last_hidden_state.bfloat16().double()
+    logits = hidden @ weight.bfloat16().double().T / temperature
     exact = torch.log_softmax(logits.masked_fill(policy.banned, -math.inf), -1)
     for row, (prompt, reply) in enumerate(zip(prompts, replies)):
         own = exact[row, len(prompt) - 1:len(prompt) + len(reply) - 1]
@@ -623,7 +697,8 @@ def test_sampling_in_bfloat16_sees_logits_that_are_not_rounded(decoder, monkeypa
     assert len(seen) == 5
     for hidden, logits in seen:
         exact = hidden.double() @ policy.backbone.lm_head.weight.bfloat16().double().T
-        assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32 and (logits - exact).abs().max() < 1e-5
+        assert hidden.dtype == torch.bfloat16 and logits.dtype == torch.float32
+        assert (logits - exact).abs().max() < 1e-5
 
 
 def test_top_p_samples_from_the_likeliest_tokens_that_have_this_share(tiny):
@@ -632,32 +707,39 @@ def test_top_p_samples_from_the_likeliest_tokens_that_have_this_share(tiny):
     free = (~policy.banned).nonzero()[:4, 0]
     probs[free] = probs.new_tensor([0.1, 0.5, 0.3, 0.1])
     uniforms = (torch.arange(1000, dtype=torch.float64, device=policy.device) + 0.5) / 1000
-    for top_p, shares in ((1.0, [0.1, 0.5, 0.3, 0.1]), (0.75, [0, 0.625, 0.375, 0]), (0.4, [0, 1, 0, 0]), (0.01, [0, 1, 0, 0])):
+    for top_p, shares in ((1.0, [0.1, 0.5, 0.3, 0.1]), (0.75, [0, 0.625, 0.375, 0]),
+                          (0.4, [0, 1, 0, 0]), (0.01, [0, 1, 0, 0])):
         ids, logprobs = policy.pick(probs.log().expand(1000, -1), uniforms, 1.0, top_p)
-        assert [round(float((ids == i).float().mean()), 2) for i in free] == [round(share, 2) for share in shares]
+        found = [round(float((ids == i).float().mean()), 2) for i in free]
+        assert found == [round(share, 2) for share in shares]
 
 
-# ---- What a rollout keeps ------------------------------------------------------------------------------------------
+# ---- What a rollout keeps ------------------------------------------------------------------------
 
 def talk(policy, processor, memory, limit=6, turns=4, num=5):
-    """Sampled dialogues as in a rollout: some go on, some begin anew; their (prompt, response, log-probs) by turn."""
+    """Sampled dialogues as in a rollout, of which some go on and some begin anew.
+
+    Returns their (prompt, response, log-probs) by turn.
+    """
     prompts, played = [prompt[:len(prompt) // 2] for prompt in some_prompts(processor, num)], []
     for turn in range(turns):
         uniforms = model.sampling_uniforms([(turn, i) for i in range(num)], limit)
         replies = policy.generate(prompts, uniforms, limit, 1.0, token_budget=200, memory=memory)
         played.append([(prompt, *reply) for prompt, reply in zip(prompts, replies)])
-        prompts = [prompt + ids + [7, 8, 9 + i] if (turn + i) % 3 else prompt[:len(prompt) - i] + [11, 12]
+        prompts = [prompt + ids + [7, 8, 9 + i] if (turn + i) % 3
+                   else prompt[:len(prompt) - i] + [11, 12]
                    for i, (prompt, (ids, _)) in enumerate(zip(prompts, replies))]
     return played
 
 
 def other_policies(processor, device):
     """Random models of other classes: grouped heads, a sliding window beside whole attention."""
-    shape = dict(vocab_size=len(processor), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-                 num_key_value_heads=2)
+    shape = dict(vocab_size=len(processor), hidden_size=32, num_hidden_layers=2,
+                 num_attention_heads=4, intermediate_size=64, num_key_value_heads=2)
     torch.manual_seed(0)
     for config, kind in ((Qwen2Config(**shape), Qwen2ForCausalLM),
-                         (Gemma3TextConfig(**shape, head_dim=8, layer_types=["sliding_attention", "full_attention"],
+                         (Gemma3TextConfig(**shape, head_dim=8,
+                                           layer_types=["sliding_attention", "full_attention"],
                                            sliding_window=900), Gemma3ForCausalLM)):
         yield model.Policy(kind(config), processor).to(device)
 
@@ -666,7 +748,8 @@ def test_what_was_read_is_not_read_again_and_every_reply_is_the_same(tiny, devic
     policy, processor = tiny
     for policy in (policy, *other_policies(processor, device)):
         read, forward = [], CacheDecoder.forward
-        monkeypatch.setattr(CacheDecoder, "forward", lambda self, ids, *more, **vision: read.append(ids.numel())
+        monkeypatch.setattr(CacheDecoder, "forward",
+                            lambda self, ids, *more, **vision: read.append(ids.numel())
                             or forward(self, ids, *more, **vision))
         expected = talk(policy, processor, None)
         anew, memory = sum(read), model.RolloutMemory(policy, 200, 2 ** 30)
@@ -674,8 +757,8 @@ def test_what_was_read_is_not_read_again_and_every_reply_is_the_same(tiny, devic
         found = talk(policy, processor, memory)
         monkeypatch.setattr(CacheDecoder, "forward", forward)
         assert sum(read) < 0.7 * anew
-        for (prompt, ids, logprobs), (other_prompt, other_ids, others) in zip(sum(found, []), sum(expected, []), strict=True):
-            assert prompt == other_prompt and ids == other_ids and logprobs == pytest.approx(others, abs=1e-5)
+        for one, other in zip(sum(found, []), sum(expected, []), strict=True):
+            assert one[:2] == other[:2] and one[2] == pytest.approx(other[2], abs=1e-5)
         assert memory.num_bytes == sum(kept.nbytes for _, _, kept in memory.dialogues.values()) > 0
         assert all(len(ids) == len(kept) for ids, _, kept in memory.dialogues.values())
 
@@ -689,7 +772,9 @@ def test_a_memory_holds_no_more_than_its_limit_and_forgets_who_is_gone(tiny):
     small.put = lambda *args: (put(*args), most.append(small.num_bytes))
     found = talk(policy, processor, small)
     assert 0 < max(most) <= small.limit and len(small.dialogues) < len(whole.dialogues) == 5
-    assert [[ids for _, ids, _ in turn] for turn in found] == [[ids for _, ids, _ in turn] for turn in expected]
+    replies, others = ([[ids for _, ids, _ in turn] for turn in played]
+                       for played in (found, expected))
+    assert replies == others
     policy.generate([[1, 2]], np.zeros((1, 2)), 2, 1.0, memory=whole, owners=["somebody new"])
     assert list(whole.dialogues) == ["somebody new"]
 
@@ -702,4 +787,4 @@ def test_behind_another_picture_nothing_is_the_same(tiny):
         found = memory.take(0, [1, 2, 5, 6], picture)
         assert (None if found is None else len(found)) == expected and memory.num_bytes == 0
     memory.put(0, [1, 2, 3], None, kept)
-    assert len(memory.take(0, [1, 2, 3], None)) == 2                               # the last token's logits are wanted
+    assert len(memory.take(0, [1, 2, 3], None)) == 2   # the last token's logits are wanted
