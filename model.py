@@ -3,8 +3,8 @@
 The paper trains one model by SFT and by RL, and this file is what both need of it. Nothing here
 knows a game.
 
-    messages   -- encode -->  prompt_ids  -- Policy.generate -->  response_ids  -- decode_reply --> text
-    dialogues of (prompt_ids, response_ids)  -- collate -->  batch  -- Policy -->  logprobs, values
+    messages  -- encode -->  prompt_ids  -- generate -->  response_ids  -- decode_reply -->  text
+    dialogues of (prompt_ids, response_ids)  -- collate -->  batch  -- forward -->  logprobs, values
 
     B  replies of a batch   P  prompt tokens   R  response tokens   T = P + R
     V  vocabulary           D  hidden size     n  tokens of all replies together
@@ -12,15 +12,14 @@ knows a game.
     prompt_ids (P,)     everything before the reply, the dialogue so far included
     response_ids (R,)   the reply, with its end-of-turn token unless it was cut at the limit
     picture             the PIL image of a dialogue, or None; the prompt holds its image tokens
-
-A row of a batch holds one dialogue with all its replies. In sampling a row holds one reply.
+    row                 a dialogue of a batch with all its replies; in sampling, one reply
 
 A model is a folder that any Hugging Face tool opens. Text models are causal LMs shaped like Llama.
 Vision models are Mllama (the paper's Llama-3.2-Vision), Qwen2.5-VL and Qwen3-VL.
 
-Left out: other architectures, several pictures in a dialogue, and videos. In support/: what may be
-wrong with a folder (loading.py), how each family takes a picture (vision.py), decoding over a cache
-(decoder.py), and weights spread over processes (running.py).
+Left out: other architectures, several pictures in a dialogue, and videos. In support/: loading.py
+checks a folder, vision.py has the families of vision models, decoder.py decodes over a cache, and
+running.py spreads weights over processes.
 """
 import contextlib
 import math
@@ -32,30 +31,17 @@ import torch.nn as nn
 from support import loading, running
 from support.chat import read_text
 from support.decoder import CacheDecoder, LlamaDecoder, RolloutMemory, is_plain_llama, wide_product
-from support.loading import FREEZABLE as FREEZABLE  # named by the scripts
-from support.loading import check_text, render, tokenizer_of
-from support.vision import FAMILIES, repeat_image_tokens
+from support.loading import FREEZABLE, check_text, render, tokenizer_of
+from support.vision import FAMILIES, picture_of, repeat_image_tokens
 
 IMAGE_TOKEN = "<|image|>"
 
 # ---- Messages <-> tokens -------------------------------------------------------------------------
 
-
-def picture_of(messages):
-    """The picture in chat messages, or None; ValueError if there are several."""
-    pictures = []
-    for message in messages:
-        if not isinstance(message["content"], str):
-            pictures += [part["image"] for part in message["content"] if part["type"] == "image"]
-    if len(pictures) > 1:
-        raise ValueError(f"{len(pictures)} pictures in one dialogue: at most one is allowed")
-    return pictures[0] if pictures else None
-
-
 def text_after_last_reply(processor, messages):
     """What the chat template writes after the last reply, its end-of-turn included.
 
-    The dialogue is rendered with a placeholder for that reply, and only what follows is kept:
+    The dialogue is rendered with a placeholder for that reply, and only what follows it is kept:
 
         <user>Make 24<end><assistant>(the last reply)<end><user>Wrong, again<end><assistant>
                                                      ^------------- kept -------------------
@@ -80,7 +66,7 @@ def encode(processor, messages, prior_ids=None):
     """The prompt ids (P,) for the next reply to `messages`, which end with a user message.
 
     `prior_ids` are the ids of the dialogue up to and including the last reply, as it was sampled.
-    With them, only what follows that reply is tokenized, even if the template would now write
+    With them only what follows that reply is tokenized, even if the template would now write
     earlier turns otherwise. A reply that was cut at the limit gets an end-of-turn here. That token
     belongs to the prompt, and so to no loss.
     """
@@ -88,8 +74,8 @@ def encode(processor, messages, prior_ids=None):
     if prior_ids:
         # differs 12: sampled ids are kept, never decoded and encoded again
         text = text_after_last_reply(processor, messages)
-        # The text begins with the reply's end-of-turn, so the ids leave it out. Behind such a token
-        # every tokenizer knows that no new text begins, and Llama 2's adds no blank.
+        # The text begins with the reply's end-of-turn, so the ids end before it. Some tokenizers
+        # add a blank where a text begins, as Llama 2's, but none behind such a token.
         kept = prior_ids[:-1] if prior_ids[-1] == tokenizer.eos_token_id else prior_ids
     else:
         text, kept = render(processor, messages, add_generation_prompt=True), []
@@ -123,7 +109,7 @@ def collate(dialogues: list[list[tuple[list[int], list[int]]]], device, pictures
 
     A dialogue is a list of (prompt_ids, response_ids). Each prompt begins with the whole turn
     before it, so the last turn holds them all, and one pass serves every reply. Five tries cost
-    the tokens of the longest, not of all. Two dialogues, one of two tries and one of one:
+    the tokens of the longest, not of all. For example, two tries and a dialogue of one:
 
         [[([1, 5], [7, 2]), ([1, 5, 7, 2, 6], [8, 2])],      input_ids   1 5 7 2 6 8 2
          [([1, 4], [9, 2])]]                                             1 4 9 2 0 0 0
@@ -161,14 +147,14 @@ def longest_first(lengths):
 def micro_batches(lengths: list[int], token_budget, group_cost=None) -> list[list[int]]:
     """Row indices in groups of like length, each of at most `token_budget` tokens with padding.
 
-    A row longer than the budget is a group by itself. The rows are sorted, longest first, and cut
-    into groups, so a group costs its number of rows x its first row's length + `group_cost` (if not
-    given, a sixteenth of the budget). Of all ways to cut them this is the cheapest. For example
+    A longer row is a group by itself. The rows are sorted, longest first, and cut into groups. Each
+    group costs its padded tokens, rows x length of its first row, and `group_cost` (if not given,
+    a sixteenth of the budget). Of all ways to cut the rows this is the cheapest:
 
-        lengths [9, 8, 2, 2], budget 20, group_cost 3    ->    [[0, 1], [2, 3]]: 18 + 3 + 4 + 3
+        lengths [9, 8, 2, 2], budget 20, group_cost 3    ->    [[0, 1], [2, 3]], 18 + 3 + 4 + 3
 
-    It is found by dynamic programming: the cheapest way to cut the first `end` rows is some last
-    group, start..end, behind the cheapest way to cut the first `start` rows.
+    Dynamic programming finds it. The last group of the first `end` rows begins at some `start`.
+    The rows before `start` are cut in the way that is cheapest for them, which is known by then.
     """
     order = longest_first(lengths)
     group_cost = token_budget / 16 if group_cost is None else group_cost
@@ -190,7 +176,7 @@ def micro_batches(lengths: list[int], token_budget, group_cost=None) -> list[lis
     return groups
 
 
-def aligned_micro_batches(lengths, token_budget):
+def aligned_micro_batches(lengths: list[int], token_budget) -> list[list[int]]:
     """`micro_batches` of this process's rows, cut at the same places in all processes.
 
     The processes compute in step, so at each place the longest row of any process counts:
@@ -215,14 +201,14 @@ def aligned_micro_batches(lengths, token_budget):
 # ---- The policy ----------------------------------------------------------------------------------
 
 class TokenLogprobs(torch.autograd.Function):
-    """Log-probs (n,) of the target tokens, in a quarter of the memory of the plain formula
+    """Log-probs (n,) of targets (n,) by hidden states (n, D) and the weight (V, D) of lm_head.
 
-        logits = hidden @ weight.T / temperature, and -inf at the ids in `ban`           (n, V)
+        logits = hidden @ weight.T / temperature, with -inf at the ids in `ban`          (n, V)
         logprob = log_softmax(logits)[target]                                            (n,)
 
-    of hidden (n, D), weight (V, D), targets (n,) and a number. Autograd would hold four (n, V)
-    tensors for it. Here one buffer is overwritten twice: it is the logits, then their softmax,
-    then the slope = softmax(logits) - onehot(target), which is -1 times d logprob / d logits.
+    This computes the same in a quarter of the memory: autograd would hold four (n, V) tensors. Here
+    one buffer is overwritten twice. It is the logits, then their softmax, then the slope, which is
+    softmax(logits) - onehot(target) = -d logprob / d logits.
     """
 
     @staticmethod
@@ -234,7 +220,7 @@ class TokenLogprobs(torch.autograd.Function):
         peak = logits.amax(1, keepdim=True)                                # (n, 1)
         # The buffer becomes the softmax; `logits` is gone.
         probs = torch.softmax(logits, 1, out=logits)
-        # log of the sum of exp(logits) = peak - log(max(probs)); the target's prob may underflow.
+        # log(sum(exp(logits))) = peak - log(max(probs)); the target's prob may have underflowed.
         logprobs = picked - peak + probs.amax(1, keepdim=True).log()       # (n, 1)
         # The buffer becomes the slope; `probs` is gone.
         ctx.slope = probs.scatter_add_(1, targets[:, None], -torch.ones_like(picked))
@@ -246,7 +232,7 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight = ctx.saved_tensors
         slope = ctx.slope.to(hidden.dtype)                                 # (n, V)
-        ctx.slope = None                       # its memory is free; there is no second backward
+        ctx.slope = None                       # used up: there is no second backward
         scale = -grad[:, None] / ctx.temperature                           # (n, 1)
         grad_hidden = (scale * (slope @ weight)).to(hidden.dtype)          # (n, D)
         grad_weight = slope.T @ (scale * hidden).to(hidden.dtype)          # (V, D)
@@ -256,8 +242,8 @@ class TokenLogprobs(torch.autograd.Function):
 class Policy(nn.Module):
     """A causal LM that also predicts its reward: one value a reply, read at the last prompt token.
 
-    The value head is the paper's (D -> 1024 -> 512 -> 1, ReLU), on the hidden states of the policy.
-    With `dtype` bfloat16 it computes in bfloat16 over float32 weights. Log-softmax and sums of
+    The paper's value head (D -> 1024 -> 512 -> 1, ReLU) reads the policy's hidden states. With
+    `dtype` bfloat16 all computes in bfloat16 over float32 weights, but log-softmax and sums of
     log-probs are always float32.
     """
 
@@ -275,7 +261,6 @@ class Policy(nn.Module):
         self.vision = None
         if processor is not tokenizer:
             self.vision = FAMILIES[backbone.config.model_type](backbone, processor)
-        # Tokens of a picture beside those in the prompt.
         self.picture_tokens = self.vision.picture_tokens if self.vision else 0
 
     @property
@@ -283,10 +268,10 @@ class Policy(nn.Module):
         return self.banned.device
 
     def gflops(self, tokens_trained, tokens_rollout=0):
-        """The x-axis of the figures, 2 N (3 tokens_trained + tokens_rollout) / 10^9 (paper C.3).
+        """The x-axis of the figures (paper C.3): 6 N for a token that is trained, else 2 N.
 
-        A token that is trained costs 6 N, one read or sampled without a gradient 2 N. Tokens are as
-        we count them: `rl.count_compute` counts both kinds, and sft.py has none of the second.
+        The latter are read or sampled without a gradient. `rl.count_compute` counts both kinds, and
+        sft.py has none of these.
         """
         return 2 * self.num_params * (3 * tokens_trained + tokens_rollout) / 1e9
 
@@ -324,7 +309,7 @@ class Policy(nn.Module):
         self.check_length(batch["input_ids"].shape[1])
 
         # Find the n response tokens: their rows, and their columns in the rows.
-        # differs 6: every token of a reply counts, its end-of-turn too; theirs leaves out the first 2
+        # differs 6: all tokens of a reply count, its end-of-turn too; theirs omits the first two
         offsets = torch.arange(int(batch["response_length"].max()), device=self.device)    # (R,)
         is_token = offsets < batch["response_length"][:, None]             # (B, R)
         rows = row[:, None].expand_as(is_token)[is_token]                  # (n,)
@@ -374,8 +359,7 @@ class Policy(nn.Module):
         token_budget  so many tokens, with padding, are decoded together
         pictures      one for each prompt, or None for each
         memory        a RolloutMemory, which keeps what was read and seen for the next call
-        owners        whose dialogue each prompt is (if not given, its number): what the dialogue
-                      goes on with is not read again
+        owners        whose dialogue each prompt is, to find it there; if not given, its number
         top_p         sample from the likeliest tokens with this share (evaluation alone)
 
         The log-probs, seen while sampling, serve only to check those of `forward`.
@@ -386,7 +370,7 @@ class Policy(nn.Module):
         replies = [None] * len(prompts)
         # Weights are gathered and cast once around everything, not for each token.
         with running.unsharded(self), self.autocast():
-            # The encoder sees each picture once, before anything is read.
+            # Encode all pictures first, each once.
             memory.forget_all_but(owners)
             seen = memory.see(pictures)
             uniforms = torch.as_tensor(uniforms, device=self.device)
@@ -394,7 +378,7 @@ class Policy(nn.Module):
             decoder = (LlamaDecoder if plain_llama else CacheDecoder)(self, memory)
             lengths = [self.num_tokens(prompt, (), picture) + max_new_tokens
                        for prompt, picture in zip(prompts, pictures)]
-            # Each group of rows decodes for itself. One more costs more than any padding.
+            # Each group of rows decodes for itself, and one more costs more than any padding.
             group_cost = len(prompts) * token_budget
             for rows in micro_batches(lengths, token_budget, group_cost):
                 self.check_length(max(len(prompts[row]) for row in rows) + max_new_tokens)
@@ -409,15 +393,15 @@ class Policy(nn.Module):
         return replies
 
     def sample(self, decoder, logits, uniforms, max_new_tokens, temperature, top_p):
-        """Replies to the prompts that a decoder has read, whose first logits (B, V) are given."""
-        # All tokens of all replies; behind the end of a reply, -1 and 0.
+        """Replies to the prompts that a decoder has read, from its first logits (B, V)."""
+        # Here stands what is drawn. Behind the end of a reply -1 is left, with a log-prob of 0.
         drawn_ids = torch.full((len(logits), max_new_tokens), -1, device=self.device)      # (B, R)
         drawn_logprobs = torch.zeros(len(logits), max_new_tokens, device=self.device)      # (B, R)
-        # The rows that the decoder still has, fewer and fewer, and which of them go on.
+        # The decoder drops rows. Of each row it has: which reply it is, and whether that goes on.
         reply_of_row = torch.arange(len(logits), device=self.device)
         going = torch.ones_like(reply_of_row, dtype=torch.bool)
         for position in range(max_new_tokens):
-            # Draw a token for each row, also for those that have ended, and note it if they go on.
+            # Draw a token for each row, and note it unless the reply has ended.
             ids, logprobs = self.pick(logits, uniforms[reply_of_row, position], temperature, top_p)
             drawn_ids[reply_of_row, position] = torch.where(going, ids, -1)
             drawn_logprobs[reply_of_row, position] = torch.where(going, logprobs, 0.0)
@@ -425,13 +409,14 @@ class Policy(nn.Module):
             num_going = int(going.sum())
             if num_going == 0 or position == max_new_tokens - 1:
                 break
-            # Drop ended rows, but not one by one: it copies the cache (and begins a new graph).
+            # Drop ended rows, but not one by one: that copies the cache, and begins a new graph.
             if num_going < (0.5 if decoder.graphs else 0.9) * len(ids):
                 kept = going.nonzero()[:, 0]
                 decoder.keep(kept)
                 reply_of_row, ids, going = reply_of_row[kept], ids[kept], going[kept]
             logits = decoder.append(ids)
-        decoder.keep(reply_of_row[:0])         # none: what they have read goes to the memory
+        # Drop the others, so that the memory gets what they have read, and read the replies off.
+        decoder.keep(reply_of_row[:0])
         replies = []
         for ids, logprobs in zip(drawn_ids.tolist(), drawn_logprobs.tolist()):
             response_ids = [i for i in ids if i >= 0]
@@ -443,14 +428,14 @@ class Policy(nn.Module):
 
         By inverse CDF at the row's uniform u: the first id with p_0 + ... + p_id > u * (sum of p).
         """
-        # differs 9: the softmax of the update; theirs has top-p and top-k, which its log-probs ignore
+        # differs 9: the softmax of the update; theirs has top-p and top-k, but not in its log-probs
         logits = logits.masked_fill(self.banned, -math.inf)
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)                # (B, V)
         if temperature == 0:
             ids = logits.argmax(-1)
         else:
             probs = logprobs.exp()
-            # Top-p shuts out each token before which the likelier ones have the share already.
+            # Top-p shuts out each token if the likelier ones alone have the share already.
             if top_p < 1:
                 likeliest, order = probs.sort(-1, descending=True)
                 beyond = likeliest.cumsum(-1) - likeliest >= top_p         # in this order
@@ -463,12 +448,11 @@ class Policy(nn.Module):
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
 
-# The first number of a random stream's key says what it is for.
-SAMPLES, SHUFFLES, EVALUATION = 0, 1, 2
+SAMPLES, SHUFFLES, EVALUATION = 0, 1, 2        # what a random stream is for: its key's first number
 
 
 def sampling_uniforms(keys, max_new_tokens):
-    """Uniforms (len(keys), max_new_tokens) for `generate`, each row seeded by its key of integers."""
+    """Uniforms (len(keys), max_new_tokens) for `generate`; each row's key, integers, seeds it."""
     return np.stack([np.random.default_rng(key).random(max_new_tokens) for key in keys])
 
 

@@ -67,8 +67,8 @@ def reason(error):
 def check_text(tokenizer, text):
     """ValueError if a text holds what the tokenizer reads as a control token.
 
-    The name of a landmark, a prompt file and a data file may hold one. A verdict cannot repeat one
-    of a reply, since `verify.plain` takes them apart.
+    The name of a landmark, a prompt file and a data file may hold one. A verdict cannot repeat the
+    one of a reply, since `verify.plain` takes its characters out.
     """
     for token in tokenizer.added_tokens_decoder.values():
         if token.special and token.content in text:
@@ -136,8 +136,8 @@ def load_folder(path, vision, dtype, hollow):
         raise
     except Exception as error:                 # the libraries raise anything on files that are odd
         raise ValueError(f"model {path!r}: not a causal language model shaped like Llama with its "
-                         "tokenizer, nor a Llama-3.2-Vision with its processor, nor a Qwen2.5-VL or "
-                         f"Qwen3-VL: {reason(error).splitlines()[0]}") from None
+                         "tokenizer, nor a Llama-3.2-Vision with its processor, nor a Qwen2.5-VL "
+                         f"or Qwen3-VL: {reason(error).splitlines()[0]}") from None
     check_weights(path, faults)
     if vision and not family:
         raise ValueError(f"model {path!r}: {config.model_type} reads no pictures; the task needs a "
@@ -179,7 +179,7 @@ def check_weights(path, faults):
 # ---- Does it behave ------------------------------------------------------------------------------
 
 def check_template(path, processor, vision, encode, encode_reply):
-    """The ids (P,) of a first prompt; ValueError unless the chat template allows what `encode` does.
+    """The ids (P,) of a first prompt; ValueError unless `encode` can use the chat template.
 
     `encode` and `encode_reply` are those of model.py. They try a first and a second prompt.
     """
@@ -188,20 +188,21 @@ def check_template(path, processor, vision, encode, encode_reply):
         raise ValueError(f"model {path!r}: its tokenizer has no chat template (or none called "
                          "default), or no end-of-sequence token")
     picture = Image.new("RGB", (64, 64)) if vision else None
-    messages = [user_message("1", picture), {"role": "assistant", "content": "2"}, user_message("3")]
+    reply = {"role": "assistant", "content": "2"}
+    messages = [user_message("1", picture), reply, user_message("3")]
     try:
         first = encode(processor, messages[:1])
         encode(processor, messages, first + encode_reply(processor, "2"))
     except ValueError as error:
         raise ValueError(f"model {path!r}: its chat template cannot be used: {error}") from None
     if tokenizer.bos_token and first[:2] == 2 * [tokenizer.bos_token_id]:
-        raise ValueError(f"model {path!r}: its chat template must write {tokenizer.bos_token} once, "
-                         "not twice")
+        raise ValueError(f"model {path!r}: its chat template must write {tokenizer.bos_token} "
+                         "once, not twice")
     return first
 
 
 def check_model(path, backbone, processor, vision, encode, encode_reply):
-    """ValueError unless model and chat template behave as `encode` and `Policy` take for granted."""
+    """ValueError unless model and template behave as `encode` and `Policy` take for granted."""
     # The template lets a dialogue go on, and comes to an end.
     try_template = partial(check_template, path, processor, vision, encode, encode_reply)
     ids = running.within_seconds(TEMPLATE_SECONDS, try_template,

@@ -1,18 +1,22 @@
-"""How a vision model takes a picture: one class for each family, chosen by the model type of config.json.
+"""How a vision model takes a picture: one class for each family, by the model type of config.json.
 
-Mllama (Llama-3.2-Vision) looks at a picture from some of its layers, by cross-attention, so that it adds one token to the
-prompt. In the Qwen-VL models a picture's states stand in the text as tokens of their own, more for a larger picture.
-model.py and support/decoder.py use of a family:
+Mllama (Llama-3.2-Vision) looks at a picture by cross-attention, from some of its layers. The
+picture adds one token to the prompt. In the Qwen-VL models the states of a picture stand in the
+text as tokens, more for a larger picture. model.py and support/decoder.py use of a family:
 
     parts                   what --freeze names -> a pattern of parameter names
-    load_processor, check   the processor of a folder, and ValueError if it or transformers does not fit the model
+    load_processor, check   the processor of a folder; ValueError if it does not fit the model
     picture_tokens          tokens of a picture beside those in the prompt
     num_patches(picture)    what the encoder computes for it
-    inputs(...)             what the model takes beside the ids in an update; the encoder runs, with gradients
-    see(pictures)           what the encoder makes of each picture: a list of tensors that RolloutMemory keeps
-    read(...)               what the model takes beside the ids in sampling, by `see`
+    inputs(...)             what the model takes beside the ids in an update; the encoder runs,
+                            with gradients
+    see(pictures)           what the encoder makes of each picture: a list of tensors, which
+                            RolloutMemory keeps
+    read(...)               what the model takes beside the ids in sampling, from what `see` made
 
     S states of a picture   D hidden size   B rows   T tokens   P columns of prompts
+
+At the end stand the functions that find a picture in messages and make room for it in a prompt.
 """
 import inspect
 import json
@@ -24,24 +28,31 @@ import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoProcessor, AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil   # needs no torchvision
+# This one needs no torchvision.
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-torch.backends.cudnn.allow_tf32 = False             # else a float32 model's patches are multiplied in less than float32
+# Else the patches of a float32 model are multiplied in less than float32.
+torch.backends.cudnn.allow_tf32 = False
 
 
 def by_cudnn_attention(forward, *args, **kwargs):
-    """A layer's forward with cuDNN's attention where it can be had: a tower's layers see few shapes, and with a mask over 6,400
-    places of a picture it takes less than half the time on an H100 (results/h100.md). Elsewhere it is off (support/decoder.py)."""
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    """A layer's forward with cuDNN's attention, where that can be had.
+
+    The layers of a tower see few shapes. With a mask over 6,400 places of a picture this takes less
+    than half the time on an H100 (results/h100.md). Elsewhere it is off (support/decoder.py).
+    """
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         return forward(*args, **kwargs)
 
 
 class MllamaVision:
-    """A picture is cut into tiles, the vision tower and a projector make states of them, and some layers of the language
-    model look at those: the picture adds nothing to the keys and values of the text.
+    """A picture is cut into tiles, and the vision tower and a projector make states of them.
 
-    In transformers the tokens before <|image|> see a little of the picture, too: we leave that as it is.
+    Some layers of the language model look at those states, so the picture adds nothing to the keys
+    and values of the text. In transformers the tokens before <|image|> see a little of the picture,
+    too. We leave that as it is.
     """
 
     parts = {"vision": r"model\.vision_model\.", "projector": r"model\.multi_modal_projector\."}
@@ -52,10 +63,12 @@ class MllamaVision:
 
     @staticmethod
     def check(path, backbone, processor):
-        tiles, taken = processor.image_processor.max_image_tiles, backbone.config.vision_config.max_num_tiles
+        tiles = processor.image_processor.max_image_tiles
+        taken = backbone.config.vision_config.max_num_tiles
         if tiles > taken:
-            raise ValueError(f"model {path!r}: its processor cuts a picture into up to {tiles} tiles, the model takes "
-                             f"{taken} (max_image_tiles of its preprocessor)")
+            raise ValueError(f"model {path!r}: its processor cuts a picture into up to {tiles} "
+                             f"tiles, the model takes {taken} (max_image_tiles of its "
+                             "preprocessor)")
 
     def __init__(self, backbone, processor):
         self.model, vision = backbone.model, backbone.config.vision_config
@@ -63,48 +76,61 @@ class MllamaVision:
         tower = self.model.vision_model
         for layer in (*tower.transformer.layers, *tower.global_transformer.layers):
             layer.forward = partial(by_cudnn_attention, layer.forward)
-        # a picture counts all tiles, used or not
-        self.picture_tokens = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+        # A picture counts all tiles, used or not.
+        tokens_of_tile = (vision.image_size // vision.patch_size) ** 2 + 1
+        self.picture_tokens = vision.max_num_tiles * tokens_of_tile
 
     def num_patches(self, picture):
         return self.picture_tokens
 
     def tensors(self, pictures):
-        """Inputs of the tower for B pictures: pixel_values (B, 1, tiles, 3, size, size), aspect_ratio_ids (B, 1) and
-        aspect_ratio_mask (B, 1, tiles), 1 for tiles that hold a part of the picture."""
+        """Inputs of the tower for B pictures: pixel_values (B, 1, tiles, 3, size, size),
+        aspect_ratio_ids (B, 1), and aspect_ratio_mask (B, 1, tiles).
+
+        The mask is 1 for tiles that hold a part of the picture.
+        """
         tensors = self.image_processor([[picture] for picture in pictures], return_tensors="pt")
-        return {name: tensors[name].to(self.model.device) for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        return {name: tensors[name].to(self.model.device) for name in names}
 
     def cross_attention_mask(self, input_ids, tiles):
-        """Which tiles a token looks at, from <|image|> on all: (B, T) and (B, 1, tiles) to (B, T, 1, tiles)."""
+        """Which tiles a token looks at: all of the picture, from <|image|> on.
+
+        (B, T) ids and (B, 1, tiles) -> (B, T, 1, tiles).
+        """
         sees = (input_ids == self.image_id).cumsum(1) > 0
         return sees[:, :, None, None] * tiles[:, None]
 
     def inputs(self, input_ids, pictures):
         tensors = self.tensors(pictures)
-        return tensors | {"cross_attention_mask": self.cross_attention_mask(input_ids, tensors["aspect_ratio_mask"])}
+        mask = self.cross_attention_mask(input_ids, tensors["aspect_ratio_mask"])
+        return tensors | {"cross_attention_mask": mask}
 
     def see(self, pictures):
-        """Of each: states (S, D), S = tiles x patches, and which tiles hold something (1, tiles)."""
+        """Of each: states (S, D), S = tiles x patches, and which tiles are used (1, tiles)."""
         tensors = self.tensors(pictures)
-        states = self.model.multi_modal_projector(self.model.vision_model(**tensors).last_hidden_state)
+        hidden = self.model.vision_model(**tensors).last_hidden_state
+        states = self.model.multi_modal_projector(hidden)
         return list(zip(states.flatten(1, -2), tensors["aspect_ratio_mask"]))
 
     def read(self, input_ids, mask, start, seen):
-        """(B, P) twice. The mask is of all columns: it grows with every token."""
+        """`input_ids` and `mask` are (B, P). The mask that is returned grows with every token."""
         states, tiles = (torch.stack(part).to(input_ids.device) for part in zip(*seen))
-        return {"cross_attention_states": states, "cross_attention_mask": self.cross_attention_mask(input_ids, tiles)}
+        return {"cross_attention_states": states,
+                "cross_attention_mask": self.cross_attention_mask(input_ids, tiles)}
 
 
 class QwenProcessor:
-    """Tokenizer and image processor of a Qwen-VL folder; transformers' own class wants torchvision, for videos.
+    """Tokenizer and image processor of a Qwen-VL folder.
 
-    `files` are the folder's own settings of pictures and videos, name -> text, which a checkpoint gets as they are.
+    The class of transformers wants torchvision, for videos. `files` are the folder's settings of
+    pictures and videos, name -> text. A checkpoint gets them as they are.
     """
 
     def __init__(self, image_processor, tokenizer, image_token_id, files=()):
         self.image_processor, self.tokenizer, self.files = image_processor, tokenizer, dict(files)
-        self.image_token_id, self.image_token = image_token_id, tokenizer.convert_ids_to_tokens(image_token_id)
+        self.image_token_id = image_token_id
+        self.image_token = tokenizer.convert_ids_to_tokens(image_token_id)
 
     @property
     def chat_template(self):
@@ -123,49 +149,71 @@ class QwenProcessor:
 
 
 class QwenVision:
-    """The encoder makes a state of every 2 x 2 patches (`merge_size`); they stand in the text in place of as many
-    placeholders, whose positions are counted in rows and columns of the picture (M-RoPE). Qwen3-VL adds states of
-    earlier layers of the encoder to the first layers of the language model (deepstack)."""
+    """The encoder makes a state of every 2 x 2 patches (`merge_size`).
 
-    parts = {"vision": r"model\.visual\.(?!merger|deepstack_merger)", "projector": r"model\.visual\.(merger|deepstack_merger)"}
-    picture_tokens = 0                                             # all stand in the prompt
+    The states stand in the text in place of as many placeholders. Their positions are counted in
+    rows and columns of the picture (M-RoPE). Qwen3-VL adds states of earlier layers of the encoder
+    to the first layers of the language model (deepstack).
+    """
+
+    parts = {"vision": r"model\.visual\.(?!merger|deepstack_merger)",
+             "projector": r"model\.visual\.(merger|deepstack_merger)"}
+    picture_tokens = 0                         # all stand in the prompt
 
     @staticmethod
     def load_processor(folder, config):
-        folder, tokenizer = Path(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if (folder / "chat_template.json").is_file():              # older folders: the processor's, which goes first
-            tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
-        paths = [folder / f"{name}_config.json" for name in ("preprocessor", "video_preprocessor", "processor")]
-        return QwenProcessor(Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer, config.image_token_id,
-                             {path.name: path.read_text() for path in paths if path.is_file()})
+        folder = Path(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # In older folders the processor has another template, which goes first.
+        template = folder / "chat_template.json"
+        if template.is_file():
+            tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+        files = {}
+        for name in ("preprocessor", "video_preprocessor", "processor"):
+            path = folder / f"{name}_config.json"
+            if path.is_file():
+                files[path.name] = path.read_text()
+        images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        return QwenProcessor(images, tokenizer, config.image_token_id, files)
 
     @staticmethod
     def check(path, backbone, processor):
-        if "mm_encoder_outputs" not in inspect.signature(backbone.model.forward).parameters:     # it would play blind
-            raise ValueError(f"model {path!r}: transformers {transformers.__version__} takes no states of pictures in "
-                             "Qwen-VL; requirements.txt names one that does")
+        # Without this argument the model would play blind.
+        if "mm_encoder_outputs" not in inspect.signature(backbone.model.forward).parameters:
+            raise ValueError(f"model {path!r}: transformers {transformers.__version__} takes no "
+                             "states of pictures in Qwen-VL; requirements.txt names one that does")
         if processor.image_token is None:
-            raise ValueError(f"model {path!r}: its image_token_id {backbone.config.image_token_id} is no token of its tokenizer")
-        names = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
-        for name, of_model in names.items():
-            cut, taken = getattr(processor.image_processor, name), getattr(backbone.config.vision_config, of_model)
+            raise ValueError(f"model {path!r}: its image_token_id {backbone.config.image_token_id} "
+                             "is no token of its tokenizer")
+        for name, name_in_model in (("patch_size", "patch_size"),
+                                    ("merge_size", "spatial_merge_size"),
+                                    ("temporal_patch_size", "temporal_patch_size")):
+            cut = getattr(processor.image_processor, name)
+            taken = getattr(backbone.config.vision_config, name_in_model)
             if cut != taken:
-                raise ValueError(f"model {path!r}: its processor cuts pictures with {name} {cut}, the model takes {taken}")
+                raise ValueError(f"model {path!r}: its processor cuts pictures with {name} {cut}, "
+                                 f"the model takes {taken}")
 
     def __init__(self, backbone, processor):
-        self.model, self.image_processor, self.image_id = backbone.model, processor.image_processor, processor.image_token_id
+        self.model = backbone.model
+        self.image_processor, self.image_id = processor.image_processor, processor.image_token_id
 
     def num_patches(self, picture):
         return self.image_processor.get_number_of_image_patches(picture.height, picture.width)
 
     def tensors(self, pictures):
-        """Inputs of the encoder: pixel_values (patches of all, values), image_grid_thw (B, 3): 1, rows, columns."""
+        """Inputs of the encoder: pixel_values (patches of all pictures, values), and image_grid_thw
+        (B, 3), which is 1, rows, columns."""
         return self.image_processor(pictures, return_tensors="pt").to(self.model.device)
 
     def positions(self, input_ids, grids, mask=None):
-        """Positions (3, B, T) of ids (B, T) with the placeholders of one picture in each row; none where the mask is 0."""
-        kinds = (input_ids == self.image_id).int()                 # 0 for text, 1 for a picture
-        return self.model.get_rope_index(input_ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=mask)[0]
+        """Positions (3, B, T) of ids (B, T) with the placeholders of one picture in each row.
+
+        Columns where the mask (B, T) is 0 do not count.
+        """
+        kinds = (input_ids == self.image_id).int()             # 0 for text, 1 for a picture
+        return self.model.get_rope_index(input_ids, mm_token_type_ids=kinds, image_grid_thw=grids,
+                                         attention_mask=mask)[0]
 
     def inputs(self, input_ids, pictures):
         tensors = self.tensors(pictures)
@@ -175,24 +223,45 @@ class QwenVision:
         """Of each: its grid (3,), its states (S, D) and those of deepstack, each (S, D)."""
         tensors = self.tensors(pictures)
         made = self.model.get_image_features(**tensors, return_dict=True)
-        return list(zip(tensors["image_grid_thw"], made.pooler_output, *getattr(made, "deepstack_features", ())))
+        deepstack = getattr(made, "deepstack_features", ())
+        return list(zip(tensors["image_grid_thw"], made.pooler_output, *deepstack))
 
     def read(self, input_ids, mask, start, seen):
-        """(B, P) twice. Columns before `start` have been read before: of a picture, only the states behind them."""
+        """`input_ids` and `mask` are (B, P). Columns before `start` have been read before, so of a
+        picture only the states behind them are given."""
         grids, *parts = zip(*seen)
         grids = torch.stack(grids).to(input_ids.device)
-        left = (input_ids[:, start:] == self.image_id).sum(1).tolist()
-        states, *deep = [[t[len(t) - num:].to(input_ids.device) for t, num in zip(part, left)] for part in parts]
+        left = (input_ids[:, start:] == self.image_id).sum(1).tolist()         # states of each row
+        behind = []
+        for part in parts:
+            behind.append([t[len(t) - num:].to(input_ids.device) for t, num in zip(part, left)])
+        states, *deepstack = behind
+        outputs = SimpleNamespace(pooler_output=states, deepstack_features=deepstack)
         return {"position_ids": self.positions(input_ids, grids, mask),
-                "mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=states, deepstack_features=deep)}}
+                "mm_encoder_outputs": {"image": outputs}}
 
 
 FAMILIES = {"mllama": MllamaVision, "qwen2_5_vl": QwenVision, "qwen3_vl": QwenVision}
 
 
+# ---- Pictures in messages and prompts ------------------------------------------------------------
+
+def picture_of(messages):
+    """The picture in chat messages, or None; ValueError if there are several."""
+    pictures = []
+    for message in messages:
+        if not isinstance(message["content"], str):
+            pictures += [part["image"] for part in message["content"] if part["type"] == "image"]
+    if len(pictures) > 1:
+        raise ValueError(f"{len(pictures)} pictures in one dialogue: at most one is allowed")
+    return pictures[0] if pictures else None
+
+
 def num_placeholders(processor, picture):
     """How many tokens of a prompt stand for a picture."""
-    return processor.num_placeholders(picture) if picture and isinstance(processor, QwenProcessor) else 1
+    if picture and isinstance(processor, QwenProcessor):
+        return processor.num_placeholders(picture)
+    return 1
 
 
 def repeat_image_tokens(processor, kept, ids, picture):
@@ -208,7 +277,7 @@ def repeat_image_tokens(processor, kept, ids, picture):
     found = (kept + repeated).count(image_id) / num
     expected = 0 if picture is None else 1
     if found != expected:
-        raise ValueError(f"{found:.3g} {processor.image_token} tokens in a dialogue with {expected} "
-                         "pictures: the template must write one for each, and the text of a message "
-                         f"must not hold {processor.image_token}")
+        raise ValueError(f"{found:.3g} {processor.image_token} tokens in a dialogue with "
+                         f"{expected} pictures: the template must write one for each, and the text "
+                         f"of a message must not hold {processor.image_token}")
     return repeated
