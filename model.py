@@ -31,7 +31,7 @@ import torch.nn as nn
 from support import loading, running
 from support.chat import read_text
 from support.decoder import CacheDecoder, LlamaDecoder, RolloutMemory, is_plain_llama, wide_product
-from support.loading import FREEZABLE, check_text, render, tokenizer_of
+from support.loading import FREEZABLE, check_text, render, tokenizer_of  # scripts name FREEZABLE
 from support.vision import FAMILIES, picture_of, repeat_image_tokens
 
 IMAGE_TOKEN = "<|image|>"
@@ -109,7 +109,7 @@ def collate(dialogues: list[list[tuple[list[int], list[int]]]], device, pictures
 
     A dialogue is a list of (prompt_ids, response_ids). Each prompt begins with the whole turn
     before it, so the last turn holds them all, and one pass serves every reply. Five tries cost
-    the tokens of the longest, not of all. For example, two tries and a dialogue of one:
+    the tokens of the longest, not of all. For example, a dialogue of two tries and one of one:
 
         [[([1, 5], [7, 2]), ([1, 5, 7, 2, 6], [8, 2])],      input_ids   1 5 7 2 6 8 2
          [([1, 4], [9, 2])]]                                             1 4 9 2 0 0 0
@@ -233,7 +233,7 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         slope = ctx.slope.to(hidden.dtype)                                 # (n, V)
         ctx.slope = None                       # used up: there is no second backward
-        scale = -grad[:, None] / ctx.temperature                           # (n, 1)
+        scale = -grad[:, None] / ctx.temperature       # (n, 1); minus, to undo that of the slope
         grad_hidden = (scale * (slope @ weight)).to(hidden.dtype)          # (n, D)
         grad_weight = slope.T @ (scale * hidden).to(hidden.dtype)          # (V, D)
         return grad_hidden, grad_weight, None, None, None
@@ -324,7 +324,7 @@ class Policy(nn.Module):
                                          **vision).last_hidden_state       # (rows, T, D)
             values = self.value_head(hidden[row, first - 1])               # (B, 1)
 
-        # A token is predicted by the position before it; this shift is made here and nowhere else.
+        # The hidden state before a token predicts it. This shift is made here and nowhere else.
         # The vocabulary multiplies the n response tokens alone, so no (B, T, V) tensor exists.
         targets = batch["input_ids"][rows, columns]                        # (n,)
         flat = self.token_logprobs(hidden[rows, columns - 1], targets, temperature)        # (n,)
@@ -353,8 +353,8 @@ class Policy(nn.Module):
                  pictures=None, memory=None, owners=None, top_p=1.0):
         """Sample one reply to each prompt: (response_ids, their log-probs), lists (R,), for each.
 
-        uniforms      (number of prompts, max_new_tokens) in [0, 1): they decide the tokens, one row
-                      a reply, so but for rounding a reply does not depend on the rows beside it
+        uniforms      (number of prompts, max_new_tokens) in [0, 1). A row decides the tokens of a
+                      reply, which but for rounding does not depend on the replies beside it
         temperature   0 takes the likeliest token
         token_budget  so many tokens, with padding, are decoded together
         pictures      one for each prompt, or None for each
@@ -400,14 +400,14 @@ class Policy(nn.Module):
         # The decoder drops rows. Of each row it has: which reply it is, and whether that goes on.
         reply_of_row = torch.arange(len(logits), device=self.device)
         going = torch.ones_like(reply_of_row, dtype=torch.bool)
-        for position in range(max_new_tokens):
+        for t in range(max_new_tokens):
             # Draw a token for each row, and note it unless the reply has ended.
-            ids, logprobs = self.pick(logits, uniforms[reply_of_row, position], temperature, top_p)
-            drawn_ids[reply_of_row, position] = torch.where(going, ids, -1)
-            drawn_logprobs[reply_of_row, position] = torch.where(going, logprobs, 0.0)
+            ids, logprobs = self.pick(logits, uniforms[reply_of_row, t], temperature, top_p)
+            drawn_ids[reply_of_row, t] = torch.where(going, ids, -1)
+            drawn_logprobs[reply_of_row, t] = torch.where(going, logprobs, 0.0)
             going &= ids != self.eos_id
             num_going = int(going.sum())
-            if num_going == 0 or position == max_new_tokens - 1:
+            if num_going == 0 or t == max_new_tokens - 1:
                 break
             # Drop ended rows, but not one by one: that copies the cache, and begins a new graph.
             if num_going < (0.5 if decoder.graphs else 0.9) * len(ids):
@@ -438,10 +438,10 @@ class Policy(nn.Module):
             # Top-p shuts out each token if the likelier ones alone have the share already.
             if top_p < 1:
                 likeliest, order = probs.sort(-1, descending=True)
-                beyond = likeliest.cumsum(-1) - likeliest >= top_p         # in this order
+                beyond = likeliest.cumsum(-1) - likeliest >= top_p         # likeliest first
                 shut_out = torch.zeros_like(beyond).scatter(-1, order, beyond)             # by id
                 probs = probs.masked_fill(shut_out, 0.0)
-            # What is left sums to less than one, so the uniform is scaled by the sum.
+            # The sum may be less than one, so the uniform is scaled by it.
             cumulative = probs.cumsum(-1, dtype=torch.float64)
             points = (uniforms * cumulative[:, -1])[:, None]               # (B, 1)
             ids = torch.searchsorted(cumulative, points, right=True)[:, 0]

@@ -364,7 +364,7 @@ class LlamaDecoder(CacheDecoder):
 
     def compute(self, ids):
         self.end += 1
-        self.width = up_to_64(self.end)        # columns that are looked at, in few different numbers
+        self.width = up_to_64(self.end)        # columns that are looked at, in few shapes
         if not self.graphs:
             return self.step(ids)
         # Of each shape the first token runs as it is, to warm up. The second is captured, and the
