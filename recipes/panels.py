@@ -1,113 +1,253 @@
-"""The arms of a study in a table, panel by panel, and in pictures: how far each moved from its start, under the rule it was
-trained on and under others.
+"""The arms of a study in a table and in pictures: how far each moved from its start.
 
-    python recipes/panels.py runs/study --figure panels.png        # a row for each arm
-    python recipes/panels.py runs/study/virl --paths paths.png     # the other rule against the training rule, at all checkpoints
-    python recipes/panels.py runs/study --gate gate.png            # both arms against the share of mix-ups in the start
-    python recipes/panels.py runs/tiny-virl-l --every              # every evaluation of every run, in a table
-    python recipes/panels.py results/paper_in_miniature.md --figure panels.png         # from the table on a page, without the runs
+    python recipes/panels.py runs/study                          # a table, a line per arm and split
+    python recipes/panels.py runs/study --csv panels.csv         # the same rows into a file, too
+    python recipes/panels.py results/data/panels.csv --figure panels.png      # without the runs
+    python recipes/panels.py runs/study/virl --paths paths.png   # one rule against the other
+    python recipes/panels.py runs/study --gate gate.png          # change against mix-ups
+    python recipes/panels.py runs/tiny-virl-l --every            # every evaluation of every run
 
-A panel is a folder of evaluated runs, such as runs/study/virl; its runs are averaged by arm and split. Changes are in points of
-the task's first measure (`envs.TASKS`), each of a run since its own start, with the standard error over the starts, or over the
-runs if there is one start. A page instead of a folder: the table that was printed here once, read again. Used by recipes/study.sh;
-results/paper_in_miniature.md says which panel is which figure of the paper.
+A panel is a folder of evaluated runs, such as runs/study/virl. Its runs are averaged by arm and
+split. A change is in points of the task's first metric (`envs.TASKS`), for each run since the start
+that it went on from. Its standard error is over starts, or over runs if there is one start.
+
+recipes/study.sh calls this script. results/paper_in_miniature.md says which panel is which figure
+of the paper.
 """
+import csv
 import os
 import sys
-from collections import defaultdict
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
-from evaluate import TITLES, name_arms, spread
-from support import running
+from support import compare, running
 
-MARKS = {"id": "o", "unseen": "s", "rule_ood": "D"}        # others: a cross
-HEAD = "| panel | arm | starts or runs | tested on | start | change |\n|---|---|---|---|---|---|\n"
-GATE = {0: "two_by_two/fault_alone", 0.05: "gate/share_0.05", 0.15: "two_by_two/both", 0.3: "gate/share_0.3"}   # share of mix-ups: panel
+MARKS = {"id": "o", "unseen": "s", "rule_ood": "D"}   # of a split in a picture; others: a cross
+# The share of mix-ups in the start's training -> the panel of arms that go on from there.
+GATE = {0: "two_by_two/fault_alone", 0.05: "gate/share_0.05", 0.15: "two_by_two/both",
+        0.3: "gate/share_0.3"}
+
+
+class Row(NamedTuple):
+    """A line of the table: the newest checkpoint of an arm on a split; in percent and points."""
+    panel: str
+    arm: str
+    runs: int              # starts, or runs if there is one start
+    split: str
+    start: float
+    start_error: float     # 0 if there is one run
+    change: float
+    change_error: float
+
+
+# ---- Reading runs ------------------------------------------------------------------------------
+
+def read_evaluations(run):
+    """The rows of a run's eval.jsonl, the last of equals."""
+    rows = {}
+    for row in running.read_jsonl(run / "eval.jsonl", "step", "split", "seed"):
+        rows[row["step"], row["split"], row["seed"]] = row
+    return list(rows.values())
 
 
 def read_panel(folder):
-    """{arm: {step: {split: [(value at the start, change since), ...]}}}, in percent, one pair for every start; if there is only one,
-    for every run and seed of its tests."""
-    runs = {path.parent: running.read_jsonl(path, "step", "split", "seed") for path in sorted(folder.glob("*/eval.jsonl"))}
+    """{arm: {step: {split: [(value at the start, change since), ...]}}} of a folder of runs.
+
+    Values are in percent. There is one pair for every start; with a single start there is one for
+    every run and seed of its tests. ValueError if the start of a run was not evaluated.
+    """
+    runs = sorted(path.parent for path in folder.glob("*/eval.jsonl"))
+    evaluations = {run: read_evaluations(run) for run in runs}
     configs = {run: running.read_run_config(run) for run in runs}
-    models = {run: os.path.realpath(config["model"]) for run, config in configs.items()}          # one start, however it is spelt
-    arms, found = name_arms(configs), defaultdict(lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list))))
-    starts = {(models[run], row["split"], row["seed"]): row for run, rows in runs.items() for row in rows if not row["step"]}
-    for run, rows in sorted(runs.items(), key=lambda pair: arms[pair[0]]):
+    arms = compare.name_arms(configs)
+    models = {}   # run -> its start, however that is spelt
+    starts = {}   # (start, split, seed) -> row
+    for run in runs:
+        models[run] = os.path.realpath(configs[run]["model"])
+        for row in evaluations[run]:
+            if row["step"] == 0:
+                starts[models[run], row["split"], row["seed"]] = row
+
+    found = {}    # arm -> step -> split -> start -> pairs
+    for run in sorted(runs, key=lambda run: arms[run]):
         metric = envs.TASKS[configs[run]["task"]].metrics[0]
-        for row in {(row["step"], row["split"], row["seed"]): row for row in rows if row["step"]}.values():      # the last of equals
-            start = starts.get((models[run], row["split"], row["seed"]))
-            if start is None:
-                raise ValueError(f"run {str(run)!r}: no run of {folder} has evaluated its start {configs[run]['model']} on {row['split']}")
-            pair = 100 * start[metric], 100 * (row[metric] - start[metric])
-            found[arms[run]][row["step"]][row["split"]][models[run]].append(pair)
-    return {arm: {step: {split: over_starts(list(pairs.values())) for split, pairs in splits.items()} for step, splits in steps.items()}
-            for arm, steps in found.items()}
+        for row in evaluations[run]:
+            step, split = row["step"], row["split"]
+            if step == 0:
+                continue
+            before = starts.get((models[run], split, row["seed"]))
+            if before is None:
+                raise ValueError(f"run {str(run)!r}: no run of {folder} has evaluated its start "
+                                 f"{configs[run]['model']} on {split}")
+            pair = (100 * before[metric], 100 * (row[metric] - before[metric]))
+            splits = found.setdefault(arms[run], {}).setdefault(step, {})
+            splits.setdefault(split, {}).setdefault(models[run], []).append(pair)
+
+    panel = {}
+    for arm, steps in found.items():
+        panel[arm] = {}
+        for step, splits in steps.items():
+            panel[arm][step] = {}
+            for split, by_start in splits.items():
+                panel[arm][step][split] = over_starts(list(by_start.values()))
+    return panel
 
 
-def over_starts(pairs):
-    """The pairs of each start -> one pair for each; of a single start all of its."""
-    return pairs[0] if len(pairs) == 1 else [tuple(map(mean, zip(*own))) for own in pairs]
-
-
-def table_of(panels):
-    """{panel: [(arm, starts or runs, split, start, change), ...]} of the newest checkpoint of each arm, start and change each as a
-    mean and its error."""
-    return {name: [(arm, len(pairs), split, *map(with_error, zip(*pairs))) for arm, steps in panel.items()
-                   for split, pairs in steps[max(steps)].items()] for name, panel in panels.items()}
-
-
-def read_table(page):
-    """What table_of gave, from a page that has it as it was printed."""
-    found = defaultdict(list)
-    for line in page.read_text().partition(HEAD)[2].partition("\n\n")[0].splitlines():
-        name, arm, num, split, *values = line.strip("| ").split(" | ")
-        start, change = ((float(value), float(error or 0)) for value, _, error in (text.partition(" ± ") for text in values))
-        found[name].append((arm, int(num), split, start, change))
-    if not found:
-        raise ValueError(f"{page}: no table that begins with {HEAD.splitlines()[0]!r}")
-    return found
-
-
-def print_table(table):
-    """The rows of all panels."""
-    print(HEAD, end="")
-    for name, rows in table.items():
-        for arm, num, split, *values in rows:
-            cells = [f"{value:.1f} ± {error:.1f}" if num > 1 else f"{value:.1f}" for value, error in values]
-            print(f"| {name} | {arm} | {num} | {split} | {' | '.join(cells)} |")
+def over_starts(by_start):
+    """[[pair, ...] of each start] -> one mean pair for each; of a single start all of its pairs."""
+    if len(by_start) == 1:
+        return by_start[0]
+    means = []
+    for pairs in by_start:
+        means.append((mean(start for start, _ in pairs), mean(change for _, change in pairs)))
+    return means
 
 
 def with_error(values):
-    """Mean and standard error; no error of a single one."""
-    return spread(values) if len(values) > 1 else (values[0], 0.0)
+    """Mean and standard error; no error of a single value."""
+    if len(values) == 1:
+        return values[0], 0.0
+    return compare.mean_and_standard_error(values)
+
+
+def rows_of(panels):
+    """The rows of all panels, at the newest checkpoint of each arm."""
+    rows = []
+    for name, panel in panels.items():
+        for arm, steps in panel.items():
+            for split, pairs in steps[max(steps)].items():
+                start, start_error = with_error([start for start, _ in pairs])
+                change, change_error = with_error([change for _, change in pairs])
+                rows.append(Row(name, arm, len(pairs), split, start, start_error, change,
+                                change_error))
+    return rows
+
+
+# ---- The table, printed and in a file ----------------------------------------------------------
+
+def write_csv(path, columns, rows):
+    """Write rows, each a dict; a column that a row lacks stays empty."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"\nrows: {path}")
+
+
+def table_rows(rows):
+    """Rows as they are printed: numbers with one digit, "" for the error of a single run."""
+    table = []
+    for row in rows:
+        cells = row._asdict()
+        for name in ("start", "start_error", "change", "change_error"):
+            several = row.runs > 1 or not name.endswith("error")
+            cells[name] = f"{cells[name]:.1f}" if several else ""
+        table.append(cells)
+    return table
+
+
+def read_table(path):
+    """The rows of a file that --csv wrote; ValueError says what it may not hold."""
+    with open(path, newline="") as file:
+        lines = csv.DictReader(file)
+        if lines.fieldnames != list(Row._fields):
+            raise ValueError(f"{path}: no table; its first line must be {','.join(Row._fields)}")
+        rows = []
+        for line in lines:
+            try:
+                rows.append(Row(line["panel"], line["arm"], int(line["runs"]), line["split"],
+                                float(line["start"]), float(line["start_error"] or 0),
+                                float(line["change"]), float(line["change_error"] or 0)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path}: the table has no rows")
+    return rows
+
+
+def print_table(rows):
+    print("| panel | arm | starts or runs | tested on | start | change |")
+    print("|---|---|---|---|---|---|")
+    for row in table_rows(rows):
+        cells = []
+        for name in ("start", "change"):
+            error = row[f"{name}_error"]
+            cells.append(f"{row[name]} ± {error}" if error else row[name])
+        print(f"| {row['panel']} | {row['arm']} | {row['runs']} | {row['split']} | "
+              f"{' | '.join(cells)} |")
+
+
+# ---- Every evaluation --------------------------------------------------------------------------
+
+def every_metric(run):
+    """What --every shows of a run, by the names in eval.jsonl."""
+    task = running.read_run_config(run)["task"]
+    return (*envs.TASKS[task].metrics, "first_try", "retries")
+
+
+def by_step_and_split(run):
+    rows = running.read_jsonl(run / "eval.jsonl", "step", "split", "seed")
+    return sorted(rows, key=lambda row: (row["step"], row["split"]))
 
 
 def print_every(runs):
-    """The rows of the eval.jsonl of each run, all of one task."""
-    metrics = (*envs.TASKS[running.read_run_config(runs[0])["task"]].metrics, "first_try", "retries")
-    print(f"| run | step | GFLOPs | split | {' | '.join(metrics).replace('_', ' ')} | repeats | replies |\n{'|---' * (len(metrics) + 6)}|")
+    """Print the rows of the eval.jsonl of each run, all of one task."""
+    metrics = every_metric(runs[0])
+    names = " | ".join(metrics).replace("_", " ")
+    print(f"| run | step | GFLOPs | split | {names} | repeats | replies |")
+    print(f"{'|---' * (len(metrics) + 6)}|")
     for run in runs:
-        for row in sorted(running.read_jsonl(run / "eval.jsonl", "step", "split", "seed"), key=lambda row: (row["step"], row["split"])):
-            cells = [f"{100 * row[name]:.1f} ± {100 * row[f'{name}_stderr']:.1f}" for name in metrics]
+        for row in by_step_and_split(run):
+            cells = []
+            for name in metrics:
+                cells.append(f"{100 * row[name]:.1f} ± {100 * row[f'{name}_stderr']:.1f}")
             replies = ", ".join(f"{status} {count}" for status, count in row["statuses"].items())
-            print(f"| {run.name} | {row['step']} | {row['gflops']:,.0f} | {row['split']} | {' | '.join(cells)} | {100 * row['repeats']:.0f} | {replies} |")
+            print(f"| {run.name} | {row['step']} | {row['gflops']:,.0f} | {row['split']} | "
+                  f"{' | '.join(cells)} | {100 * row['repeats']:.0f} | {replies} |")
 
 
-def draw_rows(plt, table):
-    """A row for each arm, one mark for each split it was tested on; SFT in orange, RL in blue."""
-    panels = {name: list(dict.fromkeys(arm for arm, *_ in rows)) for name, rows in table.items()}
+def write_every(path, folders, study):
+    """Write what print_every prints of all panels into one file, with a column per verdict."""
+    metrics, statuses, rows = {}, set(), []
+    for folder in folders:
+        runs = sorted(found.parent for found in folder.glob("*/eval.jsonl"))
+        for run in runs:
+            for row in by_step_and_split(run):
+                cells = {"panel": str(folder.relative_to(study)), "run": run.name,
+                         "step": row["step"], "gflops": f"{row['gflops']:.0f}",
+                         "split": row["split"], "repeats": f"{100 * row['repeats']:.0f}"}
+                for name in every_metric(run):
+                    cells[name] = f"{100 * row[name]:.1f}"
+                    cells[f"{name}_error"] = f"{100 * row[f'{name}_stderr']:.1f}"
+                    metrics |= {name: None, f"{name}_error": None}   # in order, each once
+                for status, count in row["statuses"].items():
+                    cells[f"replies_{status}"] = count
+                    statuses.add(f"replies_{status}")
+                rows.append(cells)
+    columns = ["panel", "run", "step", "gflops", "split", *metrics, "repeats", *sorted(statuses)]
+    write_csv(path, columns, rows)
+
+
+# ---- Pictures ----------------------------------------------------------------------------------
+
+def draw_rows(plt, rows):
+    """A line for each arm, a mark for each split; SFT orange, RL blue, the training rule grey."""
+    panels = {}   # panel -> its arms
+    for row in rows:
+        arms = panels.setdefault(row.panel, [])
+        if row.arm not in arms:
+            arms.append(row.arm)
     counts = [len(arms) for arms in panels.values()]
-    fig, axes = plt.subplots(len(panels), 1, figsize=(9, 0.9 * len(panels) + 0.27 * sum(counts)), squeeze=False, sharex=True,
-                             height_ratios=[count + 1 for count in counts], layout="constrained")
+    fig, axes = plt.subplots(
+        len(panels), 1, figsize=(9, 0.9 * len(panels) + 0.27 * sum(counts)), squeeze=False,
+        sharex=True, height_ratios=[count + 1 for count in counts], layout="constrained")
     for axis, (name, arms) in zip(axes.flat, panels.items()):
-        for arm, _, split, _, (change, error) in table[name]:
-            colour = "grey" if split in ("id", "unseen") else "tab:orange" if arm.startswith("SFT") else "tab:blue"
-            axis.errorbar([change], [arms.index(arm)], xerr=[error], fmt=MARKS.get(split, "x"), color=colour, markersize=5, capsize=2,
-                          markerfacecolor="white" if split == "unseen" else colour, label=TITLES.get(split, split))
+        for row in rows:
+            if row.panel == name:
+                draw_change(axis, row, arms.index(row.arm))
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(arms)), arms, fontsize=8)
         axis.set_ylim(len(arms) - 0.4, -0.6)
@@ -117,91 +257,154 @@ def draw_rows(plt, table):
     return fig, axes
 
 
+def draw_change(axis, row, height):
+    """The mark of one row."""
+    colour = "tab:orange" if row.arm.startswith("SFT") else "tab:blue"
+    if row.split in ("id", "unseen"):
+        colour = "grey"
+    axis.errorbar([row.change], [height], xerr=[row.change_error], fmt=MARKS.get(row.split, "x"),
+                  color=colour, markersize=5, capsize=2,
+                  markerfacecolor="white" if row.split == "unseen" else colour,
+                  label=compare.TITLES.get(row.split, row.split))
+
+
 def draw_paths(plt, panels):
-    """A path for each arm, from its start over its checkpoints: to the right it gains on the training rule, downwards it loses
-    the other."""
-    fig, axes = plt.subplots(len(panels), 1, figsize=(8, 6.5 * len(panels)), squeeze=False, layout="constrained")
+    """A path for each arm, from its start over its checkpoints.
+
+    To the right it gains on the training rule; downwards it loses on the other rule.
+    """
+    fig, axes = plt.subplots(len(panels), 1, figsize=(8, 6.5 * len(panels)), squeeze=False,
+                             layout="constrained")
     for axis, (name, panel) in zip(axes.flat, panels.items()):
-        kinds = {kind: [arm for arm in panel if arm.startswith(kind)] for kind in ("SFT", "RL")}
         for kind, shades in (("SFT", plt.cm.Oranges), ("RL", plt.cm.Blues)):
-            for i, arm in enumerate(kinds[kind]):
-                points = [splits for _, splits in sorted(panel[arm].items()) if {"id", "rule_ood"} <= splits.keys()]
-                x, y = ([(0.0, 0.0)] + [with_error([change for _, change in splits[split]]) for splits in points]
-                        for split in ("id", "rule_ood"))
-                axis.errorbar(*zip(*((a, b) for (a, _), (b, _) in zip(x, y))), [e for _, e in y], [e for _, e in x], label=arm,
-                              color=shades(0.9 - 0.6 * i / len(kinds[kind])), marker="os^vDPX*<>"[i % 10], markersize=5, elinewidth=0.5)
+            arms = [arm for arm in panel if arm.startswith(kind)]
+            for i, arm in enumerate(arms):
+                draw_path(axis, arm, panel[arm], color=shades(0.9 - 0.6 * i / len(arms)),
+                          marker="os^vDPX*<>"[i % 10])
         axis.axhline(0, color="black", linewidth=0.8)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=name if len(panels) > 1 else "", xlabel="training rule: change since the start, points",
+        axis.set(title=name if len(panels) > 1 else "",
+                 xlabel="training rule: change since the start, points",
                  ylabel="the other rule: change since the start, points")
         axis.grid(alpha=0.3)
     return fig, axes
 
 
-def draw_gate(plt, table):
-    """The change of both arms, a picture for each rule, against the share of its teacher's first tries at a turn that were
-    named in the other rule's word."""
-    changes = {(share, arm.split()[0], split): change for share, name in GATE.items() for arm, _, split, _, change in table.get(name, ())}
+def draw_path(axis, arm, steps, **style):
+    """The path of one arm over the checkpoints at which both rules were tested."""
+    changes = {"id": [0.0], "rule_ood": [0.0]}
+    errors = {"id": [0.0], "rule_ood": [0.0]}
+    for _, splits in sorted(steps.items()):
+        if {"id", "rule_ood"} <= splits.keys():
+            for split in ("id", "rule_ood"):
+                change, error = with_error([change for _, change in splits[split]])
+                changes[split].append(change)
+                errors[split].append(error)
+    axis.errorbar(changes["id"], changes["rule_ood"], errors["rule_ood"], errors["id"], label=arm,
+                  markersize=5, elinewidth=0.5, **style)
+
+
+def draw_gate(plt, rows):
+    """The change of both arms against the share of mix-ups in their start, a picture per rule.
+
+    A mix-up is a first try of the start's teacher at a direction change that is named in the other
+    rule's word.
+    """
+    found = {}   # (panel, method, split) -> row
+    for row in rows:
+        found[row.panel, row.arm.split()[0], row.split] = row
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), squeeze=False, layout="constrained")
     for axis, split in zip(axes.flat, ("id", "rule_ood")):
         for kind, colour in (("SFT", "tab:orange"), ("RL", "tab:blue")):
-            points = [(share, *changes[share, kind, split]) for share in GATE if (share, kind, split) in changes]
-            if points:
-                axis.errorbar(*zip(*points), label=kind, color=colour, marker="o", markersize=4, capsize=2)
+            shares, changes, errors = [], [], []
+            for share, panel in GATE.items():
+                if row := found.get((panel, kind, split)):
+                    shares.append(share)
+                    changes.append(row.change)
+                    errors.append(row.change_error)
+            if shares:
+                axis.errorbar(shares, changes, errors, label=kind, color=colour, marker="o",
+                              markersize=4, capsize=2)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(title=TITLES[split], xlabel="share of mix-ups in the start's last steps", ylabel="change since the start, points")
+        axis.set(title=compare.TITLES[split], xlabel="share of mix-ups in the start's last steps",
+                 ylabel="change since the start, points")
         axis.grid(alpha=0.3)
     return fig, axes
 
 
-def save(drawn, figure):
+def save(figure, fig, axes):
     """Write a figure with one legend below."""
-    fig, axes = drawn
-    labels = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
-    fig.legend(labels.values(), labels, loc="outside lower center", ncol=2, fontsize=8)
+    compare.legend_below(fig, axes, ncol=2)
     fig.savefig(figure, dpi=130)
     print(f"\nfigure: {figure}")
 
 
-def main():
+# ---- The command line --------------------------------------------------------------------------
+
+def parse_arguments():
     parser = running.OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", help="a folder of panels, each a folder of run folders; or one of these; or a page with their table")
-    parser.add_argument("--figure", help="write a picture of the newest checkpoints here (needs matplotlib)")
-    parser.add_argument("--paths", help="write a picture of all checkpoints here, the other rule against the training rule")
-    parser.add_argument("--gate", help="write a picture of both arms against the share of mix-ups in the start here")
-    parser.add_argument("--every", action="store_true", help="print every evaluation of every run instead")
+    parser.add_argument("study", help="a folder of panels, each a folder of run folders; or one of "
+                        "these panels; or a file that --csv wrote")
+    parser.add_argument("--csv", help="write the rows that are printed into this file, too")
+    parser.add_argument("--figure", help="draw the changes at the newest checkpoints into this "
+                        "file (needs matplotlib)")
+    parser.add_argument("--paths", help="draw all checkpoints into this file, the other rule "
+                        "against the training rule")
+    parser.add_argument("--gate", help="draw the changes of both arms against the share of mix-ups "
+                        "in the start into this file")
+    parser.add_argument("--every", action="store_true",
+                        help="print every evaluation of every run instead")
     args = parser.parse_args()
+    if Path(args.study).is_file() and (args.paths or args.every):
+        parser.error(f"{args.study}: --paths and --every need the runs, this is a file")
+    for path in filter(None, (args.csv, args.figure, args.paths, args.gate)):
+        if not Path(path).parent.is_dir():
+            parser.error(f"{path}: there is no folder {Path(path).parent}")
+    return args
+
+
+def find_panels(study):
+    """The folders in and under `study` that hold evaluated runs; links are followed."""
+    folders = set()
+    for depth in ("*", "*/*", "*/*/*"):
+        for path in study.glob(f"{depth}/eval.jsonl"):
+            folders.add(path.parent.parent)
+    return sorted(folders)
+
+
+def main():
+    args = parse_arguments()
     study = Path(args.study)
-    if study.is_file() and (args.paths or args.every):
-        parser.error(f"{study}: --paths and --every need the runs, this is a file")
-    for figure in filter(None, (args.figure, args.paths, args.gate)):
-        if not Path(figure).parent.is_dir():
-            parser.error(f"{figure}: there is no folder {Path(figure).parent}")
     with running.one_line_errors():
-        folders = sorted({path.parent.parent for depth in ("*", "*/*", "*/*/*") for path in study.glob(f"{depth}/eval.jsonl")})   # through links, too
-        panels = {str(folder.relative_to(study)): panel for folder in folders if (panel := read_panel(folder))}
-        table = read_table(study) if study.is_file() else table_of(panels)
-        if not table:
+        folders = find_panels(study)
+        panels = {}
+        for folder in folders:
+            if panel := read_panel(folder):
+                panels[str(folder.relative_to(study))] = panel
+        rows = read_table(study) if study.is_file() else rows_of(panels)
+        if not rows:
             raise ValueError(f"{study}: no evaluated run in a folder of a folder there")
-        if args.gate and not table.keys() & set(GATE.values()):
+        if args.gate and not {row.panel for row in rows} & set(GATE.values()):
             raise ValueError(f"{study}: --gate needs one of its panels {', '.join(GATE.values())}")
         if args.every:
             for folder in folders:
                 print_every(sorted(path.parent for path in folder.glob("*/eval.jsonl")))
+            if args.csv:
+                write_every(args.csv, folders, study)
             return
-        print_table(table)
-    figures = {figure: drawn for figure, drawn in ((args.figure, (draw_rows, table)), (args.paths, (draw_paths, panels)),
-                                                   (args.gate, (draw_gate, table))) if figure}
-    if figures:
-        try:
-            import matplotlib
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
-        except ImportError:
-            print("\nno figure: matplotlib is not installed (pip install matplotlib)")
-            return
-        for figure, (draw, what) in figures.items():
-            save(draw(plt, what), figure)
+        print_table(rows)
+        if args.csv:
+            write_csv(args.csv, Row._fields, table_rows(rows))
+
+    plt = compare.import_pyplot() if args.figure or args.paths or args.gate else None
+    if plt is None:
+        return
+    if args.figure:
+        save(args.figure, *draw_rows(plt, rows))
+    if args.paths:
+        save(args.paths, *draw_paths(plt, panels))
+    if args.gate:
+        save(args.gate, *draw_gate(plt, rows))
 
 
 if __name__ == "__main__":

@@ -181,3 +181,16 @@ def api_content(content):
     content[0]["image"].save(png, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
     return [{"type": "image_url", "image_url": {"url": url}}, content[1]]
+
+
+def read_rows(config):
+    """The rows of eval.jsonl in --out that are of this model."""
+    rows = running.read_jsonl(Path(config.out) / "eval.jsonl",
+                              "checkpoint", "split", "seed", "settings")
+    return [row for row in rows if row["checkpoint"] == config.api_model]
+
+
+def append_row(config, row):
+    """Put a row behind those of eval.jsonl; the file is written anew, without a torn last line."""
+    path = Path(config.out) / "eval.jsonl"
+    running.write_jsonl(path, [*running.read_jsonl(path), row])

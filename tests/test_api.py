@@ -62,7 +62,7 @@ class Server:
 def api(monkeypatch, tmp_path):
     """api(statuses, **knobs): evaluate against a Server; returns it and the rows of eval.jsonl."""
     monkeypatch.setenv("API_KEY", "secret")
-    monkeypatch.setattr(evaluate.ApiModel, "pause", 0)
+    monkeypatch.setattr(api_file.ApiModel, "pause", 0)
 
     def run(statuses=(), server=None, **knobs):
         server = server or Server(statuses)

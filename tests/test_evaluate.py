@@ -10,7 +10,7 @@ import pytest
 
 import envs
 import evaluate
-from support import running
+from support import compare, evaluation, running
 from support.settings import Split
 
 
@@ -87,7 +87,7 @@ def test_rows_without_todays_measures_are_evaluated_again_and_not_compared(tmp_p
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
     monkeypatch.setitem(envs.TASKS, "gp-l", replace(envs.TASKS["gp-l"], metrics=("success", "novelty")))
     with pytest.raises(ValueError, match="eval.jsonl is from an earlier version, without novelty; run evaluate.py --run-folder .*sft again"):
-        evaluate.compare([str(tmp_path / "sft")], "")
+        compare_runs([str(tmp_path / "sft")])
 
 
 def test_what_is_said_of_an_expert_makes_no_other_evaluation(monkeypatch):
@@ -124,18 +124,22 @@ def test_the_paper_plays_234_hands_48_routes_and_18_of_the_visual_test():
 
 def test_a_row_stands_beside_the_papers_numbers_where_it_has_some():
     row = {"split": "rule_ood", "success": 0.1234, "paper_step_accuracy": 0.5}
-    assert evaluate.beside_paper("gp-l", row) == "success 12.3 %, in the paper 11.5 at the start, 3.4 after SFT, 15.0 after RL"
-    assert evaluate.beside_paper("virl-l", row).startswith("paper step accuracy 50.0 %, in the paper 80.8 at the start")
-    assert evaluate.beside_paper("gp-l", row | {"split": "id"}) == evaluate.beside_paper("gp-l", row | {"split": "rule_ood target=36"}) == ""
+    def beside(task, row):
+        return compare.beside_paper(task, row, evaluate.PAPER)
+    assert beside("gp-l", row) == ("success 12.3 %, in the paper 11.5 at the start, 3.4 after SFT, "
+                                   "15.0 after RL")
+    assert beside("virl-l", row).startswith("paper step accuracy 50.0 %, in the paper 80.8 at the start")
+    assert beside("gp-l", row | {"split": "id"}) == ""
+    assert beside("gp-l", row | {"split": "rule_ood target=36"}) == ""
 
 
 def test_error_bars_are_binomial_for_one_run_and_over_runs_for_several():
     row = {"success": 0.2, "success_stderr": math.sqrt(0.2 * 0.8 / 100), "run": "a", "start": "s"}
-    assert evaluate.mean_and_error([row], "success") == pytest.approx((20.0, 4.0))
+    assert compare.metric_and_error([row], "success") == pytest.approx((20.0, 4.0))
     rows = [row, {**row, "success": 0.4, "run": "b"}, {**row, "success": 0.6, "run": "c"}]
-    assert evaluate.mean_and_error(rows, "success") == pytest.approx((40.0, 20 / math.sqrt(3)))
+    assert compare.metric_and_error(rows, "success") == pytest.approx((40.0, 20 / math.sqrt(3)))
     rows += [{**row, "start": "t", "run": "d", "success": 0.6}]           # two starts: 40 and 60
-    assert evaluate.mean_and_error(rows, "success") == pytest.approx((50.0, 10.0))
+    assert compare.metric_and_error(rows, "success") == pytest.approx((50.0, 10.0))
 
 
 def test_a_change_is_that_of_each_run_from_its_own_start_on_the_same_hands():
@@ -143,13 +147,25 @@ def test_a_change_is_that_of_each_run_from_its_own_start_on_the_same_hands():
         return {"start": start, "seed": seed, "run": run or (start, seed), "success": success, "success_stderr": 0.03}
     starts = [row("s", 0, 0.2), row("s", 1, 0.4), row("t", 0, 0.1)]
     one = [row("s", 0, 0.25, "a")]
-    assert evaluate.change_and_error(one, starts, "success") == pytest.approx((5.0, 100 * math.hypot(0.03, 0.03)))
+    assert compare.change_and_error(one, starts, "success") == pytest.approx((5.0, 100 * math.hypot(0.03, 0.03)))
     seeds = [*one, row("s", 1, 0.47, "b")]                               # +5 and +7
-    assert evaluate.change_and_error(seeds, starts, "success") == pytest.approx((6.0, math.hypot(3, 3) / 2))   # over runs it is 1
+    assert compare.change_and_error(seeds, starts, "success") == pytest.approx((6.0, math.hypot(3, 3) / 2))   # over runs it is 1
     seeds = [row("s", 0, 0.25, "a"), row("s", 1, 0.61, "b")]             # +5 and +21
-    assert evaluate.change_and_error(seeds, starts, "success") == pytest.approx((13.0, 8.0))
-    assert evaluate.change_and_error([*seeds, row("t", 0, 0.2, "c")], starts, "success") == pytest.approx((11.5, math.sqrt(3)))
-    assert evaluate.change_and_error([row("s", 9, 0.25, "a")], starts, "success")[0] == pytest.approx(-5.0)   # on other hands
+    assert compare.change_and_error(seeds, starts, "success") == pytest.approx((13.0, 8.0))
+    assert compare.change_and_error([*seeds, row("t", 0, 0.2, "c")], starts, "success") == pytest.approx((11.5, math.sqrt(3)))
+    assert compare.change_and_error([row("s", 9, 0.25, "a")], starts, "success")[0] == pytest.approx(-5.0)   # on other hands
+
+
+def task_metrics():
+    return {name: task.metrics for name, task in envs.TASKS.items()}
+
+
+def load_arms(folders):
+    return compare.load_arms(folders, task_metrics())
+
+
+def compare_runs(folders, figure=""):
+    evaluate.compare_runs(evaluate.Config(compare=",".join(folders), figure=figure))
 
 
 def write_run(folder, arm, points, start="start", episodes=100, knobs={}, **env):
@@ -166,7 +182,7 @@ def test_the_table_compares_at_equal_compute_beside_the_paper(tmp_path, capsys, 
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08), (10, 100.0, 0.05), (90, 900.0, 0.01)])
     write_run(tmp_path / "rl", "RL", [(1, 60.0, 0.12), (2, 110.0, 0.15)])
     monkeypatch.setitem(sys.modules, "matplotlib", None)      # as if it were not installed
-    evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "rl")], str(tmp_path / "fig.png"))
+    compare_runs([str(tmp_path / "sft"), str(tmp_path / "rl")], str(tmp_path / "fig.png"))
     out = capsys.readouterr().out
     assert "| success | rule_ood | 10.0 ± 1.0 | 5.0 ± 1.0 (-5.0 ± 1.4) | 15.0 ± 1.0 (+5.0 ± 1.4) | 11.5 | 3.4 (-8.1) | 15.0 (+3.5) |" in out
     assert "| first try | id | 5.0 ± 2.0 | 5.0 ± 2.0 (+0.0 ± 2.8) | 5.0 ± 2.0 (+0.0 ± 2.8) | - | - | - |" in out
@@ -178,7 +194,7 @@ def test_the_figure_is_drawn_where_matplotlib_is(tmp_path):
     pytest.importorskip("matplotlib")
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
     write_run(tmp_path / "rl", "RL", [(1, 60.0, 0.12)])
-    evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "rl")], str(tmp_path / "fig.png"))
+    compare_runs([str(tmp_path / "sft"), str(tmp_path / "rl")], str(tmp_path / "fig.png"))
     assert (tmp_path / "fig.png").stat().st_size > 10_000
 
 
@@ -187,19 +203,19 @@ def test_runs_of_other_starts_or_settings_are_not_mixed(tmp_path):
     write_run(tmp_path / "far", "RL", [(1, 60.0, 0.12)], start="elsewhere")
     write_run(tmp_path / "few", "RL", [(1, 60.0, 0.12)], episodes=5)
     with pytest.raises(ValueError, match="of start it found SFT, start; these started from start, elsewhere"):
-        evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "far")], "")
+        compare_runs([str(tmp_path / "sft"), str(tmp_path / "far")])
     with pytest.raises(ValueError, match="one set of settings for a split; on id .*sft and .*few differ: episodes 100 and 5$"):
-        evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "few")], "")
+        compare_runs([str(tmp_path / "sft"), str(tmp_path / "few")])
     write_run(tmp_path / "short", "RL", [(1, 60.0, 0.12)], verify_iter=3)
     with pytest.raises(ValueError, match="differ: verify_iter 5 and 3$"):
-        evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "short")], "")
+        compare_runs([str(tmp_path / "sft"), str(tmp_path / "short")])
 
 
 def test_errors_are_over_starts_where_every_seed_has_its_own(tmp_path, capsys):
     for number, success in enumerate((0.1, 0.3)):
         write_run(tmp_path / f"sft{number}", "SFT", [(0, 0.0, success), (5, 50.0, 0.08)], start=f"start{number}")
         write_run(tmp_path / f"rl{number}", "RL", [(1, 60.0, 0.12)], start=f"start{number}")
-    evaluate.compare([str(tmp_path / f"{arm}{number}") for number in (0, 1) for arm in ("sft", "rl")], "")
+    compare_runs([str(tmp_path / f"{arm}{number}") for number in (0, 1) for arm in ("sft", "rl")])
     out = capsys.readouterr().out
     assert "starts: 2" in out and "| success | id | 20.0 ± 10.0 | 8.0 ± 0.0 (-12.0 ± 10.0) |" in out
     assert "SFT on the training rule -12.0 ± 10.0, p = 0.44 (paper: up; undecided)" in out      # t = 1.2
@@ -214,33 +230,33 @@ def test_one_start_and_one_run_under_several_spellings_are_one(tmp_path, monkeyp
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)], starts[0], root="city")
     write_run(tmp_path / "sft2", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)], starts[1], root="link")
     write_run(tmp_path / "rl", "RL", [(0, 0.0, 0.1), (1, 60.0, 0.12)], starts[2], root="./city/")
-    arms = evaluate.load_arms(["sft", "sft2/", "rl", f"{tmp_path}/rl", "again"])
+    arms = load_arms(["sft", "sft2/", "rl", f"{tmp_path}/rl", "again"])
     assert {arm: len(rows) for arm, rows in arms.items()} == {"start": 2, "SFT": 4, "RL": 2}
     assert {row["run"] for row in arms["start"]} == {("start/step_000004", 0)}
-    evaluate.compare(["sft", "rl"], "")
+    compare_runs(["sft", "rl"])
     assert "(1 SFT and 1 RL runs, starts: 1)" in capsys.readouterr().out
     (tmp_path / "rl" / "config.json").unlink()
     with pytest.raises(ValueError, match="run 'rl': its config.json is gone, or names no model"):
-        evaluate.load_arms(["sft", "rl"])
+        load_arms(["sft", "rl"])
 
 
 def test_a_start_that_two_runs_hold_counts_once(tmp_path):
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
     write_run(tmp_path / "rl", "RL", [(0, 0.0, 0.1), (1, 60.0, 0.12)])
-    start = evaluate.load_arms([tmp_path / "sft", tmp_path / "rl"])["start"]
+    start = load_arms([tmp_path / "sft", tmp_path / "rl"])["start"]
     assert sorted(row["split"] for row in start) == ["id", "rule_ood"]
 
 
 def test_a_checkpoint_that_one_run_lacks_is_left_out_of_the_curve(tmp_path):
     rows = [{"split": "id", "step": step, "run": run, "gflops": 1.0 * step}
             for run, steps in (("a", (5, 7, 10)), ("b", (5, 10))) for step in steps]
-    assert [gflops for gflops, _ in evaluate.at_checkpoints(rows, "id")] == [5.0, 10.0]
+    assert [gflops for gflops, _ in compare.common_checkpoints(rows, "id")] == [5.0, 10.0]
 
 
 def test_comparing_what_was_not_evaluated_says_what_to_run(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match="run evaluate.py --run"):
-        evaluate.compare([str(tmp_path / "run")], "")
+        compare_runs([str(tmp_path / "run")])
 
 
 TRAINED = {"model": "x", "task": "gp-vl", "env": ["resolution=112", "verify_iter=4"], "dtype": "float32"}
@@ -254,16 +270,16 @@ TRAINED = {"model": "x", "task": "gp-vl", "env": ["resolution=112", "verify_iter
     ({"task": "gp-vl", "dtype": "bfloat16"}, "gp-vl", ("resolution=112", "verify_iter=4"), "bfloat16", ""),
     ({"task": "gp-l", "env": ("target=7",)}, "gp-l", ("target=7",), "float32", " but for target=7 given here, task gp-l instead of gp-vl")])
 def test_a_run_is_evaluated_as_it_was_trained_but_for_what_flags_say_and_that_is_said(capsys, flags, task, env, dtype, told):
-    config = evaluate.take_settings(evaluate.Config(run_folder="runs/a", **flags), "runs/a", TRAINED)
+    config = evaluation.take_settings(evaluate.Config(run_folder="runs/a", **flags), "runs/a", TRAINED, envs.TASKS)
     assert (config.task, config.env, config.dtype, config.run_folder) == (task, env, dtype, "runs/a")
     assert capsys.readouterr().out == f"runs/a: task {' '.join([task, *env])}, as in its training{told}\n"
 
 
 def test_settings_of_a_run_give_way_to_a_split_that_has_them_of_its_own(capsys):
     trained = {**TRAINED, "task": "gp-l", "env": ["fold=train", "verify_iter=3"]}
-    config = evaluate.take_settings(evaluate.Config(splits=("id", "unseen")), "runs/a", trained)
+    config = evaluation.take_settings(evaluate.Config(splits=("id", "unseen")), "runs/a", trained, envs.TASKS)
     assert config.env == ("verify_iter=3",) and "but for fold, which split unseen has of its own" in capsys.readouterr().out
-    assert "fold=train" in evaluate.take_settings(evaluate.Config(splits=("id",)), "runs/a", trained).env
+    assert "fold=train" in evaluation.take_settings(evaluate.Config(splits=("id",)), "runs/a", trained, envs.TASKS).env
 
 
 def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
@@ -271,7 +287,7 @@ def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08), (20, 200.0, 0.02)])
     write_run(tmp_path / "long", "RL", [(1, 50.0, 0.12), (4, 200.0, 0.3)])
     write_run(tmp_path / "short", "RL", [(1, 50.0, 0.14)])
-    evaluate.compare([str(tmp_path / name) for name in ("sft", "long", "short")], "")
+    compare_runs([str(tmp_path / name) for name in ("sft", "long", "short")])
     out = capsys.readouterr().out
     assert "nearest to 50 GFLOPs" in out and "| 10.0 ± 1.0 | 8.0 ± 1.0 (-2.0 ± 1.4) | 13.0 ± 1.0 (+3.0 ± 1.0) |" in out
 
@@ -280,7 +296,7 @@ def test_an_arm_is_named_by_what_is_on_in_it_and_not_in_all_of_its_kind():
     kinds = {"a": {"steps": 1, "lr": 1e-3, "dft": False, "failed_tries": 0, "env": ["root=city"], "mix": ["id", "fold=train"]}}
     kinds |= {"b": kinds["a"] | {"dft": True}, "c": kinds["a"] | {"failed_tries": 2, "mix": ["rule_family", "fold=train"]}}
     kinds |= {"d": {"updates": 1, "lr": 1e-5, "env": ["root=city"]}, "e": {"updates": 1, "lr": 1e-5, "env": ["root=city", "reward=random"]}}
-    assert evaluate.name_arms(kinds) == {"a": "SFT mix id", "b": "SFT dft mix id", "c": "SFT failed_tries 2 mix rule_family", "d": "RL",
+    assert compare.name_arms(kinds) == {"a": "SFT mix id", "b": "SFT dft mix id", "c": "SFT failed_tries 2 mix rule_family", "d": "RL",
                                          "e": "RL reward=random"}
 
 
@@ -302,6 +318,13 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
     assert "| virl | RL | 2 | rule_ood | 20.0 ± 10.0 | 10.0 ± 0.0 |" in lines and "| virl | SFT | 2 | id | 20.0 ± 10.0 | -10.0 ± 5.0 |" in lines
     assert told(tmp_path / "study" / "deeper", "--every")[-1] == (
         "| SFT_x | 2 | 9 | rule_ood | 5.0 ± 1.0 | 5.0 ± 2.0 | 0.0 ± 0.0 | 50 | correct 5, wrong_value 95 |")
+    every = tmp_path / "every.csv"
+    told(tmp_path / "study" / "deeper", "--every", "--csv", str(every))
+    assert every.read_text().splitlines()[0] == (
+        "panel,run,step,gflops,split,success,success_error,first_try,first_try_error,retries,"
+        "retries_error,repeats,replies_correct,replies_wrong_value")
+    assert every.read_text().splitlines()[-1] == (
+        "cell,SFT_x,2,9,rule_ood,5.0,1.0,5.0,2.0,0.0,0.0,50,5,95")
     write_run(tmp_path / "study" / "virl" / "RL_x2", "RL", [(1, 5.0, 0.9), (2, 9.0, 0.4)], start="./x", knobs={"task": "gp-l", "seed": 1})
     (tmp_path / "linked").symlink_to(tmp_path / "study" / "virl")
     with pytest.raises(SystemExit):
@@ -309,13 +332,21 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
     assert "linked: --gate needs one of its panels two_by_two/fault_alone, gate/share_0.05" in capsys.readouterr().err
     for study, name in (("study", "virl"), ("linked", ".")):                        # seeds of a start are averaged first: 20, not 16.7
         assert f"| {name} | RL | 2 | rule_ood | 20.0 ± 10.0 | 15.0 ± 5.0 |" in told(tmp_path / study)
-    page, lines = tmp_path / "page.md", told(tmp_path / "study")
-    page.write_text("\n".join(("# A page", "", "| panel | of another table |", "", *lines, "", "| and | more |")))
-    assert told(page) == lines                                                      # what was printed is read again
-    page.write_text("# A page without a table")
-    for flags, message in (([], "no table that begins with '| panel | arm |"), (["--every"], "--paths and --every need the runs")):
+    table, lines = tmp_path / "panels.csv", told(tmp_path / "study")
+    assert told(tmp_path / "study", "--csv", str(table)) == [*lines, "", f"rows: {table}"]
+    written = table.read_text().splitlines()
+    assert written[0] == "panel,arm,runs,split,start,start_error,change,change_error"
+    assert "deeper/cell,RL,1,id,10.0,,10.0," in written and "virl,RL,2,id,20.0,10.0,15.0,5.0" in written
+    assert told(table) == lines                     # what was written is read again
+    for text, flags, message in (
+            ("# A page", [], "panels.csv: no table; its first line must be panel,arm,runs"),
+            (written[0] + "\n", [], "panels.csv: the table has no rows"),
+            (written[0] + "\nvirl,RL,2,id,20.0,x,1.0,\n", [], "panels.csv, line 2: could not"),
+            (written[0] + "\nvirl,RL\n", [], "panels.csv, line 2: "),
+            ("", ["--every"], "--paths and --every need the runs")):
+        table.write_text(text)
         with pytest.raises(SystemExit):
-            told(page, *flags)
+            told(table, *flags)
         assert message in capsys.readouterr().err
     (tmp_path / "study" / "virl" / "RL_y" / "eval.jsonl").unlink()
     for folder, message, *flags in (("study", "has evaluated its start y on id"), ("other", "other: no evaluated run in a folder of a folder there"),
@@ -334,7 +365,7 @@ def test_the_gates_picture_holds_the_shares_that_were_run(tmp_path, monkeypatch)
         (tmp_path / name).mkdir(parents=True)
         for arm in ("SFT", "RL"):
             write_run(tmp_path / name / arm, arm, [(0, 0.0, 0.1), (1, 5.0, 0.2)], knobs={"task": "gp-l"})
-    figure, axes = panels.draw_gate(plt, panels.table_of({name: panels.read_panel(tmp_path / name) for name in names}))
+    figure, axes = panels.draw_gate(plt, panels.rows_of({name: panels.read_panel(tmp_path / name) for name in names}))
     for axis in axes.flat:
         assert [line.get_xydata().round(6).tolist() for line in axis.get_lines() if line.get_marker() == "o"] == 2 * [[[0.15, 10], [0.3, 10]]]
     plt.close(figure)
@@ -345,7 +376,7 @@ def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
         write_run(tmp_path / name, "SFT", [(0, 0.0, 0.1), (5, 50.0, success)],
                   knobs={"lr": lr, "seed": seed, "env": ["root=city"], "save_every": seed})
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)], knobs={"lr": 1e-5, "temperature": 0.2})
-    evaluate.compare([str(tmp_path / name) for name in ("c", "rl", "a", "b", "d")], "")
+    compare_runs([str(tmp_path / name) for name in ("c", "rl", "a", "b", "d")])
     out = capsys.readouterr().out
     assert "(2 SFT lr 0.0001 and 2 SFT lr 0.001 and 1 RL runs, starts: 1)" in out
     assert "| metric | split | start | SFT lr 0.0001 | SFT lr 0.001 | RL | paper: start | SFT | RL |" in out
@@ -354,26 +385,28 @@ def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
     assert "Of the paper's 6 signs 4 met, 2 not met, 0 undecided" in out
     with pytest.raises(ValueError, match=r"of each start all arms \(start, SFT lr 0.0001, SFT lr 0.001, RL\); of other it found RL"):
         write_run(tmp_path / "other", "RL", [(1, 50.0, 0.15)], start="other", knobs={"lr": 1e-5, "temperature": 0.2})
-        evaluate.compare([str(tmp_path / name) for name in ("a", "c", "rl", "other")], "")
+        compare_runs([str(tmp_path / name) for name in ("a", "c", "rl", "other")])
 
 
 def test_a_run_named_twice_and_rows_that_came_twice_count_once(tmp_path):
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08), (5, 50.0, 0.08)])
     write_run(tmp_path / "rl", "RL", [(1, 60.0, 0.12)], start="./start/")
-    arms = evaluate.load_arms([f"{tmp_path}/sft", f"{tmp_path}/./rl/", f"{tmp_path}/rl"])
+    arms = load_arms([f"{tmp_path}/sft", f"{tmp_path}/./rl/", f"{tmp_path}/rl"])
     assert {arm: len(rows) for arm, rows in arms.items()} == {"start": 2, "SFT": 2, "RL": 2}
 
 
 def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_standard_errors(tmp_path, capsys):
-    assert [evaluate.judge_sign("up", change, 1.0) for change in (2.1, 1.9, -1.9, -2.1)] == ["met", "undecided", "undecided", "not met"]
-    assert evaluate.judge_sign("down", -2.1, 1.0) == "met"
+    assert [compare.judge_sign("up", change, 1.0) for change in (2.1, 1.9, -1.9, -2.1)] == ["met", "undecided", "undecided", "not met"]
+    assert compare.judge_sign("down", -2.1, 1.0) == "met"
     table = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}             # Student's t that 5 % exceed, by the number of runs
-    assert [evaluate.p_value(-t, 1.0, num) for num, t in table.items()] == pytest.approx([0.05] * 5, rel=1e-3)
-    assert [evaluate.p_value(change, 0.0, 3) for change in (0.0, 1.0)] == pytest.approx([1, 0])
-    assert evaluate.paper_metric("virl-vl", "visual_ood") == "success" and evaluate.paper_metric("virl-vl", "id") == "paper_step_accuracy"
+    assert [compare.p_value(-t, 1.0, num) for num, t in table.items()] == pytest.approx([0.05] * 5, rel=1e-3)
+    assert [compare.p_value(change, 0.0, 3) for change in (0.0, 1.0)] == pytest.approx([1, 0])
+    paper = compare.Reference(evaluate.PAPER, evaluate.SIGNS, task_metrics())
+    assert paper.metric("virl-vl", "visual_ood") == "success"
+    assert paper.metric("virl-vl", "id") == "paper_step_accuracy"
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.05)])
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)])
-    evaluate.compare([str(tmp_path / "sft"), str(tmp_path / "rl")], "")
+    compare_runs([str(tmp_path / "sft"), str(tmp_path / "rl")])
     told = capsys.readouterr().out.split("Found, in points of success: ")[1]
     assert told.startswith("SFT on the training rule -5.0 ± 1.4 (paper: up; not met); RL on the training rule +5.0 ± 1.4 (paper: up; met); "
                            "SFT on the other rule -5.0 ± 1.4 (paper: down; met); RL on the other rule +5.0 ± 1.4 (paper: up; met). ")
@@ -385,5 +418,5 @@ def test_only_the_replies_of_what_is_done_are_forgotten(tmp_path):
     for of in ("a", "b"):
         running.append_line(mine, {"of": of, "turn": 0, "replies": {}})
     running.append_line(other, {"of": "a", "turn": 0, "replies": {}})
-    evaluate.LocalModel.forget(SimpleNamespace(path=mine), "a")
+    evaluation.KeptReplies(tmp_path / "eval_unfinished").forget("a")
     assert [row["of"] for row in running.read_jsonl(mine)] == ["b"] and not other.exists()

@@ -1,0 +1,466 @@
+"""Runs beside each other: arms, errors, p values, and the table and figure of --compare.
+
+Words used here:
+
+    row      one line of eval.jsonl: a checkpoint, played on one split with one seed
+    start    the model that a run goes on from; its rows have step 0
+    arm      all runs of one method with one setting, such as "RL" or "SFT lr 0.001"
+    hands    what is played with one seed; for V-IRL these are routes
+
+Runs of one arm are averaged. The error is over starts, or over runs if there is one start, or over
+episodes if there is one run. Play each run on other hands (--seeds): then the error holds the draw
+of hands as well. A change is that of each run since the start it went on from, on the same hands.
+
+What the paper found is handed in (`Reference`), so this file imports none of the six.
+recipes/panels.py names arms and computes errors with the functions of this file as well.
+"""
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from support import run_folder, running
+
+# What a split is called in a figure.
+TITLES = {
+    "id": "the training rule",
+    "rule_ood": "the other rule",
+    "visual_ood": "the training rule, another look",
+    "unseen": "the training rule, held out from training",
+}
+
+# Settings that say how a run is executed. Runs that differ only in these are one arm.
+NOT_OF_THE_METHOD = {
+    "out", "model", "seed", "steps", "updates", "save_every", "keep_resume", "micro_batch_tokens",
+    "generate_tokens", "kept_gib", "gradient_checkpointing", "dtype", "param_dtype", "device",
+}
+
+
+class Reference(NamedTuple):
+    """What the runs are compared with."""
+    numbers: dict   # (task, split, metric) -> the paper's % at the start, after SFT, after RL
+    signs: dict     # split -> {"SFT": "up" or "down", "RL": "up" or "down"}
+    metrics: dict   # task -> the names of its metrics, the paper's measure first
+
+    def metric(self, task, split):
+        """The metric by which the paper judges a split."""
+        for metric in self.metrics[task]:
+            if (task, split, metric) in self.numbers:
+                return metric
+        return self.metrics[task][0]
+
+
+# ---- Means and errors --------------------------------------------------------------------------
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def mean_and_standard_error(values):
+    """The mean of two or more values, and its standard error.
+
+        error = sqrt(sum of (value - mean)^2 / (n - 1) / n)
+    """
+    squares = sum((value - mean(values)) ** 2 for value in values)
+    return mean(values), math.sqrt(squares / (len(values) - 1) / len(values))
+
+
+def clusters(rows):
+    """Rows in the groups that an error is taken over: by start if there are several, else by run.
+
+    Rows of one group are no independent samples, so they are averaged before the error is taken.
+    """
+    several_starts = len({row["start"] for row in rows}) > 1
+    grouped = {}
+    for row in rows:
+        grouped.setdefault(row["start" if several_starts else "run"], []).append(row)
+    return list(grouped.values())
+
+
+def metric_and_error(rows, metric):
+    """The mean of a metric and its standard error, both in %.
+
+    The error is over starts or runs if there are several, else over the episodes of the one run.
+    It is nan where rows of an earlier version hold no error over episodes.
+    """
+    means = []
+    for cluster in clusters(rows):
+        means.append(100 * mean([row[metric] for row in cluster]))
+    if len(means) > 1:
+        return mean_and_standard_error(means)
+    squares = sum(row.get(f"{metric}_stderr", math.nan) ** 2 for row in rows)
+    return means[0], 100 * math.sqrt(squares) / len(rows)
+
+
+def rows_before(run_rows, start_rows):
+    """The rows of the start of one run, on the same hands where it was played on them."""
+    rows = [row for row in start_rows if row["start"] == run_rows[0]["start"]]
+    seeds = {row["seed"] for row in run_rows}
+    same_hands = [row for row in rows if row["seed"] in seeds]
+    return same_hands or rows
+
+
+def change_and_error(rows, start_rows, metric):
+    """The mean change of a metric since the start and its standard error, both in points.
+
+    Each run is compared with the start that it went on from. The error is over starts or runs, but
+    never below the error over the episodes of the runs: a few runs may agree by chance.
+    """
+    changes = []
+    for run in dict.fromkeys(row["run"] for row in rows):
+        after = [row for row in rows if row["run"] == run]
+        before = rows_before(after, start_rows)
+        change = mean([row[metric] for row in after]) - mean([row[metric] for row in before])
+        _, error_after = metric_and_error(after, metric)
+        _, error_before = metric_and_error(before, metric)
+        error = math.hypot(error_after / 100, error_before / 100)
+        start = after[0]["start"]
+        changes.append({"run": run, "start": start, metric: change, f"{metric}_stderr": error})
+    change, error = metric_and_error(changes, metric)
+
+    squares = sum((100 * row.get(f"{metric}_stderr", math.nan)) ** 2 for row in rows)
+    over_episodes = math.sqrt(squares) / len(rows)
+    if math.isnan(error) or math.isnan(over_episodes):   # rows of an earlier version: no bound
+        return change, error
+    return change, max(error, over_episodes)
+
+
+def p_value(change, error, num):
+    """How likely a mean change at least this far from 0 is, if there is none: Student's t test.
+
+    `num` starts or runs give the mean `change` and its standard error `error`. The p value is too
+    large where `error` is the error over episodes. The test is two-sided, with f = num - 1 degrees
+    of freedom:
+
+        t     = change / error
+        angle = atan(|t| / sqrt(f))
+        p     = 1 - A
+
+    A is the probability of a t nearer to 0. For a whole f it is a finite sum, with s = sin(angle)
+    and c = cos(angle) (Abramowitz and Stegun 26.7.3 and 26.7.4):
+
+        f odd     A = 2/pi (angle + s (c + 2/3 c^3 + 2*4/(3*5) c^5 + ...))   up to c^(f-2)
+        f even    A = s (1 + 1/2 c^2 + 1*3/(2*4) c^4 + ...)                  up to c^(f-2)
+    """
+    freedom = num - 1
+    odd = freedom % 2
+    angle = math.atan2(abs(change), error * math.sqrt(freedom))   # pi/2 if the error is 0
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term, total = cosine if odd else 1.0, 0.0
+    for power in range(odd, freedom - 1, 2):
+        total += term * sine
+        term *= (power + 1) / (power + 2) * cosine ** 2
+    nearer = (total + angle) * 2 / math.pi if odd else total
+    return 1 - nearer
+
+
+def judge_sign(expected, change, error):
+    """Whether a change goes the paper's way by more than two standard errors."""
+    if abs(change) <= 2 * error:
+        return "undecided"
+    return "met" if (change > 0) == (expected == "up") else "not met"
+
+
+# ---- Arms --------------------------------------------------------------------------------------
+
+def name_setting(key, value, values):
+    """A setting as part of an arm's name; `values` are those of all runs of the same method.
+
+    It is "" where all runs agree, and where the setting is off (False, 0 or empty).
+    """
+    if all(other == value for other in values):
+        return ""
+    if isinstance(value, list):
+        # Words that all have say nothing: ["root=city", "reward=random"] -> "reward=random".
+        words = []
+        for word in value:
+            if not all(word in (other or ()) for other in values):
+                words.append(word)
+        value = " ".join(words)
+    if not value:
+        return ""
+    if value is True:
+        return key
+    return value if key == "env" else f"{key} {value}"
+
+
+def name_arms(configs):
+    """The arm of each run, by the run's config: its method, and the settings in which runs differ.
+
+    >>> name_arms({"a": {"steps": 400, "lr": 0.001, "seed": 0},
+    ...            "b": {"steps": 400, "lr": 0.0001, "seed": 1},
+    ...            "c": {"updates": 20, "lr": 1e-05, "seed": 0}})
+    {'a': 'SFT lr 0.001', 'b': 'SFT lr 0.0001', 'c': 'RL'}
+    """
+    methods = {}
+    for run, config in configs.items():
+        methods[run] = "RL" if "updates" in config else "SFT"   # sft.py has steps instead
+    names = {}
+    for run, config in configs.items():
+        alike = [configs[other] for other in configs if methods[other] == methods[run]]
+        words = [methods[run]]
+        for key in sorted(config.keys() - NOT_OF_THE_METHOD):
+            if key == "lr_final" and config[key] == config.get("lr"):
+                continue   # a constant learning rate is named once
+            word = name_setting(key, config[key], [other.get(key) for other in alike])
+            if word:
+                words.append(word)
+        names[run] = " ".join(words)
+    return names
+
+
+def differing_settings(one, two):
+    """In words, in what two settings of an evaluation differ; "" if in nothing."""
+    one = {**one, **one.get("env", {})}
+    two = {**two, **two.get("env", {})}
+    found = []
+    for name in {**one, **two}:
+        differ = run_folder.resolved(one.get(name)) != run_folder.resolved(two.get(name))
+        if name != "env" and differ:
+            found.append(f"{name} {one.get(name)!r} and {two.get(name)!r}")
+    return ", ".join(found)
+
+
+def read_rows(run, metrics):
+    """The rows of a run's eval.jsonl, without those that a later row replaces.
+
+    ValueError if there are none, or one lacks a metric that its task has today.
+    """
+    rows = {}
+    for row in running.read_jsonl(run / "eval.jsonl", "step", "split", "seed", "settings"):
+        rows[row["step"], row["split"], row["seed"]] = row
+    if not rows:
+        raise ValueError(f"run {str(run)!r}: no eval.jsonl; run evaluate.py --run-folder {run} "
+                         "first")
+    for row in rows.values():
+        if lacking := set(metrics[row["settings"]["task"]]) - row.keys():
+            raise ValueError(f"run {str(run)!r}: its eval.jsonl is from an earlier version, "
+                             f"without {min(lacking)}; run evaluate.py --run-folder {run} again")
+    return list(rows.values())
+
+
+def load_arms(folders, metrics):
+    """The evaluated rows of run folders by arm: {"start": [row, ...], "SFT": [...], "RL": [...]}.
+
+    `metrics`: as in Reference. Each row also names its "start" and its "run"; the runs of a start
+    are the seeds it was evaluated on. ValueError unless a split was evaluated with one set of
+    settings, and every start has all arms.
+    """
+    runs = {os.path.realpath(folder): Path(folder) for folder in folders}   # each run once
+    runs = list(runs.values())
+    for run in runs:
+        if not run.is_dir():
+            raise ValueError(f"run {str(run)!r}: there is no such folder; --compare takes run "
+                             "folders: SFT_RUN,RL_RUN")
+    configs = {run: running.read_run_config(run) for run in runs}
+    names = name_arms(configs)
+    runs.sort(key=lambda run: (not names[run].startswith("SFT"), names[run]))
+
+    arms = {"start": []}
+    arms_of = {}       # start -> the arms that were found of it
+    spellings = {}     # real path of a start -> how the first run spells it
+    first_rows = {}    # split -> the first run that was evaluated on it, and its settings
+    starts_seen = set()
+    for run in runs:
+        rows = read_rows(run, metrics)
+        if "model" not in configs[run]:
+            raise ValueError(f"run {str(run)!r}: its config.json is gone, or names no model that "
+                             "it started from")
+        model = configs[run]["model"]
+        start = spellings.setdefault(os.path.realpath(model), os.path.normpath(model))
+        for row in rows:
+            split = row["split"]
+            first_run, first = first_rows.setdefault(split, (run, row["settings"]))
+            if differing := differing_settings(first, row["settings"]):
+                raise ValueError("--compare needs one set of settings for a split; on "
+                                 f"{split} {first_run} and {run} differ: {differing}")
+            arm = names[run] if row["step"] else "start"
+            arms_of.setdefault(start, set()).add(arm)
+            if row["step"]:
+                arms.setdefault(arm, []).append({**row, "start": start, "run": str(run)})
+            elif (start, split, row["seed"]) not in starts_seen:   # several runs may hold it
+                starts_seen.add((start, split, row["seed"]))
+                arms["start"].append({**row, "start": start, "run": (start, row["seed"])})
+    check_every_start_has_all_arms(arms_of, arms)
+    return arms
+
+
+def check_every_start_has_all_arms(arms_of, arms):
+    """ValueError unless each start was evaluated and has a run of SFT, of RL and of every arm."""
+    for start, found in arms_of.items():
+        methods = {arm.split()[0] for arm in found}
+        if methods != {"start", "SFT", "RL"} or len(found) < len(arms):
+            raise ValueError("--compare needs an SFT run, an RL run and an evaluation of the start "
+                             f"they go on from, and of each start all arms ({', '.join(arms)}); of "
+                             f"{start} it found {', '.join(sorted(found))}; these started from "
+                             f"{', '.join(arms_of)}")
+
+
+def common_checkpoints(rows, split):
+    """[(mean GFLOPs, rows), ...] of the checkpoints that all runs have, oldest first."""
+    num_runs = len({row["run"] for row in rows})
+    by_step = {}
+    for row in rows:
+        if row["split"] == split:
+            by_step.setdefault(row["step"], []).append(row)
+    points = []
+    for _, step_rows in sorted(by_step.items()):
+        if len({row["run"] for row in step_rows}) == num_runs:
+            points.append((mean([row["gflops"] for row in step_rows]), step_rows))
+    if not points:
+        raise ValueError(f"--compare: no checkpoint of every run was evaluated on {split}")
+    return points
+
+
+# ---- The table ---------------------------------------------------------------------------------
+
+def beside_paper(task, row, numbers):
+    """In words, a row beside the paper's numbers (as in Reference); "" where the paper has none."""
+    found = []
+    for (of, split, metric), (start, sft, rl) in numbers.items():
+        if (of, split) == (task, row["split"]):
+            found.append(f"{metric.replace('_', ' ')} {100 * row[metric]:.1f} %, in the paper "
+                         f"{start} at the start, {sft} after SFT, {rl} after RL")
+    return "; ".join(found)
+
+
+def paper_cells(numbers):
+    """The last three cells of a row of the table: the paper's values, and its changes."""
+    if not numbers:
+        return ["-"] * 3
+    start, sft, rl = numbers
+    return [f"{start}", f"{sft} ({sft - start:+.1f})", f"{rl} ({rl - start:+.1f})"]
+
+
+def compare(folders, figure, paper):
+    """Print the table of evaluated runs beside the paper's numbers, and draw the curves.
+
+    folders: run folders, of SFT and of RL. figure: a path, or "" for none. paper: a Reference.
+    All arms are compared at the checkpoints nearest to the compute that every arm has spent.
+    """
+    arms = load_arms(folders, paper.metrics)
+    task = arms["start"][0]["settings"]["task"]
+    tried = [arm for arm in arms if arm != "start"]
+    splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
+
+    # The compute that every arm has reached on every split.
+    budget = math.inf
+    for arm in tried:
+        for split in splits:
+            last_gflops, _ = common_checkpoints(arms[arm], split)[-1]
+            budget = min(budget, last_gflops)
+
+    counts = []
+    for arm in tried:
+        counts.append(f"{len({row['run'] for row in arms[arm]})} {arm}")
+    num_starts = len({row["start"] for row in arms["start"]})
+    print(f"\n{task}: %, at the checkpoints nearest to {budget:,.0f} GFLOPs of post-training "
+          f"({' and '.join(counts)} runs, starts: {num_starts})\n")
+    print(f"| metric | split | start | {' | '.join(tried)} | paper: start | SFT | RL |")
+    print(f"{'|---' * (len(tried) + 6)}|")
+
+    found = []
+    verdicts = Counter()
+    for metric in (*paper.metrics[task], "first_try", "retries", "repeats"):
+        for split in splits:
+            start_rows = [row for row in arms["start"] if row["split"] == split]
+            value, error = metric_and_error(start_rows, metric)
+            cells = [f"{value:.1f} ± {error:.1f}"]
+            for arm in tried:
+                points = common_checkpoints(arms[arm], split)
+                _, rows = min(points, key=lambda point: abs(point[0] - budget))
+                value, error = metric_and_error(rows, metric)
+                change, change_error = change_and_error(rows, start_rows, metric)
+                cells.append(f"{value:.1f} ± {error:.1f} ({change:+.1f} ± {change_error:.1f})")
+                if split in paper.signs and metric == paper.metric(task, split):
+                    sign = paper.signs[split][arm.split()[0]]
+                    verdict = judge_sign(sign, change, change_error)
+                    verdicts[verdict] += 1
+                    num = len(clusters(rows))
+                    p = f", p = {p_value(change, change_error, num):.2g}" if num > 1 else ""
+                    found.append(f"{arm} on {TITLES[split]} {change:+.1f} ± {change_error:.1f}{p} "
+                                 f"(paper: {sign}; {verdict})")
+            cells += paper_cells(paper.numbers.get((task, split, metric)))
+            print(f"| {metric.replace('_', ' ')} | {split} | {' | '.join(cells)} |")
+
+    judged = [paper.metric(task, split) for split in splits if split in paper.signs]
+    judged = [metric.replace("_", " ") for metric in dict.fromkeys(judged)]
+    print(f"\nFound, in points of {' and '.join(judged)}: {'; '.join(found)}. Of the paper's "
+          f"{len(found)} signs {verdicts['met']} met, {verdicts['not met']} not met, "
+          f"{verdicts['undecided']} undecided: within two standard errors of no change.")
+    if figure:
+        draw(arms, task, splits, figure, paper)
+
+
+# ---- The figure --------------------------------------------------------------------------------
+
+def import_pyplot():
+    """matplotlib.pyplot, or None after a line that says that it is not installed."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("\nno figure: matplotlib is not installed (pip install matplotlib)")
+        return None
+    return plt
+
+
+def legend_below(fig, axes, **options):
+    """One legend below all panels, each label once."""
+    labels = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            labels[label] = handle
+    fig.legend(labels.values(), labels, loc="outside lower center", fontsize=8, **options)
+
+
+def draw(arms, task, splits, figure, paper):
+    """Draw at most two metrics against GFLOPs: a panel per metric and split, a curve per arm."""
+    plt = import_pyplot()
+    if plt is None:
+        return
+    metrics = paper.metrics[task][:2]
+    colours = {}
+    for method, shades in (("SFT", plt.cm.Oranges), ("RL", plt.cm.Blues)):
+        alike = [arm for arm in arms if arm.split()[0] == method]
+        for i, arm in enumerate(alike):
+            colours[arm] = shades(0.75 - 0.45 * i / len(alike))
+    size = (4.5 * len(splits), 3.6 * len(metrics))
+    fig, axes = plt.subplots(len(metrics), len(splits), figsize=size, squeeze=False,
+                             layout="constrained")
+    for panels, metric in zip(axes, metrics):
+        for axis, split in zip(panels, splits):
+            draw_curves(axis, arms, colours, metric, split)
+            draw_paper(axis, paper.numbers.get((task, split, metric), ()))
+            axis.margins(0.06, 0.12)   # no curve on the frame
+            axis.set(title=f"{task.upper()}: {TITLES.get(split, split)}",
+                     xlabel="GFLOPs of post-training", ylabel=f"{metric.replace('_', ' ')} %")
+    legend_below(fig, axes, ncol=3)
+    fig.savefig(figure, dpi=150)
+    print(f"\nfigure: {figure}")
+
+
+def draw_curves(axis, arms, colours, metric, split):
+    """A curve with error bars for each arm, from the start, and a star for the start."""
+    start_rows = [row for row in arms["start"] if row["split"] == split]
+    start, start_error = metric_and_error(start_rows, metric)
+    for arm, colour in colours.items():
+        gflops, values, errors = [0.0], [start], [start_error]
+        for point, rows in common_checkpoints(arms[arm], split):
+            value, error = metric_and_error(rows, metric)
+            gflops.append(point)
+            values.append(value)
+            errors.append(error)
+        axis.errorbar(gflops, values, errors, label=arm, color=colour, marker="o", markersize=3,
+                      capsize=2)
+    axis.plot([0], [start], "k*", markersize=11, label="start")
+
+
+def draw_paper(axis, numbers):
+    """The paper's values at the right edge of a panel, where it has some."""
+    for colour, value in zip(("black", "tab:orange", "tab:blue"), numbers):
+        label = "paper: start, SFT, RL" if colour == "black" else None
+        axis.plot([1.04], [value], "<", color=colour, transform=axis.get_yaxis_transform(),
+                  clip_on=False, label=label)

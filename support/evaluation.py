@@ -1,0 +1,203 @@
+"""What evaluate.py needs and the paper does not mention.
+
+Options that do not go together, settings taken from a run, its checkpoints, rows that are there
+already, replies kept of a stopped evaluation, and what is printed of a row.
+"""
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from support import api, run_folder, running, settings
+
+
+def check_options(config):
+    """ValueError if the options of evaluate.py do not go together."""
+    if not all(seed.strip().isdecimal() for seed in config.seeds.split(",")):
+        raise ValueError(f"--seeds {config.seeds!r}: expected whole numbers such as 0,1,2")
+    ways = [config.model, config.run_folder, config.compare, config.api_url]
+    if len([way for way in ways if way]) != 1:
+        raise ValueError("exactly one of --model, --run-folder, --compare and --api-url is "
+                         "required")
+    if config.figure and not Path(config.figure).parent.is_dir():
+        raise ValueError(f"--figure {config.figure}: there is no folder "
+                         f"{Path(config.figure).parent}")
+
+
+# ---- A run and its checkpoints -----------------------------------------------------------------
+
+class Checkpoint(NamedTuple):
+    """A checkpoint of a run, or its start as step 0, and the compute since the start."""
+    step: int
+    path: Path
+    gflops: float
+    gflops_paper: float
+
+    def numbers(self):
+        """What the rows of a checkpoint begin with."""
+        return {"step": self.step, "gflops": self.gflops, "gflops_paper": self.gflops_paper}
+
+
+def read_trained(run):
+    """config.json of a run; ValueError if the folder is that of no run."""
+    trained = running.read_run_config(run)
+    if not {"task", "model"} <= trained.keys():
+        raise ValueError(f"run {str(run)!r}: no run folder (it would have a config.json that names "
+                         "task and model)")
+    return trained
+
+
+def list_checkpoints(run, start, with_start):
+    """The checkpoints of a run, oldest first; `start` is the path of the model it started from."""
+    found = []
+    if with_start:
+        if not Path(start).is_dir():
+            raise ValueError(f"run {str(run)!r} started from {start!r}, which is no folder: use "
+                             "--no-start")
+        found.append(Checkpoint(0, Path(start), 0.0, 0.0))
+    paths = {run_folder.checkpoint_step(path): path for path in run_folder.checkpoints(run)}
+    paths.pop(0, None)
+    spent = run_folder.read_metrics(run, list(paths))
+    for step, path in paths.items():
+        row = spent[step]
+        found.append(Checkpoint(step, path, row["gflops"], row["gflops_paper"]))
+    return found
+
+
+def take_settings(config, run, trained, tasks):
+    """The config with task, environment and type of a run where no flag says otherwise.
+
+    `trained` is the run's config.json, `tasks` is envs.TASKS. What is taken is printed, and so is
+    what differs from the training.
+    """
+    task = config.task or trained["task"]
+    same_task = task == trained["task"]
+    theirs = settings.read_settings(trained.get("env", ())) if same_task else {}
+    given = settings.read_settings(config.env)
+
+    # A split may fix a setting itself: "unseen" has fold=test, so the run's fold=train is left out.
+    fixed_by = {}
+    for split in settings.read_splits(config.splits):
+        fixed = tasks[task].splits.get(split.name, ())
+        for name in theirs:
+            if name in fixed:
+                fixed_by[name] = split.name
+    taken = {name: value for name, value in theirs.items() if name not in fixed_by}
+    env = tuple(f"{name}={value}" for name, value in {**taken, **given}.items())
+
+    changed = []
+    for name, value in taken.items():
+        if name in given and given[name] != value:
+            changed.append(f"{name}={given[name]} instead of {value}")
+    for name, value in given.items():
+        if name not in taken:
+            changed.append(f"{name}={value} given here")
+    if not same_task:
+        changed.append(f"task {task} instead of {trained['task']}")
+    for name, split_name in fixed_by.items():
+        changed.append(f"{name}, which split {split_name} has of its own")
+    but_for = f" but for {', '.join(changed)}" if changed else ""
+    running.say(f"{run}: task {' '.join([task, *env])}, as in its training{but_for}")
+
+    dtype = trained.get("dtype", "auto") if config.dtype == "auto" else config.dtype
+    return replace(config, task=task, env=env, dtype=dtype)
+
+
+# ---- Rows and replies that are there already ---------------------------------------------------
+
+def chosen_settings(config, env):
+    """The settings that a row holds. Evaluations with the same ones are the same evaluation."""
+    names = ("api_url", "task", "episodes", "paper", "temperature", "top_p", "max_new_tokens",
+             "dtype")
+    chosen = {name: getattr(config, name) for name in names}
+    chosen["env"] = dict(env.settings)
+    for name in ("solution", "faults", "faulty_tries"):   # of the expert, who does not play
+        chosen["env"].pop(name, None)
+    if config.api_url and (extra := api.read_extra(config.api_extra)):
+        chosen["api_extra"] = extra
+    return chosen
+
+
+def finished_seeds(known, split, chosen, metrics):
+    """The seeds that the rows `known` cover for a split, with these settings and all metrics."""
+    seeds = set()
+    for row in known:
+        same = row["split"] == split.label and row["settings"] == chosen
+        if same and row.keys() >= set(metrics):   # else it is from an earlier version
+            seeds.add(row["seed"])
+    return seeds
+
+
+class KeptReplies:
+    """The replies of an unfinished evaluation, in files, so that a stopped one goes on.
+
+    `stem` is how the paths of the files begin, such as runs/rl/eval_unfinished; None keeps nothing.
+    Every process writes to a file that no other has, eval_unfinished_<its number>.jsonl, a line per
+    turn of all episodes. All files of the stem are read, whoever wrote them.
+    """
+
+    def __init__(self, stem):
+        self.stem = stem
+        self.path = None
+        self.known = {}   # (evaluation, turn, episode) -> ids of the reply
+        if stem is None:
+            return
+        self.path = Path(f"{stem}_{os.getpid()}.jsonl")
+        for file in self.files():
+            for row in running.read_jsonl(file, "of", "turn", "replies"):
+                for episode, ids in row["replies"].items():
+                    self.known[row["of"], row["turn"], int(episode)] = ids
+        if self.known:
+            running.say(f"goes on with {len(self.known)} replies that an evaluation before it left")
+
+    def files(self):
+        return sorted(self.stem.parent.glob(f"{self.stem.name}_*.jsonl"))
+
+    def find(self, of, turn, episode):
+        """The ids of a reply, or None. `of` is a text that names the evaluation."""
+        return self.known.get((of, turn, episode))
+
+    def add(self, of, turn, replies):
+        """Keep the replies {episode: ids} of one turn."""
+        if self.path:
+            running.append_line(self.path, {"of": of, "turn": turn, "replies": replies})
+
+    def forget(self, of):
+        """Drop the replies of an evaluation whose row is written, from all files."""
+        running.gather(None)   # all have written theirs
+        if self.path and running.RANK == 0:
+            for file in self.files():
+                rows = [row for row in running.read_jsonl(file, "of") if row["of"] != of]
+                running.write_jsonl(file, rows)
+                if not rows:
+                    file.unlink()
+        running.gather(None)
+
+
+# ---- What is printed of a row ------------------------------------------------------------------
+
+def odd_replies(row):
+    """In words, how many replies were cut, refused, filtered or empty; "" if none."""
+    limit = f"--max-new-tokens {row['settings']['max_new_tokens']}"
+    if "api_extra" in row["settings"]:
+        limit = "their limit"   # the request may have named another
+    odd = []
+    for ending, count in row["endings"].items():
+        if ending == "length":
+            odd.append(f"{count} cut at {limit}")
+        elif ending != "stop":
+            odd.append(f"{count} ended with {ending}")
+    if row["replies_empty"]:
+        odd.append(f"{row['replies_empty']} empty")
+    return f"of {row['replies']} replies, {', '.join(odd)}" if odd else ""
+
+
+def say_results(label, row, metrics, beside):
+    """Print the metrics of a row, then `beside` (the paper's numbers, or ""), then odd replies."""
+    found = []
+    for name in ("first_try", *metrics):
+        value, error = 100 * row[name], 100 * row[f"{name}_stderr"]
+        found.append(f"{name.replace('_', ' ')} {value:.1f} +- {error:.1f} %")
+    for words in (", ".join(found), beside, odd_replies(row)):
+        if words:
+            running.say(f"{label}: {words}")
