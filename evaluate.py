@@ -143,7 +143,6 @@ def summarise(episodes, verify_iter, kinds=()):
             cities.setdefault(episode[-1]["route"] // 2, []).append(done)
     if cities:
         row["success_by_city"] = [sum(city) / len(city) for _, city in sorted(cities.items())]
-
     row["statuses"] = dict(sorted(Counter(info["status"] for info in replies).items()))
     row["endings"] = dict(sorted(Counter(info["ending"] for info in replies).items()))
     row["replies_empty"] = sum(1 for info in replies if info["empty"])

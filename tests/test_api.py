@@ -1,4 +1,4 @@
-"""A model behind an API: what is asked, what its answers count as, and what is said of those that are none."""
+"""A model behind an API: what is asked, what answers count as, what is said of odd ones."""
 import base64
 import http.server
 import hashlib
@@ -21,8 +21,10 @@ SMALL = tiny_folder()
 
 
 class Server:
-    """A chat-completions server on this machine that follows a script: for each request a status, or a status, an
-    answer and headers; at the end 200."""
+    """A chat-completions server on this machine that follows a script.
+
+    For each request it has a status, or a status, an answer and headers; at the end 200.
+    """
 
     def __init__(self, statuses=()):
         self.statuses, self.requests, self.keys = list(statuses), [], []
@@ -35,13 +37,17 @@ class Server:
                     outer.requests.append((self.path, request))
                     outer.keys.append(self.headers["Authorization"])
                     status = outer.statuses.pop(0) if outer.statuses else 200
-                    status, answer, headers = (*status, {})[:3] if isinstance(status, tuple) else (status, None, {})
+                status, answer, headers = outer.unpack(status)
                 text = json.dumps({"cards": ["A"], "formula": request["messages"][-1]["role"]})
-                body = {"id": "0", "object": "chat.completion", "created": 0, "model": request["model"], "system_fingerprint": "",
-                        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-                        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
-                content = json.dumps(body if status == 200 else {"error": f"status {status}"}).encode()
-                content = content if answer is None else answer.encode()
+                body = {
+                    "id": "0", "object": "chat.completion", "created": 0,
+                    "model": request["model"], "system_fingerprint": "",
+                    "choices": [{"index": 0, "finish_reason": "stop",
+                                 "message": {"role": "assistant", "content": text}}],
+                    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+                if status != 200:
+                    body = {"error": f"status {status}"}
+                content = (json.dumps(body) if answer is None else answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
@@ -53,9 +59,18 @@ class Server:
             def log_message(self, *_):
                 pass
 
-        self.lock, self.http = threading.Lock(), http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    @staticmethod
+    def unpack(step):
+        """A step of the script as (status, answer or None, headers)."""
+        if not isinstance(step, tuple):
+            return step, None, {}
+        status, answer, *headers = step
+        return status, answer, headers[0] if headers else {}
 
 
 @pytest.fixture
@@ -67,8 +82,10 @@ def api(monkeypatch, tmp_path):
     def run(statuses=(), server=None, **knobs):
         server = server or Server(statuses)
         server.statuses = list(statuses)
-        evaluate.main(evaluate.Config(**{"api_url": server.url, "api_model": "org/some-model", "out": str(tmp_path / "api"), "episodes": 3,
-                                         "env": ("verify_iter=2",), "splits": ("id",), "api_workers": 2, **knobs}))
+        defaults = {"api_url": server.url, "api_model": "org/some-model",
+                    "out": str(tmp_path / "api"), "episodes": 3, "env": ("verify_iter=2",),
+                    "splits": ("id",), "api_workers": 2}
+        evaluate.main(evaluate.Config(**{**defaults, **knobs}))
         return server, running.read_jsonl(tmp_path / "api" / "eval.jsonl")
     return run
 
@@ -84,20 +101,23 @@ def test_a_model_behind_an_api_is_asked_with_the_whole_dialogue_and_its_picture(
     assert Image.open(io.BytesIO(data)).size == (60, 60) and text["text"].startswith("Make 24")
     second = next(request for _, request in server.requests if len(request["messages"]) == 3)
     assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
-    assert rows[0]["checkpoint"] == "org/some-model" and rows[0]["replies"] == 6 and rows[0]["statuses"] == {"illegal_formula": 6}
+    assert rows[0]["checkpoint"] == "org/some-model" and rows[0]["replies"] == 6
+    assert rows[0]["statuses"] == {"illegal_formula": 6}
 
 
 def test_a_stopped_api_evaluation_asks_only_for_what_is_missing(api, tmp_path, capsys):
     server = Server()
-    with pytest.raises(SystemExit):                               # the third request is refused for good
+    with pytest.raises(SystemExit):   # the third request is refused for good
         api([200, 200, 401], server, api_workers=1)
     err = capsys.readouterr().err
-    assert "401" in err and "org/some-model" in err and "replies so far" in err and err.count("error:") == 1
-    assert len(server.requests) == 3 and len(running.read_jsonl(tmp_path / "api" / "replies.jsonl")) == 2
+    assert "401" in err and "org/some-model" in err and "replies so far" in err
+    assert err.count("error:") == 1
+    assert len(server.requests) == 3
+    assert len(running.read_jsonl(tmp_path / "api" / "replies.jsonl")) == 2
     _, rows = api((), server, api_workers=1)
     assert len(server.requests) == 3 + 4 and rows[0]["replies"] == 6
-    assert api((), server)[1] == rows and len(server.requests) == 7                 # nothing is left to ask
-    _, rows = api((), server, seeds="0,1")                        # another seed is; what is known stays known
+    assert api((), server)[1] == rows and len(server.requests) == 7   # nothing is left to ask
+    _, rows = api((), server, seeds="0,1")   # another seed is; what is known stays known
     assert len(server.requests) == 7 + 6 and [row["seed"] for row in rows] == [0, 1]
 
 
@@ -107,7 +127,8 @@ def test_two_evaluations_of_one_folder_are_refused(api, tmp_path, capsys):
     with held(tmp_path / "api" / ".evaluating.lock") as pid:
         with pytest.raises(SystemExit):
             api((), server)
-    assert f"api: process {pid} is evaluating here; wait for its end" in capsys.readouterr().err and not server.requests
+    assert f"api: process {pid} is evaluating here; wait for its end" in capsys.readouterr().err
+    assert not server.requests
     assert len(api((), server)[1]) == 1
 
 
@@ -123,15 +144,21 @@ def test_a_busy_or_failing_server_is_asked_again_and_a_dead_one_named(api, capsy
 
 
 def completion(content, ending="stop", **message):
-    return 200, json.dumps({"choices": [{"finish_reason": ending, "message": {"role": "assistant", "content": content, **message}}]})
+    message = {"role": "assistant", "content": content, **message}
+    return 200, json.dumps({"choices": [{"finish_reason": ending, "message": message}]})
 
 
 @pytest.mark.parametrize("answer", [
-    "<html>", "", "[1]", "{}", "3", "null", '"text"', "[" * 100_000, '{"choices": []}', '{"choices": {}}', '{"choices": "x"}',
-    '{"choices": [null]}', '{"choices": [{"message": null}]}', '{"choices": [{"message": {"content": 3}}]}', '{"error": [[]]}',
-    *(completion(content)[1] for content in (False, {}, [3], ["x"], [{"text": "x"}], [{"type": "text", "text": None}])),
-    completion("x", ending=3)[1], completion("x", ending={"a": 1})[1], completion(None, refusal=3)[1], '{"error": "\\ud800\\u001b"}',
-    '{"choices": [{"error": {"message": "x"}, "finish_reason": "error", "message": {"content": ""}}]}'])
+    "<html>", "", "[1]", "{}", "3", "null", '"text"', "[" * 100_000,
+    '{"choices": []}', '{"choices": {}}', '{"choices": "x"}', '{"choices": [null]}',
+    '{"choices": [{"message": null}]}', '{"choices": [{"message": {"content": 3}}]}',
+    '{"error": [[]]}',
+    *(completion(content)[1] for content in (
+        False, {}, [3], ["x"], [{"text": "x"}], [{"type": "text", "text": None}])),
+    completion("x", ending=3)[1], completion("x", ending={"a": 1})[1],
+    completion(None, refusal=3)[1], '{"error": "\\ud800\\u001b"}',
+    '{"choices": [{"error": {"message": "x"}, "finish_reason": "error", '
+    '"message": {"content": ""}}]}'])
 def test_an_answer_that_is_none_is_asked_for_again_and_then_named(api, capsys, answer, tmp_path):
     server, rows = api([200, (200, answer), 200])
     assert len(server.requests) == 7 and rows[0]["replies"] == 6
@@ -139,10 +166,12 @@ def test_an_answer_that_is_none_is_asked_for_again_and_then_named(api, capsys, a
         api([(200, answer)] * 99, seeds="5", api_workers=1)
     err = capsys.readouterr().err
     assert err.count("error:") == 1 and "org/some-model: " in err and "Traceback" not in err
-    assert err.endswith("\n") and err[:-1].isprintable() and len(running.read_jsonl(tmp_path / "api" / "replies.jsonl")) == 6
+    assert err.endswith("\n") and err[:-1].isprintable()
+    assert len(running.read_jsonl(tmp_path / "api" / "replies.jsonl")) == 6
     with pytest.raises(SystemExit):
         api([(402, '{"error": "no money left"}')] * 99, server, seeds="6", api_workers=1)
-    assert len(server.requests) == 8 and "402" in capsys.readouterr().err     # a refusal is final, for the others too
+    # a refusal is final, for the others too
+    assert len(server.requests) == 8 and "402" in capsys.readouterr().err
 
 
 def test_half_a_character_and_no_content_are_replies(api, tmp_path):
@@ -154,13 +183,17 @@ def test_half_a_character_and_no_content_are_replies(api, tmp_path):
         assert len(server.requests) == 12
 
 
-def test_settings_of_an_api_that_do_not_fit_are_refused_and_no_key_is_shown(api, capsys, monkeypatch, tmp_path):
+def test_settings_of_an_api_that_do_not_fit_are_refused_and_no_key_is_shown(
+        api, capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    for knobs, told in ((dict(api_url="127.0.0.1:9/v1"), "'127.0.0.1:9/v1': expected an address such as https://host/v1"),
-                        (dict(api_url="http://[bad"), "expected an address"), (dict(out=str(tmp_path / "file")), "not a file"),
-                        (dict(out=str(tmp_path / "run")), "not a run folder")):
+    for knobs, told in (
+            (dict(api_url="127.0.0.1:9/v1"),
+             "'127.0.0.1:9/v1': expected an address such as https://host/v1"),
+            (dict(api_url="http://[bad"), "expected an address"),
+            (dict(out=str(tmp_path / "file")), "not a file"),
+            (dict(out=str(tmp_path / "run")), "not a run folder")):
         with pytest.raises(SystemExit):
             api(**knobs)
         assert told in capsys.readouterr().err
@@ -172,7 +205,7 @@ def test_settings_of_an_api_that_do_not_fit_are_refused_and_no_key_is_shown(api,
     monkeypatch.setenv("API_KEY", "secret\n")
     assert set(api()[0].keys) == {"Bearer secret"}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert len(api(seeds="3")[0].requests) == 6                     # that is about the hub, not about this address
+    assert len(api(seeds="3")[0].requests) == 6   # that is about the hub, not about this address
 
 
 def test_another_address_is_another_model_and_a_torn_row_is_played_again(api, tmp_path):
@@ -182,7 +215,7 @@ def test_another_address_is_another_model_and_a_torn_row_is_played_again(api, tm
     path = tmp_path / "api" / "eval.jsonl"
     path.write_text(path.read_text()[:-9])
     server, rows = api(server=second)
-    assert len(second.requests) == 6 and len(rows) == 2             # the row again, its replies are known
+    assert len(second.requests) == 6 and len(rows) == 2   # the row again, its replies are known
 
 
 def test_no_request_leaves_without_a_key_of_its_own(api, capsys, monkeypatch):
@@ -200,75 +233,90 @@ def test_no_request_leaves_without_a_key_of_its_own(api, capsys, monkeypatch):
     assert "--api-url needs --api-model and --out" in capsys.readouterr().err
 
 
-def test_replies_that_were_cut_refused_filtered_or_empty_are_counted_and_said(api, capsys, tmp_path):
-    answers = [completion(None, "length"), completion("{", "length"), completion("", "content_filter"), completion(None, refusal="I can't"),
+def test_replies_that_were_cut_refused_filtered_or_empty_are_counted_and_said(
+        api, capsys, tmp_path):
+    answers = [completion(None, "length"), completion("{", "length"),
+               completion("", "content_filter"), completion(None, refusal="I can't"),
                completion(" \n", None), completion("all of it")]
     server, rows = api(answers, api_workers=1)
     counted = {"content_filter": 1, "length": 2, "refusal": 1, "stop": 2}
     assert rows[0]["endings"] == counted and rows[0]["replies_empty"] == 3
-    told = ("org/some-model, id, seed 0: of 6 replies, 1 ended with content_filter, 2 cut at --max-new-tokens 256, 1 ended with refusal, "
-            "3 empty\n")
+    told = ("org/some-model, id, seed 0: of 6 replies, 1 ended with content_filter, 2 cut at "
+            "--max-new-tokens 256, 1 ended with refusal, 3 empty\n")
     assert told in capsys.readouterr().out
     kept = running.read_jsonl(tmp_path / "api" / "replies.jsonl")
-    assert [row["ending"] for row in kept] == ["length", "length", "content_filter", "refusal", "stop", "stop"]
+    assert [row["ending"] for row in kept] == [
+        "length", "length", "content_filter", "refusal", "stop", "stop"]
     assert kept[3]["reply"] == "I can't"
     (tmp_path / "api" / "eval.jsonl").unlink()
-    assert api((), server)[1] == rows and told in capsys.readouterr().out            # known again, and counted again
+    # known again, and counted again
+    assert api((), server)[1] == rows and told in capsys.readouterr().out
     api([200] * 6, server, seeds="1")
-    assert "replies" not in capsys.readouterr().out                                  # all well: nothing to say
+    assert "replies" not in capsys.readouterr().out   # all well: nothing to say
 
 
 def test_replies_kept_without_an_ending_are_known_and_count_as_whole(api, tmp_path):
-    """The digest is part of the file format: what was paid for is not asked for again by a later version."""
+    """The digest is part of the file format: no later version pays for a reply again."""
     messages, _ = envs.make_env("gp-l", "id", verify_iter=1).reset(seed="0/evaluate/0", episode=0)
-    request = json.dumps(["http://127.0.0.1:9/v1", "org/some-model", 0.0, 256, "id", 0, 0, 0, messages])
+    request = json.dumps(
+        ["http://127.0.0.1:9/v1", "org/some-model", 0.0, 256, "id", 0, 0, 0, messages])
     (tmp_path / "api").mkdir()
-    running.log_jsonl(tmp_path / "api" / "replies.jsonl", request=hashlib.sha256(request.encode()).hexdigest(), reply="")
+    digest = hashlib.sha256(request.encode()).hexdigest()
+    running.log_jsonl(tmp_path / "api" / "replies.jsonl", request=digest, reply="")
     _, rows = api(api_url="http://127.0.0.1:9/v1", episodes=1, env=("verify_iter=1",))
     assert rows[0]["endings"] == {"stop": 1} and rows[0]["replies_empty"] == 1
 
 
 def test_a_local_reply_that_was_cut_is_told_from_one_that_ended(monkeypatch, tmp_path, capsys):
     config = evaluate.Config(device="cpu", dtype="float32", max_new_tokens=3)
-    pending = {4: ([{"role": "user", "content": "hello"}], True), 7: ([{"role": "user", "content": "again"}], True)}
+    pending = {4: ([{"role": "user", "content": "hello"}], True),
+               7: ([{"role": "user", "content": "again"}], True)}
     player = evaluate.LocalModel(SMALL, False, config, tmp_path / "kept")
     eos = player.policy.eos_id
     monkeypatch.setattr(player.policy, "generate", lambda *_: [([9, eos], None), ([9, 9, 9], None)])
     replies = player.reply("of", "id", 0, 0, pending)
     assert [ending for _, ending in replies] == ["stop", "length"]
-    again = evaluate.LocalModel(SMALL, False, config, tmp_path / "kept")             # from the ids that were kept
+    # from the ids that were kept
+    again = evaluate.LocalModel(SMALL, False, config, tmp_path / "kept")
     monkeypatch.setattr(again.policy, "generate", None)
     assert again.reply("of", "id", 0, 0, pending) == replies
 
     monkeypatch.setattr(evaluate, "LocalModel", lambda *_: SimpleNamespace(
-        reply=lambda of, split, seed, turn, pending: [("", "length") for _ in pending], forget=lambda of: None))
+        reply=lambda of, split, seed, turn, pending: [("", "length") for _ in pending],
+        forget=lambda of: None))
     rows = []
     config = evaluate.Config(task="gp-l", splits=("id",), episodes=2, env=("verify_iter=2",))
     evaluate.evaluate_model("x", "x", [], config, rows.append)
     assert rows[0]["endings"] == {"length": 4} and rows[0]["replies_empty"] == 4
-    assert "x, id, seed 0: of 4 replies, 4 cut at --max-new-tokens 256, 4 empty\n" in capsys.readouterr().out
+    told = "x, id, seed 0: of 4 replies, 4 cut at --max-new-tokens 256, 4 empty\n"
+    assert told in capsys.readouterr().out
 
 
 def test_top_p_is_sent_where_it_is_given(api):
     server, _ = api(top_p=0.9)
     assert all(request["top_p"] == 0.9 for _, request in server.requests)
     requests = len(server.requests)
-    assert len(api((), server)[0].requests) == 2 * requests                          # without it: another evaluation
+    assert len(api((), server)[0].requests) == 2 * requests   # without it: another evaluation
 
 
 def test_fields_of_the_request_are_added_and_left_out(api, capsys):
-    extra = '{"max_tokens": null, "temperature": null, "max_completion_tokens": 4096, "reasoning_effort": "low"}'
+    extra = ('{"max_tokens": null, "temperature": null, "max_completion_tokens": 4096, '
+             '"reasoning_effort": "low"}')
     server, rows = api([completion("", "length")], api_extra=extra)
     for _, request in server.requests:
         assert sorted(request) == ["max_completion_tokens", "messages", "model", "reasoning_effort"]
         assert request["max_completion_tokens"] == 4096 and request["reasoning_effort"] == "low"
     assert rows[0]["settings"]["api_extra"] == json.loads(extra)
-    assert "1 cut at their limit, 1 empty" in capsys.readouterr().out                # which is not --max-new-tokens
-    assert len(api((), server, api_extra=extra.replace(": ", ":"))[1]) == 1 and len(server.requests) == 6
-    _, rows = api((), server)                                                        # without it: another evaluation
+    # which is not --max-new-tokens
+    assert "1 cut at their limit, 1 empty" in capsys.readouterr().out
+    assert len(api((), server, api_extra=extra.replace(": ", ":"))[1]) == 1
+    assert len(server.requests) == 6
+    _, rows = api((), server)   # without it: another evaluation
     assert len(rows) == 2 and "api_extra" not in rows[1]["settings"] and len(server.requests) == 12
-    for text, told in (("{", "Expecting"), ("[1]", "expected a JSON object"), ("3", "expected a JSON object"), ("null", "expected a JSON object"),
-                       ('{"messages": []}', "other than messages"), ("[" * 100_000, "recursion")):
+    for text, told in (
+            ("{", "Expecting"), ("[1]", "expected a JSON object"),
+            ("3", "expected a JSON object"), ("null", "expected a JSON object"),
+            ('{"messages": []}', "other than messages"), ("[" * 100_000, "recursion")):
         with pytest.raises(SystemExit):
             api((), server, api_extra=text)
         err = capsys.readouterr().err
@@ -277,12 +325,15 @@ def test_fields_of_the_request_are_added_and_left_out(api, capsys):
 
 
 @pytest.mark.parametrize("address, url", [
-    ("https://host", "https://host/v1/chat/completions"), ("http://host:8000/", "http://host:8000/v1/chat/completions"),
-    ("https://host/v1", "https://host/v1/chat/completions"), ("https://host/v1/", "https://host/v1/chat/completions"),
+    ("https://host", "https://host/v1/chat/completions"),
+    ("http://host:8000/", "http://host:8000/v1/chat/completions"),
+    ("https://host/v1", "https://host/v1/chat/completions"),
+    ("https://host/v1/", "https://host/v1/chat/completions"),
     ("https://host/v1beta/openai", "https://host/v1beta/openai/chat/completions"),
     ("https://host/api/v4/", "https://host/api/v4/chat/completions"),
     ("https://host/v1/chat/completions", "https://host/v1/chat/completions"),
-    ("https://host/a%2Fb/chat/completions?api-version=1", "https://host/a%2Fb/chat/completions?api-version=1"),
+    ("https://host/a%2Fb/chat/completions?api-version=1",
+     "https://host/a%2Fb/chat/completions?api-version=1"),
     ("https://host/openai?api-version=1", "https://host/openai/chat/completions?api-version=1")])
 def test_requests_go_to_the_address_as_it_is_written(address, url):
     assert api_file.completions_url(address) == url
@@ -295,29 +346,39 @@ def test_an_address_that_does_not_end_in_v1_is_asked_there(api):
 
 
 @pytest.mark.parametrize("status, answer, told", [
-    (400, '{"error": {"message": "Unsupported parameter:\\n max_tokens", "code": null}}', "HTTP 400 from {url}: Unsupported parameter: max_tokens;"),
-    (404, '[{"error": {"code": 404, "message": "no such model"}}]', "HTTP 404 from {url}: no such model;"),
-    (401, '{"error": "no\\u2028money"}', "HTTP 401 from {url}: no money;"), (422, '{"detail": [{"message": "bad"}]}', "HTTP 422 from {url}: bad;"),
-    (403, "<b>Forbidden</b>", "HTTP 403 from {url}: <b>Forbidden</b>;"), (405, "", "HTTP 405 from {url}: an empty answer;"),
+    (400, '{"error": {"message": "Unsupported parameter:\\n max_tokens", "code": null}}',
+     "HTTP 400 from {url}: Unsupported parameter: max_tokens;"),
+    (404, '[{"error": {"code": 404, "message": "no such model"}}]',
+     "HTTP 404 from {url}: no such model;"),
+    (401, '{"error": "no\\u2028money"}', "HTTP 401 from {url}: no money;"),
+    (422, '{"detail": [{"message": "bad"}]}', "HTTP 422 from {url}: bad;"),
+    (403, "<b>Forbidden</b>", "HTTP 403 from {url}: <b>Forbidden</b>;"),
+    (405, "", "HTTP 405 from {url}: an empty answer;"),
     (503, '{"object": "error", "message": "too busy"}', "HTTP 503 from {url}: too busy;"),
-    (200, '{"error": {"message": "quota is used up"}}', "HTTP 200 from {url}, which is no chat completion: quota is used up;"),
-    (200, '{"choices": [{"error": {"message": "upstream fell"}}]}', "HTTP 200 from {url}, which is no chat completion: upstream fell;")])
+    (200, '{"error": {"message": "quota is used up"}}',
+     "HTTP 200 from {url}, which is no chat completion: quota is used up;"),
+    (200, '{"choices": [{"error": {"message": "upstream fell"}}]}',
+     "HTTP 200 from {url}, which is no chat completion: upstream fell;")])
 def test_the_servers_own_words_are_in_the_error(api, capsys, status, answer, told):
     server = Server()
     with pytest.raises(SystemExit):
         api([(status, answer)] * 99, server, api_workers=1)
-    assert told.format(url=f"{server.url}/chat/completions") in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert told.format(url=f"{server.url}/chat/completions") in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
 
 
 def test_content_in_parts_is_joined_without_the_thoughts(api, tmp_path):
-    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "one "},
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+             {"type": "text", "text": "one "},
              {"type": "reasoning", "text": "hm"}, {"type": "text", "text": "two"}]
     _, rows = api([completion(parts), completion([])], api_workers=1)
-    assert [row["reply"] for row in running.read_jsonl(tmp_path / "api" / "replies.jsonl")][:2] == ["one two", ""]
+    kept = running.read_jsonl(tmp_path / "api" / "replies.jsonl")
+    assert [row["reply"] for row in kept][:2] == ["one two", ""]
     assert rows[0]["replies_empty"] == 1
 
 
-def test_the_key_is_in_no_message_and_no_file_and_follows_no_redirect(api, capsys, monkeypatch, tmp_path):
+def test_the_key_is_in_no_message_and_no_file_and_follows_no_redirect(
+        api, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("API_KEY", "sk-a/b+c123456")
     other = Server()
     for status in (301, 302, 307, 308):
@@ -326,18 +387,21 @@ def test_the_key_is_in_no_message_and_no_file_and_follows_no_redirect(api, capsy
         assert f"HTTP {status}: redirects to {other.url}/API_KEY;" in capsys.readouterr().err
     assert not other.requests
     with pytest.raises(SystemExit):
-        api([completion("it is sk-a/b+c123456", "sk-a/b+c123456"), (401, '{"error": "wrong key sk-a\\/b+c123456"}')], api_workers=1)
+        api([completion("it is sk-a/b+c123456", "sk-a/b+c123456"),
+             (401, '{"error": "wrong key sk-a\\/b+c123456"}')], api_workers=1)
     assert "wrong key API_KEY;" in (err := capsys.readouterr().err) and "sk-a" not in err
     kept = (tmp_path / "api" / "replies.jsonl").read_text()
     assert "it is API_KEY" in kept and "sk-a" not in kept
-    for knobs in (dict(api_url="https://host/v1?key=sk-a/b+c123456"), dict(api_extra='{"key": "sk-a/b+c123456"}')):
+    for knobs in (dict(api_url="https://host/v1?key=sk-a/b+c123456"),
+                  dict(api_extra='{"key": "sk-a/b+c123456"}')):
         with pytest.raises(SystemExit):
             api(**knobs)
         assert "belongs in API_KEY alone" in (err := capsys.readouterr().err) and "sk-a" not in err
 
 
 def test_an_address_or_a_proxy_that_cannot_be_used_is_one_line(api, capsys, monkeypatch):
-    for address in ("http://1.2.3.999/v1", "http://127.0.0.1:99999/v1", "http://a..b/v1", "http://host/\x01"):
+    for address in ("http://1.2.3.999/v1", "http://127.0.0.1:99999/v1", "http://a..b/v1",
+                    "http://host/\x01"):
         with pytest.raises(SystemExit):
             api(api_url=address)
         err = capsys.readouterr().err

@@ -18,7 +18,8 @@ def puppet(environments, choose):
     """Stands in for a model: replies what `choose(environment)` says."""
     def reply(turn, conversations):
         assert list(conversations) == [i for i, env in enumerate(environments) if not env.done]
-        assert all(environments[i].messages == messages for i, (messages, _) in conversations.items())
+        for i, (messages, _) in conversations.items():
+            assert environments[i].messages == messages
         return [(choose(environments[i]), "stop") for i in conversations]
     return reply
 
@@ -28,7 +29,8 @@ def choose_expert(env):
 
 
 def played(split, choose, verify_iter=3, episodes=20, task="gp-l", **knobs):
-    environments = [envs.make_env(task, split, verify_iter=verify_iter, **knobs) for _ in range(episodes)]
+    environments = [envs.make_env(task, split, verify_iter=verify_iter, **knobs)
+                    for _ in range(episodes)]
     infos = evaluate.play_episodes(puppet(environments, choose), environments, 0)
     return evaluate.summarise(infos, verify_iter)
 
@@ -37,66 +39,89 @@ def played(split, choose, verify_iter=3, episodes=20, task="gp-l", **knobs):
 def test_the_expert_succeeds_at_once_and_a_mute_player_never(split):
     expert = played(split, lambda env: env.expert_reply())
     assert expert["success"] == expert["first_try"] == expert["numbers_right"] == 1.0
-    assert expert["success_stderr"] == 0 and expert["statuses"] == {"correct": 20} and expert["replies"] == 20
+    assert expert["success_stderr"] == 0 and expert["statuses"] == {"correct": 20}
+    assert expert["replies"] == 20
     mute = played(split, lambda env: "")
-    assert mute["success"] == 0 and mute["statuses"] == {"illegal_formula": 60} and mute["reward"] == -10.0
+    assert mute["success"] == 0 and mute["statuses"] == {"illegal_formula": 60}
+    assert mute["reward"] == -10.0
 
 
 def test_success_within_fewer_tries_is_read_from_the_same_episodes():
     late = played("id", lambda env: env.expert_reply() if env.turn == 1 else env.flawed_reply())
     assert late["retries"] == 1 and late["repeats"] == 0
     stubborn = played("id", lambda env: "no" if env.turn < 2 else env.expert_reply())
-    assert stubborn["retries"] == 0.5 and stubborn["repeats"] == 0.5 and stubborn["retries_stderr"] == 0
-    assert late["success_within"] == [0.0, 1.0, 1.0] and late["first_try"] == 0 and late["success"] == 1
-    assert late["step_accuracy"] == 0.5 and late["step_accuracy_stderr"] == 0       # one of two, in every episode
+    assert stubborn["retries"] == 0.5 and stubborn["repeats"] == 0.5
+    assert stubborn["retries_stderr"] == 0
+    assert late["success_within"] == [0.0, 1.0, 1.0] and late["first_try"] == 0
+    assert late["success"] == 1
+    # one of two, in every episode
+    assert late["step_accuracy"] == 0.5 and late["step_accuracy_stderr"] == 0
 
 
 def test_v_irl_counts_replies_turns_apart_and_routes(city):
     """Played by someone who misses every turn once, and by one who never turns."""
-    late = played("id", lambda env: env.flawed_reply() if env.position.kind == "turn" and not env.tries
-                  else env.expert_reply(), verify_iter=2, task="virl-l", root=city)
+    def miss_once(env):
+        first_at_turn = env.position.kind == "turn" and not env.tries
+        return env.flawed_reply() if first_at_turn else env.expert_reply()
+    late = played("id", miss_once, verify_iter=2, task="virl-l", root=city)
     assert late["success"] == 1 and late["success_within"] == [0, 1]
     assert late["step_accuracy_turn"] == 0.5 and late["first_try_turn"] == 0
-    assert late["step_accuracy_forward"] == late["step_accuracy_stop"] == 1 and 0.5 < late["step_accuracy"] < 1
+    assert late["step_accuracy_forward"] == late["step_accuracy_stop"] == 1
+    assert 0.5 < late["step_accuracy"] < 1
     assert late["first_try"] < late["step_accuracy"] and late["step_accuracy_stderr"] > 0
-    straight = played("rule_ood", lambda env: env.format_reply("forward()"), verify_iter=2, task="virl-l", root=city)
-    assert straight["success"] == straight["step_accuracy"] == 0 and straight["replies"] == 40   # it begins with a turn
+    straight = played("rule_ood", lambda env: env.format_reply("forward()"), verify_iter=2,
+                      task="virl-l", root=city)
+    # it begins with a turn
+    assert straight["success"] == straight["step_accuracy"] == 0 and straight["replies"] == 40
 
 
 def test_the_papers_step_accuracy_counts_a_wrong_reply_more_where_an_episode_was_cut_short(city):
-    """Half of the routes are walked as the expert walks, half fail at the first position, in two replies."""
+    """Half of the routes go as the expert goes; half fail at the first position, in two replies."""
     environments = [envs.make_env("virl-l", root=city) for _ in range(20)]
     fails = environments[::2]
-    infos = evaluate.play_episodes(puppet(environments, lambda env: env.flawed_reply() if env in fails else env.expert_reply()), environments, 0)
+
+    def choose(env):
+        return env.flawed_reply() if env in fails else env.expert_reply()
+    infos = evaluate.play_episodes(puppet(environments, choose), environments, 0)
     row, right = evaluate.summarise(infos, 2), sum(len(env.rail) for env in environments[1::2])
     assert row["step_accuracy"] == pytest.approx(right / (right + 20))
-    assert row["paper_step_accuracy"] == pytest.approx(right / (right + 30)) and row["paper_step_accuracy_stderr"] > 0
+    assert row["paper_step_accuracy"] == pytest.approx(right / (right + 30))
+    assert row["paper_step_accuracy_stderr"] > 0
     assert row["success"] == 0.5
 
 
 def test_a_hand_is_solved_and_read_only_if_the_solving_reply_names_its_cards():
     def choose(env):
-        return env.expert_reply() if env in seeing else env.format_reply(env.formula).replace('"cards": [', '"cards": ["7", ')
+        if env in seeing:
+            return env.expert_reply()
+        return env.format_reply(env.formula).replace('"cards": [', '"cards": ["7", ')
     environments = [envs.make_env("gp-vl", resolution=48) for _ in range(8)]
     seeing = environments[:2]
-    row = evaluate.summarise(evaluate.play_episodes(puppet(environments, choose), environments, 0), 5)
+    infos = evaluate.play_episodes(puppet(environments, choose), environments, 0)
+    row = evaluate.summarise(infos, 5)
     assert (row["success"], row["solved_and_read"], row["recognition"]) == (1, 0.25, 0.25)
 
 
 def test_rows_without_todays_measures_are_evaluated_again_and_not_compared(tmp_path, monkeypatch):
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
-    monkeypatch.setitem(envs.TASKS, "gp-l", replace(envs.TASKS["gp-l"], metrics=("success", "novelty")))
-    with pytest.raises(ValueError, match="eval.jsonl is from an earlier version, without novelty; run evaluate.py --run-folder .*sft again"):
+    today = replace(envs.TASKS["gp-l"], metrics=("success", "novelty"))
+    monkeypatch.setitem(envs.TASKS, "gp-l", today)
+    told = ("eval.jsonl is from an earlier version, without novelty; "
+            "run evaluate.py --run-folder .*sft again")
+    with pytest.raises(ValueError, match=told):
         compare_runs([str(tmp_path / "sft")])
 
 
 def test_what_is_said_of_an_expert_makes_no_other_evaluation(monkeypatch):
-    """None plays in a test: a run that was trained on an imperfect one stands beside a run that was not."""
+    """None plays in a test: runs trained on an imperfect one stand beside runs that were not."""
     monkeypatch.setattr(evaluate, "LocalModel", lambda *_: SimpleNamespace(
-        reply=lambda of, split, seed, turn, pending: [("", "length") for _ in pending], forget=lambda of: None))
+        reply=lambda of, split, seed, turn, pending: [("", "length") for _ in pending],
+        forget=lambda of: None))
     rows = []
-    for env, num in (((), 1), (("solution=random", "faults=leave_out:0.6", "faulty_tries=5"), 1), (("target=7",), 2)):
-        evaluate.evaluate_model("x", "x", list(rows), evaluate.Config(task="gp-l", splits=("id",), episodes=2, env=env), rows.append)
+    expert = ("solution=random", "faults=leave_out:0.6", "faulty_tries=5")
+    for env, num in (((), 1), (expert, 1), (("target=7",), 2)):
+        config = evaluate.Config(task="gp-l", splits=("id",), episodes=2, env=env)
+        evaluate.evaluate_model("x", "x", list(rows), config, rows.append)
         assert len(rows) == num
 
 
@@ -104,22 +129,28 @@ def test_the_visual_test_plays_the_routes_in_order_and_tells_the_cities_apart(ci
     """Played by someone who only knows the streets of the first two cities."""
     def choose(env):
         return env.expert_reply() if env.number < 4 else env.flawed_reply()
-    environments = [envs.Navigation(root=city, data="mini", in_order=True, verify_iter=1) for _ in range(36)]
-    row = evaluate.summarise(evaluate.play_episodes(puppet(environments, choose), environments, 0), 1)
+    environments = [envs.Navigation(root=city, data="mini", in_order=True, verify_iter=1)
+                    for _ in range(36)]
+    infos = evaluate.play_episodes(puppet(environments, choose), environments, 0)
+    row = evaluate.summarise(infos, 1)
     assert row["success_by_city"] == [1, 1] + [0] * 7 and row["success"] == pytest.approx(4 / 18)
-    assert "success_by_city" not in played("id", choose_expert, episodes=2, task="virl-l", root=city)
+    plain = played("id", choose_expert, episodes=2, task="virl-l", root=city)
+    assert "success_by_city" not in plain
 
 
 def test_the_error_of_a_success_is_binomial_and_that_of_steps_is_over_episodes():
-    assert evaluate.share([1, 0, 0, 1], [1, 1, 1, 1]) == pytest.approx((0.5, math.sqrt(0.5 * 0.5 / 4)))
-    mean, error = evaluate.share([10, 0], [10, 10])        # one route right, one wrong: two samples, not twenty
+    binomial = math.sqrt(0.5 * 0.5 / 4)
+    assert evaluate.share([1, 0, 0, 1], [1, 1, 1, 1]) == pytest.approx((0.5, binomial))
+    # one route right, one wrong: two samples, not twenty
+    mean, error = evaluate.share([10, 0], [10, 10])
     assert mean == 0.5 and error == pytest.approx(math.sqrt(0.5 * 0.5 / 2))
 
 
 def test_the_paper_plays_234_hands_48_routes_and_18_of_the_visual_test():
-    for task, split, expected in (("gp-l", "id", 234), ("virl-l", "rule_ood", 48), ("virl-vl", "visual_ood", 18),
-                                  ("gp-vl", "visual_ood", 234)):
-        assert evaluate.num_episodes(SimpleNamespace(paper=True, task=task), Split(split, {})) == expected
+    for task, split, expected in (("gp-l", "id", 234), ("virl-l", "rule_ood", 48),
+                                  ("virl-vl", "visual_ood", 18), ("gp-vl", "visual_ood", 234)):
+        config = SimpleNamespace(paper=True, task=task)
+        assert evaluate.num_episodes(config, Split(split, {})) == expected
 
 
 def test_a_row_stands_beside_the_papers_numbers_where_it_has_some():
@@ -128,7 +159,8 @@ def test_a_row_stands_beside_the_papers_numbers_where_it_has_some():
         return compare.beside_paper(task, row, evaluate.PAPER)
     assert beside("gp-l", row) == ("success 12.3 %, in the paper 11.5 at the start, 3.4 after SFT, "
                                    "15.0 after RL")
-    assert beside("virl-l", row).startswith("paper step accuracy 50.0 %, in the paper 80.8 at the start")
+    assert beside("virl-l", row).startswith(
+        "paper step accuracy 50.0 %, in the paper 80.8 at the start")
     assert beside("gp-l", row | {"split": "id"}) == ""
     assert beside("gp-l", row | {"split": "rule_ood target=36"}) == ""
 
@@ -144,16 +176,22 @@ def test_error_bars_are_binomial_for_one_run_and_over_runs_for_several():
 
 def test_a_change_is_that_of_each_run_from_its_own_start_on_the_same_hands():
     def row(start, seed, success, run=None):
-        return {"start": start, "seed": seed, "run": run or (start, seed), "success": success, "success_stderr": 0.03}
+        return {"start": start, "seed": seed, "run": run or (start, seed), "success": success,
+                "success_stderr": 0.03}
+
+    def change(rows):
+        return compare.change_and_error(rows, starts, "success")
     starts = [row("s", 0, 0.2), row("s", 1, 0.4), row("t", 0, 0.1)]
     one = [row("s", 0, 0.25, "a")]
-    assert compare.change_and_error(one, starts, "success") == pytest.approx((5.0, 100 * math.hypot(0.03, 0.03)))
+    assert change(one) == pytest.approx((5.0, 100 * math.hypot(0.03, 0.03)))
     seeds = [*one, row("s", 1, 0.47, "b")]                               # +5 and +7
-    assert compare.change_and_error(seeds, starts, "success") == pytest.approx((6.0, math.hypot(3, 3) / 2))   # over runs it is 1
+    assert change(seeds) == pytest.approx((6.0, math.hypot(3, 3) / 2))   # over runs it is 1
     seeds = [row("s", 0, 0.25, "a"), row("s", 1, 0.61, "b")]             # +5 and +21
-    assert compare.change_and_error(seeds, starts, "success") == pytest.approx((13.0, 8.0))
-    assert compare.change_and_error([*seeds, row("t", 0, 0.2, "c")], starts, "success") == pytest.approx((11.5, math.sqrt(3)))
-    assert compare.change_and_error([row("s", 9, 0.25, "a")], starts, "success")[0] == pytest.approx(-5.0)   # on other hands
+    assert change(seeds) == pytest.approx((13.0, 8.0))
+    assert change([*seeds, row("t", 0, 0.2, "c")]) == pytest.approx((11.5, math.sqrt(3)))
+    assert change([row("s", 9, 0.25, "a")])[0] == pytest.approx(-5.0)    # on other hands
+    del seeds[0]["success_stderr"]                                       # of an earlier version
+    assert change(seeds) == pytest.approx((13.0, 8.0)) and math.isnan(change(seeds[:1])[1])
 
 
 def task_metrics():
@@ -170,23 +208,32 @@ def compare_runs(folders, figure=""):
 
 def write_run(folder, arm, points, start="start", episodes=100, knobs={}, **env):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model": start, **({"updates": 1} if arm == "RL" else {"steps": 1}), **knobs}))
+    length = {"updates": 1} if arm == "RL" else {"steps": 1}
+    (folder / "config.json").write_text(json.dumps({"model": start, **length, **knobs}))
+    settings = {"task": "gp-l", "episodes": episodes,
+                "env": {"verify_iter": 5, "target": 24, **env}}
     for step, gflops, success in points:
         for split in ("id", "rule_ood"):
-            running.log_jsonl(folder / "eval.jsonl", step=step, gflops=gflops, split=split, seed=0, success=success,
-                            success_stderr=0.01, first_try=0.05, first_try_stderr=0.02, retries=0.0, retries_stderr=0.0, repeats=0.5,
-                            statuses={"correct": 5, "wrong_value": 95}, settings={"task": "gp-l", "episodes": episodes, "env": {"verify_iter": 5, "target": 24, **env}})
+            running.log_jsonl(
+                folder / "eval.jsonl", step=step, gflops=gflops, split=split, seed=0,
+                success=success, success_stderr=0.01, first_try=0.05, first_try_stderr=0.02,
+                retries=0.0, retries_stderr=0.0, repeats=0.5,
+                statuses={"correct": 5, "wrong_value": 95}, settings=settings)
 
 
 def test_the_table_compares_at_equal_compute_beside_the_paper(tmp_path, capsys, monkeypatch):
-    write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08), (10, 100.0, 0.05), (90, 900.0, 0.01)])
+    write_run(tmp_path / "sft", "SFT",
+              [(0, 0.0, 0.1), (5, 50.0, 0.08), (10, 100.0, 0.05), (90, 900.0, 0.01)])
     write_run(tmp_path / "rl", "RL", [(1, 60.0, 0.12), (2, 110.0, 0.15)])
     monkeypatch.setitem(sys.modules, "matplotlib", None)      # as if it were not installed
     compare_runs([str(tmp_path / "sft"), str(tmp_path / "rl")], str(tmp_path / "fig.png"))
     out = capsys.readouterr().out
-    assert "| success | rule_ood | 10.0 ± 1.0 | 5.0 ± 1.0 (-5.0 ± 1.4) | 15.0 ± 1.0 (+5.0 ± 1.4) | 11.5 | 3.4 (-8.1) | 15.0 (+3.5) |" in out
-    assert "| first try | id | 5.0 ± 2.0 | 5.0 ± 2.0 (+0.0 ± 2.8) | 5.0 ± 2.0 (+0.0 ± 2.8) | - | - | - |" in out
-    assert "| repeats | rule_ood | 50.0 ± nan | 50.0 ± nan (+0.0 ± nan) |" in out         # rows of an earlier version have no error of it
+    assert ("| success | rule_ood | 10.0 ± 1.0 | 5.0 ± 1.0 (-5.0 ± 1.4) | 15.0 ± 1.0 (+5.0 ± 1.4) "
+            "| 11.5 | 3.4 (-8.1) | 15.0 (+3.5) |") in out
+    assert ("| first try | id | 5.0 ± 2.0 | 5.0 ± 2.0 (+0.0 ± 2.8) | 5.0 ± 2.0 (+0.0 ± 2.8) "
+            "| - | - | - |") in out
+    # rows of an earlier version have no error of it
+    assert "| repeats | rule_ood | 50.0 ± nan | 50.0 ± nan (+0.0 ± nan) |" in out
     assert "matplotlib is not installed" in out and not (tmp_path / "fig.png").exists()
 
 
@@ -202,9 +249,11 @@ def test_runs_of_other_starts_or_settings_are_not_mixed(tmp_path):
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08)])
     write_run(tmp_path / "far", "RL", [(1, 60.0, 0.12)], start="elsewhere")
     write_run(tmp_path / "few", "RL", [(1, 60.0, 0.12)], episodes=5)
-    with pytest.raises(ValueError, match="of start it found SFT, start; these started from start, elsewhere"):
+    told = "of start it found SFT, start; these started from start, elsewhere"
+    with pytest.raises(ValueError, match=told):
         compare_runs([str(tmp_path / "sft"), str(tmp_path / "far")])
-    with pytest.raises(ValueError, match="one set of settings for a split; on id .*sft and .*few differ: episodes 100 and 5$"):
+    told = "one set of settings for a split; on id .*sft and .*few differ: episodes 100 and 5$"
+    with pytest.raises(ValueError, match=told):
         compare_runs([str(tmp_path / "sft"), str(tmp_path / "few")])
     write_run(tmp_path / "short", "RL", [(1, 60.0, 0.12)], verify_iter=3)
     with pytest.raises(ValueError, match="differ: verify_iter 5 and 3$"):
@@ -213,12 +262,14 @@ def test_runs_of_other_starts_or_settings_are_not_mixed(tmp_path):
 
 def test_errors_are_over_starts_where_every_seed_has_its_own(tmp_path, capsys):
     for number, success in enumerate((0.1, 0.3)):
-        write_run(tmp_path / f"sft{number}", "SFT", [(0, 0.0, success), (5, 50.0, 0.08)], start=f"start{number}")
+        write_run(tmp_path / f"sft{number}", "SFT", [(0, 0.0, success), (5, 50.0, 0.08)],
+                  start=f"start{number}")
         write_run(tmp_path / f"rl{number}", "RL", [(1, 60.0, 0.12)], start=f"start{number}")
     compare_runs([str(tmp_path / f"{arm}{number}") for number in (0, 1) for arm in ("sft", "rl")])
     out = capsys.readouterr().out
     assert "starts: 2" in out and "| success | id | 20.0 ± 10.0 | 8.0 ± 0.0 (-12.0 ± 10.0) |" in out
-    assert "SFT on the training rule -12.0 ± 10.0, p = 0.44 (paper: up; undecided)" in out      # t = 1.2
+    # t = 1.2
+    assert "SFT on the training rule -12.0 ± 10.0, p = 0.44 (paper: up; undecided)" in out
 
 
 def test_one_start_and_one_run_under_several_spellings_are_one(tmp_path, monkeypatch, capsys):
@@ -259,48 +310,66 @@ def test_comparing_what_was_not_evaluated_says_what_to_run(tmp_path):
         compare_runs([str(tmp_path / "run")])
 
 
-TRAINED = {"model": "x", "task": "gp-vl", "env": ["resolution=112", "verify_iter=4"], "dtype": "float32"}
+TRAINED = {"model": "x", "task": "gp-vl", "env": ["resolution=112", "verify_iter=4"],
+           "dtype": "float32"}
+
+
+def take_settings(config, trained):
+    return evaluation.take_settings(config, "runs/a", trained, envs.TASKS)
 
 
 @pytest.mark.parametrize("flags, task, env, dtype, told", [
     ({}, "gp-vl", ("resolution=112", "verify_iter=4"), "float32", ""),
     ({"env": ("verify_iter=4",)}, "gp-vl", ("resolution=112", "verify_iter=4"), "float32", ""),
-    ({"env": ("verify_iter=2", "target=7")}, "gp-vl", ("resolution=112", "verify_iter=2", "target=7"), "float32",
+    ({"env": ("verify_iter=2", "target=7")},
+     "gp-vl", ("resolution=112", "verify_iter=2", "target=7"), "float32",
      " but for verify_iter=2 instead of 4, target=7 given here"),
-    ({"task": "gp-vl", "dtype": "bfloat16"}, "gp-vl", ("resolution=112", "verify_iter=4"), "bfloat16", ""),
-    ({"task": "gp-l", "env": ("target=7",)}, "gp-l", ("target=7",), "float32", " but for target=7 given here, task gp-l instead of gp-vl")])
-def test_a_run_is_evaluated_as_it_was_trained_but_for_what_flags_say_and_that_is_said(capsys, flags, task, env, dtype, told):
-    config = evaluation.take_settings(evaluate.Config(run_folder="runs/a", **flags), "runs/a", TRAINED, envs.TASKS)
-    assert (config.task, config.env, config.dtype, config.run_folder) == (task, env, dtype, "runs/a")
-    assert capsys.readouterr().out == f"runs/a: task {' '.join([task, *env])}, as in its training{told}\n"
+    ({"task": "gp-vl", "dtype": "bfloat16"},
+     "gp-vl", ("resolution=112", "verify_iter=4"), "bfloat16", ""),
+    ({"task": "gp-l", "env": ("target=7",)}, "gp-l", ("target=7",), "float32",
+     " but for target=7 given here, task gp-l instead of gp-vl")])
+def test_a_run_is_evaluated_as_it_was_trained_but_for_what_flags_say_and_that_is_said(
+        capsys, flags, task, env, dtype, told):
+    config = take_settings(evaluate.Config(run_folder="runs/a", **flags), TRAINED)
+    assert (config.task, config.env, config.dtype) == (task, env, dtype)
+    assert config.run_folder == "runs/a"
+    words = " ".join([task, *env])
+    assert capsys.readouterr().out == f"runs/a: task {words}, as in its training{told}\n"
 
 
 def test_settings_of_a_run_give_way_to_a_split_that_has_them_of_its_own(capsys):
     trained = {**TRAINED, "task": "gp-l", "env": ["fold=train", "verify_iter=3"]}
-    config = evaluation.take_settings(evaluate.Config(splits=("id", "unseen")), "runs/a", trained, envs.TASKS)
-    assert config.env == ("verify_iter=3",) and "but for fold, which split unseen has of its own" in capsys.readouterr().out
-    assert "fold=train" in evaluation.take_settings(evaluate.Config(splits=("id",)), "runs/a", trained, envs.TASKS).env
+    config = take_settings(evaluate.Config(splits=("id", "unseen")), trained)
+    assert config.env == ("verify_iter=3",)
+    assert "but for fold, which split unseen has of its own" in capsys.readouterr().out
+    assert "fold=train" in take_settings(evaluate.Config(splits=("id",)), trained).env
 
 
 def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
-    """A long run beside a short one of the same arm does not move the other arm's column to where the short one never was."""
+    """A long run beside a short one of its arm moves no column to where the short one never was."""
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.08), (20, 200.0, 0.02)])
     write_run(tmp_path / "long", "RL", [(1, 50.0, 0.12), (4, 200.0, 0.3)])
     write_run(tmp_path / "short", "RL", [(1, 50.0, 0.14)])
     compare_runs([str(tmp_path / name) for name in ("sft", "long", "short")])
     out = capsys.readouterr().out
-    assert "nearest to 50 GFLOPs" in out and "| 10.0 ± 1.0 | 8.0 ± 1.0 (-2.0 ± 1.4) | 13.0 ± 1.0 (+3.0 ± 1.0) |" in out
+    assert "nearest to 50 GFLOPs" in out
+    assert "| 10.0 ± 1.0 | 8.0 ± 1.0 (-2.0 ± 1.4) | 13.0 ± 1.0 (+3.0 ± 1.0) |" in out
 
 
 def test_an_arm_is_named_by_what_is_on_in_it_and_not_in_all_of_its_kind():
-    kinds = {"a": {"steps": 1, "lr": 1e-3, "dft": False, "failed_tries": 0, "env": ["root=city"], "mix": ["id", "fold=train"]}}
-    kinds |= {"b": kinds["a"] | {"dft": True}, "c": kinds["a"] | {"failed_tries": 2, "mix": ["rule_family", "fold=train"]}}
-    kinds |= {"d": {"updates": 1, "lr": 1e-5, "env": ["root=city"]}, "e": {"updates": 1, "lr": 1e-5, "env": ["root=city", "reward=random"]}}
-    assert compare.name_arms(kinds) == {"a": "SFT mix id", "b": "SFT dft mix id", "c": "SFT failed_tries 2 mix rule_family", "d": "RL",
-                                         "e": "RL reward=random"}
+    sft = {"steps": 1, "lr": 1e-3, "freeze": False, "failed_tries": 0, "env": ["root=city"],
+           "mix": ["id", "fold=train"]}
+    rl = {"updates": 1, "lr": 1e-5, "env": ["root=city"]}
+    configs = {"a": sft, "b": sft | {"freeze": True},
+               "c": sft | {"failed_tries": 2, "mix": ["rule_family", "fold=train"]},
+               "d": rl, "e": rl | {"env": ["root=city", "reward=random"]}}
+    assert compare.name_arms(configs) == {
+        "a": "SFT mix id", "b": "SFT freeze mix id", "c": "SFT failed_tries 2 mix rule_family",
+        "d": "RL", "e": "RL reward=random"}
 
 
-def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_path, monkeypatch, capsys):
+def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(
+        tmp_path, monkeypatch, capsys):
     def told(folder, *flags):
         monkeypatch.setattr(sys, "argv", ["panels.py", str(folder), *flags])
         panels.main()
@@ -310,14 +379,19 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
     for panel, start, before in (("virl", "x", 0.1), ("virl", "y", 0.3), ("deeper/cell", "x", 0.1)):
         (tmp_path / "study" / panel).mkdir(parents=True, exist_ok=True)
         for arm, success in (("RL", before + 0.1), ("SFT", before / 2)):
-            points = [(0, 0.0, before)] if arm == "RL" else []                      # one run has evaluated the start for both
-            write_run(tmp_path / "study" / panel / f"{arm}_{start}", arm, [*points, (1, 5.0, 0.9), (2, 9.0, success)], start=start,
+            # one run has evaluated the start for both
+            points = [(0, 0.0, before)] if arm == "RL" else []
+            write_run(tmp_path / "study" / panel / f"{arm}_{start}", arm,
+                      [*points, (1, 5.0, 0.9), (2, 9.0, success)], start=start,
                       knobs={"task": "gp-l"})
     lines = told(tmp_path / "study")
-    assert len(lines) == 2 + 2 * 4 and lines[2] == "| deeper/cell | RL | 1 | id | 10.0 | 10.0 |", lines
-    assert "| virl | RL | 2 | rule_ood | 20.0 ± 10.0 | 10.0 ± 0.0 |" in lines and "| virl | SFT | 2 | id | 20.0 ± 10.0 | -10.0 ± 5.0 |" in lines
+    assert len(lines) == 2 + 2 * 4
+    assert lines[2] == "| deeper/cell | RL | 1 | id | 10.0 | 10.0 |", lines
+    assert "| virl | RL | 2 | rule_ood | 20.0 ± 10.0 | 10.0 ± 0.0 |" in lines
+    assert "| virl | SFT | 2 | id | 20.0 ± 10.0 | -10.0 ± 5.0 |" in lines
     assert told(tmp_path / "study" / "deeper", "--every")[-1] == (
-        "| SFT_x | 2 | 9 | rule_ood | 5.0 ± 1.0 | 5.0 ± 2.0 | 0.0 ± 0.0 | 50 | correct 5, wrong_value 95 |")
+        "| SFT_x | 2 | 9 | rule_ood | 5.0 ± 1.0 | 5.0 ± 2.0 | 0.0 ± 0.0 | 50 | "
+        "correct 5, wrong_value 95 |")
     every = tmp_path / "every.csv"
     told(tmp_path / "study" / "deeper", "--every", "--csv", str(every))
     assert every.read_text().splitlines()[0] == (
@@ -325,18 +399,23 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
         "retries_error,repeats,replies_correct,replies_wrong_value")
     assert every.read_text().splitlines()[-1] == (
         "cell,SFT_x,2,9,rule_ood,5.0,1.0,5.0,2.0,0.0,0.0,50,5,95")
-    write_run(tmp_path / "study" / "virl" / "RL_x2", "RL", [(1, 5.0, 0.9), (2, 9.0, 0.4)], start="./x", knobs={"task": "gp-l", "seed": 1})
+    write_run(tmp_path / "study" / "virl" / "RL_x2", "RL", [(1, 5.0, 0.9), (2, 9.0, 0.4)],
+              start="./x", knobs={"task": "gp-l", "seed": 1})
     (tmp_path / "linked").symlink_to(tmp_path / "study" / "virl")
     with pytest.raises(SystemExit):
         told(tmp_path / "linked", "--gate", str(tmp_path / "gate.png"))
-    assert "linked: --gate needs one of its panels two_by_two/fault_alone, gate/share_0.05" in capsys.readouterr().err
-    for study, name in (("study", "virl"), ("linked", ".")):                        # seeds of a start are averaged first: 20, not 16.7
-        assert f"| {name} | RL | 2 | rule_ood | 20.0 ± 10.0 | 15.0 ± 5.0 |" in told(tmp_path / study)
+    message = "linked: --gate needs one of its panels two_by_two/fault_alone, gate/share_0.05"
+    assert message in capsys.readouterr().err
+    # seeds of a start are averaged first: 20, not 16.7
+    for study, name in (("study", "virl"), ("linked", ".")):
+        line = f"| {name} | RL | 2 | rule_ood | 20.0 ± 10.0 | 15.0 ± 5.0 |"
+        assert line in told(tmp_path / study)
     table, lines = tmp_path / "panels.csv", told(tmp_path / "study")
     assert told(tmp_path / "study", "--csv", str(table)) == [*lines, "", f"rows: {table}"]
     written = table.read_text().splitlines()
     assert written[0] == "panel,arm,runs,split,start,start_error,change,change_error"
-    assert "deeper/cell,RL,1,id,10.0,,10.0," in written and "virl,RL,2,id,20.0,10.0,15.0,5.0" in written
+    assert "deeper/cell,RL,1,id,10.0,,10.0," in written
+    assert "virl,RL,2,id,20.0,10.0,15.0,5.0" in written
     assert told(table) == lines                     # what was written is read again
     for text, flags, message in (
             ("# A page", [], "panels.csv: no table; its first line must be panel,arm,runs"),
@@ -349,8 +428,9 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(tmp_
             told(table, *flags)
         assert message in capsys.readouterr().err
     (tmp_path / "study" / "virl" / "RL_y" / "eval.jsonl").unlink()
-    for folder, message, *flags in (("study", "has evaluated its start y on id"), ("other", "other: no evaluated run in a folder of a folder there"),
-                                    ("other", "other: no evaluated run in a folder of a folder there", "--every")):
+    nothing = "other: no evaluated run in a folder of a folder there"
+    for folder, message, *flags in (("study", "has evaluated its start y on id"),
+                                    ("other", nothing), ("other", nothing, "--every")):
         with pytest.raises(SystemExit):
             told(tmp_path / folder, *flags)
         assert message in capsys.readouterr().err
@@ -360,31 +440,42 @@ def test_the_gates_picture_holds_the_shares_that_were_run(tmp_path, monkeypatch)
     plt = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.syspath_prepend(Path(evaluate.__file__).parent / "recipes")
     import panels
-    names = ("two_by_two/both", "gate/share_0.3", "virl")                           # shares 0.15 and 0.3, and a panel of no share
+    # shares 0.15 and 0.3, and a panel of no share
+    names = ("two_by_two/both", "gate/share_0.3", "virl")
     for name in names:
         (tmp_path / name).mkdir(parents=True)
         for arm in ("SFT", "RL"):
-            write_run(tmp_path / name / arm, arm, [(0, 0.0, 0.1), (1, 5.0, 0.2)], knobs={"task": "gp-l"})
-    figure, axes = panels.draw_gate(plt, panels.rows_of({name: panels.read_panel(tmp_path / name) for name in names}))
+            write_run(tmp_path / name / arm, arm, [(0, 0.0, 0.1), (1, 5.0, 0.2)],
+                      knobs={"task": "gp-l"})
+    found = {name: panels.read_panel(tmp_path / name) for name in names}
+    figure, axes = panels.draw_gate(plt, panels.rows_of(found))
     for axis in axes.flat:
-        assert [line.get_xydata().round(6).tolist() for line in axis.get_lines() if line.get_marker() == "o"] == 2 * [[[0.15, 10], [0.3, 10]]]
+        curves = [line for line in axis.get_lines() if line.get_marker() == "o"]
+        points = [line.get_xydata().round(6).tolist() for line in curves]
+        assert points == 2 * [[[0.15, 10], [0.3, 10]]]
     plt.close(figure)
 
 
 def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
-    for name, lr, seed, success in (("a", 1e-3, 0, 0.02), ("b", 1e-3, 1, 0.04), ("c", 1e-4, 0, 0.2), ("d", 1e-4, 1, 0.22)):
+    for name, lr, seed, success in (("a", 1e-3, 0, 0.02), ("b", 1e-3, 1, 0.04),
+                                    ("c", 1e-4, 0, 0.2), ("d", 1e-4, 1, 0.22)):
         write_run(tmp_path / name, "SFT", [(0, 0.0, 0.1), (5, 50.0, success)],
                   knobs={"lr": lr, "seed": seed, "env": ["root=city"], "save_every": seed})
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)], knobs={"lr": 1e-5, "temperature": 0.2})
     compare_runs([str(tmp_path / name) for name in ("c", "rl", "a", "b", "d")])
     out = capsys.readouterr().out
     assert "(2 SFT lr 0.0001 and 2 SFT lr 0.001 and 1 RL runs, starts: 1)" in out
-    assert "| metric | split | start | SFT lr 0.0001 | SFT lr 0.001 | RL | paper: start | SFT | RL |" in out
-    assert "| 10.0 ± 1.0 | 21.0 ± 1.0 (+11.0 ± 1.0) | 3.0 ± 1.0 (-7.0 ± 1.0) | 15.0 ± 1.0 (+5.0 ± 1.4) | 11.5 |" in out
+    assert ("| metric | split | start | SFT lr 0.0001 | SFT lr 0.001 | RL "
+            "| paper: start | SFT | RL |") in out
+    assert ("| 10.0 ± 1.0 | 21.0 ± 1.0 (+11.0 ± 1.0) | 3.0 ± 1.0 (-7.0 ± 1.0) "
+            "| 15.0 ± 1.0 (+5.0 ± 1.4) | 11.5 |") in out
     assert "SFT lr 0.0001 on the other rule +11.0 ± 1.0, p = 0.058 (paper: down; not met)" in out
     assert "Of the paper's 6 signs 4 met, 2 not met, 0 undecided" in out
-    with pytest.raises(ValueError, match=r"of each start all arms \(start, SFT lr 0.0001, SFT lr 0.001, RL\); of other it found RL"):
-        write_run(tmp_path / "other", "RL", [(1, 50.0, 0.15)], start="other", knobs={"lr": 1e-5, "temperature": 0.2})
+    write_run(tmp_path / "other", "RL", [(1, 50.0, 0.15)], start="other",
+              knobs={"lr": 1e-5, "temperature": 0.2})
+    told = (r"of each start all arms \(start, SFT lr 0.0001, SFT lr 0.001, RL\); "
+            "of other it found RL")
+    with pytest.raises(ValueError, match=told):
         compare_runs([str(tmp_path / name) for name in ("a", "c", "rl", "other")])
 
 
@@ -395,11 +486,15 @@ def test_a_run_named_twice_and_rows_that_came_twice_count_once(tmp_path):
     assert {arm: len(rows) for arm, rows in arms.items()} == {"start": 2, "SFT": 2, "RL": 2}
 
 
-def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_standard_errors(tmp_path, capsys):
-    assert [compare.judge_sign("up", change, 1.0) for change in (2.1, 1.9, -1.9, -2.1)] == ["met", "undecided", "undecided", "not met"]
+def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_standard_errors(
+        tmp_path, capsys):
+    judged = [compare.judge_sign("up", change, 1.0) for change in (2.1, 1.9, -1.9, -2.1)]
+    assert judged == ["met", "undecided", "undecided", "not met"]
     assert compare.judge_sign("down", -2.1, 1.0) == "met"
-    table = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}             # Student's t that 5 % exceed, by the number of runs
-    assert [compare.p_value(-t, 1.0, num) for num, t in table.items()] == pytest.approx([0.05] * 5, rel=1e-3)
+    # Student's t that 5 % exceed, by the number of runs
+    table = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}
+    found = [compare.p_value(-t, 1.0, num) for num, t in table.items()]
+    assert found == pytest.approx([0.05] * 5, rel=1e-3)
     assert [compare.p_value(change, 0.0, 3) for change in (0.0, 1.0)] == pytest.approx([1, 0])
     paper = compare.Reference(evaluate.PAPER, evaluate.SIGNS, task_metrics())
     assert paper.metric("virl-vl", "visual_ood") == "success"
@@ -408,8 +503,10 @@ def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_sta
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)])
     compare_runs([str(tmp_path / "sft"), str(tmp_path / "rl")])
     told = capsys.readouterr().out.split("Found, in points of success: ")[1]
-    assert told.startswith("SFT on the training rule -5.0 ± 1.4 (paper: up; not met); RL on the training rule +5.0 ± 1.4 (paper: up; met); "
-                           "SFT on the other rule -5.0 ± 1.4 (paper: down; met); RL on the other rule +5.0 ± 1.4 (paper: up; met). ")
+    assert told.startswith("SFT on the training rule -5.0 ± 1.4 (paper: up; not met); "
+                           "RL on the training rule +5.0 ± 1.4 (paper: up; met); "
+                           "SFT on the other rule -5.0 ± 1.4 (paper: down; met); "
+                           "RL on the other rule +5.0 ± 1.4 (paper: up; met). ")
     assert "Of the paper's 4 signs 3 met, 1 not met, 0 undecided" in told
 
 
