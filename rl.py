@@ -1,112 +1,114 @@
-"""Reinforcement learning: PPO with a value head over several turns with the verifier (paper Sections 3 and 5).
+"""Reinforcement learning: PPO with a value head over turns with the verifier (paper, 3 and 5).
 
     collect_turns -> score_turns -> estimate_advantages -> ppo_update
 
-The unit is the turn: one whole reply has one reward, one value (read at the last prompt token), one advantage and one
-log-prob, the weighted sum over its tokens (`thought_coef` before the answer key, 1 from it on). So there is one PPO
-ratio per reply. A second try sees the first one and the verifier's text in its prompt (sequential revision).
+A turn is one prompt, one reply and one verdict, and the unit of everything here. It has one reward,
+one value, read at the last prompt token, and one advantage. It has one log-prob, a weighted sum
+over the reply's tokens, and so one PPO ratio. Tokens before the answer weigh `thought_coef`, the
+others 1. A second try sees the first one and its verdict in the prompt (sequential revision).
 
     python rl.py --task gp-l --model runs/sft/step_000400 --out runs/rl
-    python rl.py --task gp-vl --model PATH --out runs/red --split id suits=HD --env verify_iter=10     # red cards
+    python rl.py --task gp-vl --model PATH --out runs/red --split id suits=HD --env verify_iter=10
 
-The same command continues a run that was stopped, half-played episodes included; Ctrl-C or SIGTERM drops a rollout or
-finishes an update, saves, and exits with 130 or 143. After a stop in mid-rollout the run folder holds the newest
-checkpoint, step_K/, with weights, value head and optimizer, and in its state how many tokens were spent and where each
-environment stood before the rollout (episode, replies so far, which are played again); lines that the logs have after
-step K are cut when the run goes on. What differs from the official code, and why, is listed in the README and marked
-here; the hyper-parameters are theirs, since the paper prints none.
+The same command continues a stopped run, half-played episodes included. Ctrl-C or SIGTERM drops a
+rollout or finishes an update, saves, and exits with 130 or 143.
 
 Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages.
 
-    S turns of each environment   E environments   N = S x E turns of an update   B turns of a micro-batch   R tokens
+    E   environments                             B   turns of a micro-batch
+    S   turns of each of them in an update       R   tokens of the longest reply in it
+    N   turns of an update, S x E
 
-Under torchrun every process plays its part of the environments and trains on its own turns; whatever their number, the
-deals, the samples, the minibatches and, but for rounding, the weights are the same.
+Under torchrun every process plays a part of the environments and trains on its turns. Deals,
+samples and minibatches do not depend on their number; weights differ by rounding alone.
 """
 import math
-import os
 import time
-from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import envs
-from model import (FREEZABLE, SAMPLES, SHUFFLES, RolloutMemory, aligned_micro_batches, collate, decode_reply, encode,
-                   load_policy, picture_of, sampling_uniforms)
-from support import run_folder, running, settings
+from model import (FREEZABLE, SAMPLES, SHUFFLES, RolloutMemory, aligned_micro_batches, collate,
+                   decode_reply, encode, load_policy, picture_of, sampling_uniforms)
+from support import running, settings, training
 from support.chat import read_text
 from support.running import knob
 
-# ---- The maths ---------------------------------------------------------------------------------------------
+# ---- The maths -----------------------------------------------------------------------------------
 
 
 def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
-    """Generalised advantage estimates and returns, both (S, E), over turns.
+    """Generalised advantage estimates A and returns R over turns, both (S, E).
 
-    rewards, values, dones are (S, E); next_values (E,) belong to the prompts after the last turn, and stand in for
-    what is still to come of an episode that goes on in the next update. An episode that ends, terminated or truncated,
-    passes nothing back: neither value nor advantage crosses `done`.
+        delta_s = r_s + gamma V_{s+1} - V_s
+        A_s = delta_s + gamma lambda A_{s+1}
+        R_s = A_s + V_s
+
+    Where an episode is done after turn s, both terms of s+1 are 0: nothing passes its end. Behind
+    the last turn V is `next_values` (E,), read at the prompts that come next, and A is 0.
+    rewards, values, dones are (S, E).
     """
-    advantages, next_advantages = torch.zeros_like(rewards), torch.zeros_like(next_values)
+    advantages = torch.zeros_like(rewards)
+    next_advantages = torch.zeros_like(next_values)
     for s in reversed(range(len(rewards))):
-        going = 1.0 - dones[s]                # differs 5: done also where truncated; theirs bootstraps on
+        going = 1.0 - dones[s]         # differs 5: done also where truncated; theirs bootstraps on
         delta = rewards[s] + gamma * next_values * going - values[s]
         next_advantages = delta + gamma * gae_lambda * going * next_advantages
-        advantages[s], next_values = next_advantages, values[s]
+        advantages[s] = next_advantages
+        next_values = values[s]
     return advantages, advantages + values
 
 
 def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, clip, value_clip=0.0):
-    """Policy loss, value loss, and what to watch, each (B,); the caller averages. Tensors are (B,)."""
-    log_ratio = (logprobs - old_logprobs).clamp(max=math.log(10))   # beyond 10 no gradient, as in the official code
+    """Policy loss, value loss, and what to watch, each (B,), of tensors (B,); the caller averages.
+
+        ratio = exp(logp - old_logp)
+        policy loss = -min(ratio A, clip(ratio, 1 - c, 1 + c) A)
+        value loss = 0.5 (V - R)^2
+    """
+    # Beyond a ratio of 10 there is no gradient, as in the official code.
+    log_ratio = (logprobs - old_logprobs).clamp(max=math.log(10))
     ratio = log_ratio.exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     value_loss = 0.5 * (values - returns) ** 2
-    if value_clip:                            # differs 11: off by default; theirs is 0.1, as far as a critic may move
+    if value_clip:          # differs 11: off by default; theirs is 0.1, as far as a critic may move
         clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
         value_loss = torch.max(value_loss, 0.5 * (clipped - returns) ** 2)
-    watched = {"ratio": ratio, "approx_kl": ratio - 1 - log_ratio, "clip_fraction": ((ratio - 1).abs() > clip).float()}
+    watched = {"policy_loss": policy_loss, "value_loss": value_loss, "ratio": ratio,
+               "approx_kl": ratio - 1 - log_ratio,
+               "clip_fraction": ((ratio - 1).abs() > clip).float()}
     return policy_loss, value_loss, {name: value.detach() for name, value in watched.items()}
 
 
-def mean_and_variance(values):
-    """Of the values (n,) of all processes."""
-    values = values.double()
-    num = running.total(len(values))
-    mean = running.total(float(values.sum())) / num
-    return mean, running.total(float(((values - mean) ** 2).sum())) / num
-
-
-# ---- Settings ----------------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------
 
 @dataclass
-class Config:
-    """Defaults are the official code's (scripts/gp_training, rl/configs), but for max_grad_norm and the value clip."""
+class Config(training.RunConfig):
+    """The defaults are the official code's, but for max_grad_norm and value_clip."""
     out: str = knob("", "run folder, new or stopped half-way")
     model: str = knob("", "a model folder, usually one that sft.py wrote")
     task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
-    split: tuple = knob(("id",), "the rule to train on, and settings of its own, such as: id rule=11,11,11 fold=train")
-    env: tuple = knob((), "settings of the environment, such as: root=city0 verify_iter=3 (envs.py lists them)")
+    split: tuple = knob(("id",), "the rule to train on, with settings: id rule=11,11,11 fold=train")
+    env: tuple = knob((), "settings of the environment, such as: root=city0 (envs.py lists them)")
     # rollout
     # differs 26: many environments, few turns; theirs 8 x 256
     num_envs: int = knob(256, "environments played side by side", low=1)
-    turns_per_env: int = knob(8, "turns of each per update; 256 x 8 = 2048 as on the paper's 8 GPUs", low=1)
-    max_new_tokens: int = knob(512, "a reply is cut here", low=1)
-    temperature: float = knob(0.2, "of sampling and of the log-probs", low=0.01)
-    # PPO
-    updates: int = knob(20, "rollouts in all", low=1)
+    turns_per_env: int = knob(8, "turns of each in an update; 256 x 8, as on 8 GPUs", low=1)
+    max_new_tokens: int = knob(512, "a reply is cut after so many tokens", low=1)
+    temperature: float = knob(0.2, "temperature of sampling and of the log-probs", low=0.01)
+    # PPO: the paper prints no values, these are the official ones
+    updates: int = knob(20, "rollouts in all, each followed by an update", low=1)
     epochs: int = knob(4, "passes over a rollout", low=1)
-    minibatch_turns: int = knob(1024, "about so many turns per optimizer step; 128 x 8 GPUs", low=1)
+    minibatch_turns: int = knob(1024, "turns of an optimizer step, roughly: 128 x 8 GPUs", low=1)
     lr: float = knob(1e-6, "Adam learning rate", low=1e-12)
     value_lr: float = knob(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
-    lr_warmup: int = knob(0, "updates over which --lr rises to its full height; the value head's does not wait", low=0)
-    lr_final: float = knob(1e-9, "the cosine ends here", low=0)
-    lr_horizon: int = knob(100, "updates until it does (longer than the run, as in the official code)", low=1)
+    lr_warmup: int = knob(0, "updates over which --lr rises; --value-lr does not wait", low=0)
+    lr_final: float = knob(1e-9, "--lr at the end of the cosine", low=0)
+    lr_horizon: int = knob(100, "updates until that end (official: beyond the run's end)", low=1)
     gamma: float = knob(0.9, "discount per turn", low=0, high=1)
     gae_lambda: float = knob(0.95, "GAE lambda", low=0, high=1)
     clip: float = knob(0.1, "PPO ratio clip", low=0)
@@ -114,22 +116,14 @@ class Config:
     value_coef: float = knob(0.5, "weight of the value loss", low=0)
     thought_coef: float = knob(0.5, "weight of the log-probs before the answer key", low=0)
     freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)}")
-    max_grad_norm: float = knob(1.0, "gradient norm is clipped to this (official: 0.01, without effect)", low=1e-12)
+    max_grad_norm: float = knob(1.0, "clip of the gradient's norm (official: 0.01)", low=1e-12)
     # running
-    micro_batch_tokens: int = knob(16384, "padded tokens per forward of the update", low=1)
-    generate_tokens: int = knob(65536, "padded tokens, replies included, that are sampled side by side", low=1)
-    kept_gib: float = knob(4.0, "keys and values that stay from turn to turn of a rollout, in GiB", low=0)
-    gradient_checkpointing: bool = knob(False, "compute activations twice to save memory")
-    dtype: str = knob("auto", "compute in this type; auto: the faster one", choices=("auto", "float32", "bfloat16"))
-    param_dtype: str = knob("float32", "master weights; bfloat16 takes half the memory and loses small updates",
-                            choices=("float32", "bfloat16"))
-    device: str = knob("auto", "cpu, cuda, or auto")
-    seed: int = knob(0, "fixes deals, samples and a new value head", low=0)
+    generate_tokens: int = knob(65536, "padded tokens, with replies, sampled side by side", low=1)
+    kept_gib: float = knob(4.0, "GiB of keys and values kept from turn to turn of a rollout", low=0)
     save_every: int = knob(1, "updates between checkpoints", low=1)
-    keep_resume: int = knob(2, "checkpoints that keep their optimizer state", low=1)
 
 
-# ---- Rollout -----------------------------------------------------------------------------------------------
+# ---- Rollout -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Turn:
@@ -139,14 +133,15 @@ class Turn:
     answer_start: int         # tokens before this one are thought
     reward: float
     done: bool                # terminated or truncated: GAE stops here
-    dialogue_key: tuple       # turns of one dialogue share this: (environment, episode, number in it)
+    dialogue_key: tuple       # turns of one dialogue share it: (environment, episode, number in it)
     info: dict
     picture: object = None    # PIL; the one of the dialogue
     number: int = 0           # of N, in the rollouts of all processes
 
 
 class Conversation:
-    """One environment and the dialogue in it as ids; its state is (episode, replies so far), replayed on resume."""
+    """One environment and its dialogue as ids. Its state is (episode, replies so far), which is
+    played again after a stop. `readable` is the dialogue up to the last reply, for turns.jsonl."""
 
     def __init__(self, index, env, processor, config, episode=0, replies=()):
         self.index, self.env, self.processor = index, env, processor
@@ -157,72 +152,101 @@ class Conversation:
 
     def begin(self, episode):
         self.episode, self.replies, self.dialogue_number = episode, [], 0
-        # a list of routes that is played in order is shared out over the environments
-        messages, _ = self.env.reset(f"{self.seed}/rl/{self.index}/{episode}", episode * self.num_envs + self.index)
+        # Routes that are played in order are shared out over the environments by this number.
+        number = episode * self.num_envs + self.index
+        messages, _ = self.env.reset(f"{self.seed}/rl/{self.index}/{episode}", number)
         self.continue_with(messages, None)
 
     def continue_with(self, messages, prior_ids):
+        """Take the next prompt, of a new dialogue or behind `prior_ids`."""
         if prior_ids is None:
-            self.dialogue_number, self.verdicts = self.dialogue_number + 1, []
-        self.prompt_ids, self.picture = encode(self.processor, messages, prior_ids), picture_of(messages)
+            self.dialogue_number += 1
+            self.verdicts = []
+        self.prompt_ids = encode(self.processor, messages, prior_ids)
+        self.picture = picture_of(messages)
 
     def play(self, response_ids):
-        """Step the environment with a reply and move on to the next prompt: (reward, done, info, what there is to read
-        of the dialogue so far)."""
+        """Step the environment with a reply, move on to the next prompt: (reward, done, info)."""
         before, reply = self.env.messages, decode_reply(self.processor, response_ids)
         messages, reward, terminated, truncated, info = self.env.step(reply)
+        done = terminated or truncated
         self.verdicts = [*self.verdicts, [info["status"], reward]]
-        dialogue = [*before, {"role": "assistant", "content": reply}] if info["new_dialogue"] else messages
-        readable = {"env": self.index, "episode": self.episode, "verdicts": self.verdicts,
-                    "messages": [message | {"content": read_text(message)} for message in dialogue]}
-        if terminated or truncated:
+        dialogue = messages
+        if info["new_dialogue"]:
+            dialogue = [*before, {"role": "assistant", "content": reply}]
+        texts = [message | {"content": read_text(message)} for message in dialogue]
+        self.readable = {"env": self.index, "episode": self.episode, "verdicts": self.verdicts,
+                         "messages": texts}
+        if done:
             self.begin(self.episode + 1)
         else:
-            self.replies = self.replies + [response_ids]   # a new list: the state that is saved holds the old one
-            self.continue_with(messages, None if info["new_dialogue"] else self.prompt_ids + response_ids)
-        return reward, terminated or truncated, info, readable
+            # A new list, because a state that waits to be saved holds the old one.
+            self.replies = self.replies + [response_ids]
+            prior_ids = None if info["new_dialogue"] else self.prompt_ids + response_ids
+            self.continue_with(messages, prior_ids)
+        return reward, done, info
+
+    def next_turn(self) -> Turn:
+        """The turn that comes next, still without a reply."""
+        key = self.index, self.episode, self.dialogue_number
+        return Turn(self.prompt_ids, response_ids=[], answer_start=0, reward=0.0, done=False,
+                    dialogue_key=key, info={}, picture=self.picture)
 
 
 def find_answer(processor, response_ids, answer_at):
-    """The index of the token in which the text of a reply passes `answer_at` characters; len(response_ids) if none does."""
+    """The index of the token with which the reply's text gets longer than `answer_at` characters;
+    len(response_ids) if it never does."""
     # differs 7: where the verifier read the answer; theirs by fixed token ids
-    return bisect_right(range(len(response_ids)), answer_at,
-                        # (half a character is no character yet)
-                        key=lambda token: len(decode_reply(processor, response_ids[:token + 1]).rstrip("\ufffd")))
+    low, high = 0, len(response_ids)
+    # Halve the range that holds the token. Half a character ("\ufffd") is no character yet.
+    while low < high:
+        middle = (low + high) // 2
+        text = decode_reply(processor, response_ids[:middle + 1])
+        if len(text.rstrip("\ufffd")) > answer_at:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 @running.memory_advice("--generate-tokens or --kept-gib")
 def collect_turns(policy, processor, conversations, update, config, stop) -> list[Turn] | None:
-    """S turns of every conversation, sampled from the policy: turns ordered (S, E); None if a stop was asked for."""
-    turns, last = [], config.turns_per_env - 1
+    """S turns of every conversation, sampled, ordered (S, E); None if a stop was asked for."""
+    turns = []
     memory = RolloutMemory(policy, config.generate_tokens, config.kept_gib * 2 ** 30)
     for s in running.progress(range(config.turns_per_env), nested=True, desc="rollout"):
         if stop.requested:
             return None
-        prompts, pictures = zip(*[(conversation.prompt_ids, conversation.picture) for conversation in conversations])
-        keys = [(SAMPLES, config.seed, update, conversation.index, s) for conversation in conversations]
+        # One reply to every environment is sampled, each from random numbers of its own.
+        asked = [conversation.next_turn() for conversation in conversations]
+        keys = [(SAMPLES, config.seed, update, each.index, s) for each in conversations]
         uniforms = sampling_uniforms(keys, config.max_new_tokens)
-        replies = policy.generate(prompts, uniforms, config.max_new_tokens, config.temperature,
-                                  config.generate_tokens, pictures, memory)
-        for conversation, prompt_ids, picture, (response_ids, _) in zip(conversations, prompts, pictures, replies):
-            key = conversation.index, conversation.episode, conversation.dialogue_number
-            reward, done, info, readable = conversation.play(response_ids)
+        replies = policy.generate([turn.prompt_ids for turn in asked], uniforms,
+                                  config.max_new_tokens, config.temperature, config.generate_tokens,
+                                  [turn.picture for turn in asked], memory)
+        # Each environment judges its reply and says what comes next.
+        for conversation, turn, (response_ids, _) in zip(conversations, asked, replies):
+            reward, done, info = conversation.play(response_ids)
             answer_start = find_answer(processor, response_ids, info["answer_at"])
-            turns.append(Turn(prompt_ids, response_ids, answer_start, reward, done, key, info, picture,
-                              s * config.num_envs + conversation.index))
-            # The dialogues of two environments are kept to be read: the way to see reward hacking.
-            if conversation in conversations[:2] and (done or info["new_dialogue"] or s == last):
-                running.log_jsonl(Path(config.out) / "turns.jsonl", **{**info, **readable, "step": update + 1, "done": done})
+            turns.append(replace(turn, response_ids=response_ids, answer_start=answer_start,
+                                 reward=reward, done=done, info=info,
+                                 number=s * config.num_envs + conversation.index))
+            # The dialogues of two environments are logged: reading them shows reward hacking.
+            ended = done or info["new_dialogue"] or s == config.turns_per_env - 1
+            if conversation in conversations[:2] and ended:
+                row = {**info, **conversation.readable, "step": update + 1, "done": done}
+                running.log_jsonl(Path(config.out) / "turns.jsonl", **row)
     return turns
 
 
-# ---- From turns to batches ---------------------------------------------------------------------------------
+# ---- From turns to batches -----------------------------------------------------------------------
 
 def group_dialogues(turns: list[Turn]) -> list[list[int]]:
     """The turns' indices by dialogue, each in the order they were played.
 
-    With E = 2 environments and S = 3, of which the first needs two tries and then one for its next hand, while the
-    second fails three times: [[0, 2], [4], [1, 3, 5]], by first turn: [[0, 2], [1, 3, 5], [4]].
+    Say E = 2 and S = 3. The first environment needs two tries for a hand and one for the next. The
+    second fails three times. The turns are numbered 0 1 / 2 3 / 4 5, the first environment's are
+    the even ones, and this returns [[0, 2], [1, 3, 5], [4]].
     """
     dialogues = {}
     for index, turn in enumerate(turns):
@@ -236,11 +260,12 @@ def dialogue_length(policy, turns, dialogue):
     return policy.num_tokens(last.prompt_ids, last.response_ids, last.picture)
 
 
-def turn_batches(policy, turns, dialogues, config, filler=None) -> list[tuple[list[list[int]], float]]:
-    """Micro-batches of whole dialogues as (dialogues, weight): the turns of a dialogue share one row.
+def turn_batches(policy, turns, dialogues, config, filler=None):
+    """Micro-batches of whole dialogues: a list of (dialogues, weight).
 
-    In the example above, if two rows fit: [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]. All processes must make as many
-    passes: one that has fewer repeats its last, or `filler`, with weight 0.
+    The turns of a dialogue share one row. If two rows fit, the example above is cut into
+    [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]. All processes must make equally many passes: one
+    that has fewer repeats its last, or `filler`, with weight 0.
     """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
@@ -248,36 +273,52 @@ def turn_batches(policy, turns, dialogues, config, filler=None) -> list[tuple[li
 
 
 def minibatches(turns, update, config):
-    """For every optimizer step of an update (epoch, first turn, number of turns, the dialogues that are ours).
+    """For every optimizer step: (where it is, number of turns in it, this process's dialogues).
 
-    Whole dialogues are shuffled; one belongs to the minibatch in which its last turn falls, so that a minibatch has
-    about `minibatch_turns` turns. All processes draw the same minibatches from the dialogues of all.
+    Whole dialogues are shuffled and laid end to end. A dialogue belongs to the minibatch in which
+    its last turn falls. With minibatch_turns = 4 and dialogues a to d of 2, 1, 3 and 2 turns:
+
+        turns        a a b c | c c d d
+        ends             2 3       6 8
+        minibatches  a, b    | c, d         of 3 and 5 turns
+
+    All processes draw the same minibatches from the dialogues of all.
     """
-    own = {turns[dialogue[0]].number: dialogue for dialogue in group_dialogues(turns)}     # by their first turn's number
-    everyones = running.gather([[number, len(dialogue)] for number, dialogue in own.items()])
-    numbers, lengths = np.array(sorted(pair for part in everyones for pair in part)).T
+    # A dialogue is known by the number of its first turn, which is the same in all processes.
+    ours = {turns[dialogue[0]].number: dialogue for dialogue in group_dialogues(turns)}
+    all_dialogues = []
+    for part in running.gather([[number, len(dialogue)] for number, dialogue in ours.items()]):
+        all_dialogues += part
+    numbers, lengths = np.array(sorted(all_dialogues)).T
     for epoch in running.progress(range(config.epochs), nested=True, desc="update"):
-        order = np.random.default_rng((SHUFFLES, config.seed, update, epoch)).permutation(len(numbers))
-        ends = np.cumsum(lengths[order])                                            # turns up to the end of each
+        rng = np.random.default_rng((SHUFFLES, config.seed, update, epoch))
+        order = rng.permutation(len(numbers))
+        ends = np.cumsum(lengths[order])
         for start in range(0, lengths.sum(), config.minibatch_turns):
             chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
-            yield epoch, start, int(lengths[chosen].sum()), [own[number] for number in numbers[chosen] if number in own]
+            dialogues = [ours[number] for number in numbers[chosen] if number in ours]
+            num_turns = int(lengths[chosen].sum())
+            yield f"epoch {epoch}, minibatch from turn {start}", num_turns, dialogues
 
 
-# ---- Scores and update -------------------------------------------------------------------------------------
+# ---- Scores and update ---------------------------------------------------------------------------
 
 def turn_logprobs(policy, turns, dialogues: list[list[int]], config):
-    """Weighted log-prob of each reply (B,) and value of each prompt (B,): the one function of rollout and update.
+    """Weighted log-prob of each reply (B,) and value of each prompt (B,).
 
-    `dialogues` are lists of turn indices; B runs over them in that order.
+    Scores and updates both use this function. `dialogues` are lists of turn indices, and B runs
+    over them in that order.
     """
     flat = [turns[i] for dialogue in dialogues for i in dialogue]
-    samples = [[(turns[i].prompt_ids, turns[i].response_ids) for i in dialogue] for dialogue in dialogues]
-    batch = collate(samples, policy.device, [turns[dialogue[-1]].picture for dialogue in dialogues])
-    logprobs, values = policy(batch, config.temperature)                            # (B, R), (B,)
+    samples = [[(turns[i].prompt_ids, turns[i].response_ids) for i in dialogue]
+               for dialogue in dialogues]
+    pictures = [turns[dialogue[-1]].picture for dialogue in dialogues]
+    batch = collate(samples, policy.device, pictures)
+    logprobs, values = policy(batch, config.temperature)                       # (B, R), (B,)
     starts = torch.tensor([turn.answer_start for turn in flat], device=policy.device)
     is_thought = torch.arange(logprobs.shape[1], device=policy.device) < starts[:, None]
-    return (logprobs * torch.where(is_thought, config.thought_coef, 1.0)).sum(1), values
+    weights = torch.where(is_thought, config.thought_coef, 1.0)                # (B, R)
+    return (logprobs * weights).sum(1), values
 
 
 @running.memory_advice("--micro-batch-tokens or set --gradient-checkpointing")
@@ -293,205 +334,166 @@ def score_turns(policy, turns, config):
 
 
 def estimate_advantages(turns, values, next_values, config):
-    """`compute_gae` on a rollout's turns: advantages and returns, one for each."""
+    """`compute_gae` on the turns of a rollout: advantages (N,) and returns (N,)."""
     shape = config.turns_per_env, -1
-    rewards = torch.tensor([turn.reward for turn in turns]).view(shape)             # (S, E)
-    dones = torch.tensor([float(turn.done) for turn in turns]).view(shape)          # (S, E)
-    advantages, returns = compute_gae(rewards, values.view(shape), dones, next_values, config.gamma, config.gae_lambda)
+    rewards = torch.tensor([turn.reward for turn in turns]).view(shape)        # (S, E)
+    dones = torch.tensor([float(turn.done) for turn in turns]).view(shape)     # (S, E)
+    advantages, returns = compute_gae(rewards, values.view(shape), dones, next_values,
+                                      config.gamma, config.gae_lambda)
     return advantages.flatten(), returns.flatten()
 
 
 @running.memory_advice("--micro-batch-tokens or set --gradient-checkpointing")
-def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, returns, update, config):
-    """`epochs` passes over the N turns in shuffled minibatches, one optimizer step each; returns the stats to log.
+def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, returns, update,
+               config):
+    """`epochs` passes over the N turns in minibatches, one optimizer step each; stats to log.
 
-    The loss of a minibatch is the mean over its turns, those of other processes included: how many there are changes
-    nothing. Policy loss and value loss both train the trunk that they share.
+    The loss of a minibatch is the mean over its turns, those of other processes included. Policy
+    loss and value loss both train the trunk that they share.
     """
-    mean, variance = mean_and_variance(advantages)
+    # Advantages get mean 0 and variance 1 over the turns of all processes.
+    mean, variance = running.mean_and_variance(advantages)
     normalised = (advantages - mean) / (math.sqrt(variance) + 1e-8)
-    columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)   # (4, own turns)
-    filler, sums, grad_norms, first_ratios = [group_dialogues(turns)[0]], Counter(), [], []
-    for epoch, start, num_turns, dialogues in minibatches(turns, update, config):
+    columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)
+    filler = [group_dialogues(turns)[0]]
+    sums, grad_norms, first_ratios, first_step = Counter(), [], [], True
+    for where, num_turns, dialogues in minibatches(turns, update, config):
+        # The gradient of a minibatch is summed over micro-batches.
         fault = None
         for group, weight in turn_batches(policy, turns, dialogues, config, filler):
             rows = [i for dialogue in group for i in dialogue]
             logprobs, values = turn_logprobs(policy, turns, group, config)
-            old_logprob, old_value, advantage, target = columns[:, rows]            # (B,) each
-            policy_loss, value_loss, watched = ppo_loss(logprobs, old_logprob, values, old_value, advantage, target,
-                                                        config.clip, config.value_clip)
+            old_logprob, old_value, advantage, target = columns[:, rows]       # (B,) each
+            policy_loss, value_loss, watched = ppo_loss(
+                logprobs, old_logprob, values, old_value, advantage, target, config.clip,
+                config.value_clip)
             loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
-            if not torch.isfinite(loss):                                            # all stop at the norm they share
+            # This process goes on, since the others wait for it; all stop at the norm below.
+            if not torch.isfinite(loss):
                 fault = f"turns {[turns[i].number for i in rows[:8]]}...: loss {loss}"
-            (loss * running.WORLD).backward()                                       # averaged over processes
+            # The processes' gradients are averaged later, but their losses add up.
+            (loss * running.WORLD).backward()
+            if weight and first_step:
+                first_ratios += watched["ratio"].tolist()
             if weight:
-                first_ratios += [] if grad_norms else watched["ratio"].tolist()
-                for name, value in {"policy_loss": policy_loss, "value_loss": value_loss, **watched}.items():
-                    sums[name] += float(value.detach().sum())
+                for name, value in watched.items():
+                    sums[name] += float(value.sum())
+        # One optimizer step. The norm is that of all processes, so all stop if it is not finite.
         grad_norms.append(running.clip_gradients(policy.parameters(), config.max_grad_norm))
-        if not math.isfinite(grad_norms[-1]):                                       # then it is so in every process
-            faults = [text for text in running.gather(fault) if text] or [f"grad_norm {grad_norms[-1]}"]
-            raise FloatingPointError(f"epoch {epoch}, minibatch from turn {start}, {faults[0]}")
+        if not math.isfinite(grad_norms[-1]):
+            faults = [text for text in running.gather(fault) if text]
+            faults.append(f"grad_norm {grad_norms[-1]}")
+            raise FloatingPointError(f"{where}, {faults[0]}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    num_seen = config.epochs * running.total(len(turns))
-    stats = {name: running.total(value) / num_seen for name, value in sorted(sums.items())}
-    first_ratios = [ratio for part in running.gather(first_ratios) for ratio in part]
-    residual = mean_and_variance(returns - old_values)[1] / (mean_and_variance(returns)[1] + 1e-8)
-    return {**stats, "ratio_max_first": max(first_ratios), "ratio_min_first": min(first_ratios),
-            "grad_norm": sum(grad_norms) / len(grad_norms), "optimizer_steps": len(grad_norms),
-            "explained_variance": 1 - residual}
+        first_step = False
+    return training.update_stats(sums, first_ratios, grad_norms, old_values, returns, config.epochs)
 
 
-# ---- What is logged ----------------------------------------------------------------------------------------
+def count_compute(policy, turns, upcoming, config):
+    """(tokens_trained, tokens_rollout) of an update, all processes together.
 
-def rollout_stats(turns, eos_id):
-    """Counts and means over one rollout.
+        tokens_trained = epochs x tokens of the dialogues
+        tokens_rollout = prompt tokens read + reply tokens sampled + tokens scored
 
-    `success` is over the episodes that ended in it. Short ones end first, so it is biased while a rollout is shorter
-    than an episode (GeneralPoints: too high, at first 1; V-IRL: too low): `step_accuracy`, over all replies, is not.
+    Dialogues and upcoming prompts are scored once each. `model.Policy.gflops` has the compute.
     """
-    own = [turn.info | {"reward": turn.reward, "done": turn.done, "length": len(turn.response_ids),
-                        "cut": turn.response_ids[-1] != eos_id} for turn in turns]
-    rows = [row for part in running.gather(own) for row in part]
-    ended = [row for row in rows if row["done"]]
-    statuses = Counter(row["status"] for row in rows)
-    kinds = Counter(row["kind"] for row in rows)
-    correct = Counter(row["kind"] for row in rows if row["status"] == "correct")
-    return {"turns": len(rows), "episodes": len(ended),
-            "success": sum(row["success"] for row in ended) / max(1, len(ended)),
-            "step_accuracy": statuses["correct"] / len(rows),
-            "reward": math.fsum(row["reward"] for row in rows) / len(rows),
-            **({"cards_read": sum(row["cards_read"] for row in rows) / len(rows)} if "cards_read" in rows[0] else {}),
-            **{f"step_accuracy_{kind}": correct[kind] / kinds[kind] for kind in sorted(kinds)},
-            **{f"status_{status}": statuses[status] for status in sorted(statuses)},
-            "replies_cut": sum(row["cut"] for row in rows),
-            "response_length": sum(row["length"] for row in rows) / len(rows)}
+    lengths = [dialogue_length(policy, turns, dialogue) for dialogue in group_dialogues(turns)]
+    upcoming_lengths = [dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming))]
+    sampled = training.count_sampled(policy, turns, group_dialogues(turns))
+    rollout = sampled + sum(lengths) + sum(upcoming_lengths)
+    return config.epochs * running.total(sum(lengths)), running.total(rollout)
 
 
-def advance(policy, state, turns, upcoming, conversations, config, seconds):
-    """The state after an update: its number, the tokens spent so far, and where each environment stands.
-
-    In sampling a prompt counts from where it leaves what its environment said last (what --kept-gib has no room for is read
-    again, and not counted again); a picture is looked at once in its dialogue.
-    """
-    dialogues = group_dialogues(turns)
-    dialogue_tokens = sum(dialogue_length(policy, turns, dialogue) for dialogue in dialogues)
-    sampled, last = policy.picture_tokens * sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues), {}
-    for turn in turns:
-        known, picture = last.get(turn.dialogue_key[0], ([], None))
-        same = os.path.commonprefix([known, turn.prompt_ids]) if picture is turn.picture else []
-        last[turn.dialogue_key[0]] = turn.prompt_ids + turn.response_ids, turn.picture
-        sampled += len(turn.prompt_ids) - len(same) + len(turn.response_ids)
-    scored = dialogue_tokens + sum(dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming)))
-    standing = running.gather([[conversation.index, conversation.episode, conversation.replies]
-                               for conversation in conversations])
-    return {"step": state["step"] + 1,
-            "tokens_trained": state["tokens_trained"] + config.epochs * running.total(dialogue_tokens),
-            "tokens_rollout": state["tokens_rollout"] + running.total(sampled + scored),
-            "conversations": [own[1:] for own in sorted(own for part in standing for own in part)],
-            "seconds": state["seconds"] + seconds}
-
-
-# ---- The run -----------------------------------------------------------------------------------------------
-
-def make_environments(config):
-    """This process's part of the environments; ValueError names settings that do not fit each other."""
-    if not config.out or not config.model:
-        raise ValueError("--out and --model are required; --model is a folder, such as a checkpoint of sft.py")
-    num_turns = config.num_envs * config.turns_per_env
-    if num_turns % config.minibatch_turns:
-        raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must divide the {num_turns} turns of an update "
-                         f"({config.num_envs} environments x {config.turns_per_env})")
-    if config.num_envs % running.WORLD:
-        raise ValueError(f"--num-envs {config.num_envs}: must be a multiple of the number of processes, {running.WORLD}")
-    split, *more = settings.read_splits(config.split)
-    if more:
-        raise ValueError(f"--split {' '.join(config.split)}: one split only, not {more[0].name} as well")
-    common = settings.read_settings(config.env)
-    environments = [envs.make_env(config.task, split.name, common, **split.settings)
-                    for _ in running.own_part(range(config.num_envs))]
-    if config.minibatch_turns < (tries := environments[0].verify_iter):
-        raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must be at least verify_iter, {tries}, since a "
-                         "dialogue is never cut")
-    return environments
-
+# ---- The run -------------------------------------------------------------------------------------
 
 def set_up(config):
-    """All that a run needs, new or from its newest checkpoint; ValueError says what is wrong, before anything is
-    written."""
-    device, environments = running.start_processes(config.device), make_environments(config)
-    config = replace(config, dtype=running.pick_dtype(config.dtype, device, config.out))
-    newest = run_folder.newest_checkpoint(config)
-    torch.manual_seed(config.seed)
-    load = partial(load_policy, str(newest or config.model), config.dtype, vision=environments[0].vision,
-                   freeze=config.freeze, gradient_checkpointing=config.gradient_checkpointing,
-                   param_dtype=config.param_dtype)
-    with run_folder.damage_advice(newest):
-        policy, processor = running.load_spread(load, device)
-    optimizer = torch.optim.Adam([{"params": policy.backbone.parameters()}, {"params": policy.value_head.parameters()}],
-                                 lr=config.lr, eps=1e-7)
-    state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
-             "conversations": [[0, []]] * config.num_envs}
-    state = run_folder.load_resume(newest, policy, optimizer, state) if newest else state
-    conversations = [Conversation(i, env, processor, config, *state["conversations"][i])
-                     for i, env in zip(running.own_part(range(config.num_envs)), environments)]
-    run_folder.open_run(config, newest)
-    return config, policy, processor, optimizer, state, conversations
+    """(run, conversations); ValueError says what is wrong, before anything is written."""
+    device = running.start_processes(config.device)
+    split = training.check_rl(config)
+    common = settings.read_settings(config.env)
+    # This process plays its part of the environments.
+    numbers = running.own_part(range(config.num_envs))
+    environments = [envs.make_env(config.task, split.name, common, **split.settings)
+                    for _ in numbers]
+    training.check_dialogue(config, environments[0].verify_iter)
+    run = training.Run(config, device, load_policy, environments[0].vision)
+    # Trunk and value head have learning rates of their own.
+    groups = [{"params": run.policy.backbone.parameters()},
+              {"params": run.policy.value_head.parameters()}]
+    run.resume(torch.optim.Adam(groups, lr=config.lr, eps=1e-7),
+               {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0,
+                "conversations": [[0, []]] * config.num_envs})
+    # Each environment goes on where the state says that it stood.
+    conversations = []
+    for i, env in zip(numbers, environments):
+        episode, replies = run.state["conversations"][i]
+        conversations.append(Conversation(i, env, run.processor, run.config, episode, replies))
+    run.open()
+    return run, conversations
 
 
 def set_learning_rates(optimizer, update, config):
-    """Of the backbone, which warms up, and of the value head, which does not; returns the first. Both follow one cosine
-    (the value head's ends as far below its peak as --lr-final is below --lr)."""
-    share = running.learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final) / config.lr
+    """Set the rates of trunk and value head for an update (from 0); returns the first.
+
+        share = a cosine from 1 to lr_final / lr over lr_horizon updates
+        trunk: share x lr x min(1, (update + 1) / (lr_warmup + 1))      value head: share x value_lr
+    """
+    share = running.learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final)
+    share = share / config.lr
     lr = share * config.lr * min(1, (update + 1) / (config.lr_warmup + 1))
-    for group, group_lr in zip(optimizer.param_groups, (lr, share * (config.value_lr or config.lr))):
-        group["lr"] = group_lr
+    trunk, value_head = optimizer.param_groups
+    trunk["lr"] = lr
+    value_head["lr"] = share * (config.value_lr or config.lr)
     return lr
 
 
 def main(config):
     with running.one_line_errors():
-        config, policy, processor, optimizer, state, conversations = set_up(config)
+        run, conversations = set_up(config)
+    config, policy, state = run.config, run.policy, run.state
     running.say_memory(policy, config)
-    task, stop, out = envs.TASKS[config.task], running.StopSignal(), Path(config.out)
-    # differs 14: a folder for any tool, with all that is needed to go on; theirs saves the base model alone
-    save = partial(run_folder.ensure_checkpoint, out, policy=policy, processor=processor, optimizer=optimizer,
-                   keep_resume=config.keep_resume)
-    bar = running.progress(range(state["step"], config.updates), initial=state["step"], total=config.updates, desc="rl")
-    for update in bar:
+    stop = running.StopSignal()
+    for update in run.steps(config.updates, "rl"):
+        began = time.time()
         with running.one_line_errors(f"update {update + 1}"):
-            lr, began = set_learning_rates(optimizer, update, config), time.time()
-            turns = collect_turns(policy, processor, conversations, update, config, stop)
-            if turns is None:                                       # the rollout is dropped, `state` is from before it
-                stop.leave(save(update, state=state))
+            lr = set_learning_rates(run.optimizer, update, config)
+            # Play. After a stop the rollout is dropped, and `state` is from before it.
+            turns = collect_turns(policy, run.processor, conversations, update, config, stop)
+            if turns is None:
+                stop.leave(run.save(state))
             collected = time.time()
-            # the prompts that come next, as turns without a reply: only their values are used
+            # Score all replies and prompts with the weights that sampled the replies.
+            old_logprobs, values = score_turns(policy, turns, config)          # (N,), (N,)
             # differs 10: nothing is generated for the bootstrap
-            upcoming = [Turn(conversation.prompt_ids, [], 0, 0.0, False, (conversation.index,), {},
-                             conversation.picture) for conversation in conversations]
-            old_logprobs, values = score_turns(policy, turns, config)               # one for each turn
-            _, next_values = score_turns(policy, upcoming, config)                  # one for each environment
+            upcoming = [conversation.next_turn() for conversation in conversations]
+            _, next_values = score_turns(policy, upcoming, config)             # (E,)
+            # Estimate how much better each reply was than expected, and train on that.
             advantages, returns = estimate_advantages(turns, values, next_values, config)
-            stats = ppo_update(policy, optimizer, turns, old_logprobs, values, advantages, returns, update, config)
+            stats = ppo_update(policy, run.optimizer, turns, old_logprobs, values, advantages,
+                               returns, update, config)
         updated = time.time()
-        state = advance(policy, state, turns, upcoming, conversations, config, updated - began)
-        rollout = rollout_stats(turns, policy.eos_id)
-        running.log_jsonl(out / "metrics.jsonl", step=update + 1, lr=lr, **rollout, **stats,
-                          value=mean_and_variance(values)[0], tokens_trained=state["tokens_trained"],
-                          tokens_rollout=state["tokens_rollout"],
-                          gflops=policy.gflops(state["tokens_trained"], state["tokens_rollout"]),
-                          # the paper's estimate: a rollout of lambda tokens for each that is trained
-                          gflops_paper=policy.gflops(state["tokens_trained"],
-                                                     task.paper_lambda * state["tokens_trained"]),
-                          seconds=state["seconds"], seconds_rollout=collected - began, seconds_update=updated - collected)
-        bar.set_postfix(correct=f"{rollout['step_accuracy']:.2f}", reward=f"{rollout['reward']:.2f}", refresh=False)
-        stopping = stop.requested
-        if (update + 1) % config.save_every == 0 or update + 1 == config.updates or stopping:
-            saved = save(update + 1, state=state)
-        if stopping:
-            stop.leave(saved)
-    running.say_finished(out)
+        # Count tokens, which give the compute, and log the update.
+        trained, rollout = count_compute(policy, turns, upcoming, config)
+        state = {"step": update + 1, "tokens_trained": state["tokens_trained"] + trained,
+                 "tokens_rollout": state["tokens_rollout"] + rollout,
+                 "conversations": training.where_they_stand(conversations),
+                 "seconds": state["seconds"] + (updated - began)}
+        tokens = state["tokens_trained"]
+        played = training.rollout_stats(turns, policy.eos_id)
+        # The paper's estimate: a rollout of lambda tokens for each one that is trained.
+        gflops_paper = policy.gflops(tokens, envs.TASKS[config.task].paper_lambda * tokens)
+        running.log_jsonl(
+            Path(config.out) / "metrics.jsonl", step=update + 1, lr=lr, **played, **stats,
+            value=running.mean_and_variance(values)[0], tokens_trained=tokens,
+            tokens_rollout=state["tokens_rollout"],
+            gflops=policy.gflops(tokens, state["tokens_rollout"]), gflops_paper=gflops_paper,
+            seconds=state["seconds"], seconds_rollout=collected - began,
+            seconds_update=updated - collected)
+        run.show(correct=f"{played['step_accuracy']:.2f}", reward=f"{played['reward']:.2f}")
+        # differs 14: a folder for any tool and to go on from; theirs saves the base model alone
+        run.save_if_due(state, config.updates, stop)
+    running.say_finished(config.out)
 
 
 if __name__ == "__main__":

@@ -79,8 +79,10 @@ for name in $PANELS; do
         RL_SETTINGS="$ppo;$warm 0.2;$warm 0.5;$warm 1.0;$ppo --env $city verify_iter=1;\
 $ppo --env $city verify_iter=5;$ppo --env $city \
 feedback=plain;$ppo --env $city reward=random;--temperature 1.0 --lr 3e-5 --lr-final 3e-5" \
-            SFT_SETTINGS="--lr 1e-3;--lr 3e-4;--lr 1e-4;--lr 1e-3 --failed-tries 1;--lr 1e-3 --dft;--lr 3e-5;--lr 1e-5" MORE_RL="--save-every 5" MORE_SFT="--save-every 25" \
-            MORE_TEST="--splits id rule_ood unseen --env $city verify_iter=2 feedback=informative reward=verdict" panel virl virl-l ;;
+            SFT_SETTINGS="--lr 1e-3;--lr 3e-4;--lr 1e-4;--lr 1e-3 --failed-tries 1;\
+--lr 3e-5;--lr 1e-5" MORE_RL="--save-every 5" MORE_SFT="--save-every 25" \
+            MORE_TEST="--splits id rule_ood unseen --env $city verify_iter=2 \
+feedback=informative reward=verdict" panel virl virl-l ;;
     two_by_two | gate)
         # Each cell is NAME:FAULTS of its starts.
         if [ "$name" = two_by_two ]; then
@@ -146,7 +148,7 @@ if [ -d "$OUT/virl" ]; then
     # How far runs moved from their starts: the arms above that differ in rate or temperature alone.
     runs=()
     for start in $STARTS; do
-        runs+=("$OUT/virl/"{sft_{0,1,2,5,6},rl_{0,1,2,3,8}}_$((10 * start)))
+        runs+=("$OUT/virl/"{sft_{0,1,2,4,5},rl_{0,1,2,3,8}}_$((10 * start)))
     done
     python recipes/distance.py "${runs[@]}" ${SMOKE:+--num 16}
 fi

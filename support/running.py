@@ -59,6 +59,11 @@ def fail(message, alone=False):
     sys.exit(2)
 
 
+def options_of(cls):
+    """The fields of a Config as --help lists them: first its own, then those of its base class."""
+    return sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__)
+
+
 def parse_config(cls, argv=None):
     """A Config from the command line; a flag, type or value that is not allowed ends the program with one line.
 
@@ -66,7 +71,7 @@ def parse_config(cls, argv=None):
     """
     parser = OneLineParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(cls):
+    for f in options_of(cls):
         kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
                 {"nargs": "+", "type": str} if f.type is tuple else {"type": f.type})
         shown = " ".join(f.default) if f.type is tuple else f.default
@@ -434,6 +439,14 @@ def gather(value):
 def total(value):
     """The sum of a number over all processes."""
     return sum(gather(value))
+
+
+def mean_and_variance(values):
+    """Mean and variance of the values (n,) of all processes."""
+    values = values.double()
+    num = total(len(values))
+    mean = total(float(values.sum())) / num
+    return mean, total(float(((values - mean) ** 2).sum())) / num
 
 
 def own_part(items):

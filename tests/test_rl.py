@@ -9,6 +9,7 @@ import torch
 import envs
 import model
 import rl
+from support import training
 
 CONFIG = rl.Config(out="", model="", num_envs=4, turns_per_env=3, minibatch_turns=12, max_new_tokens=12, temperature=1.0,
                    micro_batch_tokens=4096, epochs=1, lr=1e-3)
@@ -240,20 +241,19 @@ def test_a_loss_that_is_not_finite_names_the_minibatch_and_the_turns(tiny, tmp_p
 
 def test_an_update_that_minibatches_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="--minibatch-turns 5: must divide the 12 turns"):
-        rl.make_environments(config(out="a", model="b", minibatch_turns=5))
+        training.check_rl(config(out="a", model="b", minibatch_turns=5))
 
 
 def test_a_prompt_counts_from_where_it_leaves_what_was_said_before(tiny):
     policy, _ = tiny
-    state = {"step": 0, "tokens_trained": 0, "tokens_rollout": 0, "seconds": 0.0}
 
     def turn(prompt, response, key):
         return rl.Turn(prompt, response, 0, 0.0, False, key, {})
     first, other = turn([1, 2, 3], [4, 5], (0, 0, 1)), turn([1, 2], [9], (1, 0, 1))
     retry, next_dialogue = turn([1, 2, 3, 4, 5, 6], [7], (0, 0, 1)), turn([1, 2, 8, 8], [9], (1, 0, 2))
     upcoming = [turn([1, 2, 3, 5], [], (0,)), turn([1], [], (1,))]
-    after = rl.advance(policy, state, [first, other, retry, next_dialogue], upcoming, [], config(epochs=3), 1.5)
+    turns = [first, other, retry, next_dialogue]
+    trained, played = rl.count_compute(policy, turns, upcoming, config(epochs=3))
     dialogues = 7 + 3 + 5                                          # three rows, of which one holds two turns
     read_and_sampled = (3 + 2) + (2 + 1) + (1 + 1) + (2 + 1)
-    assert after["tokens_trained"] == 3 * dialogues and after["tokens_rollout"] == read_and_sampled + dialogues + 4 + 1
-    assert (after["step"], after["seconds"], state["tokens_rollout"]) == (1, 1.5, 0)
+    assert trained == 3 * dialogues and played == read_and_sampled + dialogues + 4 + 1

@@ -7,7 +7,7 @@ import evaluate
 import rl
 import sft
 from conftest import tiny_folder
-from support import running
+from support import running, training
 from support.chat import read_text
 from support.settings import Split, read_settings, read_splits, read_value
 from test_scripts import RL, flags
@@ -114,4 +114,4 @@ def test_a_rule_of_ones_own_is_trained_on_and_stands_in_the_rows_of_the_test(tmp
 def test_one_split_only_is_trained_on_by_rl(tmp_path):
     with pytest.raises(ValueError,
                        match="--split id rule_ood: one split only, not rule_ood as well"):
-        rl.make_environments(rl.Config(out=str(tmp_path), model="a", split=("id", "rule_ood")))
+        training.check_rl(rl.Config(out=str(tmp_path), model="a", split=("id", "rule_ood")))

@@ -1,0 +1,231 @@
+"""What sft.py and rl.py share around their method: how a run begins, goes on and is saved.
+
+Beside that: options that contradict each other, and what rl.py logs of a rollout. `load_policy` and
+the optimizer are handed in, since support/ uses none of the six files.
+"""
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from support import run_folder, running, settings
+from support.running import knob
+
+TYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class RunConfig:
+    """Options of sft.py and rl.py alike: how a run is executed."""
+    micro_batch_tokens: int = knob(16384, "padded tokens of one forward pass in training", low=1)
+    gradient_checkpointing: bool = knob(False, "compute activations twice to save memory")
+    dtype: str = knob("auto", "type to compute in; auto takes the faster one",
+                      choices=("auto", *TYPES))
+    param_dtype: str = knob("float32", "type of the master weights; bfloat16 takes half the memory "
+                                       "and loses small updates", choices=TYPES)
+    device: str = knob("auto", "cpu, cuda, or auto")
+    seed: int = knob(0, "fixes every sample, deal and reply, and a new value head", low=0)
+    keep_resume: int = knob(2, "number of checkpoints that keep their optimizer state", low=1)
+
+
+# ---- A run ---------------------------------------------------------------------------------------
+
+class Run:
+    """A run, new or from its newest checkpoint. The three steps to it are called in this order.
+
+    Run(...)    chooses the numeric type, finds the checkpoint and loads the weights
+    resume      puts the optimizer and the state of the checkpoint back
+    open        makes the run folder; nothing is written before this
+
+    ValueError says what is wrong with the settings, the run folder, the model or the checkpoint.
+    """
+
+    def __init__(self, config, device, load_policy, vision):
+        """`vision`: whether the task needs a model that reads pictures."""
+        dtype = running.pick_dtype(config.dtype, device, config.out)
+        self.config = replace(config, dtype=dtype)
+        self.newest = run_folder.newest_checkpoint(self.config)
+        # A model without a value head gets a new one, drawn from this seed.
+        torch.manual_seed(config.seed)
+        load = partial(load_policy, str(self.newest or config.model), dtype, vision=vision,
+                       freeze=config.freeze, param_dtype=config.param_dtype,
+                       gradient_checkpointing=config.gradient_checkpointing)
+        with run_folder.damage_advice(self.newest):
+            self.policy, self.processor = running.load_spread(load, device)
+
+    def resume(self, optimizer, first_state):
+        """Keep the optimizer, and set `state` to that of the checkpoint or, in a new run, to
+        `first_state`. A state holds the number of its step, tokens and seconds so far."""
+        self.optimizer = optimizer
+        self.state = first_state
+        if self.newest:
+            self.state = run_folder.load_resume(self.newest, self.policy, optimizer, first_state)
+
+    def open(self):
+        """Make the run folder, or cut its logs back to the checkpoint."""
+        run_folder.open_run(self.config, self.newest)
+
+    def steps(self, last_step, name):
+        """A progress bar over the steps that are left, counted from 0."""
+        first = self.state["step"]
+        self.bar = running.progress(range(first, last_step), initial=first, total=last_step,
+                                    desc=name)
+        return self.bar
+
+    def show(self, **figures):
+        """Write figures behind the progress bar."""
+        self.bar.set_postfix(refresh=False, **figures)
+
+    def save(self, state, with_value_head=True):
+        """Write the checkpoint of this state unless it is there; returns its folder."""
+        return run_folder.ensure_checkpoint(
+            self.config.out, state["step"], self.policy, self.processor, self.optimizer, state,
+            self.config.keep_resume, with_value_head)
+
+    def save_if_due(self, state, last_step, stop, with_value_head=True):
+        """Save every --save-every steps, after the last step, and before a stop. A stop that was
+        asked for ends the program here."""
+        stopping = stop.requested
+        due = state["step"] % self.config.save_every == 0 or state["step"] == last_step
+        if due or stopping:
+            saved = self.save(state, with_value_head)
+        if stopping:
+            stop.leave(saved)
+
+
+# ---- Options that contradict each other ----------------------------------------------------------
+
+def check_folders(config):
+    """ValueError unless both folders are named."""
+    if not config.out or not config.model:
+        raise ValueError("--out and --model are required; --model is a folder, such as a "
+                         "checkpoint of sft.py or a tiny model of support/tiny.py")
+
+
+def check_sft(config):
+    """ValueError unless both folders are named and every process has a sample of each step."""
+    check_folders(config)
+    if config.batch_size < running.WORLD:
+        raise ValueError(f"--batch-size {config.batch_size}: must be at least the number of "
+                         f"processes, {running.WORLD}")
+
+
+def check_samples(config, splits, environments):
+    """sft.py: ValueError if --data, --mix, --failed-tries and --balance do not fit each other."""
+    for split, env in zip(splits, environments):
+        if env.verify_iter <= config.failed_tries:
+            raise ValueError(f"--mix {split.label}: verify_iter {env.verify_iter} must be above "
+                             f"--failed-tries {config.failed_tries}")
+    mixed = len(splits) > 1 or splits[0].settings
+    if config.data and (config.failed_tries or config.balance or mixed):
+        raise ValueError("--data: --mix, --failed-tries and --balance are for samples that are "
+                         "made on the fly")
+    if config.balance and len(environments[0].kinds) == 1:
+        raise ValueError(f"--balance: {config.task} has one kind of position only")
+
+
+def check_rl(config):
+    """The one split to train on.
+
+    ValueError unless both folders are named, the minibatches divide an update, the processes
+    divide the environments, and there is one split.
+    """
+    check_folders(config)
+    num_turns = config.num_envs * config.turns_per_env
+    if num_turns % config.minibatch_turns:
+        raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must divide the "
+                         f"{num_turns} turns of an update ({config.num_envs} environments x "
+                         f"{config.turns_per_env})")
+    if config.num_envs % running.WORLD:
+        raise ValueError(f"--num-envs {config.num_envs}: must be a multiple of the number of "
+                         f"processes, {running.WORLD}")
+    split, *more = settings.read_splits(config.split)
+    if more:
+        raise ValueError(f"--split {' '.join(config.split)}: one split only, not {more[0].name} "
+                         "as well")
+    return split
+
+
+def check_dialogue(config, verify_iter):
+    """rl.py: ValueError if a dialogue of `verify_iter` turns is longer than a minibatch."""
+    if config.minibatch_turns < verify_iter:
+        raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must be at least "
+                         f"verify_iter, {verify_iter}, since a dialogue is never cut")
+
+
+# ---- What rl.py logs and saves -------------------------------------------------------------------
+
+def rollout_stats(turns, eos_id):
+    """Counts and means over one rollout.
+
+    `success` is over the episodes that ended in it. Short episodes end first, so it is biased
+    while a rollout is shorter than an episode. In GeneralPoints it is then too high, at first 1.
+    In V-IRL it is too low. `step_accuracy`, which is over all replies, has no such bias.
+    """
+    own_rows = []
+    for turn in turns:
+        own_rows.append(turn.info | {"reward": turn.reward, "done": turn.done,
+                                     "length": len(turn.response_ids),
+                                     "cut": turn.response_ids[-1] != eos_id})
+    rows = [row for part in running.gather(own_rows) for row in part]
+    ended = [row for row in rows if row["done"]]
+    statuses = Counter(row["status"] for row in rows)
+    kinds = Counter(row["kind"] for row in rows)
+    correct = Counter(row["kind"] for row in rows if row["status"] == "correct")
+    stats = {"turns": len(rows), "episodes": len(ended),
+             "success": sum(row["success"] for row in ended) / max(1, len(ended)),
+             "step_accuracy": statuses["correct"] / len(rows),
+             "reward": math.fsum(row["reward"] for row in rows) / len(rows)}
+    if "cards_read" in rows[0]:
+        stats["cards_read"] = sum(row["cards_read"] for row in rows) / len(rows)
+    for kind in sorted(kinds):
+        stats[f"step_accuracy_{kind}"] = correct[kind] / kinds[kind]
+    for status in sorted(statuses):
+        stats[f"status_{status}"] = statuses[status]
+    stats["replies_cut"] = sum(row["cut"] for row in rows)
+    stats["response_length"] = sum(row["length"] for row in rows) / len(rows)
+    return stats
+
+
+def update_stats(sums, first_ratios, grad_norms, old_values, returns, epochs):
+    """What is logged of an update. `sums` are over this process's turns in all epochs; means are
+    over the turns of all processes."""
+    num_seen = epochs * running.total(len(returns))
+    stats = {name: running.total(value) / num_seen for name, value in sorted(sums.items())}
+    ratios = [ratio for part in running.gather(first_ratios) for ratio in part]
+    residual = running.mean_and_variance(returns - old_values)[1]
+    unexplained = residual / (running.mean_and_variance(returns)[1] + 1e-8)
+    return {**stats, "ratio_max_first": max(ratios), "ratio_min_first": min(ratios),
+            "grad_norm": sum(grad_norms) / len(grad_norms), "optimizer_steps": len(grad_norms),
+            "explained_variance": 1 - unexplained}
+
+
+def count_sampled(policy, turns, dialogues):
+    """The tokens that this process read and sampled in a rollout.
+
+    A prompt is read from where it leaves what its environment said last. What --kept-gib has no
+    room for is read again, and not counted again. A picture is looked at once in its dialogue.
+    """
+    with_picture = sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues)
+    tokens = policy.picture_tokens * with_picture
+    last = {}                                  # of each environment: its ids so far, its picture
+    for turn in turns:
+        env = turn.dialogue_key[0]
+        known_ids, picture = last.get(env, ([], None))
+        known = 0
+        if picture is turn.picture:
+            known = len(os.path.commonprefix([known_ids, turn.prompt_ids]))
+        tokens += len(turn.prompt_ids) - known + len(turn.response_ids)
+        last[env] = turn.prompt_ids + turn.response_ids, turn.picture
+    return tokens
+
+
+def where_they_stand(conversations):
+    """[episode, replies so far] of every environment, those of other processes included."""
+    states = [[conversation.index, conversation.episode, conversation.replies]
+              for conversation in conversations]
+    rows = [row for part in running.gather(states) for row in part]
+    return [[episode, replies] for _, episode, replies in sorted(rows)]
