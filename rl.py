@@ -244,9 +244,9 @@ def collect_turns(policy, processor, conversations, update, config, stop) -> lis
 def group_dialogues(turns: list[Turn]) -> list[list[int]]:
     """The turns' indices by dialogue, each in the order they were played.
 
-    Say E = 2 and S = 3. The first environment needs two tries for a hand and one for the next. The
-    second fails three times. The turns are numbered 0 1 / 2 3 / 4 5, the first environment's are
-    the even ones, and this returns [[0, 2], [1, 3, 5], [4]].
+    Say E = 2 and S = 3. The first environment, whose turns are 0, 2 and 4, needs two tries for a
+    hand and one for the next. The second, with turns 1, 3 and 5, fails three times. This returns
+    [[0, 2], [1, 3, 5], [4]].
     """
     dialogues = {}
     for index, turn in enumerate(turns):

@@ -1,10 +1,11 @@
-"""What a run needs and the paper does not mention: configs, errors of one line, files, memory, signals, processes.
+"""What a run needs and the paper does not mention: options, errors, files, memory, processes.
 
-The scripts are written as if there were one process. torchrun starts one per device: what they have to agree on goes
-through `gather` and `total`, which every process calls at the same point and which cost nothing in a single one.
+The scripts are written as if there were one process. torchrun starts one per device. What the
+processes have to agree on goes through `gather` and `total`. Every process calls these at the same
+point, and in a single process they cost nothing.
 
-The last section is the one that the paper's scale needs: weights, gradients and optimizer state spread over the
-processes with FSDP2.
+The last section is the one to read: how FSDP2 spreads weights, gradients and optimizer state over
+the processes, which the paper's scale needs.
 """
 import argparse
 import contextlib
@@ -26,19 +27,21 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-# ---- Configs and the command line --------------------------------------------------------------------------
+# ---- Configs and the command line ----------------------------------------------------------------
 
 
 def knob(default, help, low=None, high=None, choices=None):
-    """A field of a script's Config: its default, help text, and what values are allowed."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+    """A field of a script's Config: its default, its help text, and the values that are allowed."""
+    limits = {"low": low, "high": high, "choices": choices}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -50,8 +53,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def fail(message, alone=False):
-    """Say one line and exit with 2: the ending for the user's mistakes. `alone`: this process says it even if it is not
-    the first, since the others do not come here."""
+    """Print one line and exit with 2, which is the ending for the user's mistakes.
+
+    Only the first process prints, unless this one comes here `alone`.
+    """
     flush_console()
     if RANK == 0 or alone:
         message = " ".join(str(message).splitlines())    # a path may hold a line break
@@ -64,59 +69,79 @@ def options_of(cls):
     return sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__)
 
 
+def flag_of(field):
+    """The field num_envs is the flag --num-envs."""
+    return "--" + field.name.replace("_", "-")
+
+
 def parse_config(cls, argv=None):
-    """A Config from the command line; a flag, type or value that is not allowed ends the program with one line.
+    """A Config from the command line. A flag, type or value that is not allowed ends the program
+    with one line.
 
     A field of type tuple takes words up to the next flag: `--env root=city0 verify_iter=3`.
     """
     parser = OneLineParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in options_of(cls):
-        kind = ({"action": argparse.BooleanOptionalAction} if f.type is bool else
-                {"nargs": "+", "type": str} if f.type is tuple else {"type": f.type})
-        shown = " ".join(f.default) if f.type is tuple else f.default
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
+        kind, shown = {"type": f.type}, f.default
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif f.type is tuple:
+            kind, shown = {"nargs": "+", "type": str}, " ".join(f.default)
+        parser.add_argument(flag_of(f), default=f.default,
                             help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    config = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    config = cls(**{name: tuple(value) if isinstance(value, list) else value
+                    for name, value in given.items()})
     for f in fields(cls):
-        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        flag, choices = "--" + f.name.replace("_", "-"), f.metadata["choices"]
-        if choices and value not in choices:
-            parser.error(f"{flag} {value!r}: allowed are {', '.join(map(str, choices))}")
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"{flag} {value}: must be a finite number")
-        if low is not None and value < low or high is not None and value > high:
-            parser.error(f"{flag} {value}: must be {f'at least {low}' if high is None else f'from {low} to {high}'}")
+        if fault := fault_of(getattr(config, f.name), **f.metadata):
+            parser.error(f"{flag_of(f)} {fault}")
     return config
+
+
+def fault_of(value, help, low, high, choices):
+    """The value and what is wrong with it, or None; the rest is what `knob` keeps of a field."""
+    if choices and value not in choices:
+        return f"{value!r}: allowed are {', '.join(map(str, choices))}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}: must be a finite number"
+    if low is not None and value < low or high is not None and value > high:
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        return f"{value}: must be {allowed}"
 
 
 @contextlib.contextmanager
 def one_line_errors(where=None):
-    """The user's mistakes (ValueError) and numbers that are not finite end with one line, no traceback.
+    """The user's mistakes (ValueError) and numbers that are not finite end with one line and no
+    traceback.
 
-    `where` says in which step or update of a run that has begun; before, all processes meet the same error.
+    `where` names the step or update of a run that has begun. Before that all processes meet the
+    same error, and the first one prints it.
     """
     begun = "" if where is None else f"{where}: "
     try:
         yield
-    except FloatingPointError as error:                  # in every process: they share the gradient's norm
-        fail(f"{begun}{error}; the last checkpoint is whole, go on from it with a smaller --lr and another --out")
-    except ValueError as error:                          # in a run such as a picture that cannot be read
-        fail(f"{begun}{error}{'; the last checkpoint is whole' if begun else ''}", alone=bool(begun))
+    except FloatingPointError as error:      # in every process: they share the gradient's norm
+        fail(f"{begun}{error}; the last checkpoint is whole, go on from it with a smaller --lr and "
+             "another --out")
+    except ValueError as error:              # in a run such as a picture that cannot be read
+        fail(f"{begun}{error}{'; the last checkpoint is whole' if begun else ''}",
+             alone=bool(begun))
 
 
 def within_seconds(seconds, function, fault):
-    """The value of function(), in which code from a file runs (a chat template); ValueError(fault) if it takes longer."""
+    """The value of function(), which runs code from a file such as a chat template;
+    ValueError(fault) if it takes longer."""
     outcome = []
 
     def call():
         try:
             outcome.append((function(), None))
-        except Exception as error:                       # raised below, where somebody waits for it
+        except Exception as error:           # raised below, where somebody waits for it
             outcome.append((None, error))
 
-    thread = threading.Thread(target=call, daemon=True)  # one that goes on for ever does not keep the program
+    # A daemon thread that never ends does not keep the program from ending.
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
     value, error = outcome[0] if outcome else (None, ValueError(fault))
@@ -127,17 +152,18 @@ def within_seconds(seconds, function, fault):
 
 @contextlib.contextmanager
 def memory_advice(knobs):
-    """Where memory may run out (also as a decorator): end with one line that says which knobs to turn."""
+    """Where memory may run out (also as a decorator): end with one line that names the options to
+    lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        fail(f"{str(error).splitlines()[0]} Lower {knobs}; what is saved is whole, and the same command goes on",
-             alone=True)
+        fail(f"{str(error).splitlines()[0]} Lower {knobs}; what is saved is whole, and the same "
+             "command goes on", alone=True)
 
 
 def flush_console():
-    """Print what waits to be printed; if nobody reads it any more, it and what follows goes nowhere."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):            # None: closed from the start
+    """Print what waits to be printed. If nobody reads it, it is dropped, and so is what follows."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):    # None: closed from the start
         try:
             stream.flush()
         except OSError:
@@ -147,34 +173,39 @@ def flush_console():
 def run(main, config_class):
     """A script: its command line, `main`, and an end that all processes reach together.
 
-    Ctrl-C and SIGTERM end it with one line; in a training loop StopSignal takes them, and saves first. So do a full
-    disk and a folder that may not be written; a reader who has gone (`| head`) ends it without one, as other tools.
+    Ctrl-C and SIGTERM end it with one line. (In a training loop StopSignal takes them, and saves
+    first.) A full disk or a folder without permission to write ends it with one line, too. If its
+    reader has gone (`| head`), it ends without a line, as other tools do.
     """
     def terminate(*_):
         raise KeyboardInterrupt("terminated")
 
     signal.signal(signal.SIGTERM, terminate)
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))   # of a daemon
+    # A daemon may have no output at all.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         main(parse_config(config_class))
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         flush_console()
         print("\nstopped; the same command goes on with what is saved", file=sys.stderr)
-        os._exit(143 if stop.args else 130)              # the other processes have been told as well
+        os._exit(143 if stop.args else 130)              # the other processes got the signal, too
     except BrokenPipeError:                              # a result is saved before it is printed
         os._exit(128 + signal.SIGPIPE)
     except OSError as error:
-        fail(f"{error}; what was saved before is whole, and the same command goes on with it", alone=True)
+        fail(f"{error}; what was saved before is whole, and the same command goes on with it",
+             alone=True)
     finally:
-        flush_console()                                  # else Python ends with a complaint of its own
+        flush_console()                                  # else Python ends with a complaint
     leave()
 
 
-# ---- Console and files -------------------------------------------------------------------------------------
+# ---- Console and files ---------------------------------------------------------------------------
 
 class LogStream:
-    """stderr that leads to a file or a program: if that is gone, bars are not shown, and the work goes on."""
+    """stderr that leads to a file or a program. If that is gone, bars are not shown, and the work
+    goes on."""
 
     def write(self, text):
         with contextlib.suppress(OSError):
@@ -186,7 +217,8 @@ class LogStream:
 
 
 def progress(iterable=None, nested=False, **kwargs):
-    """A progress bar, shown by the first process; in a log that nobody watches rarely, and a nested one not at all."""
+    """A progress bar of the first process. In a log that nobody watches it is written rarely, and a
+    nested one not at all."""
     watched = sys.stderr.isatty()
     return tqdm(iterable, disable=RANK > 0 or nested and not watched, leave=not nested,
                 mininterval=0.1 if watched else 30, miniters=None if watched else 1,
@@ -200,7 +232,7 @@ def say(text):
 
 
 def say_finished(out):
-    """The last line of a run, also of one that had been finished before."""
+    """The last line of a run, also of one that was finished before."""
     say(f"{out}: finished; to test its checkpoints: python evaluate.py --run-folder {out}")
 
 
@@ -215,7 +247,7 @@ def naming(path):
 
 
 def write_atomically(path, text):
-    """Replace a file's content in one move, so that no reader, crash or power loss ever shows half of it."""
+    """Replace a file's content in one move, so that no reader or crash ever shows half of it."""
     if RANK > 0:
         return
     temporary = Path(f"{path}.tmp")
@@ -232,11 +264,14 @@ def write_jsonl(path, rows):
 
 
 def read_jsonl(path, *keys):
-    """The rows of a log; a last line that was never finished is left out, and a file that is not there is empty.
+    """The rows of a log. Blank lines and a last line that was never finished are left out; a file
+    that is not there is empty.
 
-    ValueError names file and line of what is no JSON object with these keys; blank lines are none.
+    ValueError names file and line of what is not a JSON object with these keys.
     """
-    rows, lines = [], Path(path).read_bytes().split(b"\n")[:-1] if Path(path).is_file() else ()
+    rows, lines = [], []
+    if Path(path).is_file():
+        lines = Path(path).read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -245,13 +280,15 @@ def read_jsonl(path, *keys):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if not isinstance(row, dict) or not row.keys() >= set(keys):
-            raise ValueError(f"{path}, line {number}: expected a JSON object{' with ' * bool(keys)}{', '.join(keys)}")
+            wanted = f" with {', '.join(keys)}" if keys else ""
+            raise ValueError(f"{path}, line {number}: expected a JSON object{wanted}")
         rows.append(row)
     return rows
 
 
 def read_object(path):
-    """A JSON object from a file, {} if there is none; ValueError names a file that holds anything else."""
+    """A JSON object from a file, {} if there is no file. ValueError names a file that holds
+    anything else."""
     if not Path(path).is_file():
         return {}
     try:
@@ -283,11 +320,11 @@ def append_line(path, row):
             file.write(json.dumps(row) + "\n")
     except OSError:
         with contextlib.suppress(OSError):
-            os.truncate(path, size)                      # half a line would spoil the next one
+            os.truncate(path, size)          # half a line would spoil the next one
         raise
 
 
-# ---- Device, type and memory -------------------------------------------------------------------------------
+# ---- Device, type and memory ---------------------------------------------------------------------
 
 def pick_device(name):
     """"auto" is CUDA where there is one; anything else is torch's name of a device."""
@@ -312,45 +349,59 @@ def seconds_of_products(dtype):
 
 
 def pick_dtype(name, device, run_folder=None):
-    """"auto": what the run folder has recorded; else bfloat16 on CUDA, and on a CPU where it is the faster one.
+    """The type that "auto" stands for, which is printed; any other name is itself.
 
-    Many CPUs have no bfloat16 units, and compute in it 25 to 80 times more slowly than in float32. The choice is said.
+    It is what the run folder has recorded. In a new run it is bfloat16 on a GPU, and on a CPU where
+    that is the faster one. Many CPUs have no units for bfloat16, and are 25 to 80 times slower in
+    it than in float32.
     """
     if name != "auto":
         return name
     recorded = read_run_config(run_folder).get("dtype") if run_folder else None
     if recorded not in (None, "auto"):
         return recorded
-    faster = device.type != "cpu" or seconds_of_products(torch.bfloat16) < seconds_of_products(torch.float32)
+    faster = (device.type != "cpu"
+              or seconds_of_products(torch.bfloat16) < seconds_of_products(torch.float32))
     dtype = gather("bfloat16" if faster else "float32")[0]
-    say(f"dtype auto: {dtype}, the faster one on this {'GPU' if device.type == 'cuda' else device.type.upper()}")
+    kind = "GPU" if device.type == "cuda" else device.type.upper()
+    say(f"dtype auto: {dtype}, the faster one on this {kind}")
     return dtype
 
 
 def memory_estimate(policy, config):
-    """A line on the memory that training needs on each device: what stays, and what one micro-batch adds.
+    """A line on the memory that training needs on each device: what stays, and what one micro-batch
+    adds.
 
-    Weights, gradients and Adam's two moments are shared out. Sampling has all weights on every device, in the type that
-    the policy computes in, and for a Llama fused projections beside them; a single process has all weights in that type
-    if the master weights are of another. What a layer keeps of a token for the backward pass is fitted to Llama's (40
-    bytes per hidden unit, four numbers per unit of the MLP); with checkpointing it is the layer's input, and all of
-    that for one layer at a time. A quarter of the tokens is taken for replies, which have logits.
+    Weights, gradients and Adam's two moments are shared out over the processes. Beside them stand
+    weights in the type that the policy computes in. A single process has these if its master
+    weights are of another type. Several processes have them for sampling, all on every device. For
+    a Llama, sampling adds fused projections.
+
+    What a layer keeps of a token for the backward pass is fitted to Llama. It is 40 bytes per
+    hidden unit and four numbers per unit of the MLP. With checkpointing each layer keeps its input,
+    and one layer at a time all of that. A quarter of the tokens is taken for replies, which have
+    logits.
     """
     text, tokens = policy.backbone.config.get_text_config(), config.micro_batch_tokens
     size, samples = policy.dtype.itemsize, hasattr(config, "generate_tokens")
     parts = dict(policy.backbone.named_parameters())
-    stays = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parts.values()) / WORLD
+    stays = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1)
+                for p in parts.values()) / WORLD
     cast = WORLD == 1 and any(p.dtype != policy.dtype for p in parts.values())
     copied = [name for name in parts if cast or samples and WORLD > 1]
     if samples and not cast and not policy.vision:
         copied += [name for name in parts if re.search(r"\.(q|k|v|gate|up)_proj\.", name)]
     copies = size * sum(parts[name].numel() for name in copied)
     layers, kept = text.num_hidden_layers, 40 * text.hidden_size + 4 * size * text.intermediate_size
-    activations = tokens * (kept + 4 * text.hidden_size * layers if config.gradient_checkpointing else kept * layers)
+    of_layers = kept * layers
+    if config.gradient_checkpointing:
+        of_layers = kept + 4 * text.hidden_size * layers
+    activations = tokens * of_layers
     logits = tokens / 4 * policy.backbone.lm_head.weight.shape[0] * (4 + size)
-    return (f"memory on each device: about {stays / 1e9:.1f} GB for weights, gradients and Adam, {copies / 1e9:.1f} GB "
-            f"for weights as computed with, {(activations + logits) / 1e9:.1f} GB for a micro-batch of {tokens} "
-            "tokens, a picture's counted as if they were text, which takes more")
+    return (f"memory on each device: about {stays / 1e9:.1f} GB for weights, gradients and Adam, "
+            f"{copies / 1e9:.1f} GB for weights as computed with, "
+            f"{(activations + logits) / 1e9:.1f} GB for a micro-batch of {tokens} tokens; "
+            "pictures take more than that")
 
 
 def say_memory(policy, config):
@@ -360,7 +411,11 @@ def say_memory(policy, config):
 
 
 def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
-    """Linear warm-up over a share of the `steps`, then a cosine from `peak` to `final`."""
+    """Linear warm-up over a share of the `steps`, then a cosine from `peak` to `final`.
+
+        in the warm-up: peak (step + 1) / warmup
+        after it: final + (peak - final) (1 + cos(pi share)) / 2, where share goes from 0 to 1
+    """
     warmup = math.ceil(warmup_ratio * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -368,13 +423,14 @@ def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-# ---- Signals -----------------------------------------------------------------------------------------------
+# ---- Signals -------------------------------------------------------------------------------------
 
 class StopSignal:
-    """Turns Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loops look at together; a second one exits at once."""
+    """Turns Ctrl-C, SIGTERM or SIGUSR1 into a flag that the loops look at together. A second signal
+    exits at once."""
 
     def __init__(self):
-        self.status = 0                                  # what a shell expects of a process that was stopped so
+        self.status = 0              # later what a shell expects of a process that was stopped so
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.handle)
 
@@ -383,33 +439,36 @@ class StopSignal:
             os._exit(self.status)
         self.status = 130 if number == signal.SIGINT else 143
         if RANK == 0:
-            with contextlib.suppress(OSError):           # Ctrl-C has ended a `| tee` as well
+            with contextlib.suppress(OSError):   # Ctrl-C has ended a `| tee` as well
                 os.write(2, b"\nstopping: saves first; a second signal leaves at once\n")
 
     @property
     def requested(self):
-        """Whether any process received one."""
+        """Whether any process received a signal."""
         return any(gather(self.status))
 
     def leave(self, checkpoint):
-        """End the run, saved; the status says by which signal."""
+        """End a run that is saved; the exit status says by which signal."""
         say(f"stopped; {checkpoint} is saved, and the same command goes on")
         leave(max(gather(self.status)))
 
 
-# ---- Several processes -------------------------------------------------------------------------------------
+# ---- Several processes ---------------------------------------------------------------------------
 
 def start_processes(name):
     """The device of this process, once it has met the others.
 
-    A process that waits for another for half an hour gives up: the first may write 43 GB meanwhile, to a slow disk.
+    A process that waits for another gives up after half an hour. Meanwhile the first one may write
+    43 GB to a slow disk.
     """
     device = pick_device(name)
     if WORLD > 1 and not dist.is_initialized():
+        backend = "gloo"
         if device.type == "cuda":
+            backend = "nccl"
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     return device
 
 
@@ -419,7 +478,7 @@ def leave(status=0):
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-        os._exit(status)   # torch's threads sometimes crash a normal exit
+        os._exit(status)             # torch's threads sometimes crash a normal exit
     sys.exit(status)
 
 
@@ -427,6 +486,7 @@ def gather(value):
     """The values of all processes in order of rank; a value is anything that JSON can hold."""
     if WORLD == 1:
         return [value]
+    # The values are sent as bytes of JSON, padded to the longest.
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
     sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(WORLD)]
@@ -455,16 +515,30 @@ def own_part(items):
 
 
 def even_out(batches, filler=None):
-    """(batch, weight) pairs, as many in every process: each pass gathers weights from all. A process that has fewer
-    batches repeats its last, or `filler` if it has none, with weight 0."""
+    """(batch, weight) pairs, equally many in every process, since each pass gathers weights from
+    all. A process with fewer batches repeats its last, or has `filler` if it has none, with weight
+    0."""
     missing = max(gather(len(batches))) - len(batches)
-    return [(batch, 1.0) for batch in batches] + [((batches or [filler])[-1], 0.0)] * missing
+    extra = batches[-1] if batches else filler
+    return [(batch, 1.0) for batch in batches] + [(extra, 0.0)] * missing
 
 
-# ---- FSDP2: weights, gradients and optimizer state spread over the processes -------------------------------
+# ---- FSDP2: weights, gradients and optimizer state spread over the processes ---------------------
+#
+# A unit is one layer of the model, or what is left beside the layers. Of every weight in a unit,
+# each process holds a share: some rows. Gradients and Adam's moments have the same shares.
+#
+#   loading     the first process reads the folder and sends each unit to the others, which keep
+#               their shares of it
+#   training    before a unit computes, forward or backward, its weights are gathered from all
+#               processes, and dropped after; its gradients are averaged, and each keeps its share
+#   sampling    all weights are gathered once for a call of `generate`, and dropped after
+#   saving      the first process gathers one weight after the other (support/run_folder.py); the
+#               optimizer's shares are written by each process and cut anew when they are read
 
 def layers_of(policy):
-    """The layers of the language model and of the vision tower: the units of sharding and of checkpointing."""
+    """The layers of the language model and of the vision tower: the units of sharding and of
+    checkpointing."""
     names = policy.backbone._no_split_modules or ()
     return [module for module in policy.backbone.modules() if type(module).__name__ in names]
 
@@ -472,34 +546,44 @@ def layers_of(policy):
 def enable_checkpointing(policy):
     """Compute a layer's activations again in the backward pass instead of keeping them."""
     if not layers_of(policy):
-        raise ValueError(f"gradient_checkpointing: {policy.backbone.config.model_type} does not name its layers")
-    for layer in layers_of(policy):                      # transformers' own switch leaves the vision tower out
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        raise ValueError(f"gradient_checkpointing: {policy.backbone.config.model_type} does not "
+                         "name its layers")
+    # transformers has a switch for this, but it leaves the vision tower out.
+    for layer in layers_of(policy):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
+                                preserve_rng_state=False)
 
 
 def broadcast_module(unit, device):
-    """Move a module's parameters and buffers to `device`, on every process with the values of the first."""
-    moved = {}                                           # by id: tied weights are one tensor in two places
+    """Move a module's parameters and buffers to `device`, on every process with the values of the
+    first. What is sharded already stays."""
+    # Tied weights are one tensor in two places, so each tensor is moved once, known by its id. The
+    # original is kept beside the moved one, so that no other tensor gets its id meanwhile.
+    moved = {}
     for module in unit.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is None or isinstance(tensor, DTensor):
                     continue
                 if id(tensor) not in moved:
-                    values = tensor.detach().to(device) if RANK == 0 else torch.empty_like(tensor, device=device)
+                    if RANK == 0:
+                        values = tensor.detach().to(device)
+                    else:
+                        values = torch.empty_like(tensor, device=device)
                     dist.broadcast(values, 0)
                     if isinstance(tensor, nn.Parameter):
                         values = nn.Parameter(values, tensor.requires_grad)
-                    moved[id(tensor)] = values, tensor         # the original, too, so that no other gets its id
+                    moved[id(tensor)] = values, tensor
                 tensors[name] = moved[id(tensor)][0]
 
 
 def load_spread(load, device):
-    """(policy, processor) for training, by load(device, hollow); with several processes each holds a share (FSDP2).
+    """(policy, processor) for training, by load(device, hollow). With several processes each holds
+    a share of the weights.
 
-    Each layer is a unit, the rest another one. Only the first process reads the folder (for the others `hollow` leaves
-    the weights out), and no device ever holds more than one whole unit beside its shares. Master weights and sums over
-    processes are float32 (or `--param-dtype`); if the policy computes in bfloat16, that is what is gathered.
+    Only the first process reads the folder; for the others `hollow` leaves the weights out. No
+    device ever holds more than one whole unit beside its shares. ValueError in the first process is
+    raised in all.
     """
     if WORLD == 1:
         return load(device, hollow=False)
@@ -510,24 +594,32 @@ def load_spread(load, device):
         error = str(problem)
     if errors := [problem for problem in gather(error) if problem]:
         raise ValueError(errors[0])
+    # The config may say that the embeddings are tied where the first process found two of them in
+    # the file. The others then need a second one as well.
     names = gather([name for name, _ in policy.named_parameters()])[0]
-    lm_head = policy.backbone.lm_head
-    if "backbone.lm_head.weight" in names and lm_head.weight is policy.backbone.get_input_embeddings().weight:
-        lm_head.weight = nn.Parameter(torch.empty_like(lm_head.weight))   # tied by the config, but not in the file
+    lm_head, embeddings = policy.backbone.lm_head, policy.backbone.get_input_embeddings()
+    if "backbone.lm_head.weight" in names and lm_head.weight is embeddings.weight:
+        lm_head.weight = nn.Parameter(torch.empty_like(lm_head.weight))
+    # Shares keep the type of the master weights. A unit is gathered in the type that the policy
+    # computes in. Gradients are averaged in float32. After a forward pass a unit is dropped again.
     settings = {"mesh": init_device_mesh(device.type, (WORLD,)), "reshard_after_forward": True,
-                "mp_policy": MixedPrecisionPolicy(param_dtype=policy.dtype, reduce_dtype=torch.float32)}
+                "mp_policy": MixedPrecisionPolicy(param_dtype=policy.dtype,
+                                                  reduce_dtype=torch.float32)}
+    # Layers first: the last unit, the policy, then holds what no layer has taken.
     for unit in [*layers_of(policy), policy]:
         broadcast_module(unit, device)
         fully_shard(unit, **settings)
+    # `generate` is entered like `forward`, so FSDP must know it as one.
     register_fsdp_forward_method(policy, "generate")
     return policy, processor
 
 
 @contextlib.contextmanager
 def unsharded(policy):
-    """Sharded weights are put together on every process, so that sampling waits for nobody, and taken apart after.
+    """Inside, every process has all weights, so that sampling waits for nobody.
 
-    Replies differ in length, so a decode that gathered weights layer by layer would leave processes waiting.
+    Replies differ in length: a decode that gathered weights layer by layer would leave processes
+    waiting for each other.
     """
     units = [module for module in policy.modules() if isinstance(module, FSDPModule)]
     for unit in units:
@@ -540,16 +632,20 @@ def unsharded(policy):
 
 
 def clip_gradients(parameters, max_norm):
-    """Scale gradients to a norm of at most `max_norm`; their norm before, as a float."""
+    """Scale gradients to a norm of at most `max_norm`; returns their norm before, as a float.
+
+    The norm is over the shares of all processes, and is the same in each.
+    """
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def shard_like(p, tensor):
-    """A whole tensor on the device of parameter p and, if p is sharded, sharded as p is."""
+    """A whole tensor on the device of parameter p and, if p is sharded, this process's share."""
     if not isinstance(p, DTensor):
         return tensor.to(p.device)
     shared, rows = torch.zeros_like(p.detach()), tensor.chunk(WORLD)
+    # A tensor with fewer rows than processes leaves some without a share.
     if RANK < len(rows):
         shared.to_local().copy_(rows[RANK])
     return shared
