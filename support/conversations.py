@@ -1,12 +1,21 @@
-"""Conversations in a file: the released shape of the SFT data and what is close to it (`--data`, `--dump`).
+"""Conversations in a file: the released shape of the SFT data and what is close to it (`--data`,
+`--dump`).
 
-    [{"image": "000123.png",                         a file beside this one, in tasks with pictures
-      "conversations": [{"from": "human", "value": "<image>\\nPROMPT"}, {"from": "gpt", "value": "REPLY"}, ...]}, ...]
+    [{"image": "000123.png",                      a file beside this one, in tasks with pictures
+      "conversations": [{"from": "human", "value": "<image>\\nPROMPT"},
+                        {"from": "gpt", "value": "REPLY"}, ...]}, ...]
 
-Read as well: one record a line; "messages", "role" and "content", the roles user, assistant and model; "images", a list
-with one picture; texts in parts; a system text, as the first turn or under the record's key "system". A reply with
-"loss": false, "train": false or "weight": 0 is context of later ones only. What else would change what a record means is
-refused by name; other keys are passed over.
+Read as well:
+
+    one record a line                             instead of a list
+    "messages", "role", "content"                 for "conversations", "from", "value"
+    the roles user, assistant and model           for human and gpt
+    "images", a list with one picture             for "image"
+    a text in parts                               for one string
+    a system text                                 as the first turn, or the record's key "system"
+
+A reply with "loss": false, "train": false or "weight": 0 is only context of later ones. A key that
+would change what is learnt, and is not understood, is refused by name. Other keys are passed over.
 """
 import json
 import re
@@ -16,20 +25,21 @@ from pathlib import Path
 from support import running
 from support.cards import open_picture
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-         "system": "system"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+         "model": "assistant", "system": "system"}
 WRITTEN = {"user": "human", "assistant": "gpt", "system": "system"}
 MARKS = ("loss", "train", "weight")              # of a reply: whether it is learnt
-FOREIGN = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking",
-           "system_prompt", "system_message", "history", "chosen", "rejected", "video", "videos", "audio", "audios", "mask",
-           "masked", "train_on_turn", "learn", "loss_weight")
+FOREIGN = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content",
+           "thinking", "system_prompt", "system_message", "history", "chosen", "rejected", "video",
+           "videos", "audio", "audios", "mask", "masked", "train_on_turn", "learn", "loss_weight")
 
 
 def refuse_foreign(record, keys, of=""):
     """ValueError names a key that holds something and would change what is learnt."""
     for key in keys:
         if record.get(key) not in (None, "", [], {}):
-            raise ValueError(f"key {key!r}{of} is not understood, and without it another thing would be learnt")
+            raise ValueError(f"key {key!r}{of} is not understood, and without it another thing "
+                             "would be learnt")
 
 
 def read_records(path):
@@ -42,18 +52,22 @@ def read_records(path):
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"data file {path}: {error}") from None
     if not isinstance(records, list) or not records:
-        raise ValueError(f"data file {path}: expected a non-empty list of records, got {type(records).__name__}")
+        raise ValueError(f"data file {path}: expected a non-empty list of records, got "
+                         f"{type(records).__name__}")
     return records
 
 
 def read_picture(record, folder, vision):
     """The path of a record's picture, a file that can be read; None in a task without pictures."""
     key = "images" if record.get("images") else "image"
-    names = [record[key]] if isinstance(record.get(key), str) and record[key] else record.get(key) or []
-    if not (isinstance(names, list) and len(names) == vision and all(isinstance(name, str) for name in names)
-            and not (record.get("image") and record.get("images"))):
-        raise ValueError(f"key {key!r}: a task with pictures needs one file per record, another none; "
-                         f"got {str(record.get(key))[:60]!r}")
+    names = record.get(key) or []
+    if isinstance(names, str):
+        names = [names]
+    both = record.get("image") and record.get("images")
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if both or not are_names or len(names) != vision:
+        raise ValueError(f"key {key!r}: a task with pictures needs one file per record, another "
+                         f"none; got {str(record.get(key))[:60]!r}")
     try:
         for name in names:
             open_picture(folder / name)
@@ -62,75 +76,114 @@ def read_picture(record, folder, vision):
     return folder / names[0] if names else None
 
 
+def join_parts(parts):
+    """The text of a list of text parts; None if there are none or others."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            return None
+        if not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "".join(texts) if texts else None
+
+
 def read_text(value, name, slots, image_token):
-    """The text of a turn, in parts or in one, that begins with <image> if it has a slot; without that."""
+    """The text of a turn, in parts or in one. If it has a slot it must begin with <image>, which is
+    left out of the text."""
     if isinstance(value, list):
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in value]
-        value = "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
+        value = join_parts(value)
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be text (a picture is a file that the record's key 'image' names)")
+        raise ValueError(f"{name} must be text (a picture is a file that the record's key 'image' "
+                         "names)")
     if half := re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{name} holds half a character, {half[0]!r}, which no tokenizer reads")
     if value.count("<image>") != slots or image_token in value:
         raise ValueError(f"{name} must hold <image> {slots} times and no {image_token}; it has "
                          f"{value.count('<image>')} and {value.count(image_token)}")
     if slots and not value.lstrip().startswith("<image>"):
-        raise ValueError(f"{name} must begin with <image>, as a picture stands before the text; it begins with "
-                         f"{value[:40]!r}")
+        raise ValueError(f"{name} must begin with <image>, as a picture stands before the text; it "
+                         f"begins with {value[:40]!r}")
     return re.sub(r"\s*<image>\n?", "", value) if slots else value
 
 
 def is_learnt(turn, role, of):
-    """Whether a turn is a target; ValueError if it is marked as something that only a reply can be."""
+    """Whether a turn is a target; ValueError if it has a mark that only a reply can have."""
     marks = {key: turn[key] for key in MARKS if turn.get(key) is not None}
     for key, mark in marks.items():
         if mark not in (0, 1) or mark and role != "assistant":
-            raise ValueError(f"key {key!r}{of} must be false or true, and true of a reply only, got {mark!r}")
+            raise ValueError(f"key {key!r}{of} must be false or true, and true of a reply only, "
+                             f"got {mark!r}")
     return role == "assistant" and all(marks.values())
 
 
+def check_role(turn, who, at, messages):
+    """The role of a turn; ValueError unless it may follow the messages before it.
+
+    User and assistant alternate; a system text may only be the first.
+    """
+    role = ROLES.get(str(turn.get(who)))
+    awaited = "assistant" if messages and messages[-1]["role"] == "user" else "user"
+    if role != awaited and (role != "system" or messages):
+        names = " or ".join(repr(name) for name in ROLES if ROLES[name] == awaited)
+        raise ValueError(f"key {who!r} of turn {at} must be {names}, got "
+                         f"{str(turn.get(who))[:40]!r}")
+    return role
+
+
 def read_record(record, folder, vision, image_token):
-    """(messages, reply) pairs, one for every reply of a record that is learnt; ValueError names the key."""
-    turns = [record[key] for key in ("conversations", "messages") if record.get(key)] if isinstance(record, dict) else []
+    """(messages, reply) pairs, one for every reply of a record that is learnt; ValueError names the
+    key."""
+    turns = []
+    if isinstance(record, dict):
+        turns = [record[key] for key in ("conversations", "messages") if record.get(key)]
     if len(turns) != 1 or not isinstance(turns[0], list):
-        raise ValueError("key 'conversations' or 'messages', one of them, must be a list of human and gpt turns in pairs")
+        raise ValueError("key 'conversations' or 'messages', one of them, must be a list of human "
+                         "and gpt turns in pairs")
     refuse_foreign(record, FOREIGN)
     for key in MARKS:
         if record.get(key, 1) not in (None, 1):
             raise ValueError(f"key {key!r} belongs to a turn, not to a record")
-    picture, pairs, messages = read_picture(record, folder, vision), [], []
+    picture = read_picture(record, folder, vision)
+    pairs, messages = [], []
     if record.get("system"):
-        messages = [{"role": "system", "content": read_text(record["system"], "key 'system'", 0, image_token)}]
+        text = read_text(record["system"], "key 'system'", 0, image_token)
+        messages = [{"role": "system", "content": text}]
     for at, turn in enumerate(turns[0]):
         if not isinstance(turn, dict):
-            raise ValueError(f"turn {at} must be an object such as {{'from': 'human', 'value': 'PROMPT'}}")
-        who, what = "from" if "from" in turn else "role", "value" if "value" in turn else "content"
-        role, answers = ROLES.get(str(turn.get(who))), messages and messages[-1]["role"] == "user"
-        awaited = "assistant" if answers else "user"
-        if role != awaited and (role != "system" or messages):
-            names = " or ".join(repr(name) for name in ROLES if ROLES[name] == awaited)
-            raise ValueError(f"key {who!r} of turn {at} must be {names}, got {str(turn.get(who))[:40]!r}")
+            raise ValueError(f"turn {at} must be an object such as {{'from': 'human', 'value': "
+                             "'PROMPT'}")
+        who = "from" if "from" in turn else "role"
+        what = "value" if "value" in turn else "content"
+        role = check_role(turn, who, at, messages)
         refuse_foreign(turn, FOREIGN + ("image", "images"), f" of turn {at}")
-        slots = int(vision and role == "user" and not any(message["role"] == "user" for message in messages))
-        content = text = read_text(turn.get(what), f"key {what!r} of turn {at}", slots, image_token)
+        # The picture stands in the first text of the user.
+        first = role == "user" and not any(message["role"] == "user" for message in messages)
+        slots = 1 if vision and first else 0
+        text = read_text(turn.get(what), f"key {what!r} of turn {at}", slots, image_token)
         if is_learnt(turn, role, f" of turn {at}"):
             pairs.append((messages, text))
+        content = text
         if slots:
             content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
         messages = messages + [{"role": role, "content": content}]
     if messages[-1]["role"] != "assistant":
-        raise ValueError("key 'conversations' or 'messages' must be a list of human and gpt turns in pairs")
+        raise ValueError("key 'conversations' or 'messages' must be a list of human and gpt turns "
+                         "in pairs")
     return pairs
 
 
 def read_conversations(path, vision, image_token):
     """(messages, reply) pairs from a file, one for every reply in it that is to be learnt.
 
-    With `vision` every record has one picture; in the messages stands its path, which is relative to the data file's
-    folder. No text may hold `image_token`, which the model's template writes. ValueError names file, record and key.
+    With `vision` every record has one picture. In the messages stands its path, which is relative
+    to the data file's folder. No text may hold `image_token`, which the model's template writes.
+    ValueError names file, record and key.
     """
     records, pairs = read_records(path), []
-    for index, record in enumerate(running.progress(records, nested=True, desc="pictures") if vision else records):
+    if vision:
+        records = running.progress(records, nested=True, desc="pictures")
+    for index, record in enumerate(records):
         try:
             pairs += read_record(record, Path(path).parent, vision, image_token)
         except ValueError as error:
@@ -142,39 +195,55 @@ def read_conversations(path, vision, image_token):
 
 def open_pictures(messages):
     """Messages with the pictures themselves where `read_conversations` has left their paths."""
-    def opened(part):
-        return {**part, "image": open_picture(part["image"])} if part["type"] == "image" else part
-    return [message if isinstance(message["content"], str) else {**message, "content": [*map(opened, message["content"])]}
-            for message in messages]
+    opened = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [{**part, "image": open_picture(part["image"])} if part["type"] == "image"
+                       else part for part in content]
+        opened.append({**message, "content": content})
+    return opened
+
+
+def make_record(messages, option, picture_name):
+    """(record, picture or None) of a dialogue; `picture_name` is the name that its picture gets."""
+    record, turns, picture = {}, [], None
+    for message in messages:
+        text, slot = message["content"], ""
+        if not isinstance(text, str):
+            picture, text = text[0]["image"], text[1]["text"]
+            record["image"], slot = picture_name, "<image>\n"
+        if "<image>" in text:
+            raise ValueError(f"{option}: a text holds <image>, which marks the picture in the "
+                             "released shape")
+        marks = {key: message[key] for key in MARKS if key in message}
+        turns.append({"from": WRITTEN[message["role"]], "value": slot + text, **marks})
+    return {**record, "conversations": turns}, picture
 
 
 def write_conversations(path, option, dialogues):
-    """Write dialogues, each the messages up to and with the last reply, in the released shape, pictures in a folder beside the
-    file: all of it or nothing. A message's "loss" goes with it. ValueError names the option if the path is not a new one."""
+    """Write dialogues in the released shape, with pictures in a folder beside the file: all of it
+    or nothing.
+
+    A dialogue is the messages up to and with its last reply. A message's "loss" goes with it.
+    ValueError names the option if the path is not a new one.
+    """
     path, folder = Path(path), Path(path).with_suffix("")
     partial = folder.with_name(f"{folder.name}.unfinished")
     if path.exists() or folder.exists() or path == folder:
-        raise ValueError(f"{option} {path}: must be a new file with a suffix, such as data.json, and no folder {folder} may be "
-                         "there yet")
+        raise ValueError(f"{option} {path}: must be a new file with a suffix, such as data.json, "
+                         f"and no folder {folder} may be there yet")
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path}: there is no folder {path.parent}")
     try:
         records = []
-        shutil.rmtree(partial, ignore_errors=True)                   # of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)       # of a run that was killed
         (partial / "pictures").mkdir(parents=True)
         for i, messages in enumerate(dialogues):
-            record, turns = {}, []
-            for message in messages:
-                text, slots = message["content"], ""
-                if not isinstance(text, str):
-                    picture, text = text[0]["image"], text[1]["text"]
-                    record["image"], slots = f"{folder.name}/{i:06d}.png", "<image>\n"
-                    picture.save(partial / "pictures" / f"{i:06d}.png")
-                if "<image>" in text:
-                    raise ValueError(f"{option}: a text holds <image>, which marks the picture in the released shape")
-                marks = {key: message[key] for key in MARKS if key in message}
-                turns.append({"from": WRITTEN[message["role"]], "value": slots + text, **marks})
-            records.append({**record, "conversations": turns})
+            record, picture = make_record(messages, option, f"{folder.name}/{i:06d}.png")
+            if picture is not None:
+                picture.save(partial / "pictures" / f"{i:06d}.png")
+            records.append(record)
         (partial / "data.json").write_text(json.dumps(records, indent=1) + "\n")
         if any((partial / "pictures").iterdir()):
             (partial / "pictures").rename(folder)
@@ -188,10 +257,18 @@ def write_conversations(path, option, dialogues):
 def dump(samples, config):
     """Write the first `num` samples of sft.py."""
     if config.failed_tries:
-        raise ValueError(f"--dump with --failed-tries {config.failed_tries}: in the released shape every reply is a "
-                         "target, failed ones would be learnt; make such dialogues on the fly")
+        raise ValueError(f"--dump with --failed-tries {config.failed_tries}: in the released shape "
+                         "every reply is a target, so failed ones would be learnt; make such "
+                         "dialogues on the fly")
     if config.data:
         raise ValueError(f"--dump with --data {config.data}: that is such a file already")
-    if running.RANK == 0:
-        made = map(samples.__getitem__, running.progress(range(config.num), desc="dump"))
-        write_conversations(config.dump, "--dump", ([*messages, {"role": "assistant", "content": reply}] for messages, reply in made))
+    if running.RANK > 0:
+        return
+    dialogues = (dialogue_of(*samples[i])
+                 for i in running.progress(range(config.num), desc="dump"))
+    write_conversations(config.dump, "--dump", dialogues)
+
+
+def dialogue_of(messages, reply):
+    """The messages of a dialogue with its reply."""
+    return [*messages, {"role": "assistant", "content": reply}]

@@ -1,10 +1,11 @@
-"""Run folders: which run they hold, their logs, checkpoints to go on from.
+"""Run folders: which run they hold, their logs, and checkpoints to go on from.
 
     config.json        the settings; a run goes on only with the same ones
-    metrics.jsonl      one line per optimizer step (sft.py) or update (rl.py); turns.jsonl: whole conversations
-    step_000400/       a Hugging Face folder, value_head.safetensors, and resume/ with the optimizer's state
+    metrics.jsonl      one line for each optimizer step (sft.py) or update (rl.py)
+    turns.jsonl        whole conversations (rl.py)
+    step_000400/       a Hugging Face folder, value_head.safetensors, and resume/ to go on from
     step_000500.tmp/   a checkpoint that was never finished: it is skipped
-    .training.lock     locked by the process that trains here; evaluate.py has one of its own
+    .training.lock     locked by the process that trains here; evaluate.py has its own lock
 
 Whatever else lies there is left alone: step_000400-best, notes, links.
 """
@@ -25,11 +26,9 @@ from torch.distributed.tensor import DTensor
 
 from support import running
 
-# Fields that say how a run is executed, not what it computes: they may differ when it is continued.
+# Fields that say how a run is executed, not what it computes: they may differ when it goes on.
 MAY_DIFFER = {"out", "device", "micro_batch_tokens", "generate_tokens", "save_every", "keep_resume",
               "gradient_checkpointing"}
-
-
 LOGS = ("metrics.jsonl", "turns.jsonl")
 HELD = set()   # the locks of this process
 
@@ -40,13 +39,14 @@ def checkpoint_step(folder):
 
 def checkpoints(out):
     """The complete checkpoints of a run folder, oldest first."""
-    found = (path for path in Path(out).glob("step_*") if re.fullmatch("step_([0-9]{6}|[1-9][0-9]{6,})", path.name)
-             and path.is_dir() and not path.is_symlink())
+    name = "step_([0-9]{6}|[1-9][0-9]{6,})"
+    found = [path for path in Path(out).glob("step_*")
+             if re.fullmatch(name, path.name) and path.is_dir() and not path.is_symlink()]
     return sorted(found, key=checkpoint_step)
 
 
 def resolved(setting):
-    """A setting in which two spellings of a path are equal, also behind a word's `root=`."""
+    """A setting in a form in which two spellings of a path are equal, also behind `root=`."""
     if isinstance(setting, (list, tuple)):
         return [resolved(word) for word in setting]
     if not isinstance(setting, str) or not setting:
@@ -56,15 +56,17 @@ def resolved(setting):
 
 
 def hold(folder, use):
-    """Lock a folder for this use until the process ends; ValueError names the process that has the lock.
+    """Lock a folder for this use until the process ends; ValueError names the process that has it.
 
-    The kernel takes it back, whatever ends the process. Nothing happens where there is no such folder yet, or where
-    the file system has no locks.
+    The kernel takes the lock back, whatever ends the process. Nothing happens where there is no
+    such folder yet, or where the file system has no locks.
     """
-    path, holder, host = Path(folder).resolve() / f".{use}.lock", None, f" on {socket.gethostname()}"
+    path, host = Path(folder).resolve() / f".{use}.lock", f" on {socket.gethostname()}"
+    holder = None
     if running.RANK == 0 and path not in HELD:
         with contextlib.suppress(OSError):
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)   # stays open, for the lock is lost with it
+            # The file stays open, because the lock is lost with it.
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 HELD.add(path)
@@ -77,26 +79,36 @@ def hold(folder, use):
         raise ValueError(f"{folder}: process {holder} is {use} here; wait for its end, or stop it")
 
 
+def differing(theirs, ours):
+    """The fields in which two configs differ, but for those that may."""
+    return [name for name in {**theirs, **ours} if name not in MAY_DIFFER
+            and resolved(theirs.get(name, MISSING)) != resolved(ours.get(name, MISSING))]
+
+
 def check_owner(config):
-    """ValueError unless --out is new or holds a run with this config: it names the fields that differ, or the file
-    that a run would write over."""
+    """ValueError unless --out is new or holds a run with this config.
+
+    It names the fields that differ, or the file that a run would write over.
+    """
     out = Path(config.out)
     if (out / "config.json").is_file():
         theirs, ours = running.read_run_config(out), json.loads(json.dumps(asdict(config)))
         if "out" not in theirs:
-            raise ValueError(f"out folder {config.out} has a config.json that is none of a run, such as a model's: choose "
-                             "another --out")
-        theirs = json.loads(json.dumps(asdict(type(config)()))) | theirs           # from before an option was there: its default
-        differing = [k for k in {**theirs, **ours} if k not in MAY_DIFFER
-                     and resolved(theirs.get(k, MISSING)) != resolved(ours.get(k, MISSING))]
-        if differing:
-            listed = ", ".join(f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differing)
-            raise ValueError(f"out folder {config.out} belongs to another config ({listed}): choose another --out (OUT= "
-                             "of a recipe)")
+            raise ValueError(f"out folder {config.out} has a config.json that is none of a run, "
+                             "such as a model's: choose another --out")
+        # A run from before an option was there has its default.
+        theirs = json.loads(json.dumps(asdict(type(config)()))) | theirs
+        if names := differing(theirs, ours):
+            listed = ", ".join(f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
+                               for name in names)
+            raise ValueError(f"out folder {config.out} belongs to another config ({listed}): "
+                             "choose another --out (OUT= of a recipe)")
     elif out.is_dir():
         written = r"metrics\.jsonl|turns\.jsonl|eval\.jsonl|step_[0-9]+|.*\.safetensors"
-        if found := sorted(path.name for path in out.iterdir() if re.fullmatch(written, path.name)):
-            raise ValueError(f"out folder {config.out} has {found[0]} but no config.json of a run: choose another --out")
+        found = sorted(path.name for path in out.iterdir() if re.fullmatch(written, path.name))
+        if found:
+            raise ValueError(f"out folder {config.out} has {found[0]} but no config.json of a run: "
+                             "choose another --out")
     elif out.exists():
         raise ValueError(f"out folder {config.out} is a file: choose another --out")
 
@@ -114,29 +126,35 @@ def read_metrics(run, steps):
     path = Path(run) / "metrics.jsonl"
     rows = {row["step"]: row for row in read_steps(path)}
     if lost := sorted(set(steps) - rows.keys()):
-        raise ValueError(f"{path} has no row of step {lost[0]}: put the log back from a copy; without it the checkpoints "
-                         "behind that step serve as --model of evaluate.py or of a run with another --out, no more")
+        raise ValueError(f"{path} has no row of step {lost[0]}: put the log back from a copy; "
+                         "without it the checkpoints behind that step serve only as --model of "
+                         "evaluate.py or of a run with another --out")
     return rows
 
 
 @contextlib.contextmanager
 def damage_advice(newest):
-    """Around the reading of the checkpoint that a run goes on from, or None: an error ends with how to go on without."""
+    """Around the reading of the checkpoint that a run goes on from, or None: an error ends with how
+    to go on without it."""
     try:
         yield
     except ValueError as error:
         if newest is None:
             raise
+        advice = (f"{newest} is the only checkpoint to go on from: start anew with another --out, "
+                  "with it as --model if its weights are whole")
         older = [path for path in checkpoints(newest.parent)[:-1] if (path / "resume").is_dir()]
-        raise ValueError(f"{error}; " + (f"move {newest} away to go on from {older[-1].name}" if older else
-                                         f"{newest} is the only checkpoint to go on from: start anew with another --out, "
-                                         "with it as --model if its weights are whole")) from None
+        if older:
+            advice = f"move {newest} away to go on from {older[-1].name}"
+        raise ValueError(f"{error}; {advice}") from None
 
 
 def newest_checkpoint(config):
-    """The newest complete checkpoint of the run folder, from which it goes on, or None; writes nothing but the lock.
+    """The newest complete checkpoint of the run folder, from which it goes on, or None. Writes
+    nothing but the lock.
 
-    ValueError if the folder is not this run's, another process trains in it, or the log or the checkpoint is not whole.
+    ValueError if the folder is of another run, if another process trains in it, or if the log or
+    the checkpoint is not whole.
     """
     check_owner(config)
     out = Path(config.out)
@@ -153,11 +171,12 @@ def newest_checkpoint(config):
 
 
 def open_run(config, newest):
-    """Make the run folder with its config.json, or cut its log back to the checkpoint it goes on from."""
-    running.gather(None)                                         # all have looked at the folder
+    """Make the run folder with its config.json. If the run goes on from a checkpoint, cut its logs
+    back to that."""
+    running.gather(None)                     # all have looked at the folder
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    hold(out, "training")                                        # if it was not there before
+    hold(out, "training")                    # for a folder that was not there before
     running.write_atomically(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     last_step = checkpoint_step(newest) if newest else 0
     for path in (out / name for name in LOGS):
@@ -169,11 +188,14 @@ def open_run(config, newest):
 
 
 def gather_weights(policy):
-    """{"backbone": {name: tensor}, "value_head": ...} in the memory of the first process, put together one by one."""
+    """{"backbone": {name: tensor}, "value_head": ...} in the memory of the first process.
+
+    Sharded weights are put together one after the other.
+    """
     weights, known = {"backbone": {}, "value_head": {}}, {}
     for name, tensor in policy.state_dict(keep_vars=True).items():
         part, _, rest = name.partition(".")
-        if id(tensor) not in known:                      # tied weights are one tensor with two names
+        if id(tensor) not in known:          # tied weights are one tensor with two names
             values = tensor.detach()
             if isinstance(values, DTensor):
                 values = values.full_tensor()
@@ -191,16 +213,19 @@ def sync(path):
 
 
 def publish(temporary, final):
-    """Give a complete folder its final name, once all of it is on the disk, and the log that leads to it as well."""
-    logs = (final.parent / name for name in LOGS)
-    for path in [*filter(Path.is_file, logs), *temporary.rglob("*"), temporary]:
+    """Give a complete folder its final name, once all of it is on the disk, and the logs that lead
+    to it as well."""
+    for path in [final.parent / name for name in LOGS]:
+        if path.is_file():
+            sync(path)
+    for path in [*temporary.rglob("*"), temporary]:
         sync(path)
     os.replace(temporary, final)
     sync(final.parent)
 
 
 def write_checkpoint(folder, policy, processor, optimizer, state, with_value_head):
-    """All files of a checkpoint; every process has written its own when this returns."""
+    """All files of a checkpoint. Every process has written its files when this returns."""
     weights = gather_weights(policy)
     if running.RANK == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -208,25 +233,31 @@ def write_checkpoint(folder, policy, processor, optimizer, state, with_value_hea
         policy.backbone.save_pretrained(folder, state_dict=weights["backbone"])
         try:
             processor.save_pretrained(folder)
-        except Exception as error:                               # its writer, in Rust, has no other
+        except Exception as error:           # its writer, in Rust, raises nothing more precise
             raise OSError(str(error)) from None
         if with_value_head:
             save_file(weights["value_head"], folder / "value_head.safetensors")
         (folder / "resume" / "state.json").write_text(json.dumps(state))
-    running.gather(None)                                         # the folder is there
+    running.gather(None)                     # the folder is there
     names = {p: name for name, p in policy.named_parameters()}
-    parts = {f"{names[p]}.{key}": value.to_local().contiguous() if isinstance(value, DTensor) else value
-             for p, entry in optimizer.state.items() for key, value in entry.items()}
+    parts = {}
+    for p, entry in optimizer.state.items():
+        for key, value in entry.items():
+            if isinstance(value, DTensor):
+                value = value.to_local().contiguous()
+            parts[f"{names[p]}.{key}"] = value
     save_file(parts, folder / "resume" / f"optimizer_{running.RANK:05d}.safetensors")
     running.gather(None)
 
 
-def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resume=2, with_value_head=True):
-    """Write step_000400/, unless it is there: a Hugging Face folder, value_head.safetensors, and resume/ (optimizer and
-    `state`).
+def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resume=2,
+                      with_value_head=True):
+    """Write step_000400/, unless it is there: a Hugging Face folder, value_head.safetensors, and
+    resume/ with the optimizer and `state`.
 
-    It is written as step_000400.tmp/ and renamed when it is complete. Weights stay; resume/ is kept for the newest
-    `keep_resume` checkpoints. Every process writes its part of the optimizer state; the first writes all the rest.
+    It is written as step_000400.tmp/ and renamed when it is complete. Every process writes its part
+    of the optimizer; the first writes all the rest. Weights stay; resume/ is kept for the newest
+    `keep_resume` checkpoints.
     """
     final = Path(out) / f"step_{step:06d}"
     temporary = final.with_suffix(".tmp")
@@ -239,40 +270,54 @@ def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resum
             for old in checkpoints(out)[:-keep_resume]:
                 shutil.rmtree(old / "resume", ignore_errors=True)
     except (OSError, SafetensorError) as error:          # such as a full disk
-        running.fail(f"{temporary}: {error}; the checkpoints before it are whole, and the same command goes on", alone=True)
+        running.fail(f"{temporary}: {error}; the checkpoints before it are whole, and the same "
+                     "command goes on", alone=True)
     running.gather(None)
     return final
 
 
-def load_resume(folder, policy, optimizer, keys=("step",)):
-    """Put the optimizer state of a checkpoint back and return its `state`; the weights come with load_policy.
+def open_parts(resume):
+    """The optimizer's files of a checkpoint, one for each process that wrote it."""
+    files = []
+    for path in sorted(resume.glob("optimizer_*.safetensors")):
+        try:
+            files.append(safe_open(path, "pt"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: {error}") from None
+    if not files:
+        raise ValueError(f"{resume}/optimizer_00000.safetensors is missing")
+    return files
 
-    Each tensor is put together from the parts of the processes that wrote it and cut anew for those that read it.
-    ValueError if a file is missing or damaged, or the state lacks one of these keys.
+
+def load_resume(folder, policy, optimizer, keys=("step",)):
+    """Put the optimizer state of a checkpoint back and return its `state`; the weights come with
+    load_policy.
+
+    Each tensor is put together from the parts of the processes that wrote it, and cut anew for
+    those that read it. ValueError if a file is missing or damaged, or the state lacks one of these
+    keys.
     """
     with damage_advice(folder):
-        resume, files = folder / "resume", []
+        resume = folder / "resume"
         state = running.read_object(resume / "state.json")
         if lacking := [key for key in keys if key not in state]:
             raise ValueError(f"{resume}/state.json: has no {lacking[0]!r}")
-        for path in sorted(resume.glob("optimizer_*.safetensors")):
-            try:
-                files.append(safe_open(path, "pt"))
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{path}: {error}") from None
-        if not files:
-            raise ValueError(f"{resume}/optimizer_00000.safetensors is missing")
+        files = open_parts(resume)
         names = set(files[0].keys())
-        if any(name.startswith("value_head.") for name in names) and not (folder / "value_head.safetensors").is_file():
-            raise ValueError(f"{folder}/value_head.safetensors is missing")   # load_policy made a new one
+        trained_head = any(name.startswith("value_head.") for name in names)
+        if trained_head and not (folder / "value_head.safetensors").is_file():
+            # load_policy has made a new one.
+            raise ValueError(f"{folder}/value_head.safetensors is missing")
         for name, p in policy.named_parameters():
-            if f"{name}.step" in names:
-                optimizer.state[p] = {"step": files[0].get_tensor(f"{name}.step")}
-                for key in ("exp_avg", "exp_avg_sq"):
-                    parts = [file.get_tensor(f"{name}.{key}") for file in files]
-                    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-                    if whole.shape != p.shape:
-                        raise ValueError(f"{resume}: its {len(files)} optimizer_*.safetensors hold {tuple(whole.shape)} of "
-                                         f"{name}, which is {tuple(p.shape)}: one is missing or of another run")
-                    optimizer.state[p][key] = running.shard_like(p, whole)
+            if f"{name}.step" not in names:
+                continue
+            optimizer.state[p] = {"step": files[0].get_tensor(f"{name}.step")}
+            for key in ("exp_avg", "exp_avg_sq"):
+                parts = [file.get_tensor(f"{name}.{key}") for file in files]
+                whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+                if whole.shape != p.shape:
+                    raise ValueError(f"{resume}: its {len(files)} optimizer_*.safetensors hold "
+                                     f"{tuple(whole.shape)} of {name}, which is {tuple(p.shape)}: "
+                                     "one is missing or of another run")
+                optimizer.state[p][key] = running.shard_like(p, whole)
     return state
