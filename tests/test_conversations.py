@@ -1,4 +1,4 @@
-"""Conversations in files: the released shape, what is close to it, what is refused by name, and what is written."""
+"""Conversations in files: the released shape, what is close to it, what is refused and written."""
 import errno
 import json
 import os
@@ -16,36 +16,45 @@ from support.conversations import read_conversations
 
 
 def record(*turns):
-    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]}
+    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text}
+                              for i, text in enumerate(turns)]}
 
 
-def test_records_of_the_released_text_sets_are_read_as_they_are_and_their_replies_judged_correct(tmp_path):
-    """Their replies are no JSON: card lists in single quotes, a comma before the last brace, a line break around them."""
+def test_records_of_the_released_text_sets_are_read_as_they_are_and_their_replies_judged_correct(
+        tmp_path):
+    """Their replies are not JSON: card lists in single quotes, a comma before the last brace, a
+    line break around them."""
     cards = record("\n[Task]\nMake 24. {\n  \"cards\": [x, y, z, w],\n}\n\n",
-                   "\n{\n  \"cards\": ['A', 'K', '2', '7'],\n  \"number\": [1, 10, 2, 7],\n  \"formula\": \"(1*2)*7+10=24\",\n}")
+                   "\n{\n  \"cards\": ['A', 'K', '2', '7'],\n  \"number\": [1, 10, 2, 7],\n"
+                   "  \"formula\": \"(1*2)*7+10=24\",\n}")
     walk = record("\n[Task]\nGo on.\n\nO_1: No landmark; \nA_1: \n\n{\n  \"action\": x,\n}\n",
-                  "\n{\n  \"current observation\": \"No landmark; \",\n  \"current instruction\": \"Go to Café \u00d8.\",\n"
+                  "\n{\n  \"current observation\": \"No landmark; \",\n"
+                  "  \"current instruction\": \"Go to Café \u00d8.\",\n"
                   "  \"action\": \"forward()\",\n}\n")
-    for name, records in (("gp-l", [cards, cards | {"image": None}]), ("virl-l", [walk, walk | {"image": [], "id": 7}])):
+    for name, records in (("gp-l", [cards, cards | {"image": None}]),
+                          ("virl-l", [walk, walk | {"image": [], "id": 7}])):
         folder = tmp_path / "SFT_Data" / name
         folder.mkdir(parents=True)
         (folder / "data.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
         pairs = read_conversations(folder / "data.json", False, IMAGE_TOKEN)
         assert [(messages[0]["content"], reply) for messages, reply in pairs] == [
             tuple(turn["value"] for turn in record["conversations"]) for record in records]
-        samples = sft.Samples(sft.Config(task=name, data=str(folder / "data.json")))    # without routes
+        # without routes
+        samples = sft.Samples(sft.Config(task=name, data=str(folder / "data.json")))
         assert samples[0] in pairs
     reply = cards["conversations"][1]["value"]
     verdict = verify.judge_general_points(reply, ["A", "K", "2", "7"], [1, 10, 2, 7])
     assert verdict.status == "correct" and verdict.cards_read and verdict.numbers_right
-    assert verify.judge_navigation(walk["conversations"][1]["value"], "forward()", "", False).status == "correct"
+    verdict = verify.judge_navigation(walk["conversations"][1]["value"], "forward()", "", False)
+    assert verdict.status == "correct"
 
 
 def test_the_released_data_shape_is_read_one_sample_a_reply_in_seeded_order(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([record("q1", "a1"), record("q2", "a2", "again", "a3")]))
     pairs = read_conversations(path, False, IMAGE_TOKEN)
-    assert [(len(messages), reply) for messages, reply in pairs] == [(1, "a1"), (1, "a2"), (3, "a3")]
+    lengths = [(len(messages), reply) for messages, reply in pairs]
+    assert lengths == [(1, "a1"), (1, "a2"), (3, "a3")]
     samples = sft.Samples(sft.Config(data=str(path), seed=1))
     replies = [samples[i][1] for i in range(300)]
     assert all(sorted(replies[i:i + 3]) == ["a1", "a2", "a3"] for i in range(0, 300, 3))
@@ -56,9 +65,12 @@ def test_the_released_data_shape_is_read_one_sample_a_reply_in_seeded_order(tmp_
     ("{", "data.json"), ("{}", "expected a non-empty list"), ("[]", "expected a non-empty list"),
     (json.dumps([record("q", "a"), {"conversation": []}]), "record 1: key 'conversations'"),
     (json.dumps([record("q")]), "record 0: key 'conversations'"),
-    (json.dumps([{"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}]}]), "key 'from' of turn 0"),
-    (json.dumps([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": 3}]}]), "key 'value' of turn 1"),
-    (json.dumps([record("q", "a") | {"image": "x.png"}]), "record 0: key 'image': a task with pictures needs one"),
+    (json.dumps([{"conversations": [{"from": "gpt", "value": "a"},
+                                    {"from": "human", "value": "q"}]}]), "key 'from' of turn 0"),
+    (json.dumps([{"conversations": [{"from": "human", "value": "a"},
+                                    {"from": "gpt", "value": 3}]}]), "key 'value' of turn 1"),
+    (json.dumps([record("q", "a") | {"image": "x.png"}]),
+     "record 0: key 'image': a task with pictures needs one"),
     (json.dumps([record("<image>\nq", "a")]), "turn 0 must hold <image> 0 times"),
 ])
 def test_a_broken_data_file_is_refused_by_file_record_and_key(tmp_path, content, told):
@@ -70,7 +82,8 @@ def test_a_broken_data_file_is_refused_by_file_record_and_key(tmp_path, content,
 
 
 def test_a_dump_is_read_back_as_the_same_samples(tmp_path, city):
-    for knobs in (dict(), dict(env=("solution=random",)), dict(task="virl-l", env=(f"root={city}",), balance=True)):
+    for knobs in (dict(), dict(env=("solution=random",)),
+                  dict(task="virl-l", env=(f"root={city}",), balance=True)):
         config = sft.Config(dump=str(tmp_path / f"{len(knobs)}.json"), num=20, **knobs)
         sft.main(config)
         samples, pairs = sft.Samples(config), read_conversations(config.dump, False, IMAGE_TOKEN)
@@ -81,7 +94,8 @@ def test_a_dump_overwrites_nothing(tmp_path, capsys):
     (tmp_path / "data.json").write_text("mine")
     with pytest.raises(SystemExit):
         sft.main(sft.Config(dump=str(tmp_path / "data.json")))
-    assert "must be a new file" in capsys.readouterr().err and (tmp_path / "data.json").read_text() == "mine"
+    assert "must be a new file" in capsys.readouterr().err
+    assert (tmp_path / "data.json").read_text() == "mine"
     with pytest.raises(SystemExit):
         sft.main(sft.Config(dump=str(tmp_path / "nowhere" / "data.json")))
     assert "there is no folder" in capsys.readouterr().err
@@ -109,10 +123,14 @@ PAIR = [([user("q")], "a")]
 
 @pytest.mark.parametrize("changed", [
     {"messages": [user("q"), assistant("a")]},
-    {"conversations": [user("q"), assistant("a")], "id": 7, "source": "x", "width": 3, "image": None, "tools": None, "images": []},
-    {"messages": [{"from": "user", "value": "q", "weight": None}, {"from": "assistant", "value": "a", "loss": True}]},
-    {"conversations": [{"role": "human", "content": "q"}, {"role": "model", "content": "a", "weight": 1, "tool_calls": []}]},
-    {"messages": [user([{"type": "text", "text": "q"}]), assistant([{"type": "text", "text": "a"}])], "conversations": None},
+    {"conversations": [user("q"), assistant("a")], "id": 7, "source": "x", "width": 3,
+     "image": None, "tools": None, "images": []},
+    {"messages": [{"from": "user", "value": "q", "weight": None},
+                  {"from": "assistant", "value": "a", "loss": True}]},
+    {"conversations": [{"role": "human", "content": "q"},
+                       {"role": "model", "content": "a", "weight": 1, "tool_calls": []}]},
+    {"messages": [user([{"type": "text", "text": "q"}]),
+                  assistant([{"type": "text", "text": "a"}])], "conversations": None},
     {"messages": [user("q"), assistant("a")], "system": ""},
 ])
 def test_other_spellings_of_a_record_mean_the_same(tmp_path, changed):
@@ -121,7 +139,8 @@ def test_other_spellings_of_a_record_mean_the_same(tmp_path, changed):
 
 @pytest.mark.parametrize("changed", [
     {"system": "Be brief.", **record("q", "a", "r", "b")},
-    {"conversations": [{"from": "system", "value": "Be brief."}, *record("q", "a", "r", "b")["conversations"]]},
+    {"conversations": [{"from": "system", "value": "Be brief."},
+                       *record("q", "a", "r", "b")["conversations"]]},
     {"messages": [system("Be brief."), user("q"), assistant("a"), user("r"), assistant("b")]},
 ])
 def test_a_system_text_is_context_of_every_reply(tiny, tmp_path, changed):
@@ -129,11 +148,13 @@ def test_a_system_text_is_context_of_every_reply(tiny, tmp_path, changed):
     pairs = pairs_of(tmp_path, changed)
     assert pairs == [(first, "a"), ([*first, assistant("a"), user("r")], "b")]
     prompt = tiny[1].decode(model.encode(tiny[1], pairs[1][0]))
-    assert prompt.endswith("<|system|>Be brief.<|end_of_turn|><|user|>q<|end_of_turn|><|assistant|>a<|end_of_turn|>"
+    assert prompt.endswith(
+        "<|system|>Be brief.<|end_of_turn|><|user|>q<|end_of_turn|><|assistant|>a<|end_of_turn|>"
                            "<|user|>r<|end_of_turn|><|assistant|>")
 
 
-@pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"train": False}, {"loss": False, "weight": 1}])
+@pytest.mark.parametrize("mark", [{"loss": False}, {"weight": 0}, {"train": False},
+                                  {"loss": False, "weight": 1}])
 def test_a_reply_that_is_marked_is_context_and_no_target(tmp_path, mark):
     data = record("q", "failed", "again", "a")
     data["conversations"][1].update(mark)
@@ -144,9 +165,11 @@ def test_a_reply_that_is_marked_is_context_and_no_target(tmp_path, mark):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("data.jsonl", "{0}\n\n{0}\n"), ("data.jsonl", "{0}"), ("data.json", "{0}\n{0}"), ("data.json", "[{0},\n{0}]"),
+    ("data.jsonl", "{0}\n\n{0}\n"), ("data.jsonl", "{0}"), ("data.json", "{0}\n{0}"),
+    ("data.json", "[{0},\n{0}]"),
     ("data.json", "\ufeff[{0}]"), ("data.jsonl", "\ufeff{0}\r\n{0}\r\n"), ("data.json", "[{1}]")])
-def test_a_file_is_a_list_or_one_record_a_line_with_or_without_a_byte_order_mark(tmp_path, name, text):
+def test_a_file_is_a_list_or_one_record_a_line_with_or_without_a_byte_order_mark(
+        tmp_path, name, text):
     one = json.dumps(record("q", "a\u2028"), ensure_ascii=False)
     path = tmp_path / name
     path.write_bytes(text.format(one, json.dumps(record("q", "a\u2028"), indent=1)).encode())
@@ -155,24 +178,36 @@ def test_a_file_is_a_list_or_one_record_a_line_with_or_without_a_byte_order_mark
 
 
 @pytest.mark.parametrize("record_, told", [
-    ({"messages": [user("q"), assistant("a")], **record("q", "a")}, "key 'conversations' or 'messages', one of them"),
+    ({"messages": [user("q"), assistant("a")], **record("q", "a")},
+     "key 'conversations' or 'messages', one of them"),
     (record("q", "a") | {"tools": [{"name": "f"}]}, "key 'tools' is not understood"),
     (record("q", "a") | {"rejected": "b"}, "key 'rejected' is not understood"),
     (record("q", "a") | {"weight": 0.5}, "key 'weight' belongs to a turn"),
     (record("q", "a") | {"system": 5}, "key 'system' must be text"),
-    ({"messages": [user("q"), {"role": "tool", "content": "x"}]}, "key 'role' of turn 1 must be 'gpt' or 'assistant' or 'model', got 'tool'"),
-    ({"messages": [user("q"), assistant("a"), system("s")]}, "key 'role' of turn 2 must be 'human' or 'user', got 'system'"),
-    ({"system": "s", "messages": [system("t"), user("q"), assistant("a")]}, "key 'role' of turn 0 must be 'human' or 'user', got 'system'"),
+    ({"messages": [user("q"), {"role": "tool", "content": "x"}]},
+     "key 'role' of turn 1 must be 'gpt' or 'assistant' or 'model', got 'tool'"),
+    ({"messages": [user("q"), assistant("a"), system("s")]},
+     "key 'role' of turn 2 must be 'human' or 'user', got 'system'"),
+    ({"system": "s", "messages": [system("t"), user("q"), assistant("a")]},
+     "key 'role' of turn 0 must be 'human' or 'user', got 'system'"),
     ({"messages": [system("s")]}, "must be a list of human and gpt turns in pairs"),
     ({"messages": ["q", "a"]}, "turn 0 must be an object"),
-    ({"messages": [user("q"), {"role": "assistant", "content": None, "tool_calls": [1]}]}, "key 'tool_calls' of turn 1 is not understood"),
-    ({"messages": [user("q"), {**assistant("a"), "tool_calls": [1]}]}, "key 'tool_calls' of turn 1 is not understood"),
-    ({"messages": [user("q"), {**assistant("a"), "reasoning_content": "hm"}]}, "key 'reasoning_content' of turn 1"),
-    ({"messages": [{**user("q"), "images": ["x.png"]}, assistant("a")]}, "key 'images' of turn 0 is not understood"),
-    ({"messages": [user("q"), {**assistant("a"), "weight": 0.5}]}, "key 'weight' of turn 1 must be false or true"),
-    ({"messages": [user("q"), {**assistant("a"), "loss": "false"}]}, "key 'loss' of turn 1 must be false or true"),
-    ({"messages": [{**user("q"), "loss": True}, assistant("a")]}, "key 'loss' of turn 0 must be false or true, and true of a reply only"),
-    ({"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("a")]}, "key 'content' of turn 0 must be text"),
+    ({"messages": [user("q"), {"role": "assistant", "content": None, "tool_calls": [1]}]},
+     "key 'tool_calls' of turn 1 is not understood"),
+    ({"messages": [user("q"), {**assistant("a"), "tool_calls": [1]}]},
+     "key 'tool_calls' of turn 1 is not understood"),
+    ({"messages": [user("q"), {**assistant("a"), "reasoning_content": "hm"}]},
+     "key 'reasoning_content' of turn 1"),
+    ({"messages": [{**user("q"), "images": ["x.png"]}, assistant("a")]},
+     "key 'images' of turn 0 is not understood"),
+    ({"messages": [user("q"), {**assistant("a"), "weight": 0.5}]},
+     "key 'weight' of turn 1 must be false or true"),
+    ({"messages": [user("q"), {**assistant("a"), "loss": "false"}]},
+     "key 'loss' of turn 1 must be false or true"),
+    ({"messages": [{**user("q"), "loss": True}, assistant("a")]},
+     "key 'loss' of turn 0 must be false or true, and true of a reply only"),
+    ({"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}]), assistant("a")]},
+     "key 'content' of turn 0 must be text"),
     ({"messages": [user([]), assistant("a")]}, "key 'content' of turn 0 must be text"),
     (record("q", "half \ud83d"), "key 'value' of turn 1 holds half a character, '\\ud83d'"),
     (record("q", "a") | {"system": "\udc00"}, "key 'system' holds half a character"),
@@ -191,29 +226,39 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
 
 def test_one_picture_a_record_in_a_list_or_not_and_its_place_is_the_start(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a b.png")
-    for key, value in (("image", "a b.png"), ("image", ["a b.png"]), ("images", ["a b.png"]), ("images", "a b.png")):
+    for key, value in (("image", "a b.png"), ("image", ["a b.png"]), ("images", ["a b.png"]),
+                       ("images", "a b.png")):
         for text in ("<image>\nq", "<image>q", " \n<image>\nq"):
-            (messages, reply), = pairs_of(tmp_path, {key: value, "system": "s", **record(text, "a")}, vision=True)
-            assert messages[1]["content"] == [{"type": "image", "image": tmp_path / "a b.png"}, {"type": "text", "text": "q"}]
+            changed = {key: value, "system": "s", **record(text, "a")}
+            (messages, reply), = pairs_of(tmp_path, changed, vision=True)
+            assert messages[1]["content"] == [{"type": "image", "image": tmp_path / "a b.png"},
+                                              {"type": "text", "text": "q"}]
             opened = conversations.open_pictures(messages)
-            assert opened[0] == system("s") and model.picture_of(opened).getpixel((0, 0)) == (255, 0, 0) and reply == "a"
-            assert model.picture_of(messages) == tmp_path / "a b.png"           # it is opened in a copy
-    for more, told in (({"images": ["a b.png"] * 2}, "key 'images': a task with pictures needs one file"),
-                       ({"image": "a b.png", "images": ["a b.png"]}, "key 'images': a task with pictures needs one"),
-                       ({"image": {"bytes": "x"}}, "key 'image': a task with pictures needs one"), ({"images": [5]}, "key 'images'")):
+            assert opened[0] == system("s")
+            assert model.picture_of(opened).getpixel((0, 0)) == (255, 0, 0) and reply == "a"
+            assert model.picture_of(messages) == tmp_path / "a b.png"       # it is opened in a copy
+    for more, told in (({"images": ["a b.png"] * 2},
+                        "key 'images': a task with pictures needs one file"),
+                       ({"image": "a b.png", "images": ["a b.png"]},
+                        "key 'images': a task with pictures needs one"),
+                       ({"image": {"bytes": "x"}}, "key 'image': a task with pictures needs one"),
+                       ({"images": [5]}, "key 'images'")):
         with pytest.raises(ValueError, match=f"record 0: {told}"):
             pairs_of(tmp_path, {**more, **record("<image>\nq", "a")}, vision=True)
     for text in ("q\n<image>", "see <image> here"):
-        with pytest.raises(ValueError, match="record 0: key 'value' of turn 0 must begin with <image>, as a picture stands before the text"):
+        with pytest.raises(ValueError, match="record 0: key 'value' of turn 0 must begin with "
+                                             "<image>, as a picture stands before the text"):
             pairs_of(tmp_path, {"image": "a b.png", **record(text, "a")}, vision=True)
 
 
 def test_a_system_text_before_a_picture_reaches_the_model(tiny_vl, tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
-    (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "system": "Be brief.", **record("<image>\nq", "a")}]))
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "system": "Be brief.",
+                                                     **record("<image>\nq", "a")}]))
     messages, reply = sft.Samples(sft.Config(task="gp-vl", data=str(tmp_path / "data.json")))[0]
     ids = model.encode(tiny_vl[1], messages)
-    assert "Be brief." in tiny_vl[1].tokenizer.decode(ids) and ids.count(tiny_vl[1].image_token_id) == 1 and reply == "a"
+    assert "Be brief." in tiny_vl[1].tokenizer.decode(ids)
+    assert ids.count(tiny_vl[1].image_token_id) == 1 and reply == "a"
 
 
 @pytest.mark.parametrize("name", ["two words.json", "Übung.json", "two\nlines.json", "a.b.json"])
@@ -226,19 +271,24 @@ def test_a_dump_and_its_pictures_may_have_any_name(tmp_path, name):
     for i, (messages, reply) in enumerate(pairs):
         made, expected = samples[i]
         assert reply == expected and read_text(messages[0]) == read_text(made[0])
-        assert model.picture_of(conversations.open_pictures(messages)).tobytes() == model.picture_of(made).tobytes()
-    assert sorted(path.name for path in folder.iterdir()) == sorted([name, name.removesuffix(".json")])
+        picture = model.picture_of(conversations.open_pictures(messages))
+        assert picture.tobytes() == model.picture_of(made).tobytes()
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted([name, name.removesuffix(".json")])
 
 
 @pytest.mark.parametrize("spoilt", ["save", "write_text", "mkdir"])
-def test_a_dump_that_does_not_fit_on_the_disk_leaves_nothing_and_says_one_line(tmp_path, monkeypatch, capsys, spoilt):
+def test_a_dump_that_does_not_fit_on_the_disk_leaves_nothing_and_says_one_line(
+        tmp_path, monkeypatch, capsys, spoilt):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(Image.Image if spoilt == "save" else conversations.Path, spoilt, full)
     with pytest.raises(SystemExit) as stop:
-        sft.main(sft.Config(dump=str(tmp_path / "data.json"), num=2, task="gp-vl", env=("resolution=60",)))
+        sft.main(sft.Config(dump=str(tmp_path / "data.json"), num=2, task="gp-vl",
+                            env=("resolution=60",)))
     told = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert stop.value.code == 2 and len(told) == 1 and "data.json: [Errno 28] No space left on device" in told[0]
+    assert stop.value.code == 2 and len(told) == 1
+    assert "data.json: [Errno 28] No space left on device" in told[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,4 +296,5 @@ def test_a_dump_of_a_data_file_is_refused(tmp_path, capsys):
     pairs_of(tmp_path, record("q", "a", "r", "b"))
     with pytest.raises(SystemExit):
         sft.main(sft.Config(data=str(tmp_path / "data.json"), dump=str(tmp_path / "again.json")))
-    assert "--dump with --data" in capsys.readouterr().err and not (tmp_path / "again.json").exists()
+    assert "--dump with --data" in capsys.readouterr().err
+    assert not (tmp_path / "again.json").exists()

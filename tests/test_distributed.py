@@ -1,4 +1,7 @@
-"""Two processes: the same numbers as one, whatever is killed and however many go on. `pytest -m slow` kills ten times."""
+"""Two processes: the same numbers as one, whatever is killed and however many go on.
+
+`pytest -m slow` kills ten times.
+"""
 import json
 import os
 import random
@@ -22,8 +25,10 @@ from support import running
 from test_scripts import flags, metrics
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-SFT = dict(model=tiny_folder(), batch_size=8, lr=1e-3, save_every=1, micro_batch_tokens=300, device="cpu", dtype="float32")
-RL = dict(num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2, lr=1e-3, max_new_tokens=10, temperature=1.0,
+SFT = dict(model=tiny_folder(), batch_size=8, lr=1e-3, save_every=1, micro_batch_tokens=300,
+           device="cpu", dtype="float32")
+RL = dict(num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2, lr=1e-3, max_new_tokens=10,
+          temperature=1.0,
           env=("verify_iter=4",), micro_batch_tokens=200, device="cpu", dtype="float32")
 
 
@@ -39,11 +44,13 @@ SCRIPTS = {"sft": sft, "rl": rl, "evaluate": evaluate}
 
 
 def run_all(processes, *jobs):
-    """Run (script, knobs) one after the other: here, or all in one start of torchrun, which is most of the time."""
+    """Run (script, knobs) one after the other: here, or all in one start of torchrun, since the
+    start takes most of the time."""
     if processes == 1:
         for script, knobs in jobs:
-            SCRIPTS[script].main(SCRIPTS[script].Config(**{name: str(value) if isinstance(value, Path) else value
-                                                           for name, value in knobs.items()}))
+            values = {name: str(value) if isinstance(value, Path) else value
+                      for name, value in knobs.items()}
+            SCRIPTS[script].main(SCRIPTS[script].Config(**values))
         return
     code = ("import json, sys, sft, rl, evaluate\n"
             "from support import running\n"
@@ -53,8 +60,10 @@ def run_all(processes, *jobs):
             "running.leave()")
     worker = Path(jobs[0][1].get("out") or jobs[0][1]["run_folder"]).parent / "worker.py"
     worker.write_text(code)
-    done = subprocess.run([*TORCHRUN, str(worker), json.dumps([(script, flags(**knobs)) for script, knobs in jobs])],
-                          env={**ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*TORCHRUN, str(worker),
+                           json.dumps([(script, flags(**knobs)) for script, knobs in jobs])],
+                          env={**ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -67,7 +76,8 @@ def assert_same(one, two, tolerance=1e-5):
     assert [row.keys() for row in one] == [row.keys() for row in two]
     for ours, theirs in zip(one, two):
         for name in ours:
-            assert theirs[name] == pytest.approx(ours[name], rel=10 * tolerance, abs=tolerance), name
+            assert theirs[name] == pytest.approx(ours[name], rel=10 * tolerance,
+                                                 abs=tolerance), name
 
 
 def assert_same_weights(one, two, tolerance=1e-5):
@@ -78,7 +88,8 @@ def assert_same_weights(one, two, tolerance=1e-5):
 
 
 def untied_in_the_file_only(folder):
-    """A model whose config says that its embeddings are tied, and whose file has two: from_pretrained believes the file."""
+    """A model whose config says that its embeddings are tied, and whose file has two of them:
+    from_pretrained believes the file."""
     policy, processor = model.load_policy(tiny_folder())
     policy.backbone.lm_head.weight = torch.nn.Parameter(policy.backbone.lm_head.weight.detach() * 2)
     policy.backbone.config.tie_word_embeddings = False
@@ -88,42 +99,54 @@ def untied_in_the_file_only(folder):
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
 
 
-def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_words_and_on_pictures(tmp_path):
+def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_words_and_pictures(
+        tmp_path):
     tasks = {"words": dict(task="gp-l"), "pictures": dict(task="gp-vl", env=("resolution=60",)),
-             "tokens": dict(task="gp-vl", env=("resolution=60",))}                  # pictures that are tokens
-    models = {"words": tiny_folder(), "pictures": tiny_folder(vision=True), "tokens": tiny_folder(family="qwen3_vl")}
+             "tokens": dict(task="gp-vl", env=("resolution=60",))}        # pictures that are tokens
+    models = {"words": tiny_folder(), "pictures": tiny_folder(vision=True),
+              "tokens": tiny_folder(family="qwen3_vl")}
     untied_in_the_file_only(tmp_path / "untied")
-    # With two, the weights are sharded, and what a dialogue has read is kept from turn to turn; with one, it is read anew.
-    for processes, kept, more in (1, 0, {}), (2, 1, {"gradient_checkpointing": True}):      # more: for sft.py alone
+    # With two, the weights are sharded, and what a dialogue has read is kept from turn to turn;
+    # with one, it is read anew. `more` is for sft.py alone.
+    for processes, kept, more in (1, 0, {}), (2, 1, {"gradient_checkpointing": True}):
         (tmp_path / str(processes)).mkdir()
         jobs = []
         for name, task in tasks.items():
             out, start = tmp_path / str(processes), tmp_path / "1" / f"sft_{name}" / "step_000003"
-            test = dict(run_folder=out / f"rl_{name}", episodes=5, env=("verify_iter=2",), max_new_tokens=10, device="cpu",
+            test = dict(run_folder=out / f"rl_{name}", episodes=5, env=("verify_iter=2",),
+                        max_new_tokens=10, device="cpu",
                         kept_gib=kept)
             played = {**task, "env": (*task.get("env", ()), "verify_iter=4")}
-            jobs += [("sft", dict(SFT, out=out / f"sft_{name}", steps=3, model=models[name], **task, **more)),
-                     ("rl", {**RL, "out": out / f"rl_{name}", "updates": 3, "model": start, "kept_gib": kept, **played})]
-            jobs += [("evaluate", test)] * (name != "tokens")      # it takes time, and shows what rl.py shows
+            jobs += [("sft", dict(SFT, out=out / f"sft_{name}", steps=3, model=models[name], **task,
+                                  **more)),
+                     ("rl", {**RL, "out": out / f"rl_{name}", "updates": 3, "model": start,
+                             "kept_gib": kept, **played})]
+            # it takes time, and shows what rl.py shows
+            jobs += [("evaluate", test)] * (name != "tokens")
         jobs.append(("sft", dict(SFT, out=out / "sft_untied", steps=3, model=tmp_path / "untied")))
         run_all(processes, *jobs)
     for run in [f"{script}_{name}" for script in ("sft", "rl") for name in tasks] + ["sft_untied"]:
         one, two = tmp_path / "1" / run, tmp_path / "2" / run
         assert_same(metrics(one), metrics(two))
         assert_same_weights(one / "step_000003", two / "step_000003")
-        rows = [[{**row, "checkpoint": ""} for row in running.read_jsonl(folder / "eval.jsonl")] for folder in (one, two)]
-        assert rows[0] == rows[1] and len(rows[0]) == (8 if run in ("rl_words", "rl_pictures") else 0)
+        rows = [[{**row, "checkpoint": ""} for row in running.read_jsonl(folder / "eval.jsonl")]
+                for folder in (one, two)]
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == (8 if run in ("rl_words", "rl_pictures") else 0)
 
 
 def stopped(script, processes, out, when, how, everyone, **knobs):
-    """Start a script and send a signal to all processes, or to one, as soon as when(out) holds; its exit status."""
-    process = subprocess.Popen(command(script, processes, out=out, **knobs), env=ENV, stdout=subprocess.DEVNULL,
+    """Start a script and send a signal to all processes, or to one, as soon as when(out) holds.
+    Returns its exit status."""
+    process = subprocess.Popen(command(script, processes, out=out, **knobs), env=ENV,
+                               stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 150
     while not when(out):
         assert process.poll() is None and time.time() < deadline, "it ended before it was stopped"
         time.sleep(0.002)
-    workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    workers = [int(pid) for pid in found.stdout.split()]
     if how == signal.SIGKILL and everyone:
         os.killpg(process.pid, how)
     else:
@@ -132,7 +155,10 @@ def stopped(script, processes, out, when, how, everyone, **knobs):
 
 
 def lines(number):
-    return lambda out: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").read_text().count("\n") >= number
+    def when(out):
+        log = out / "metrics.jsonl"
+        return log.is_file() and log.read_text().count("\n") >= number
+    return when
 
 
 def saving(out):
@@ -148,16 +174,20 @@ def straight(tmp_path_factory):
     return knobs, run_rl(2, out=folder / "rl", **knobs), folder / "rl" / "step_000006"
 
 
-@pytest.mark.parametrize("when, everyone", [(lines(2), False), (saving, True)], ids=["training", "saving"])
+@pytest.mark.parametrize("when, everyone", [(lines(2), False), (saving, True)],
+                         ids=["training", "saving"])
 def test_a_killed_run_of_two_goes_on_to_the_same_numbers(tmp_path, straight, when, everyone):
     knobs, expected, weights = straight
     assert stopped("rl.py", 2, tmp_path / "run", when, signal.SIGKILL, everyone, **knobs) != 0
     assert len(metrics(tmp_path / "run")) < 6
     assert run_rl(2, out=tmp_path / "run", **knobs) == expected
-    assert (tmp_path / "run" / "step_000006" / "model.safetensors").read_bytes() == (weights / "model.safetensors").read_bytes()
+    ours, theirs = ((folder / "model.safetensors").read_bytes()
+                    for folder in (tmp_path / "run" / "step_000006", weights))
+    assert ours == theirs
 
 
-def test_a_signal_to_one_process_stops_and_saves_all_and_a_run_of_two_goes_on_alone_and_the_reverse(tmp_path, straight):
+def test_a_signal_to_one_process_stops_and_saves_all_and_a_run_of_two_goes_on_alone_and_the_reverse(
+        tmp_path, straight):
     knobs, expected, weights = straight
     for first, then, how in ((2, 1, signal.SIGUSR1), (1, 2, signal.SIGTERM)):
         out = tmp_path / f"{first}_{then}"
@@ -177,18 +207,24 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_one_line(tmp_p
             "rl.ppo_loss = broken; rl.main(running.parse_config(rl.Config))")
     script = tmp_path / "broken.py"
     script.write_text(code)
-    done = subprocess.run(command(script, 2, out=tmp_path / "run", **knobs), capture_output=True, text=True, timeout=150,
+    done = subprocess.run(command(script, 2, out=tmp_path / "run", **knobs), capture_output=True,
+                          text=True, timeout=150,
                           env={**ENV, "PYTHONPATH": str(ROOT)})
-    assert done.returncode != 0 and done.stderr.count("error: update 1: epoch 0, minibatch from turn 0, turns [") == 1
+    assert done.returncode != 0
+    assert done.stderr.count("error: update 1: epoch 0, minibatch from turn 0, turns [") == 1
     assert not metrics(tmp_path / "run") if (tmp_path / "run" / "metrics.jsonl").is_file() else True
 
 
-def test_only_the_first_process_reads_the_weights_and_all_hear_what_is_wrong_with_them(tmp_path, straight, monkeypatch):
+def test_only_the_first_process_reads_the_weights_and_all_hear_what_is_wrong_with_them(
+        tmp_path, straight, monkeypatch):
     folder = straight[0]["model"]
-    hollow, processor = model.load_policy(str(folder), "bfloat16", param_dtype="bfloat16", hollow=True)
-    assert {(p.device.type, p.dtype) for p in hollow.backbone.parameters()} == {("meta", torch.bfloat16)}
+    hollow, processor = model.load_policy(str(folder), "bfloat16", param_dtype="bfloat16",
+                                          hollow=True)
+    kinds = {(p.device.type, p.dtype) for p in hollow.backbone.parameters()}
+    assert kinds == {("meta", torch.bfloat16)}
     assert {b.dtype for b in hollow.backbone.buffers()} == {torch.float32} and len(processor) > 100
-    assert not any(module.training for module in hollow.backbone.modules())          # no dropout, as in the first
+    # no dropout, as in the first
+    assert not any(module.training for module in hollow.backbone.modules())
     monkeypatch.setattr(running, "WORLD", 2)
     monkeypatch.setattr(running, "RANK", 1)
     monkeypatch.setattr(running, "gather", lambda error: ["the weights are torn", error])
@@ -197,9 +233,12 @@ def test_only_the_first_process_reads_the_weights_and_all_hear_what_is_wrong_wit
 
 
 def test_what_processes_cannot_share_evenly_is_refused(tmp_path, monkeypatch, capsys):
-    for script, knobs, told in ((sft, dict(SFT, batch_size=1), "--batch-size 1: must be at least the number of processes, 2"),
-                                (rl, dict(RL, model=tiny_folder(), num_envs=3, minibatch_turns=9), "--num-envs 3: must be a multiple"),
-                                (evaluate, dict(api_url="http://127.0.0.1:9", api_model="x", out="y"), "--api-url runs in one process")):
+    for script, knobs, told in ((sft, dict(SFT, batch_size=1),
+                                 "--batch-size 1: must be at least the number of processes, 2"),
+                                (rl, dict(RL, model=tiny_folder(), num_envs=3, minibatch_turns=9),
+                                 "--num-envs 3: must be a multiple"),
+                                (evaluate, dict(api_url="http://127.0.0.1:9", api_model="x",
+                                                out="y"), "--api-url runs in one process")):
         monkeypatch.setattr(running, "WORLD", 2)
         monkeypatch.setattr(running, "start_processes", torch.device)
         monkeypatch.setenv("API_KEY", "x")

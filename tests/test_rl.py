@@ -11,7 +11,8 @@ import model
 import rl
 from support import training
 
-CONFIG = rl.Config(out="", model="", num_envs=4, turns_per_env=3, minibatch_turns=12, max_new_tokens=12, temperature=1.0,
+CONFIG = rl.Config(out="", model="", num_envs=4, turns_per_env=3, minibatch_turns=12,
+                   max_new_tokens=12, temperature=1.0,
                    micro_batch_tokens=4096, epochs=1, lr=1e-3)
 
 
@@ -22,15 +23,18 @@ def config(**changes):
 def rollout(tiny, config, tmp_path, update=0, conversations=None):
     policy, processor = tiny
     config.out = str(tmp_path)
-    conversations = conversations or [rl.Conversation(i, envs.make_env("gp-l", "id", verify_iter=2), processor, config)
+    conversations = conversations or [rl.Conversation(i, envs.make_env("gp-l", "id", verify_iter=2),
+                                                      processor, config)
                                       for i in range(config.num_envs)]
-    return conversations, rl.collect_turns(policy, processor, conversations, update, config, SimpleNamespace(requested=False))
+    return conversations, rl.collect_turns(policy, processor, conversations, update, config,
+                                           SimpleNamespace(requested=False))
 
 
 # ---- compute_gae
 
 def gae_by_definition(rewards, values, dones, next_value, gamma, lam):
-    """O(n^2): for every turn the discounted sum of deltas up to the end of its episode or of the rollout."""
+    """O(n^2): for every turn the discounted sum of deltas up to the end of its episode or of the
+    rollout."""
     n, advantages = len(rewards), []
     for t in range(n):
         total, weight = 0.0, 1.0
@@ -48,28 +52,35 @@ def test_gae_equals_its_definition_on_random_rollouts():
     rng = random.Random(0)
     for _ in range(30):
         S, E = rng.randint(1, 9), rng.randint(1, 4)
-        rewards, values = ([[rng.uniform(-3, 5) for _ in range(E)] for _ in range(S)] for _ in range(2))
+        rewards, values = ([[rng.uniform(-3, 5) for _ in range(E)] for _ in range(S)]
+                           for _ in range(2))
         dones = [[float(rng.random() < 0.3) for _ in range(E)] for _ in range(S)]
         next_values, gamma, lam = [rng.uniform(-1, 1) for _ in range(E)], rng.random(), rng.random()
-        advantages, returns = rl.compute_gae(*map(torch.tensor, (rewards, values, dones, next_values)), gamma, lam)
+        advantages, returns = rl.compute_gae(
+            *map(torch.tensor, (rewards, values, dones, next_values)), gamma, lam)
         for e in range(E):
-            expected = gae_by_definition(*([row[e] for row in m] for m in (rewards, values, dones)), next_values[e], gamma, lam)
+            expected = gae_by_definition(*([row[e] for row in m] for m in (rewards, values, dones)),
+                                         next_values[e], gamma, lam)
             assert advantages[:, e].tolist() == pytest.approx(expected, abs=1e-4)
         torch.testing.assert_close(returns, advantages + torch.tensor(values))
 
 
 def test_gae_of_three_turns_worked_by_hand():
-    # one environment: a failed turn, a correct one (done), then an unfinished episode that bootstraps from 2.0
-    advantages, _ = rl.compute_gae(torch.tensor([[-1.0], [5.0], [-1.0]]), torch.tensor([[1.0], [2.0], [0.5]]),
-                                   torch.tensor([[0.0], [1.0], [0.0]]), torch.tensor([2.0]), 0.5, 0.5)
+    # one environment: a failed turn, a correct one (done), then an unfinished episode that
+    # bootstraps from 2.0
+    rewards, values = torch.tensor([[-1.0], [5.0], [-1.0]]), torch.tensor([[1.0], [2.0], [0.5]])
+    dones, next_values = torch.tensor([[0.0], [1.0], [0.0]]), torch.tensor([2.0])
+    advantages, _ = rl.compute_gae(rewards, values, dones, next_values, 0.5, 0.5)
     # third: -1 + .5*2 - .5 = -.5; second: 5 - 2 = 3; first: -1 + .5*2 - 1 + .25*3 = -.25
     assert advantages[:, 0].tolist() == [-0.25, 3.0, -0.5]
 
 
 def test_nothing_crosses_the_end_of_an_episode():
     values, dones = torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
-    a, _ = rl.compute_gae(torch.tensor([[1.0], [0.0]]), values, dones, torch.tensor([0.0]), 0.9, 0.95)
-    b, _ = rl.compute_gae(torch.tensor([[1.0], [99.0]]), values, dones, torch.tensor([99.0]), 0.9, 0.95)
+    a, _ = rl.compute_gae(torch.tensor([[1.0], [0.0]]), values, dones, torch.tensor([0.0]),
+                          0.9, 0.95)
+    b, _ = rl.compute_gae(torch.tensor([[1.0], [99.0]]), values, dones, torch.tensor([99.0]),
+                          0.9, 0.95)
     assert a[0] == b[0] == 1.0
 
 
@@ -82,42 +93,49 @@ def test_no_gradient_outside_the_clip_and_the_policy_gradient_at_ratio_one():
     policy_loss, _, watched = rl.ppo_loss(logprobs, old, old, old, advantages, old, clip=0.1)
     policy_loss.sum().backward()
     gone, kept = logprobs.grad[:2], logprobs.grad[2:]
-    assert (gone == 0).all()                                     # moved past the clip in the wanted direction: enough
+    assert (gone == 0).all()                   # moved past the clip in the wanted direction: enough
     torch.testing.assert_close(kept, -torch.tensor([0.3, -0.3, 0.0]).exp() * advantages[2:])
     assert watched["clip_fraction"].tolist() == [1, 1, 1, 1, 0]
 
 
 def test_a_huge_ratio_gives_neither_infinity_nor_gradient():
     logprobs = torch.tensor([500.0, 500.0], requires_grad=True)
-    policy_loss, _, _ = rl.ppo_loss(logprobs, *[torch.zeros(2)] * 3, torch.tensor([1.0, -1.0]), torch.zeros(2), CONFIG.clip)
+    policy_loss, _, _ = rl.ppo_loss(logprobs, *[torch.zeros(2)] * 3, torch.tensor([1.0, -1.0]),
+                                    torch.zeros(2), CONFIG.clip)
     policy_loss.sum().backward()
     assert torch.isfinite(policy_loss).all() and logprobs.grad.tolist() == [0, 0]
 
 
 def test_the_value_clip_is_off_unless_asked_for():
     value = torch.tensor([3.0], requires_grad=True)
-    arguments = torch.zeros(1), torch.zeros(1), value, torch.zeros(1), torch.zeros(1), torch.tensor([5.0])
+    zero, returns = torch.zeros(1), torch.tensor([5.0])
+    arguments = zero, zero, value, zero, zero, returns
     assert float(rl.ppo_loss(*arguments, CONFIG.clip, CONFIG.value_clip)[1]) == 0.5 * 4
-    assert float(rl.ppo_loss(*arguments, CONFIG.clip, value_clip=0.1)[1]) == pytest.approx(0.5 * 4.9 ** 2)
+    clipped_loss = float(rl.ppo_loss(*arguments, CONFIG.clip, value_clip=0.1)[1])
+    assert clipped_loss == pytest.approx(0.5 * 4.9 ** 2)
 
 
 # ---- rollout
 
-def test_a_rollout_has_the_asked_number_of_turns_and_the_second_prompt_begins_with_the_first_turn(tiny, tmp_path):
+def test_a_rollout_has_the_asked_number_of_turns_and_the_second_prompt_begins_with_the_first_turn(
+        tiny, tmp_path):
     _, turns = rollout(tiny, config(), tmp_path)
     assert len(turns) == 12
     for e in range(4):
         first, second = turns[e], turns[4 + e]
-        assert not first.done and second.done                    # verify_iter is 2 and a random model never solves a hand
-        assert second.prompt_ids[:len(first.prompt_ids + first.response_ids)] == first.prompt_ids + first.response_ids
-        assert second.reward == first.reward - 1 == -4.0         # illegal, and the step limit on the last
+        # verify_iter is 2 and a random model never solves a hand
+        assert not first.done and second.done
+        first_ids = first.prompt_ids + first.response_ids
+        assert second.prompt_ids[:len(first_ids)] == first_ids
+        assert second.reward == first.reward - 1 == -4.0   # illegal, and the step limit on the last
         assert turns[8 + e].prompt_ids[:len(first.prompt_ids)] != first.prompt_ids   # another hand
 
 
 def test_a_conversation_rebuilt_from_its_state_goes_on_alike(tiny, tmp_path):
     policy, processor = tiny
     conversations, _ = rollout(tiny, config(), tmp_path)
-    again = [rl.Conversation(c.index, envs.make_env("gp-l", "id", verify_iter=2), processor, config(), c.episode, c.replies)
+    again = [rl.Conversation(c.index, envs.make_env("gp-l", "id", verify_iter=2), processor,
+                             config(), c.episode, c.replies)
              for c in conversations]
     assert any(c.replies for c in conversations)
     assert [c.prompt_ids for c in again] == [c.prompt_ids for c in conversations]
@@ -127,7 +145,8 @@ def test_a_conversation_rebuilt_from_its_state_goes_on_alike(tiny, tmp_path):
 
 
 def test_a_route_half_walked_goes_on_and_its_turns_fall_into_dialogues_of_positions(tiny, city):
-    """Wrong at first at every other position: a correct action begins a new dialogue, the wrong one shares its own."""
+    """The first try at every other position is wrong. A correct action begins a new dialogue, a
+    wrong one stays in its dialogue."""
     processor = tiny[1]
     first = rl.Conversation(0, envs.make_env("virl-l", "id", root=city), processor, CONFIG)
     dialogues, positions = [], []
@@ -138,10 +157,13 @@ def test_a_route_half_walked_goes_on_and_its_turns_fall_into_dialogues_of_positi
         positions.append((first.episode, env.at))
         reply = env.flawed_reply() if wrong else env.expert_reply()
         first.play(model.encode_reply(processor, reply))
-    assert [a == b for a, b in zip(dialogues, dialogues[1:])] == [a == b for a, b in zip(positions, positions[1:])]
+    same_dialogue = [a == b for a, b in zip(dialogues, dialogues[1:])]
+    assert same_dialogue == [a == b for a, b in zip(positions, positions[1:])]
     assert len(set(dialogues)) < 12 and first.replies
-    again = rl.Conversation(0, envs.make_env("virl-l", "id", root=city), processor, CONFIG, first.episode, first.replies)
-    assert again.prompt_ids == first.prompt_ids and again.env.at == first.env.at and again.env.rail == first.env.rail
+    again = rl.Conversation(0, envs.make_env("virl-l", "id", root=city), processor, CONFIG,
+                            first.episode, first.replies)
+    assert again.prompt_ids == first.prompt_ids and again.env.at == first.env.at
+    assert again.env.rail == first.env.rail
     assert again.dialogue_number == first.dialogue_number
 
 
@@ -153,12 +175,14 @@ def test_routes_that_are_played_in_order_are_shared_out_over_the_environments(ti
         for episode in range(3):
             played[episode, index] = env.number
             conversation.play([5])
-    assert played == {(episode, index): 4 * episode + index for episode in range(3) for index in range(4)}
+    assert played == {(episode, index): 4 * episode + index for episode in range(3)
+                      for index in range(4)}
 
 
 def test_a_stop_drops_the_rollout(tiny, tmp_path):
     policy, processor = tiny
-    assert rl.collect_turns(policy, processor, [], 0, config(), SimpleNamespace(requested=True)) is None
+    assert rl.collect_turns(policy, processor, [], 0, config(),
+                            SimpleNamespace(requested=True)) is None
 
 
 @pytest.mark.parametrize("reply, thought", [
@@ -185,7 +209,8 @@ def test_thought_coef_weighs_the_tokens_before_the_answer(tiny):
     turn = rl.Turn(prompt, ids, start, 0.0, False, (0, 0), {})
     tokens, _ = policy(model.collate([[(prompt, ids)]], policy.device), 1.0)
     weighted, _ = rl.turn_logprobs(policy, [turn], [[0]], config(thought_coef=0.25))
-    torch.testing.assert_close(weighted[0], 0.25 * tokens[0, :start].sum() + tokens[0, start:].sum())
+    torch.testing.assert_close(weighted[0],
+                               0.25 * tokens[0, :start].sum() + tokens[0, start:].sum())
 
 
 # ---- update
@@ -194,7 +219,8 @@ def test_before_the_first_step_every_ratio_is_one(tiny, tmp_path):
     policy = copy.deepcopy(tiny[0])
     _, turns = rollout(tiny, CONFIG, tmp_path)
     logprobs, values = rl.score_turns(policy, turns, CONFIG)
-    stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, logprobs, values, torch.randn(12), torch.randn(12), 0,
+    stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, logprobs, values,
+                          torch.randn(12), torch.randn(12), 0,
                           config(micro_batch_tokens=700))
     assert abs(stats["ratio_max_first"] - 1) < 1e-4 and abs(stats["ratio_min_first"] - 1) < 1e-4
 
@@ -202,7 +228,8 @@ def test_before_the_first_step_every_ratio_is_one(tiny, tmp_path):
 def one_update(tiny, turns, advantages, **changes):
     policy = copy.deepcopy(tiny[0])
     logprobs, values = rl.score_turns(policy, turns, CONFIG)
-    stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters(), lr=1e-3, eps=1e-7), turns, logprobs, values, advantages,
+    stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters(), lr=1e-3, eps=1e-7), turns,
+                          logprobs, values, advantages,
                           advantages, 0, config(**changes))
     after, _ = rl.score_turns(policy, turns, CONFIG)
     return policy, after - logprobs, stats
@@ -236,7 +263,8 @@ def test_a_loss_that_is_not_finite_names_the_minibatch_and_the_turns(tiny, tmp_p
     advantages = torch.zeros(12)
     advantages[5] = float("nan")
     with pytest.raises(FloatingPointError, match=r"^epoch 0, minibatch from turn 0, turns \["):
-        rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, torch.zeros(12), torch.zeros(12), advantages, advantages, 7, CONFIG)
+        rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, torch.zeros(12),
+                      torch.zeros(12), advantages, advantages, 7, CONFIG)
 
 
 def test_an_update_that_minibatches_do_not_divide_is_refused():
@@ -250,10 +278,11 @@ def test_a_prompt_counts_from_where_it_leaves_what_was_said_before(tiny):
     def turn(prompt, response, key):
         return rl.Turn(prompt, response, 0, 0.0, False, key, {})
     first, other = turn([1, 2, 3], [4, 5], (0, 0, 1)), turn([1, 2], [9], (1, 0, 1))
-    retry, next_dialogue = turn([1, 2, 3, 4, 5, 6], [7], (0, 0, 1)), turn([1, 2, 8, 8], [9], (1, 0, 2))
+    retry = turn([1, 2, 3, 4, 5, 6], [7], (0, 0, 1))
+    next_dialogue = turn([1, 2, 8, 8], [9], (1, 0, 2))
     upcoming = [turn([1, 2, 3, 5], [], (0,)), turn([1], [], (1,))]
     turns = [first, other, retry, next_dialogue]
     trained, played = rl.count_compute(policy, turns, upcoming, config(epochs=3))
-    dialogues = 7 + 3 + 5                                          # three rows, of which one holds two turns
+    dialogues = 7 + 3 + 5                                 # three rows, of which one holds two turns
     read_and_sampled = (3 + 2) + (2 + 1) + (1 + 1) + (2 + 1)
     assert trained == 3 * dialogues and played == read_and_sampled + dialogues + 4 + 1

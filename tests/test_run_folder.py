@@ -31,31 +31,39 @@ def test_a_checkpoint_opens_in_plain_transformers_and_comes_back_whole(tiny, tmp
     (logprobs.sum() * 0 + values.sum() * 0).backward()
     optimizer.step()
     folder = run_folder.ensure_checkpoint(tmp_path, 7, policy, processor, optimizer, {"step": 7})
-    assert folder.name == "step_000007" and not list(tmp_path.glob("*.tmp")) and not list(tmp_path.rglob("*.p*kl"))
+    assert folder.name == "step_000007" and not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.rglob("*.p*kl"))
     plain = AutoModelForCausalLM.from_pretrained(folder).to(policy.device)
     ids = torch.tensor([samples[0][0]], device=policy.device)
     assert torch.equal(plain(ids).logits, policy.backbone(ids).logits)
-    assert AutoTokenizer.from_pretrained(folder)("J+10", add_special_tokens=False).input_ids == processor("J+10", add_special_tokens=False).input_ids
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    read, expected = (each("J+10", add_special_tokens=False).input_ids
+                      for each in (tokenizer, processor))
+    assert read == expected
     again, its_processor = model.load_policy(str(folder), device=policy.device)
     for (name, p), (_, q) in zip(policy.named_parameters(), again.named_parameters()):
         assert torch.equal(p, q), name
     fresh = torch.optim.Adam(again.parameters(), lr=1e-3)
     assert run_folder.load_resume(folder, again, fresh) == {"step": 7}
     for p, q in zip(policy.parameters(), again.parameters()):
-        assert all(torch.equal(optimizer.state[p][key], fresh.state[q][key]) for key in optimizer.state[p])
+        assert all(torch.equal(optimizer.state[p][key], fresh.state[q][key])
+                   for key in optimizer.state[p])
 
 
 def test_weights_stay_and_resume_state_is_kept_for_the_newest_only(tiny, tmp_path):
     policy, processor = tiny
     optimizer = torch.optim.Adam(policy.parameters())
     for step in range(1, 5):
-        run_folder.ensure_checkpoint(tmp_path, step, policy, processor, optimizer, {"step": step}, keep_resume=2)
-    assert [p.name for p in run_folder.checkpoints(tmp_path)] == [f"step_{s:06d}" for s in range(1, 5)]
-    assert [(p / "resume").exists() for p in run_folder.checkpoints(tmp_path)] == [False, False, True, True]
+        run_folder.ensure_checkpoint(tmp_path, step, policy, processor, optimizer, {"step": step},
+                                     keep_resume=2)
+    checkpoints = run_folder.checkpoints(tmp_path)
+    assert [p.name for p in checkpoints] == [f"step_{s:06d}" for s in range(1, 5)]
+    assert [(p / "resume").exists() for p in checkpoints] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("moment", ["weights", "optimizer", "state"])
-def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tiny, tmp_path, monkeypatch, capsys, moment):
+def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tiny, tmp_path, monkeypatch, capsys,
+                                                            moment):
     policy, processor = tiny
     optimizer = torch.optim.Adam(policy.parameters())
     run_folder.ensure_checkpoint(tmp_path, 1, policy, processor, optimizer, {"step": 1})
@@ -67,15 +75,19 @@ def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tiny, tmp_path, monk
         if moment == "weights":
             disk.setattr(type(policy.backbone), "save_pretrained", fill)
         elif moment == "optimizer":
-            disk.setattr(run_folder, "save_file", lambda tensors, path: fill() if "optimizer" in str(path) else None)
+            disk.setattr(run_folder, "save_file",
+                         lambda tensors, path: fill() if "optimizer" in str(path) else None)
         else:
             disk.setattr(run_folder.Path, "write_text", fill)
         with pytest.raises(SystemExit):
             run_folder.ensure_checkpoint(tmp_path, 2, policy, processor, optimizer, {"step": 2})
-    assert "step_000002.tmp: [Errno 28] No space left on device; the checkpoints before it are whole" in capsys.readouterr().err
+    told = ("step_000002.tmp: [Errno 28] No space left on device; the checkpoints before it are "
+            "whole")
+    assert told in capsys.readouterr().err
     assert [p.name for p in run_folder.checkpoints(tmp_path)] == ["step_000001"]
     assert run_folder.load_resume(tmp_path / "step_000001", policy, optimizer) == {"step": 1}
-    assert run_folder.ensure_checkpoint(tmp_path, 2, policy, processor, optimizer, {"step": 2}).name == "step_000002"
+    assert run_folder.ensure_checkpoint(tmp_path, 2, policy, processor, optimizer,
+                                        {"step": 2}).name == "step_000002"
 
 
 def make_run(tmp_path, **changes):
@@ -86,7 +98,8 @@ def make_run(tmp_path, **changes):
     return Config(**changes)
 
 
-def test_a_run_goes_on_from_the_newest_complete_checkpoint_and_drops_later_log_lines(tiny, tmp_path, capsys):
+def test_a_run_goes_on_from_the_newest_complete_checkpoint_and_drops_later_log_lines(
+        tiny, tmp_path, capsys):
     policy, processor = tiny
     config = make_run(tmp_path)
     assert run_folder.newest_checkpoint(config) is None and not list(tmp_path.iterdir())
@@ -104,7 +117,8 @@ def test_a_run_goes_on_from_the_newest_complete_checkpoint_and_drops_later_log_l
     assert newest.name == "step_000002"
     run_folder.open_run(config, newest)
     assert "step_000003.tmp" in capsys.readouterr().out
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
 def test_an_out_folder_of_another_config_is_refused_untouched(tmp_path):
@@ -122,7 +136,8 @@ def write_checkpoint(run, step, policy, processor, steps=1, **state):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
-    return run_folder.ensure_checkpoint(run, step, policy, processor, optimizer, {"step": step, **state})
+    return run_folder.ensure_checkpoint(run, step, policy, processor, optimizer,
+                                        {"step": step, **state})
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +162,8 @@ def resume(run, **config):
     config = make_run(run.parent, **config)
     newest = run_folder.newest_checkpoint(config)
     with run_folder.damage_advice(newest):
-        policy, _ = running.load_spread(partial(model.load_policy, str(newest), "float32"), torch.device("cpu"))
+        policy, _ = running.load_spread(partial(model.load_policy, str(newest), "float32"),
+                                        torch.device("cpu"))
     optimizer = torch.optim.Adam(policy.parameters())
     return newest.name, run_folder.load_resume(newest, policy, optimizer)
 
@@ -162,10 +178,12 @@ def test_paths_of_a_config_are_compared_however_they_are_spelt(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("start")
     run_folder.open_run(Config(), None)
-    for spelling in ("start/step_000004/", "./start/step_000004", "link/step_000004", f"{tmp_path}/start//step_000004"):
+    for spelling in ("start/step_000004/", "./start/step_000004", "link/step_000004",
+                     f"{tmp_path}/start//step_000004"):
         assert run_folder.newest_checkpoint(Config(model=spelling)) is None
     assert run_folder.newest_checkpoint(Config(env=("root=./city/", "target=24"))) is None
-    for other in (dict(model="start/step_000005"), dict(data="."), dict(env=("root=city", "target=36")), dict(env=("root=city",))):
+    for other in (dict(model="start/step_000005"), dict(data="."),
+                  dict(env=("root=city", "target=36")), dict(env=("root=city",))):
         with pytest.raises(ValueError, match=f"belongs to another config .{next(iter(other))} "):
             run_folder.newest_checkpoint(Config(**other))
 
@@ -188,7 +206,8 @@ def test_a_run_from_before_an_option_was_there_goes_on_where_that_is_off(tmp_pat
 # ---- What else lies in a folder
 
 def test_only_whole_folders_with_the_name_of_a_checkpoint_are_checkpoints(run, capsys):
-    for name in ("step_000002-best", "step_000002 copy", "step_final", "step_3", "step_0000004", "step_000009.tmp"):
+    for name in ("step_000002-best", "step_000002 copy", "step_final", "step_3", "step_0000004",
+                 "step_000009.tmp"):
         shutil.copytree(run / "step_000002", run / name)
     (run / "step_000007").symlink_to("step_000001")
     (run / "step_000008").write_text("notes")
@@ -205,14 +224,19 @@ def test_a_new_run_may_begin_beside_files_that_are_none_of_its_own(tmp_path):
         (tmp_path / "run" / name).write_text("!")
     assert run_folder.newest_checkpoint(config) is None
     run_folder.open_run(config, None)
-    assert run_folder.newest_checkpoint(config) is None and (tmp_path / "run" / "thesis.txt").read_text() == "!"
+    assert run_folder.newest_checkpoint(config) is None
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "!"
 
 
 @pytest.mark.parametrize("name, told", [
-    ("metrics.jsonl", "has metrics.jsonl but no config.json of a run"), ("turns.jsonl", "has turns.jsonl but"),
-    ("eval.jsonl", "has eval.jsonl but"), ("step_000100", "has step_000100 but"), ("model.safetensors", "has model.safetensors but"),
-    ("config.json", "has a config.json that is none of a run, such as a model's: choose another --out")])
-def test_a_folder_in_which_a_run_would_write_over_something_is_refused_untouched(tmp_path, name, told):
+    ("metrics.jsonl", "has metrics.jsonl but no config.json of a run"),
+    ("turns.jsonl", "has turns.jsonl but"),
+    ("eval.jsonl", "has eval.jsonl but"), ("step_000100", "has step_000100 but"),
+    ("model.safetensors", "has model.safetensors but"),
+    ("config.json",
+     "has a config.json that is none of a run, such as a model's: choose another --out")])
+def test_a_folder_in_which_a_run_would_write_over_something_is_refused_untouched(
+        tmp_path, name, told):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text('{"model_type": "llama"}\n')
     with pytest.raises(ValueError, match=told):
@@ -243,15 +267,18 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_has_its_name(tiny, tmp_path,
     for log in logs:
         assert done.index((log.stat().st_ino, log.stat().st_size)) < done.index("step_000001")
     done.clear()
-    running.write_atomically(tmp_path / "config.json", "{}")            # so are a config and a log that was cut
+    # so are a config and a log that was cut
+    running.write_atomically(tmp_path / "config.json", "{}")
     assert done == [((tmp_path / "config.json").stat().st_ino, 2), "config.json"]
 
 
-@pytest.mark.parametrize("log, lost", [("", 1), ('{"step": 2}\n', 1), ('{"step": 1}\n{"step": 2', 2), (None, 1)])
+@pytest.mark.parametrize("log, lost",
+                         [("", 1), ('{"step": 2}\n', 1), ('{"step": 1}\n{"step": 2', 2), (None, 1)])
 def test_a_run_does_not_go_on_with_a_log_that_lacks_a_step(run, log, lost):
     path = run / "metrics.jsonl"
     path.unlink() if log is None else path.write_text(log)
-    with pytest.raises(ValueError, match=f"run/metrics.jsonl has no row of step {lost}: put the log back from a copy; without it"):
+    with pytest.raises(ValueError, match=f"run/metrics.jsonl has no row of step {lost}: put the "
+                                         "log back from a copy; without it"):
         run_folder.newest_checkpoint(make_run(run.parent))
     assert log is None or path.read_text() == log
     shutil.rmtree(run / "step_000002")
@@ -261,20 +288,29 @@ def test_a_run_does_not_go_on_with_a_log_that_lacks_a_step(run, log, lost):
 
 def test_a_step_in_the_log_that_is_no_number_is_named(run):
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": [2]}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl: a row has step \[2\], which is no whole number"):
+    told = r"metrics.jsonl: a row has step \[2\], which is no whole number"
+    with pytest.raises(ValueError, match=told):
         run_folder.newest_checkpoint(make_run(run.parent))
 
 
 # ---- Two processes on one folder
 
-HOLDER = "import fcntl, os, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); \
-file.write(f'{os.getpid()} on {sys.argv[2]}'); file.flush(); print(flush=True); time.sleep(60)"
+HOLDER = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], 'w')
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write(f'{os.getpid()} on {sys.argv[2]}')
+file.flush()
+print(flush=True)
+time.sleep(60)
+"""
 
 
 @contextlib.contextmanager
 def held(path, host=None):
     """Another process that holds a lock; it is killed in the end."""
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path), host or socket.gethostname()], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(path), host or socket.gethostname()],
+                          stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         yield process.pid
         process.kill()
@@ -284,12 +320,16 @@ def test_a_second_process_in_a_run_folder_is_refused_until_the_first_has_ended_h
     config = make_run(run.parent)
     for host in (None, "elsewhere"):
         with held(run / ".training.lock", host) as pid:
-            with pytest.raises(ValueError, match=rf"run: process {pid}{' on elsewhere' if host else ''} is training here; wait for its end"):
+            holder = f"{pid} on elsewhere" if host else pid
+            with pytest.raises(ValueError, match=f"run: process {holder} is training here; wait "
+                                                 "for its end"):
                 run_folder.newest_checkpoint(config)
             run_folder.hold(run, "evaluating")                     # is another matter
     assert run_folder.newest_checkpoint(config).name == "step_000002"    # SIGKILL leaves no lock
     code = "import sys; from support import run_folder; run_folder.hold(sys.argv[1], 'training')"
-    done = subprocess.run([sys.executable, "-c", code, str(run)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(run)],
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True)
     assert f"process {os.getpid()} is training here" in done.stderr       # and ours is there
     assert run_folder.newest_checkpoint(config).name == "step_000002"    # we may, twice
 
@@ -336,7 +376,8 @@ def test_a_damaged_newest_checkpoint_is_named_with_the_way_on(run, name, damage)
     with pytest.raises(ValueError) as told:
         resume(run)
     words = str(told.value)
-    assert "\n" not in words and words.endswith(f"; move {run}/step_000002 away to go on from step_000001")
+    assert "\n" not in words
+    assert words.endswith(f"; move {run}/step_000002 away to go on from step_000001")
     assert str(path if name.startswith("resume") else path.parent) in words
     shutil.move(run / "step_000002", run / "step_000002-damaged")
     assert resume(run) == ("step_000001", {"step": 1})
@@ -345,18 +386,21 @@ def test_a_damaged_newest_checkpoint_is_named_with_the_way_on(run, name, damage)
 def test_without_an_older_checkpoint_the_way_on_is_a_new_run(run):
     shutil.rmtree(run / "step_000001" / "resume")
     (run / "step_000002" / "resume" / "state.json").write_text("[]")
-    with pytest.raises(ValueError, match="state.json: expected a JSON object, got list; .*step_000002 is the only checkpoint to go on "
-                                         "from: start anew with another --out, with it as --model if"):
+    with pytest.raises(ValueError, match="state.json: expected a JSON object, got list; "
+                                         ".*step_000002 is the only checkpoint to go on from: "
+                                         "start anew with another --out, with it as --model if"):
         resume(run)
     shutil.rmtree(run / "step_000002" / "resume")
-    with pytest.raises(ValueError, match="step_000002/resume/state.json is missing; .* start anew with another --out"):
+    with pytest.raises(ValueError, match="step_000002/resume/state.json is missing; .* start anew "
+                                         "with another --out"):
         resume(run)
 
 
 def test_a_state_without_its_keys_and_a_value_head_that_is_gone_are_noticed(run, tiny):
     newest, policy = run / "step_000002", tiny[0]
     with pytest.raises(ValueError, match="state.json: has no 'seconds'; move"):
-        run_folder.load_resume(newest, policy, torch.optim.Adam(policy.parameters()), {"step": 0, "seconds": 0.0})
+        run_folder.load_resume(newest, policy, torch.optim.Adam(policy.parameters()),
+                               {"step": 0, "seconds": 0.0})
     (newest / "value_head.safetensors").unlink()
     with pytest.raises(ValueError, match="step_000002/value_head.safetensors is missing; move"):
         resume(run)
@@ -368,10 +412,15 @@ def test_a_part_of_the_optimizer_that_is_gone_is_noticed(run, tiny, gone):
     folder = run / "step_000002" / "resume"
     parts = load_file(folder / "optimizer_00000.safetensors")
     for rank in (0, 1):
-        own = {name: tensor if name.endswith(".step") else tensor.chunk(2)[rank].clone() if len(tensor) > 1 else tensor[rank:].clone()
-               for name, tensor in parts.items()}
-        save_file(own, folder / f"optimizer_{rank:05d}.safetensors")
+        part = {}
+        for name, tensor in parts.items():
+            if not name.endswith(".step"):
+                rows = tensor.chunk(2)[rank] if len(tensor) > 1 else tensor[rank:]
+                tensor = rows.clone()
+            part[name] = tensor
+        save_file(part, folder / f"optimizer_{rank:05d}.safetensors")
     assert resume(run)[0] == "step_000002"
     (folder / f"optimizer_{gone:05d}.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"resume: its 1 optimizer_\*.safetensors hold .* one is missing or of another run; move"):
+    with pytest.raises(ValueError, match=r"resume: its 1 optimizer_\*.safetensors hold .* one is "
+                                         "missing or of another run; move"):
         resume(run)

@@ -1,4 +1,4 @@
-"""The machinery of a run: configs, the memory estimate, the type that is computed in, files and the console."""
+"""The machinery of a run: configs, memory, the type to compute in, files and the console."""
 import contextlib
 import json
 import os
@@ -34,9 +34,10 @@ class Example:
 
 def test_a_config_comes_from_the_command_line():
     assert running.parse_config(Example, []) == Example()
-    assert running.parse_config(Example, ["--lr", "0.5", "--fast", "--name", "b"]) == Example("b", 0.5, 3, True)
-    assert running.parse_config(Example, ["--words", "id", "rule=1,2,3", "--steps", "4"]) == Example(
-        steps=4, words=("id", "rule=1,2,3"))
+    found = running.parse_config(Example, ["--lr", "0.5", "--fast", "--name", "b"])
+    assert found == Example("b", 0.5, 3, True)
+    found = running.parse_config(Example, ["--words", "id", "rule=1,2,3", "--steps", "4"])
+    assert found == Example(steps=4, words=("id", "rule=1,2,3"))
 
 
 @pytest.mark.parametrize("argv, told", [
@@ -56,8 +57,10 @@ def test_a_bad_option_ends_with_one_line_that_says_what_is_allowed(argv, told, c
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_end():
-    rates = [running.learning_rate(step, 100, 1.0, warmup_ratio=0.1, final=0.01) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    rates = [running.learning_rate(step, 100, 1.0, warmup_ratio=0.1, final=0.01)
+             for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+    assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
     assert 0.01 < rates[-1] < 0.02
 
 
@@ -67,14 +70,16 @@ def press_ctrl_c():
 
 @pytest.mark.parametrize("happens, status, told", [
     (press_ctrl_c, 130, "\nstopped; the same command goes on with what is saved\n"),
-    (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "\nstopped; the same command goes on with what is saved\n"),
+    (lambda: os.kill(os.getpid(), signal.SIGTERM), 143,
+     "\nstopped; the same command goes on with what is saved\n"),
     (lambda: None, 0, "")])
-def test_a_signal_outside_of_training_ends_a_script_with_its_status_and_one_line(monkeypatch, capsys, happens, status, told):
+def test_a_signal_outside_of_training_ends_a_script_with_its_status_and_one_line(
+        monkeypatch, capsys, happens, status, told):
     def main(config):
         happens()
     monkeypatch.setattr(running.os, "_exit", sys.exit)
     monkeypatch.setattr(sys, "argv", ["script.py"])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)                  # so that a script without a handler goes on
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)       # so that a script without a handler goes on
     with pytest.raises((SystemExit, KeyboardInterrupt)) as exit:
         running.run(main, Example)
     assert exit.value.code == status and capsys.readouterr().err == told
@@ -86,19 +91,24 @@ def measured(float32, bfloat16):
     return lambda dtype: {torch.float32: float32, torch.bfloat16: bfloat16}[dtype]
 
 
-@pytest.mark.parametrize("float32, bfloat16, chosen", [(1, 2, "float32"), (2, 1, "bfloat16"), (1, 1, "float32")])
-def test_auto_is_the_faster_type_on_a_cpu_and_is_said(monkeypatch, capsys, float32, bfloat16, chosen):
+@pytest.mark.parametrize("float32, bfloat16, chosen",
+                         [(1, 2, "float32"), (2, 1, "bfloat16"), (1, 1, "float32")])
+def test_auto_is_the_faster_type_on_a_cpu_and_is_said(monkeypatch, capsys, float32, bfloat16,
+                                                      chosen):
     monkeypatch.setattr(running, "seconds_of_products", measured(float32, bfloat16))
     assert running.pick_dtype("auto", torch.device("cpu")) == chosen
     assert capsys.readouterr().out == f"dtype auto: {chosen}, the faster one on this CPU\n"
 
 
-def test_a_type_that_is_named_or_recorded_or_computed_in_on_a_gpu_is_not_measured(monkeypatch, tmp_path, capsys):
+def test_a_type_that_is_named_or_recorded_or_computed_in_on_a_gpu_is_not_measured(
+        monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(running, "seconds_of_products", lambda dtype: 1 / 0)
-    assert [running.pick_dtype(name, torch.device("cpu"), tmp_path) for name in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    assert [running.pick_dtype(name, torch.device("cpu"), tmp_path)
+            for name in ("float32", "bfloat16")] == ["float32", "bfloat16"]
     (tmp_path / "config.json").write_text('{"dtype": "float32"}')
     assert running.pick_dtype("auto", torch.device("cpu"), tmp_path) == "float32"
-    assert running.pick_dtype("bfloat16", torch.device("cpu"), tmp_path) == "bfloat16" and not capsys.readouterr().out
+    assert running.pick_dtype("bfloat16", torch.device("cpu"), tmp_path) == "bfloat16"
+    assert not capsys.readouterr().out
     assert running.pick_dtype("auto", torch.device("cuda")) == "bfloat16"
     assert capsys.readouterr().out == "dtype auto: bfloat16, the faster one on this GPU\n"
 
@@ -110,30 +120,41 @@ def test_the_measurement_is_of_seconds():
 # ---- Memory
 
 @pytest.mark.parametrize("param_dtype, dtype, samples, world, stays, copy",
-                         [("float32", "float32", False, 1, 16, 0), ("float32", "bfloat16", False, 1, 16, 2),
-                          ("float32", "bfloat16", False, 2, 8, 0), ("float32", "bfloat16", True, 2, 8, 2),
-                          ("bfloat16", "bfloat16", False, 1, 8, 0), ("bfloat16", "bfloat16", True, 1, 8, 0)])
-def test_the_memory_estimate_counts_bytes_per_parameter(monkeypatch, param_dtype, dtype, samples, world, stays, copy):
+                         [("float32", "float32", False, 1, 16, 0),
+                          ("float32", "bfloat16", False, 1, 16, 2),
+                          ("float32", "bfloat16", False, 2, 8, 0),
+                          ("float32", "bfloat16", True, 2, 8, 2),
+                          ("bfloat16", "bfloat16", False, 1, 8, 0),
+                          ("bfloat16", "bfloat16", True, 1, 8, 0)])
+def test_the_memory_estimate_counts_bytes_per_parameter(monkeypatch, param_dtype, dtype, samples,
+                                                        world, stays, copy):
     monkeypatch.setattr(running, "WORLD", world)
     tokenizer = train_tokenizer(["abc"] * 3, ["1"])
     with torch.device("meta"):
-        backbone = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, num_hidden_layers=8, intermediate_size=11008))
+        backbone = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096,
+                                                num_hidden_layers=8, intermediate_size=11008))
     billions = sum(p.numel() for p in backbone.parameters()) / 1e9
     policy = model.Policy(backbone.to(getattr(torch, param_dtype)), tokenizer, dtype)
-    config = SimpleNamespace(micro_batch_tokens=1000, gradient_checkpointing=False, **{"generate_tokens": 1} if samples else {})
+    config = SimpleNamespace(micro_batch_tokens=1000, gradient_checkpointing=False,
+                             **{"generate_tokens": 1} if samples else {})
     fused = 2e-9 * 8 * (3 * 4096 ** 2 + 2 * 4096 * 11008) if samples else 0
     told = re.findall(r"([\d.]+) GB", running.memory_estimate(policy, config))
     assert told[:2] == [f"{stays * billions:.1f}", f"{copy * billions + fused:.1f}"]
     config.gradient_checkpointing = True
-    assert float(re.findall(r"([\d.]+) GB", running.memory_estimate(policy, config))[2]) < float(told[2]) / 2
+    less = re.findall(r"([\d.]+) GB", running.memory_estimate(policy, config))
+    assert float(less[2]) < float(told[2]) / 2
 
 
 # ---- Files and the console
 
-@pytest.mark.parametrize("line, told", [("garbage", "Expecting value"), ("[1]", "expected a JSON object with step, split"),
-                                        ('{"step": 1}', "expected a JSON object with step, split"), ("\0" * 9, "Expecting value"),
-                                        ("\udcff", "can't decode byte 0xff"), ("[" * 100_000, "recursion")])
-def test_garbage_in_a_log_is_named_with_file_and_line_and_blank_lines_are_none(tmp_path, line, told):
+@pytest.mark.parametrize("line, told", [("garbage", "Expecting value"),
+                                        ("[1]", "expected a JSON object with step, split"),
+                                        ('{"step": 1}', "expected a JSON object with step, split"),
+                                        ("\0" * 9, "Expecting value"),
+                                        ("\udcff", "can't decode byte 0xff"),
+                                        ("[" * 100_000, "recursion")])
+def test_garbage_in_a_log_is_named_with_file_and_line_and_blank_lines_are_none(
+        tmp_path, line, told):
     path, rows = tmp_path / "eval.jsonl", [{"step": 1, "split": "id"}, {"step": 2, "split": "id"}]
     one, two = map(json.dumps, rows)
     path.write_text(f"\n{one}\r\n  \n{two}\n\n" + '{"step": 3, "sp')
@@ -160,7 +181,8 @@ def test_on_a_full_disk_a_log_gets_a_whole_line_or_none_and_the_file_is_named(tm
     running.log_jsonl(log, step=1)
     running.write_atomically(config, "{}")
     for path, write in ((log, lambda: running.log_jsonl(log, step=2, text="x" * 100)),
-                        (tmp_path / "new.jsonl", lambda: running.append_line(tmp_path / "new.jsonl", {"text": "x" * 100})),
+                        (tmp_path / "new.jsonl",
+                         lambda: running.append_line(tmp_path / "new.jsonl", {"text": "x" * 100})),
                         (config, lambda: running.write_atomically(config, "{" + " " * 100 + "}"))):
         with full_disk(40), pytest.raises(OSError) as error:
             write()
@@ -178,7 +200,9 @@ def test_what_cannot_be_written_ends_a_script_with_one_line(tmp_path, monkeypatc
         with pytest.raises(SystemExit) as exit:
             running.run(lambda config: write(), Example)
         err = capsys.readouterr().err
-        assert exit.value.code == 2 and re.match(r"script.py: error: \[Errno \d+\] .*'/.*; what was saved before is whole", err)
+        assert exit.value.code == 2
+        told = r"script.py: error: \[Errno \d+\] .*'/.*; what was saved before is whole"
+        assert re.match(told, err)
         assert err.count("\n") == 1
 
 
@@ -213,16 +237,22 @@ def test_a_reader_who_has_gone_ends_a_script_quietly_and_not_before_its_work_is_
     reader, writer = os.pipe()
     os.close(reader)
     processes = {}
-    for name, words, err, status in (("plain", (), subprocess.PIPE, 141), ("stop", ("--how", "stop"), writer, 143),
-                                     ("fail", ("--how", "fail"), subprocess.PIPE, 2), ("help", ("--help",), subprocess.PIPE, 0)):
+    for name, words, err, status in (("plain", (), subprocess.PIPE, 141),
+                                     ("stop", ("--how", "stop"), writer, 143),
+                                     ("fail", ("--how", "fail"), subprocess.PIPE, 2),
+                                     ("help", ("--help",), subprocess.PIPE, 0)):
         (tmp_path / name).mkdir()
-        processes[name] = status, subprocess.Popen([sys.executable, "-c", SCRIPT, *words], cwd=tmp_path / name, stdout=writer,
+        processes[name] = status, subprocess.Popen([sys.executable, "-c", SCRIPT, *words],
+                                                   cwd=tmp_path / name, stdout=writer,
                                                    stderr=err, text=True,
-                                                   env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
+                                                   env={**os.environ, "PYTHONPATH": str(ROOT),
+                                                        "PYTHONUNBUFFERED": ""})
     os.close(writer)
-    told = {name: (process.communicate(timeout=60)[1] or "").replace("\r", "\n") for name, (_, process) in processes.items()}
+    told = {name: (process.communicate(timeout=60)[1] or "").replace("\r", "\n")
+            for name, (_, process) in processes.items()}
     for name, (status, process) in processes.items():
         assert process.returncode == status, name
         assert not re.search("Traceback|Exception|BrokenPipe", told[name])
         assert (tmp_path / name / "saved").exists() == (name != "help")
-    assert told["fail"].endswith("error: a mistake\n") and told["help"] == "" and "3/3" in told["plain"]
+    assert told["fail"].endswith("error: a mistake\n") and told["help"] == ""
+    assert "3/3" in told["plain"]

@@ -24,15 +24,18 @@ from test_run_folder import held
 from verify import Verdict
 
 SFT = dict(model=tiny_folder(), steps=4, batch_size=8, lr=1e-3, save_every=2, dtype="float32")
-RL = dict(num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2, updates=4, lr=1e-4, max_new_tokens=10, temperature=1.0,
+RL = dict(num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2, updates=4, lr=1e-4,
+          max_new_tokens=10, temperature=1.0,
           env=("verify_iter=4",), dtype="float32")
 
 
 def flags(**knobs):
-    """The words of a command line: none behind a flag that is True, several where the value is a tuple."""
+    """The words of a command line: none behind a flag that is True, several behind one whose value
+    is a tuple."""
     return [word for name, value in knobs.items()
             for word in ("--" + name.replace("_", "-"),
-                         *map(str, () if value is True else value if isinstance(value, tuple) else (value,)))]
+                         *map(str, () if value is True else value if isinstance(value, tuple)
+                              else (value,)))]
 
 
 def metrics(run):
@@ -51,25 +54,31 @@ def start(tmp_path_factory, device):
 
 def test_sft_then_rl_then_evaluate_on_the_command_line(start, tmp_path, device, run_script):
     assert [p.name for p in run_folder.checkpoints(start)] == ["step_000002", "step_000004"]
-    done = run_script("rl.py", *flags(model=start / "step_000004", out="rl", device=device, **{**RL, "updates": 2}))
+    done = run_script("rl.py", *flags(model=start / "step_000004", out="rl", device=device,
+                                      **{**RL, "updates": 2}))
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in metrics(tmp_path / "rl")] == [1, 2]
-    test = dict(run_folder=str(tmp_path / "rl"), episodes=6, env=("verify_iter=2",), max_new_tokens=12, device=device)
+    test = dict(run_folder=str(tmp_path / "rl"), episodes=6, env=("verify_iter=2",),
+                max_new_tokens=12, device=device)
     done = run_script("evaluate.py", *flags(**test))
     assert done.returncode == 0 and "rule_ood" in done.stdout, done.stderr
     rows = running.read_jsonl(tmp_path / "rl" / "eval.jsonl")
-    assert [(row["step"], row["split"]) for row in rows] == [(s, split) for s in (0, 1, 2) for split in ("id", "rule_ood")]
+    expected = [(step, split) for step in (0, 1, 2) for split in ("id", "rule_ood")]
+    assert [(row["step"], row["split"]) for row in rows] == expected
     assert rows[0]["gflops"] == 0 < rows[2]["gflops"] < rows[4]["gflops"]
     evaluate.main(evaluate.Config(**test))
-    assert running.read_jsonl(tmp_path / "rl" / "eval.jsonl") == rows      # what is there is not played again
+    # what is there is not played again
+    assert running.read_jsonl(tmp_path / "rl" / "eval.jsonl") == rows
 
 
 def test_the_same_chain_in_a_city(city, tmp_path, device, capsys):
-    more, out = dict(task="virl-l", env=(f"root={city}",), device=device), {name: str(tmp_path / name) for name in ("sft", "rl")}
+    more = dict(task="virl-l", env=(f"root={city}",), device=device)
+    out = {name: str(tmp_path / name) for name in ("sft", "rl")}
     test = dict(episodes=4, max_new_tokens=16, splits=("id", "rule_ood", "unseen"), device=device)
     sft.main(sft.Config(out=out["sft"], balance=True, **SFT, **more))
     rl.main(rl.Config(model=out["sft"] + "/step_000004", out=out["rl"],
-                      **{**RL, "max_new_tokens": 16, "updates": 2, **more, "env": (f"root={city}", "verify_iter=2")}))
+                      **{**RL, "max_new_tokens": 16, "updates": 2, **more,
+                         "env": (f"root={city}", "verify_iter=2")}))
     assert "step_accuracy_turn" in metrics(tmp_path / "rl")[0]
     evaluate.main(evaluate.Config(run_folder=out["rl"], **test))
     assert "step accuracy turn" in capsys.readouterr().out
@@ -82,48 +91,59 @@ def test_the_same_chain_in_a_city(city, tmp_path, device, capsys):
 
 
 @pytest.mark.parametrize("task, dtype", [("gp-l", "bfloat16"), ("gp-vl", "bfloat16")])
-def test_nothing_in_the_chain_mixes_tensors_of_a_gpu_with_those_of_the_cpu(tmp_path, pretend_cuda, task, dtype):
+def test_nothing_in_the_chain_mixes_tensors_of_a_gpu_with_those_of_the_cpu(tmp_path, pretend_cuda,
+                                                                           task, dtype):
     vision = task == "gp-vl"
     more = dict(task=task, device="cuda", dtype=dtype, env=("resolution=60",) if vision else ())
     with pretend_cuda():
         with pytest.raises(RuntimeError, match="two devices"):
             torch.ones(2, device="cuda") + torch.ones(2)
         sft.main(sft.Config(out=str(tmp_path / "sft"),
-                            **{**SFT, "model": tiny_folder(vision), "steps": 1, "save_every": 1, **more}))
-        config = rl.Config(model=str(tmp_path / "sft/step_000001"), out=str(tmp_path / "rl"), save_every=1,
+                            **{**SFT, "model": tiny_folder(vision), "steps": 1, "save_every": 1,
+                               **more}))
+        config = rl.Config(model=str(tmp_path / "sft/step_000001"), out=str(tmp_path / "rl"),
+                           save_every=1,
                            gradient_checkpointing=True,
                            **{**RL, "updates": 2, **more, "env": (*more["env"], "verify_iter=4")})
         rl.main(config)
         straight = metrics(tmp_path / "rl")
         shutil.rmtree(tmp_path / "rl/step_000002")
         rl.main(config)
-        evaluate.main(evaluate.Config(run_folder=str(tmp_path / "rl"), episodes=2, splits=("id",), env=("verify_iter=2",),
+        evaluate.main(evaluate.Config(run_folder=str(tmp_path / "rl"), episodes=2, splits=("id",),
+                                      env=("verify_iter=2",),
                                       max_new_tokens=8, start=False, device="cuda"))
     assert metrics(tmp_path / "rl") == straight and len(straight) == 2
     assert len(running.read_jsonl(tmp_path / "rl/eval.jsonl")) == 2
 
 
 def test_the_log_has_what_a_reader_of_a_run_needs(start, tmp_path, device):
-    rl.main(rl.Config(model=str(start / "step_000004"), out=str(tmp_path / "rl"), device=device, lr_warmup=1,
+    rl.main(rl.Config(model=str(start / "step_000004"), out=str(tmp_path / "rl"), device=device,
+                      lr_warmup=1,
                       **{**RL, "updates": 3}))
-    assert [row["lr"] for row in metrics(tmp_path / "rl")] == pytest.approx([0.5e-4, 1e-4, 1e-4], rel=0.01)
+    rates = [row["lr"] for row in metrics(tmp_path / "rl")]
+    assert rates == pytest.approx([0.5e-4, 1e-4, 1e-4], rel=0.01)
     row = metrics(tmp_path / "rl")[-1]
     assert row["turns"] == 12 and row["optimizer_steps"] == 4 and row["gflops_paper"] > 0
     trained, rollout = row["tokens_trained"], row["tokens_rollout"]
-    assert row["gflops"] / row["gflops_paper"] == pytest.approx((3 * trained + rollout) / (3 * trained + 6 * trained))
+    assert row["gflops"] / row["gflops_paper"] == pytest.approx(
+        (3 * trained + rollout) / (3 * trained + 6 * trained))
     assert sum(value for name, value in row.items() if name.startswith("status_")) == 12
-    assert {"success", "reward", "replies_cut", "grad_norm", "clip_fraction", "approx_kl", "explained_variance", "lr",
+    assert {"success", "reward", "replies_cut", "grad_norm", "clip_fraction", "approx_kl",
+            "explained_variance", "lr",
             "policy_loss", "value_loss", "tokens_trained", "tokens_rollout", "gflops"} <= row.keys()
     talk = running.read_jsonl(tmp_path / "rl" / "turns.jsonl")[0]["messages"]
-    assert [m["role"] for m in talk[:3]] == ["user", "assistant", "user"] and talk[0]["content"].startswith("Make 24")
+    assert [m["role"] for m in talk[:3]] == ["user", "assistant", "user"]
+    assert talk[0]["content"].startswith("Make 24")
 
 
 def interrupted(script, knobs, run, how, lines=2):
     """Start a script, stop it once its log has `lines` lines, and return its exit status."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags(out=run, **knobs)], stderr=subprocess.DEVNULL,
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags(out=run, **knobs)],
+                               stderr=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONUNBUFFERED": "1"})
     deadline = time.time() + 120
-    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < lines:
+    log = run / "metrics.jsonl"
+    while not log.is_file() or log.read_text().count("\n") < lines:
         assert process.poll() is None and time.time() < deadline, "it ended before it was stopped"
         time.sleep(0.005)
     process.send_signal(how)
@@ -148,7 +168,8 @@ def test_a_stopped_rl_run_goes_on_to_the_same_numbers(start, tmp_path, device, h
         assert_saved(tmp_path / "stopped")
     rl.main(rl.Config(out=str(tmp_path / "stopped"), **{**knobs, "model": str(knobs["model"])}))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
-    ours, theirs = ((tmp_path / run / "step_000012" / "model.safetensors").read_bytes() for run in ("stopped", "straight"))
+    ours, theirs = ((tmp_path / run / "step_000012" / "model.safetensors").read_bytes()
+                    for run in ("stopped", "straight"))
     assert ours == theirs
 
 
@@ -164,25 +185,31 @@ def test_a_stopped_sft_run_goes_on_to_the_same_numbers(tmp_path, device, how, st
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
 
 
-def test_the_type_that_auto_chose_is_kept_when_a_run_goes_on_and_in_its_evaluation(tmp_path, device, monkeypatch):
-    knobs = {**SFT, "out": str(tmp_path / "sft"), "device": device, "steps": 2, "save_every": 1, "dtype": "auto"}
-    monkeypatch.setattr(running, "seconds_of_products", lambda dtype: 1 + (dtype != torch.float32))     # float32 is faster
+def test_the_type_that_auto_chose_is_kept_when_a_run_goes_on_and_in_its_evaluation(
+        tmp_path, device, monkeypatch):
+    knobs = {**SFT, "out": str(tmp_path / "sft"), "device": device, "steps": 2, "save_every": 1,
+             "dtype": "auto"}
+    # float32 is faster
+    monkeypatch.setattr(running, "seconds_of_products", lambda dtype: 1 + (dtype != torch.float32))
     sft.main(sft.Config(**knobs))
     expected = metrics(tmp_path / "sft")
     shutil.rmtree(tmp_path / "sft" / "step_000002")
     monkeypatch.setattr(running, "seconds_of_products", lambda dtype: 1 + (dtype == torch.float32))
     sft.main(sft.Config(**knobs))
-    assert metrics(tmp_path / "sft") == expected and running.read_run_config(tmp_path / "sft")["dtype"] == "float32"
-    evaluate.main(evaluate.Config(run_folder=str(tmp_path / "sft"), splits=("id",), episodes=2, max_new_tokens=4, device=device,
+    assert metrics(tmp_path / "sft") == expected
+    assert running.read_run_config(tmp_path / "sft")["dtype"] == "float32"
+    evaluate.main(evaluate.Config(run_folder=str(tmp_path / "sft"), splits=("id",), episodes=2,
+                                  max_new_tokens=4, device=device,
                                   start=False))
     rows = running.read_jsonl(tmp_path / "sft" / "eval.jsonl")
     assert [row["settings"]["dtype"] for row in rows] == ["float32"] * 2
 
 
 def test_an_interrupted_evaluation_goes_on_within_a_split(start, tmp_path, device, monkeypatch):
-    """Ctrl-C in the third turn of the first checkpoint, at another moment also in the middle of a line."""
+    """Ctrl-C in the third turn of the first checkpoint, and then in the middle of a line."""
     run = shutil.copytree(start, tmp_path / "run")
-    config = evaluate.Config(run_folder=str(run), start=False, splits=("id",), episodes=6, temperature=1.0, max_new_tokens=12,
+    config = evaluate.Config(run_folder=str(run), start=False, splits=("id",), episodes=6,
+                             temperature=1.0, max_new_tokens=12,
                              device=device)
     evaluate.main(config)
     expected = (run / "eval.jsonl").read_text()
@@ -205,46 +232,55 @@ def test_an_interrupted_evaluation_goes_on_within_a_split(start, tmp_path, devic
     kept.write_text(kept.read_text() + '{"of": "x", "tu')
     asked[:], stop_at = [], 0
     evaluate.main(config)
-    assert asked == [6] * 3 + [6] * 5                              # turns 3 to 5 of one checkpoint, all of the other
+    assert asked == [6] * 3 + [6] * 5             # turns 3 to 5 of one checkpoint, all of the other
     assert (run / "eval.jsonl").read_text() == expected and not list(run.glob("eval_unfinished_*"))
 
 
 def test_an_evaluation_needs_a_whole_log_and_a_folder_for_itself(start, tmp_path, device, capsys):
     run = shutil.copytree(start, tmp_path / "run")
-    config = evaluate.Config(run_folder=str(run), start=False, splits=("id",), episodes=2, max_new_tokens=4, device=device)
+    config = evaluate.Config(run_folder=str(run), start=False, splits=("id",), episodes=2,
+                             max_new_tokens=4, device=device)
     with held(run / ".evaluating.lock") as pid:
         with pytest.raises(SystemExit):
             evaluate.main(config)
-    assert f"error: {run}: process {pid} is evaluating here; wait for its end" in capsys.readouterr().err
+    told = f"error: {run}: process {pid} is evaluating here; wait for its end"
+    assert told in capsys.readouterr().err
     rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(rows[:3]))
     with pytest.raises(SystemExit):
         evaluate.main(config)
-    assert f"error: {run}/metrics.jsonl has no row of step 4: put the log back from a copy" in capsys.readouterr().err
+    told = f"error: {run}/metrics.jsonl has no row of step 4: put the log back from a copy"
+    assert told in capsys.readouterr().err
     (run / "metrics.jsonl").write_text("".join(rows))
     (run / "eval.jsonl").write_text("{}\n")
     with pytest.raises(SystemExit):
         evaluate.main(config)
-    assert "eval.jsonl, line 1: expected a JSON object with step, split, seed, settings" in capsys.readouterr().err
+    told = "eval.jsonl, line 1: expected a JSON object with step, split, seed, settings"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", [sft, rl])
-def test_a_run_goes_on_under_another_spelling_of_its_model_but_neither_damaged_nor_without_its_log(start, tmp_path, device, capsys, script):
+def test_a_run_goes_on_under_another_spelling_of_its_model_but_neither_damaged_nor_without_its_log(
+        start, tmp_path, device, capsys, script):
     run = tmp_path / "run"
-    knobs = {sft: dict(SFT, steps=2, save_every=1), rl: dict(RL, updates=2, model=str(start / "step_000004"))}[script]
+    knobs = {sft: dict(SFT, steps=2, save_every=1),
+             rl: dict(RL, updates=2, model=str(start / "step_000004"))}[script]
     config = script.Config(out=str(run), device=device, **knobs)
     script.main(config)
     expected = metrics(run)
     shutil.rmtree(run / "step_000002")
     script.main(replace(config, model=f"{os.path.relpath(config.model)}/"))
     assert metrics(run) == expected and "goes on after step 1" in capsys.readouterr().out
-    for name, damage, told in (("model.safetensors", b"{}", "run/step_000002"), ("resume/state.json", b'{"step": 2}', "state.json: has no '")):
+    for name, damage, told in (("model.safetensors", b"{}", "run/step_000002"),
+                               ("resume/state.json", b'{"step": 2}', "state.json: has no '")):
         content = (run / "step_000002" / name).read_bytes()
         (run / "step_000002" / name).write_bytes(damage)
         with pytest.raises(SystemExit):
             script.main(config)
         err = capsys.readouterr().err
-        assert told in err and err.endswith(f"; move {run}/step_000002 away to go on from step_000001\n") and err.count("\n") == 1
+        assert told in err
+        assert err.endswith(f"; move {run}/step_000002 away to go on from step_000001\n")
+        assert err.count("\n") == 1
         (run / "step_000002" / name).write_bytes(content)
     (run / "metrics.jsonl").unlink()
     with pytest.raises(SystemExit):
@@ -271,7 +307,9 @@ class Echo(envs.Environment):
 
     def judge(self, reply):
         right = reply == self.expert_reply()
-        return Verdict("correct" if right else "wrong", 5.0 if right else -1.0, "Yes." if right else "No.")
+        if right:
+            return Verdict("correct", 5.0, "Yes.")
+        return Verdict("wrong", -1.0, "No.")
 
     def format_reply(self, answer):
         return json.dumps({"said": answer})
@@ -285,61 +323,94 @@ class Echo(envs.Environment):
 
 def test_a_class_and_a_row_make_a_task_for_all_scripts(tmp_path, device, monkeypatch, capsys):
     splits = {"id": {}, "far": {"most": 99}}
-    monkeypatch.setitem(envs.TASKS, "echo", envs.Task(Echo, {"vision": False}, splits, ("success",), 1.0, {"": 10}))
+    task = envs.Task(Echo, {"vision": False}, splits, ("success",), 1.0, {"": 10})
+    monkeypatch.setitem(envs.TASKS, "echo", task)
     tiny.main(tiny.Config(out=str(tmp_path / "blank"), task="echo", size="32x2"))
-    out, more = {name: str(tmp_path / name) for name in ("sft", "rl")}, dict(task="echo", device=device)
-    sft.main(sft.Config(out=out["sft"], **{**SFT, "model": str(tmp_path / "blank"), "mix": ("id", "most=5", "far"), **more}))
-    rl.main(rl.Config(model=f"{out['sft']}/step_000004", out=out["rl"], **{**RL, "updates": 2, "split": ("far",), **more}))
+    out = {name: str(tmp_path / name) for name in ("sft", "rl")}
+    more = dict(task="echo", device=device)
+    sft.main(sft.Config(out=out["sft"], **{**SFT, "model": str(tmp_path / "blank"),
+                                           "mix": ("id", "most=5", "far"), **more}))
+    rl.main(rl.Config(model=f"{out['sft']}/step_000004", out=out["rl"],
+                      **{**RL, "updates": 2, "split": ("far",), **more}))
     talk = running.read_jsonl(tmp_path / "rl" / "turns.jsonl")[0]["messages"]
     assert re.fullmatch(r"Say [4-9]\d\.", talk[0]["content"]) and "No." in talk[2]["content"]
-    evaluate.main(evaluate.Config(run_folder=out["rl"], splits=("id", "far"), episodes=3, start=False, max_new_tokens=8, device=device))
+    evaluate.main(evaluate.Config(run_folder=out["rl"], splits=("id", "far"), episodes=3,
+                                  start=False, max_new_tokens=8, device=device))
     rows = running.read_jsonl(tmp_path / "rl" / "eval.jsonl")
-    assert [(row["split"], row["replies"], row["settings"]["env"]["most"]) for row in rows] == [("id", 12, 9), ("far", 12, 99)] * 2
+    found = [(row["split"], row["replies"], row["settings"]["env"]["most"]) for row in rows]
+    assert found == [("id", 12, 9), ("far", 12, 99)] * 2
     assert "far, seed 0: first try" in capsys.readouterr().out
     dump = tmp_path / "data.json"
     sft.main(sft.Config(dump=str(dump), num=5, task="echo"))
-    assert all(re.fullmatch(r'Say (\d)\.\{"said": \1\}', "".join(turn["value"] for turn in record["conversations"]))
+    assert all(re.fullmatch(r'Say (\d)\.\{"said": \1\}',
+                            "".join(turn["value"] for turn in record["conversations"]))
                for record in json.loads(dump.read_text()))
 
 
 BAD = [
-    ("sft.py", dict(model=tiny_folder(), out="new", stepz=3), "unknown option --stepz; --help lists them all"),
-    ("sft.py", dict(model=tiny_folder(), out="new", steps="many"), "--steps: invalid int value: 'many'"),
+    ("sft.py", dict(model=tiny_folder(), out="new", stepz=3),
+     "unknown option --stepz; --help lists them all"),
+    ("sft.py", dict(model=tiny_folder(), out="new", steps="many"),
+     "--steps: invalid int value: 'many'"),
     ("sft.py", dict(model=tiny_folder(), out="new", data="none.json"), "data file none.json"),
     ("sft.py", dict(model=tiny_folder(), out="new", lr=0), "--lr 0.0: must be at least 1e-12"),
-    ("sft.py", dict(model=tiny_folder(), out=tiny_folder()), "has a config.json that is none of a run, such as a model's"),
+    ("sft.py", dict(model=tiny_folder(), out=tiny_folder()),
+     "has a config.json that is none of a run, such as a model's"),
     ("sft.py", dict(model="nowhere", out="new"), "model 'nowhere': no such model folder"),
     ("rl.py", dict(model="nowhere", out="new"), "model 'nowhere': no such model folder"),
     ("rl.py", dict(model="nowhere", out="new", clip=-1), "--clip -1.0: must be at least 0"),
-    ("rl.py", dict(model="nowhere", out="new", split=("blue",)), "split 'blue': gp-l has id, rule_ood"),
-    ("rl.py", dict(model="nowhere", out="new", split=("id", "rule_ood")), "--split id rule_ood: one split only, not rule_ood as well"),
-    ("rl.py", dict(model="nowhere", out="new", env=("target",)), "setting 'target': expected KEY=VALUE"),
-    ("rl.py", dict(model="nowhere", out="new", env=("fold=test",), split=("unseen",)), "fold 'test': split unseen has a fold of its own"),
-    ("rl.py", dict(model="nowhere", out="new", split=("id", "split=x")), "split 'x': gp-l has no such setting"),
-    ("sft.py", dict(model=tiny_folder(), out="new", mix=("rule=1,2,3", "id")), "setting 'rule=1,2,3': the name of a split must stand"),
-    ("sft.py", dict(model=tiny_folder(), out="new", mix=("id:0",)), "split 'id:0': its weight '0' must be a number above 0"),
+    ("rl.py", dict(model="nowhere", out="new", split=("blue",)),
+     "split 'blue': gp-l has id, rule_ood"),
+    ("rl.py", dict(model="nowhere", out="new", split=("id", "rule_ood")),
+     "--split id rule_ood: one split only, not rule_ood as well"),
+    ("rl.py", dict(model="nowhere", out="new", env=("target",)),
+     "setting 'target': expected KEY=VALUE"),
+    ("rl.py", dict(model="nowhere", out="new", env=("fold=test",), split=("unseen",)),
+     "fold 'test': split unseen has a fold of its own"),
+    ("rl.py", dict(model="nowhere", out="new", split=("id", "split=x")),
+     "split 'x': gp-l has no such setting"),
+    ("sft.py", dict(model=tiny_folder(), out="new", mix=("rule=1,2,3", "id")),
+     "setting 'rule=1,2,3': the name of a split must stand"),
+    ("sft.py", dict(model=tiny_folder(), out="new", mix=("id:0",)),
+     "split 'id:0': its weight '0' must be a number above 0"),
     ("sft.py", dict(model="tiny:32x2", out="new"), "model 'tiny:32x2': no such model folder"),
-    ("evaluate.py", dict(model="nowhere", splits=("id", "target=x")), "target 'x': must be a whole number"),
-    ("evaluate.py", dict(model="nowhere", env=("rule=random",)), "rule 'random': split id has a rule of its own"),
-    ("evaluate.py", dict(run_folder=tiny_folder()), "no run folder (it would have a config.json that names task and model)"),
+    ("evaluate.py", dict(model="nowhere", splits=("id", "target=x")),
+     "target 'x': must be a whole number"),
+    ("evaluate.py", dict(model="nowhere", env=("rule=random",)),
+     "rule 'random': split id has a rule of its own"),
+    ("evaluate.py", dict(run_folder=tiny_folder()),
+     "no run folder (it would have a config.json that names task and model)"),
     ("sft.py", dict(model=tiny_folder(), out="new", mix=("id", "verify_iter=2"), failed_tries=2),
      "--mix id verify_iter=2: verify_iter 2 must be above --failed-tries 2"),
     ("evaluate.py", dict(model="nowhere"), "model 'nowhere': no such model folder"),
     ("evaluate.py", dict(run_folder="nowhere"), "run 'nowhere': no run folder"),
-    ("sft.py", dict(model=tiny_folder(), out="new", task="virl-l"), "root '': V-IRL needs a folder"),
-    ("sft.py", dict(model=tiny_folder(), out="new", task="gp-vl"), "llama reads no pictures; the task needs a vision model"),
-    ("sft.py", dict(model=tiny_folder(), out="new", freeze="vision"), "freeze 'vision': allowed are vision, projector, and only"),
-    ("sft.py", dict(model=tiny_folder(vision=True), out="new", task="gp-vl", freeze="eyes"), "freeze 'eyes': allowed are vision"),
-    ("sft.py", dict(model=tiny_folder(vision=True), out="new", task="gp-vl", env=("resolution=8",)), "resolution 8: must be"),
-    ("sft.py", dict(model=tiny_folder(vision=True), out="new", task="gp-vl", env=("card_dir=none",)), "none/SA.png: not a picture that can be read"),
-    ("sft.py", dict(model=tiny_folder(), out="new", env=("resolution=224",)), "resolution '224': gp-l has no pictures"),
-    ("sft.py", dict(model=tiny_folder(), out="new", dtype="float32", param_dtype="bfloat16"), "param_dtype bfloat16 needs dtype bfloat16, not float32"),
-    ("sft.py", dict(dump="data.json", failed_tries=2), "--dump with --failed-tries 2: in the released shape every reply"),
-    ("sft.py", dict(model=tiny_folder(), out="new", env=("root=city",)), "root 'city': gp-l has no such setting"),
-    ("rl.py", dict(model="nowhere", out="new", task="virl-l", env=("root=nowhere",)), "root 'nowhere': V-IRL needs a folder"),
+    ("sft.py", dict(model=tiny_folder(), out="new", task="virl-l"),
+     "root '': V-IRL needs a folder"),
+    ("sft.py", dict(model=tiny_folder(), out="new", task="gp-vl"),
+     "llama reads no pictures; the task needs a vision model"),
+    ("sft.py", dict(model=tiny_folder(), out="new", freeze="vision"),
+     "freeze 'vision': allowed are vision, projector, and only"),
+    ("sft.py", dict(model=tiny_folder(vision=True), out="new", task="gp-vl", freeze="eyes"),
+     "freeze 'eyes': allowed are vision"),
+    ("sft.py", dict(model=tiny_folder(vision=True), out="new", task="gp-vl", env=("resolution=8",)),
+     "resolution 8: must be"),
+    ("sft.py", dict(model=tiny_folder(vision=True), out="new", task="gp-vl",
+                    env=("card_dir=none",)), "none/SA.png: not a picture that can be read"),
+    ("sft.py", dict(model=tiny_folder(), out="new", env=("resolution=224",)),
+     "resolution '224': gp-l has no pictures"),
+    ("sft.py", dict(model=tiny_folder(), out="new", dtype="float32", param_dtype="bfloat16"),
+     "param_dtype bfloat16 needs dtype bfloat16, not float32"),
+    ("sft.py", dict(dump="data.json", failed_tries=2),
+     "--dump with --failed-tries 2: in the released shape every reply"),
+    ("sft.py", dict(model=tiny_folder(), out="new", env=("root=city",)),
+     "root 'city': gp-l has no such setting"),
+    ("rl.py", dict(model="nowhere", out="new", task="virl-l", env=("root=nowhere",)),
+     "root 'nowhere': V-IRL needs a folder"),
     ("rl.py", dict(model="nowhere", out="new", task="virl-vl"), "root '': V-IRL needs a folder"),
-    ("rl.py", dict(model="nowhere", out="new", task="gp"), "--task 'gp': allowed are gp-l, gp-vl, virl-l, virl-vl"),
-    ("evaluate.py", dict(episodes=3), "exactly one of --model, --run-folder, --compare and --api-url"),
+    ("rl.py", dict(model="nowhere", out="new", task="gp"),
+     "--task 'gp': allowed are gp-l, gp-vl, virl-l, virl-vl"),
+    ("evaluate.py", dict(episodes=3),
+     "exactly one of --model, --run-folder, --compare and --api-url"),
 ]
 
 
@@ -359,21 +430,27 @@ def test_bad_input_ends_with_one_line_before_anything_is_written(tmp_path, monke
 @pytest.mark.parametrize("script, broken, advice", [
     (sft, "forward", "Lower --micro-batch-tokens or set --gradient-checkpointing"),
     (rl, "forward", "Lower --micro-batch-tokens or set --gradient-checkpointing"),
-    (rl, "generate", "Lower --generate-tokens or --kept-gib"), (evaluate, "generate", "Lower --generate-tokens or --kept-gib")])
-def test_out_of_memory_is_one_line_that_names_the_knob(start, tmp_path, device, capsys, monkeypatch, script, broken, advice):
+    (rl, "generate", "Lower --generate-tokens or --kept-gib"),
+    (evaluate, "generate", "Lower --generate-tokens or --kept-gib")])
+def test_out_of_memory_is_one_line_that_names_the_knob(start, tmp_path, device, capsys, monkeypatch,
+                                                       script, broken, advice):
     def refuse(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
 
     monkeypatch.setattr(model.Policy, broken, refuse)
     folder, out = str(start / "step_000004"), str(tmp_path / "run")
-    knobs = {sft: dict(SFT, out=out), rl: dict(RL, out=out, model=folder), evaluate: dict(model=folder, episodes=2, dtype="float32")}
+    knobs = {sft: dict(SFT, out=out), rl: dict(RL, out=out, model=folder),
+             evaluate: dict(model=folder, episodes=2, dtype="float32")}
     with pytest.raises(SystemExit) as ending:
         script.main(script.Config(device=device, **knobs[script]))
     said = capsys.readouterr().err
-    assert ending.value.code == 2 and f"error: CUDA out of memory. Tried to allocate 2.00 GiB. {advice};" in said and "and more" not in said
+    assert ending.value.code == 2
+    assert f"error: CUDA out of memory. Tried to allocate 2.00 GiB. {advice};" in said
+    assert "and more" not in said
 
 
-def test_a_loss_that_is_not_finite_ends_sft_with_one_line_that_names_the_samples(tmp_path, device, capsys, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_sft_with_one_line_that_names_the_samples(
+        tmp_path, device, capsys, monkeypatch):
     forward = model.Policy.forward
 
     def broken(self, *arguments):
@@ -386,23 +463,28 @@ def test_a_loss_that_is_not_finite_ends_sft_with_one_line_that_names_the_samples
     with pytest.raises(SystemExit) as ending:
         sft.main(sft.Config(out=str(tmp_path / "run"), device=device, **SFT))
     assert ending.value.code == 2 and len(metrics(tmp_path / "run")) == 2
-    assert "error: step 3, samples 16 to 23: loss nan, grad_norm nan; the last checkpoint is whole" in capsys.readouterr().err
+    told = "error: step 3, samples 16 to 23: loss nan, grad_norm nan; the last checkpoint is whole"
+    assert told in capsys.readouterr().err
 
 
 def test_the_distance_of_a_run_from_its_start_is_0_at_first_and_grows(start, tmp_path, run_script):
     first, last = (path.name for path in run_folder.checkpoints(start))
     for checkpoint, began in (first, start / first), (last, tiny_folder()):
-        run = shutil.copytree(start, tmp_path / checkpoint, ignore=lambda _, names: {n for n in names if n.startswith("step_")})
+        run = shutil.copytree(start, tmp_path / checkpoint,
+                              ignore=lambda _, names: {n for n in names if n.startswith("step_")})
         shutil.copytree(start / checkpoint, run / checkpoint)
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(config | {"model": str(began)}))
     done = run_script("recipes/distance.py", first, last, "--num", "64")
     rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
-    assert done.returncode == 0 and rows[0][1:] == ["0.00 ± 0.00", "0.00 ± 0.00 |"], done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows[0][1:] == ["0.00 ± 0.00", "0.00 ± 0.00 |"]
     assert all(float(cell.split()[0]) > 0 for cell in rows[1][1:])
-    assert run_script("recipes/distance.py", first, "--num", "1").stderr.endswith("--num 1: must be at least 2, for an error\n")
+    done = run_script("recipes/distance.py", first, "--num", "1")
+    assert done.stderr.endswith("--num 1: must be at least 2, for an error\n")
     done = run_script("recipes/distance.py", "nothing")
-    assert done.returncode and done.stderr.endswith("run 'nothing': not a run folder of sft.py or rl.py\n"), done.stderr
+    assert done.returncode
+    assert done.stderr.endswith("run 'nothing': not a run folder of sft.py or rl.py\n")
 
 
 def test_an_out_folder_of_another_config_is_not_touched(start, device, capsys):
@@ -415,14 +497,17 @@ def test_an_out_folder_of_another_config_is_not_touched(start, device, capsys):
 
 def test_importing_any_file_starts_nothing(tmp_path):
     code = "import verify, envs, model, sft, rl, evaluate, support.tiny"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+                          text=True)
     assert done.returncode == 0 and not done.stdout and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("section", [name for name in bench.SECTIONS if name != "ranks"])
 def test_every_section_of_the_bench_runs(section):
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "--only", section, "--rounds", "1", "--force"],
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "--only", section,
+                           "--rounds", "1", "--force"],
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count(f"| {section} |") >= 2

@@ -19,7 +19,8 @@ def some_samples(processor, num=6):
         messages, _ = env.reset(seed)
         for _ in range(seed % 3):
             messages, *_ = env.step(env.flawed_reply())
-        samples.append((model.encode(processor, messages), model.encode_reply(processor, env.expert_reply()), None))
+        samples.append((model.encode(processor, messages),
+                        model.encode_reply(processor, env.expert_reply()), None))
     return samples
 
 
@@ -40,7 +41,8 @@ def test_the_loss_equals_that_of_hugging_face_with_masked_labels(tiny):
     policy, processor = tiny
     samples = some_samples(processor)
     T = max(len(p) + len(r) for p, r, _ in samples)
-    ids, labels = torch.zeros(len(samples), T, dtype=torch.long), torch.full((len(samples), T), -100)
+    ids = torch.zeros(len(samples), T, dtype=torch.long)
+    labels = torch.full((len(samples), T), -100)
     for row, (prompt, response, _) in enumerate(samples):
         end = len(prompt) + len(response)
         ids[row, :end] = torch.tensor(prompt + response)
@@ -56,7 +58,8 @@ def test_micro_batches_change_neither_loss_nor_gradient(tiny):
     whole, loss, norm = gradients(policy, samples, 10 ** 6)
     for budget in (1, 300):
         cut, cut_loss, cut_norm = gradients(policy, samples, budget)
-        assert cut_loss == pytest.approx(loss, abs=1e-5) and cut_norm == pytest.approx(norm, rel=1e-4)
+        assert cut_loss == pytest.approx(loss, abs=1e-5)
+        assert cut_norm == pytest.approx(norm, rel=1e-4)
         torch.testing.assert_close(cut, whole, atol=1e-5, rtol=1e-4)
 
 
@@ -66,7 +69,8 @@ def test_prompt_tokens_are_no_targets_but_the_end_of_turn_is(tiny):
     policy = tiny[0]
     logprobs, _ = policy(model.collate([[sample[:2]] for sample in samples], policy.device))
     for (_, response, _), row in zip(samples, logprobs):
-        assert (row != 0).nonzero()[:, 0].tolist() == list(range(len(response))) and response[-1] == processor.eos_token_id
+        assert (row != 0).nonzero()[:, 0].tolist() == list(range(len(response)))
+        assert response[-1] == processor.eos_token_id
 
 
 def test_one_sample_can_be_learnt_by_heart(tiny):
@@ -84,8 +88,10 @@ def test_samples_come_from_the_splits_of_the_mix_in_their_shares():
     told = [samples[i][0][0]["content"] for i in range(400)]
     share = sum("K counts as 13" in text for text in told) / 400
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
-    assert told == [sft.Samples(sft.Config(mix=("id:0.75", "rule_ood:0.25"), seed=3))[i][0][0]["content"] for i in range(400)]
-    assert told[:9] != [sft.Samples(sft.Config(mix=("id:0.75", "rule_ood:0.25"), seed=4))[i][0][0]["content"] for i in range(9)]
+    again, other = (sft.Samples(sft.Config(mix=("id:0.75", "rule_ood:0.25"), seed=seed))
+                    for seed in (3, 4))
+    assert told == [again[i][0][0]["content"] for i in range(400)]
+    assert told[:9] != [other[i][0][0]["content"] for i in range(9)]
 
 
 def test_failed_tries_precede_the_expert_reply_and_are_not_the_target():
@@ -108,7 +114,8 @@ def test_settings_that_a_data_file_or_failed_tries_would_ignore_are_refused(tmp_
     (tmp_path / "data.json").write_text(json.dumps([
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]))
     for knobs in (dict(failed_tries=2), dict(mix=("id", "suits=S")), dict(mix=("id", "rule_ood"))):
-        with pytest.raises(ValueError, match="--data: --mix, --failed-tries and --balance are for samples"):
+        with pytest.raises(ValueError,
+                           match="--data: --mix, --failed-tries and --balance are for samples"):
             sft.Samples(sft.Config(data=str(tmp_path / "data.json"), **knobs))
     for knobs in (dict(mix=("id", "verify_iter=2")), dict(env=("verify_iter=2",))):
         with pytest.raises(ValueError, match="verify_iter 2 must be above --failed-tries 2"):
@@ -118,7 +125,9 @@ def test_settings_that_a_data_file_or_failed_tries_would_ignore_are_refused(tmp_
 
 def test_the_learning_rate_falls_to_0_or_stays(tmp_path):
     for schedule in ("cosine", "constant"):
-        sft.main(sft.Config(out=str(tmp_path / schedule), model=tiny_folder(), steps=4, batch_size=2, lr=1e-3, warmup_ratio=0.25,
+        sft.main(sft.Config(out=str(tmp_path / schedule), model=tiny_folder(), steps=4,
+                            batch_size=2, lr=1e-3, warmup_ratio=0.25,
                             schedule=schedule, dtype="float32", device="cpu"))
         rates = [row["lr"] for row in running.read_jsonl(tmp_path / schedule / "metrics.jsonl")]
-        assert rates[0] == rates[1] == 1e-3 and (rates[3] == 1e-3 if schedule == "constant" else rates[3] < 0.3e-3)
+        assert rates[0] == rates[1] == 1e-3
+        assert rates[3] == 1e-3 if schedule == "constant" else rates[3] < 0.3e-3
