@@ -1,4 +1,4 @@
-"""Reinforcement learning: PPO with a value head over turns with the verifier (paper, 3 and 5).
+"""Reinforcement learning: PPO with a value head over several turns (paper Sections 3 and 5).
 
     collect_turns -> score_turns -> estimate_advantages -> ppo_update
 
@@ -11,7 +11,8 @@ others 1. A second try sees the first one and its verdict in the prompt (sequent
     python rl.py --task gp-vl --model PATH --out runs/red --split id suits=HD --env verify_iter=10
 
 The same command continues a stopped run, half-played episodes included. Ctrl-C or SIGTERM drops a
-rollout or finishes an update, saves, and exits with 130 or 143.
+rollout or finishes an update, saves, and exits with 130 or 143. A comment "differs" marks where we
+do not follow the official code.
 
 Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages.
 
@@ -88,27 +89,26 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, cl
 
 @dataclass
 class Config(training.RunConfig):
-    """The defaults are the official code's, but for max_grad_norm and value_clip."""
+    """The official defaults (scripts/gp_training, rl/configs), but max_grad_norm and value_clip."""
     out: str = knob("", "run folder, new or stopped half-way")
     model: str = knob("", "a model folder, usually one that sft.py wrote")
     task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
     split: tuple = knob(("id",), "the rule to train on, with settings: id rule=11,11,11 fold=train")
     env: tuple = knob((), "settings of the environment, such as: root=city0 (envs.py lists them)")
-    # rollout
-    # differs 26: many environments, few turns; theirs 8 x 256
+    # rollout; differs 26: many environments, few turns; theirs 8 x 256
     num_envs: int = knob(256, "environments played side by side", low=1)
-    turns_per_env: int = knob(8, "turns of each in an update; 256 x 8, as on 8 GPUs", low=1)
+    turns_per_env: int = knob(8, "turns of each in an update; 256 x 8: the paper's 8 GPUs", low=1)
     max_new_tokens: int = knob(512, "a reply is cut after so many tokens", low=1)
     temperature: float = knob(0.2, "temperature of sampling and of the log-probs", low=0.01)
-    # PPO: the paper prints no values, these are the official ones
+    # PPO; the paper prints no values
     updates: int = knob(20, "rollouts in all, each followed by an update", low=1)
     epochs: int = knob(4, "passes over a rollout", low=1)
-    minibatch_turns: int = knob(1024, "turns of an optimizer step, roughly: 128 x 8 GPUs", low=1)
+    minibatch_turns: int = knob(1024, "turns of an optimizer step, about: 128 x 8 GPUs", low=1)
     lr: float = knob(1e-6, "Adam learning rate", low=1e-12)
     value_lr: float = knob(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
     lr_warmup: int = knob(0, "updates over which --lr rises; --value-lr does not wait", low=0)
     lr_final: float = knob(1e-9, "--lr at the end of the cosine", low=0)
-    lr_horizon: int = knob(100, "updates until that end (official: beyond the run's end)", low=1)
+    lr_horizon: int = knob(100, "updates until that end (official: beyond the run)", low=1)
     gamma: float = knob(0.9, "discount per turn", low=0, high=1)
     gae_lambda: float = knob(0.95, "GAE lambda", low=0, high=1)
     clip: float = knob(0.1, "PPO ratio clip", low=0)
@@ -116,7 +116,7 @@ class Config(training.RunConfig):
     value_coef: float = knob(0.5, "weight of the value loss", low=0)
     thought_coef: float = knob(0.5, "weight of the log-probs before the answer key", low=0)
     freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)}")
-    max_grad_norm: float = knob(1.0, "clip of the gradient's norm (official: 0.01)", low=1e-12)
+    max_grad_norm: float = knob(1.0, "gradient norm limit (official: 0.01, no effect)", low=1e-12)
     # running
     generate_tokens: int = knob(65536, "padded tokens, with replies, sampled side by side", low=1)
     kept_gib: float = knob(4.0, "GiB of keys and values kept from turn to turn of a rollout", low=0)

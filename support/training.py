@@ -1,6 +1,11 @@
 """What sft.py and rl.py share around their method: how a run begins, goes on and is saved.
 
-Beside that: options that contradict each other, and what rl.py logs of a rollout. `load_policy` and
+After a stop the newest checkpoint is step_K/, with weights, value head and optimizer. Its state
+holds the tokens spent. In rl.py it also holds where each environment stood before the rollout: its
+episode and the replies so far, which are played again. Log lines after step K are cut when the run
+goes on.
+
+Beside that: options that contradict each other, and what rl.py logs of an update. `load_policy` and
 the optimizer are handed in, since support/ uses none of the six files.
 """
 import math

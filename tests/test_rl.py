@@ -200,6 +200,18 @@ def test_the_answer_begins_with_the_token_that_holds_the_start_of_its_key(tiny, 
         assert len(before) <= len(thought) < len(through)
 
 
+def test_the_answer_is_found_behind_characters_of_several_tokens(tiny):
+    _, processor = tiny
+    text = "\u00dcn\u00ef \u2192 \U0001f600 \"formula\": 1"
+    ids = model.encode_reply(processor, text)
+
+    def length_through(token):
+        return len(model.decode_reply(processor, ids[:token + 1]).rstrip("\ufffd"))
+    for answer_at in range(len(text) + 1):
+        passed = [token for token in range(len(ids)) if length_through(token) > answer_at]
+        assert rl.find_answer(processor, ids, answer_at) == min(passed, default=len(ids))
+
+
 def test_thought_coef_weighs_the_tokens_before_the_answer(tiny):
     policy, processor = tiny
     prompt = model.encode(processor, envs.make_env("gp-l", "id").reset(0)[0])
@@ -211,6 +223,27 @@ def test_thought_coef_weighs_the_tokens_before_the_answer(tiny):
     weighted, _ = rl.turn_logprobs(policy, [turn], [[0]], config(thought_coef=0.25))
     torch.testing.assert_close(weighted[0],
                                0.25 * tokens[0, :start].sum() + tokens[0, start:].sum())
+
+
+# ---- from turns to batches
+
+def test_dialogues_are_grouped_as_the_docstring_says():
+    keys = [(0, 0, 1), (1, 0, 1), (0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 0, 1)]
+    turns = [rl.Turn([1], [2], 0, 0.0, False, key, {}) for key in keys]
+    assert rl.group_dialogues(turns) == [[0, 2], [1, 3, 5], [4]]
+
+
+@pytest.mark.parametrize("update", range(5))
+def test_every_dialogue_falls_into_the_minibatch_that_has_its_last_turn(update):
+    lengths = (2, 1, 3, 2)
+    keys = [(i, 0, 1) for i, length in enumerate(lengths) for _ in range(length)]
+    turns = [rl.Turn([1], [2], 0, 0.0, False, key, {}, number=n) for n, key in enumerate(keys)]
+    found = list(rl.minibatches(turns, update, config(minibatch_turns=4, epochs=2)))
+    assert [where for where, _, _ in found] == [f"epoch {epoch}, minibatch from turn {start}"
+                                                for epoch in (0, 1) for start in (0, 4)]
+    for first, second in (found[:2], found[2:]):
+        assert first[1] == sum(map(len, first[2])) <= 4 and first[1] + second[1] == 8
+        assert sorted(first[2] + second[2]) == rl.group_dialogues(turns)
 
 
 # ---- update
