@@ -98,6 +98,8 @@ def check_owner(config):
                              "such as a model's: choose another --out")
         # A run from before an option was there has its default.
         theirs = json.loads(json.dumps(asdict(type(config)()))) | theirs
+        # An option that is gone, such as --dft of sft.py, does not count where it was off.
+        theirs = {name: value for name, value in theirs.items() if value or name in ours}
         if names := differing(theirs, ours):
             listed = ", ".join(f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
                                for name in names)

@@ -203,6 +203,22 @@ def test_a_run_from_before_an_option_was_there_goes_on_where_that_is_off(tmp_pat
         run_folder.newest_checkpoint(Config(dft=True))
 
 
+def test_a_run_goes_on_without_an_option_that_is_gone_only_if_it_was_off(tmp_path, monkeypatch):
+    @dataclass
+    class Config:
+        out: str = "run"
+
+    @dataclass
+    class Before(Config):
+        dft: bool = False
+    monkeypatch.chdir(tmp_path)
+    run_folder.open_run(Before(), None)
+    assert run_folder.newest_checkpoint(Config()) is None
+    run_folder.open_run(Before(dft=True), None)
+    with pytest.raises(ValueError, match="another config .dft True there, None here"):
+        run_folder.newest_checkpoint(Config())
+
+
 # ---- What else lies in a folder
 
 def test_only_whole_folders_with_the_name_of_a_checkpoint_are_checkpoints(run, capsys):
