@@ -97,7 +97,7 @@ class Config(training.RunConfig):
     env: tuple = knob((), "settings of the environment, such as: root=city0 (envs.py lists them)")
     # rollout; differs 26: many environments, few turns; theirs 8 x 256
     num_envs: int = knob(256, "environments played side by side", low=1)
-    turns_per_env: int = knob(8, "turns of each in an update; 256 x 8: the paper's 8 GPUs", low=1)
+    turns_per_env: int = knob(8, "turns of each in an update (2048 in all, as on 8 GPUs)", low=1)
     max_new_tokens: int = knob(512, "a reply is cut after so many tokens", low=1)
     temperature: float = knob(0.2, "temperature of sampling and of the log-probs", low=0.01)
     # PPO; the paper prints no values
