@@ -1,4 +1,4 @@
-"""The house: which file may import which, how long files and pages may be, and that pages, marks and code agree."""
+"""The house: which file may import which, how long files and pages may be, what pages may name."""
 import ast
 import re
 
@@ -10,7 +10,8 @@ SIX = ("verify", "envs", "model", "sft", "rl", "evaluate")
 SCRIPTS = ("sft", "rl", "evaluate")
 ALLOWED = {"verify": set(), "envs": {"verify"}, "model": set(),
            **{script: {"envs", "model"} for script in SCRIPTS}}
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "results").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"),
+                *(ROOT / "results").rglob("*.md")])
 CODE = sorted([*ROOT.glob("*.py"), ROOT / ".ci" / "run",
                *(path for folder in ("support", "recipes", "data", "tests")
                  for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".sh"))])
@@ -66,16 +67,16 @@ def test_no_line_of_code_is_wider_than_100_columns(path):
 # ---- Pages -------------------------------------------------------------------------------------
 
 def num_words(path):
-    return len(path.read_text().split())
+    return len(re.findall(r"\S*\w\S*", path.read_text().replace("|", " ")))
 
 
 def sentences(text):
-    """The sentences of a page; code, tables and headings are none, and `code` in a line is one word."""
+    """The sentences of a page; code, tables and headings are none. `code` in a line is one word."""
     text = re.sub(r"```.*?```", "\n\n", text, flags=re.S)
-    text = re.sub(r"^(\||#|!\[).*$", "", text, flags=re.M)                  # tables, headings, pictures
-    text = re.sub(r"^\s*(?:[-*]|\d+\.) ", "\n", text, flags=re.M)           # a list item begins a paragraph
+    text = re.sub(r"^(\||#|!\[).*$", "", text, flags=re.M)             # tables, headings, pictures
+    text = re.sub(r"^\s*(?:[-*]|\d+\.) ", "\n", text, flags=re.M)      # each list item for itself
     text = re.sub(r"`[^`]*`", "code", text)
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)                    # of a link its words
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)               # of a link its words
     for paragraph in re.split(r"\n\s*\n", text):
         yield from re.split(r"(?<=[.!?:;])[\"')*]*\s+", " ".join(paragraph.split()))
 
@@ -99,8 +100,7 @@ def test_pages_have_short_lines_and_short_sentences(path):
     wide = [line for line in re.sub(r"```.*?```", "", text, flags=re.S).splitlines()
             if len(line) > 100 and not line.startswith("|") and "](" not in line]
     assert not wide
-    long = [sentence for sentence in sentences(text) if len(re.findall(r"\S*\w\S*", sentence)) > 25]
-    assert not long
+    assert not [each for each in sentences(text) if len(re.findall(r"\S*\w\S*", each)) > 25]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -111,8 +111,9 @@ def test_every_link_leads_somewhere(path):
 
 
 def test_every_file_that_a_page_names_is_there():
+    pattern = r"`((?:data|docs|recipes|results|support|tests)/[\w./-]+\.\w+)`"
     for path in PAGES:
-        for named in re.findall(r"`((?:data|docs|recipes|results|support|tests)/[\w./-]+\.\w+)`", path.read_text()):
+        for named in re.findall(pattern, path.read_text()):
             assert (ROOT / named).exists(), f"{path}: {named}"
 
 

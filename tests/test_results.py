@@ -23,7 +23,8 @@ def test_the_readmes_table_has_the_means_and_errors_of_the_rows(finding, task):
     starts, checkpoints = finding.read_rows(name, rl_setting)
     expected = []
     for split in ("id", "rule_ood"):
-        expected.append(finding.curve([row for row in starts if row["split"] == split], measure)[-1])
+        before = [row for row in starts if row["split"] == split]
+        expected.append(finding.curve(before, measure)[-1])
         for arm in ("SFT", "RL"):
             rows = [row for row in checkpoints if (row["arm"], row["split"]) == (arm, split)]
             expected.append(finding.curve(rows, measure)[-1])
