@@ -56,7 +56,7 @@ def share(hits, counts):
 def summarise(episodes, verify_iter, kinds=()):
     """One row of eval.jsonl, from played episodes; each is a list of infos, one per reply.
 
-    `kinds` are the kinds of position that there are, as some may not have come up. Each measure is
+    `kinds` are all kinds of position, as some may not have come up in these episodes. A measure is
     hits / counts, both summed over episodes, with its standard error (`share`) under NAME_stderr:
 
     measure              hits / counts
@@ -119,7 +119,7 @@ def summarise(episodes, verify_iter, kinds=()):
             measure_replies(f"step_accuracy_{kind}", lambda info: info["kind"] == kind)
             measure_replies(f"first_try_{kind}",
                             lambda info: info["kind"] == kind and info["try"] == 1)
-    if "ranks_right" in replies[0]:   # there are pictures of cards to read
+    if "ranks_right" in replies[0]:   # the replies name cards
         measure("recognition", [int(episode[0]["cards_read"]) for episode in episodes], once)
         ranks_right = [episode[0]["ranks_right"] for episode in episodes]
         measure("rank_accuracy", ranks_right, [4] * len(episodes))

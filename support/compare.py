@@ -145,7 +145,7 @@ def p_value(change, error, num):
     """
     freedom = num - 1
     odd = freedom % 2
-    angle = math.atan2(abs(change), error * math.sqrt(freedom))   # pi/2 if the error is 0
+    angle = math.atan2(abs(change), error * math.sqrt(freedom))   # an error of 0 is allowed
     sine, cosine = math.sin(angle), math.cos(angle)
     term, total = cosine if odd else 1.0, 0.0
     for power in range(odd, freedom - 1, 2):

@@ -1,7 +1,7 @@
 """What evaluate.py needs and the paper does not mention.
 
-Options that do not go together, settings taken from a run, its checkpoints, rows that are there
-already, replies kept of a stopped evaluation, and what is printed of a row.
+It checks options against each other, and takes task and settings from a run. It knows which rows
+are there already, and keeps the replies of a stopped evaluation. It prints what a row says.
 """
 import os
 from dataclasses import replace
