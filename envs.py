@@ -57,7 +57,7 @@ from zlib import crc32
 from support import cards, demonstrator, play, prompts, settings, streets
 from support.chat import user_message, within_quotes
 from support.solver import solutions
-from verify import (FEEDBACK, LAST_TRY_PENALTY, LISTING, fill, judge_general_points,
+from verify import (FEEDBACK, LAST_TRY_PENALTY, LISTING, Verdict, fill, judge_general_points,
                     judge_navigation)
 
 # The words come from support/prompts.py and verify.py. A prompt file may replace each by its name.
@@ -90,7 +90,7 @@ class Environment:
     expert_reply()          a correct reply, as valid JSON
     flawed_reply()          one in the right format that is not correct (appendix D, Fig. 15)
 
-    An example that runs (`Verdict` is verify.py's):
+    An example that runs:
 
         class Echo(Environment):
             kinds = ("number",)
@@ -314,7 +314,7 @@ class GeneralPoints(Environment):
     def picture(self):
         return cards.draw_hand(self.hand, self.resolution, self.card_dir)
 
-    def judge(self, reply):
+    def judge(self, reply) -> Verdict:
         return judge_general_points(reply, self.cards, self.numbers, self.target, self.vision,
                                     self.feedback, self.phrases)
 
@@ -487,7 +487,7 @@ class Navigation(Environment):
                 + fill(prompts["nav_history"], obs_act_seq=self.history())
                 + prompts["nav_output"])
 
-    def judge(self, reply):
+    def judge(self, reply) -> Verdict:
         here = self.position
         return judge_navigation(reply, here.action, here.landmark_name, here.intersection,
                                 self.feedback, self.phrases)

@@ -587,7 +587,7 @@ def echo(monkeypatch):
     """The task that the example in Environment's docstring adds, word for word."""
     code = re.search(r"( {8}class Echo.*?)\n\n", envs.Environment.__doc__, re.S)[1]
     monkeypatch.setattr(envs, "TASKS", dict(envs.TASKS))
-    names = {**vars(envs), "Verdict": Verdict}
+    names = dict(vars(envs))
     exec(textwrap.dedent(code), names)
     return names["Echo"]
 
@@ -605,6 +605,12 @@ def test_the_example_of_an_environment_is_a_task(echo):
         "Yes.", 1.0, True, True)
     with pytest.raises(ValueError, match="Echo has no picture"):
         env.picture()
+
+
+def test_the_readme_has_the_same_example():
+    readme = (ROOT / "README.md").read_text()
+    example = re.search(r"```python\n(class Echo.*?)```", readme, re.S)[1]
+    assert textwrap.indent(example, " " * 8) in envs.Environment.__doc__
 
 
 def test_the_planted_settings_work_for_a_task_of_ones_own_but_it_has_no_faults(echo):
