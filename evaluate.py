@@ -34,7 +34,7 @@ import envs
 from model import (EVALUATION, RolloutMemory, decode_reply, encode, load_policy, picture_of,
                    sampling_uniforms)
 from support import api, compare, evaluation, run_folder, running, settings
-from support.running import knob
+from support.running import flag
 
 # ---- What counts -------------------------------------------------------------------------------
 
@@ -172,33 +172,33 @@ SIGNS = {
 class Config:
     """Defaults are ours: the paper does not say how it decodes in its tests."""
     # differs 25: greedy, theirs samples
-    model: str = knob("", "evaluate this one checkpoint")
-    run_folder: str = knob("", "evaluate all checkpoints of this run, and its start")
-    start: bool = knob(True, "with --run-folder: evaluate the model that the run started from, too")
-    compare: str = knob("", "print the table of these evaluated run folders, comma-separated")
-    figure: str = knob("", "with --compare: draw the curves into this file (needs matplotlib)")
-    api_url: str = knob("", "evaluate a model behind this OpenAI-style API; API_KEY holds its key")
-    api_model: str = knob("", "with --api-url: the name of the model there")
-    api_extra: str = knob("", "with --api-url: JSON with more fields for the request; null leaves "
+    model: str = flag("", "evaluate this one checkpoint")
+    run_folder: str = flag("", "evaluate all checkpoints of this run, and its start")
+    start: bool = flag(True, "with --run-folder: evaluate the model that the run started from, too")
+    compare: str = flag("", "print the table of these evaluated run folders, comma-separated")
+    figure: str = flag("", "with --compare: draw the curves into this file (needs matplotlib)")
+    api_url: str = flag("", "evaluate a model behind this OpenAI-style API; API_KEY holds its key")
+    api_model: str = flag("", "with --api-url: the name of the model there")
+    api_extra: str = flag("", "with --api-url: JSON with more fields for the request; null leaves "
                           'one out: {"max_tokens": null, "max_completion_tokens": 4096}')
-    api_workers: int = knob(8, "with --api-url: requests at the same time", low=1)
-    out: str = knob("", "with --api-url: a folder for replies and rows, new or stopped half-way")
-    task: str = knob("", "empty: the run's, else gp-l", choices=("", *envs.TASKS))
-    splits: tuple = knob(("id", "rule_ood"), "with settings, such as: id rule_ood id target=36")
-    env: tuple = knob((), "settings on top of those of the run, such as: root=city0 verify_iter=3")
-    episodes: int = knob(1000, "how many per split and seed", low=1)
-    paper: bool = knob(False, "the paper's sample instead: 234 hands, 48 routes, 18 on visual_ood")
-    seeds: str = knob("0", "comma-separated; never those of training, though a hand may come again")
-    temperature: float = knob(0.0, "0 is greedy; the official code samples as the checkpoint says, "
+    api_workers: int = flag(8, "with --api-url: requests at the same time", low=1)
+    out: str = flag("", "with --api-url: a folder for replies and rows, new or stopped half-way")
+    task: str = flag("", "empty: the run's, else gp-l", choices=("", *envs.TASKS))
+    splits: tuple = flag(("id", "rule_ood"), "with settings, such as: id rule_ood id target=36")
+    env: tuple = flag((), "settings on top of those of the run, such as: root=city0 verify_iter=3")
+    episodes: int = flag(1000, "how many per split and seed", low=1)
+    paper: bool = flag(False, "the paper's sample instead: 234 hands, 48 routes, 18 on visual_ood")
+    seeds: str = flag("0", "comma-separated; never those of training, though a hand may come again")
+    temperature: float = flag(0.0, "0 is greedy; the official code samples as the checkpoint says, "
                               "a stock Llama-3.2 at 0.6", low=0)
-    top_p: float = knob(1.0, "sample from the likeliest tokens that have this share of the "
+    top_p: float = flag(1.0, "sample from the likeliest tokens that have this share of the "
                         "probability (official: 0.9)", low=0.01, high=1)
-    max_new_tokens: int = knob(256, "a reply is cut here", low=1)
-    generate_tokens: int = knob(65536, "tokens sampled side by side, with padding", low=1)
-    kept_gib: float = knob(4.0, "GiB of keys and values that stay from turn to turn", low=0)
-    dtype: str = knob("auto", "compute in this type; auto: that of the run, else the faster one",
+    max_new_tokens: int = flag(256, "a reply is cut here", low=1)
+    generate_tokens: int = flag(65536, "tokens sampled side by side, with padding", low=1)
+    kept_gib: float = flag(4.0, "GiB of keys and values that stay from turn to turn", low=0)
+    dtype: str = flag("auto", "compute in this type; auto: that of the run, else the faster one",
                       choices=("auto", "float32", "bfloat16"))
-    device: str = knob("auto", "cpu, cuda, or auto")
+    device: str = flag("auto", "cpu, cuda, or auto")
 
 
 # ---- Playing -----------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def play_episodes(reply, environments, seed):
     `LocalModel.reply`. Every process plays its part, and gets the infos of all.
     """
     pending = {}
-    for i in running.own_part(range(len(environments))):
+    for i in running.local_part(range(len(environments))):
         # differs 13: never a seed of training
         messages, _ = environments[i].reset(seed=f"{seed}/evaluate/{i}", episode=i)
         pending[i] = (messages, True)
@@ -314,7 +314,7 @@ def evaluate_model(path, called, known, config, write, kept=None):
         for seed in dict.fromkeys(int(seed) for seed in config.seeds.split(",")):
             label = f"{called}, {split.label}, seed {seed}"
             if seed in done:
-                running.say(f"{label}: already evaluated")
+                running.print0(f"{label}: already evaluated")
                 continue
             if model is None and config.api_url:
                 model = api.ApiModel(config)
@@ -329,7 +329,7 @@ def evaluate_model(path, called, known, config, write, kept=None):
             write(row)
             model.forget(of)
             beside = compare.beside_paper(config.task, row, PAPER) if config.paper else ""
-            evaluation.say_results(label, row, metrics, beside)
+            evaluation.print_results(label, row, metrics, beside)
 
 
 # ---- The four ways -----------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def finish_config(config):
 def evaluate_checkpoint(config):
     """Evaluate one checkpoint, and print its rows."""
     evaluate_model(Path(config.model), config.model, [], finish_config(config),
-                   lambda row: running.say(json.dumps(row)))
+                   lambda row: running.print0(json.dumps(row)))
 
 
 def evaluate_api(config):

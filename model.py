@@ -31,7 +31,7 @@ import torch.nn as nn
 from support import loading, running
 from support.chat import read_text
 from support.decoder import CacheDecoder, LlamaDecoder, RolloutMemory, is_plain_llama, wide_product
-from support.loading import FREEZABLE, check_text, render, tokenizer_of  # scripts name FREEZABLE
+from support.loading import check_text, render, tokenizer_of
 from support.vision import FAMILIES, picture_of, repeat_image_tokens
 
 IMAGE_TOKEN = "<|image|>"
@@ -457,18 +457,18 @@ def sampling_uniforms(keys, max_new_tokens):
 
 
 def load_policy(path, dtype="float32", device="cpu", vision=False, freeze="",
-                gradient_checkpointing=False, param_dtype="float32", hollow=False):
+                gradient_checkpointing=False, param_dtype="float32", on_meta=False):
     """(policy, processor) from a folder that any Hugging Face tool opens, or ValueError.
 
     A value head that is not there is initialised from torch's seed. `vision` demands a model that
     reads pictures; one that does may also be used in words, as in the paper. `freeze` names parts
-    that are not trained, comma-separated: those in FREEZABLE. `hollow` leaves the weights out, for
+    that are not trained, comma-separated (loading.FREEZABLE). `on_meta` leaves the weights out, for
     a process that gets them from another.
     """
     if param_dtype == "bfloat16" and dtype != "bfloat16":
         raise ValueError(f"param_dtype {param_dtype} needs dtype bfloat16, not {dtype}")
-    backbone, processor = loading.load_folder(path, vision, getattr(torch, param_dtype), hollow)
-    if not hollow:
+    backbone, processor = loading.load_folder(path, vision, getattr(torch, param_dtype), on_meta)
+    if not on_meta:
         loading.check_model(path, backbone, processor, vision, encode, encode_reply)
     loading.freeze_parts(backbone, freeze)
     policy = Policy(backbone, processor, dtype)
@@ -477,4 +477,4 @@ def load_policy(path, dtype="float32", device="cpu", vision=False, freeze="",
     if gradient_checkpointing:
         running.enable_checkpointing(policy)
     loading.load_value_head(path, policy.value_head)
-    return policy if hollow else policy.to(device), processor
+    return policy if on_meta else policy.to(device), processor

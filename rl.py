@@ -33,11 +33,12 @@ import numpy as np
 import torch
 
 import envs
-from model import (FREEZABLE, SAMPLES, SHUFFLES, RolloutMemory, aligned_micro_batches, collate,
-                   decode_reply, encode, load_policy, picture_of, sampling_uniforms)
+from model import (SAMPLES, SHUFFLES, RolloutMemory, aligned_micro_batches, collate, decode_reply,
+                   encode, load_policy, picture_of, sampling_uniforms)
 from support import running, settings, training
 from support.chat import read_text
-from support.running import knob
+from support.loading import FREEZABLE
+from support.running import flag
 
 # ---- The maths -----------------------------------------------------------------------------------
 
@@ -90,37 +91,37 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, cl
 @dataclass
 class Config(training.RunConfig):
     """The official defaults (scripts/gp_training, rl/configs), but max_grad_norm and value_clip."""
-    out: str = knob("", "run folder, new or stopped half-way")
-    model: str = knob("", "a model folder, usually one that sft.py wrote")
-    task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
-    split: tuple = knob(("id",), "the rule to train on, with settings: id rule=11,11,11 fold=train")
-    env: tuple = knob((), "settings of the environment, such as: root=city0 (envs.py lists them)")
+    out: str = flag("", "run folder, new or stopped half-way")
+    model: str = flag("", "a model folder, usually one that sft.py wrote")
+    task: str = flag("gp-l", "which environment", choices=tuple(envs.TASKS))
+    split: tuple = flag(("id",), "the rule to train on, with settings: id rule=11,11,11 fold=train")
+    env: tuple = flag((), "settings of the environment, such as: root=city0 (envs.py lists them)")
     # rollout; differs 26: many environments, few turns; theirs 8 x 256
-    num_envs: int = knob(256, "environments played side by side", low=1)
-    turns_per_env: int = knob(8, "turns of each in an update (2048 in all, as on 8 GPUs)", low=1)
-    max_new_tokens: int = knob(512, "a reply is cut after so many tokens", low=1)
-    temperature: float = knob(0.2, "temperature of sampling and of the log-probs", low=0.01)
+    num_envs: int = flag(256, "environments played side by side", low=1)
+    turns_per_env: int = flag(8, "turns of each in an update (2048 in all, as on 8 GPUs)", low=1)
+    max_new_tokens: int = flag(512, "a reply is cut after so many tokens", low=1)
+    temperature: float = flag(0.2, "temperature of sampling and of the log-probs", low=0.01)
     # PPO; the paper prints no values
-    updates: int = knob(20, "rollouts in all, each followed by an update", low=1)
-    epochs: int = knob(4, "passes over a rollout", low=1)
-    minibatch_turns: int = knob(1024, "turns of an optimizer step, about: 128 x 8 GPUs", low=1)
-    lr: float = knob(1e-6, "Adam learning rate", low=1e-12)
-    value_lr: float = knob(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
-    lr_warmup: int = knob(0, "updates over which --lr rises; --value-lr does not wait", low=0)
-    lr_final: float = knob(1e-9, "--lr at the end of the cosine", low=0)
-    lr_horizon: int = knob(100, "updates until that end (official: beyond the run)", low=1)
-    gamma: float = knob(0.9, "discount per turn", low=0, high=1)
-    gae_lambda: float = knob(0.95, "GAE lambda", low=0, high=1)
-    clip: float = knob(0.1, "PPO ratio clip", low=0)
-    value_clip: float = knob(0.0, "clip of the value's change; 0: none (official: 0.1)", low=0)
-    value_coef: float = knob(0.5, "weight of the value loss", low=0)
-    thought_coef: float = knob(0.5, "weight of the log-probs before the answer key", low=0)
-    freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)}")
-    max_grad_norm: float = knob(1.0, "gradient norm limit (official: 0.01, no effect)", low=1e-12)
+    updates: int = flag(20, "rollouts in all, each followed by an update", low=1)
+    epochs: int = flag(4, "passes over a rollout", low=1)
+    minibatch_turns: int = flag(1024, "turns of an optimizer step, about: 128 x 8 GPUs", low=1)
+    lr: float = flag(1e-6, "Adam learning rate", low=1e-12)
+    value_lr: float = flag(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
+    lr_warmup: int = flag(0, "updates over which --lr rises; --value-lr does not wait", low=0)
+    lr_final: float = flag(1e-9, "--lr at the end of the cosine", low=0)
+    lr_horizon: int = flag(100, "updates until that end (official: beyond the run)", low=1)
+    gamma: float = flag(0.9, "discount per turn", low=0, high=1)
+    gae_lambda: float = flag(0.95, "GAE lambda", low=0, high=1)
+    clip: float = flag(0.1, "PPO ratio clip", low=0)
+    value_clip: float = flag(0.0, "clip of the value's change; 0: none (official: 0.1)", low=0)
+    value_coef: float = flag(0.5, "weight of the value loss", low=0)
+    thought_coef: float = flag(0.5, "weight of the log-probs before the answer key", low=0)
+    freeze: str = flag("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)}")
+    max_grad_norm: float = flag(1.0, "gradient norm limit (official: 0.01, no effect)", low=1e-12)
     # running
-    generate_tokens: int = knob(65536, "padded tokens, with replies, sampled side by side", low=1)
-    kept_gib: float = knob(4.0, "GiB of keys and values kept from turn to turn of a rollout", low=0)
-    save_every: int = knob(1, "updates between checkpoints", low=1)
+    generate_tokens: int = flag(65536, "padded tokens, with replies, sampled side by side", low=1)
+    kept_gib: float = flag(4.0, "GiB of keys and values kept from turn to turn of a rollout", low=0)
+    save_every: int = flag(1, "updates between checkpoints", low=1)
 
 
 # ---- Rollout -------------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def turn_batches(policy, turns, dialogues, config, filler=None):
     """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
-    return running.even_out([[dialogues[i] for i in group] for group in groups], filler)
+    return running.pad_batches([[dialogues[i] for i in group] for group in groups], filler)
 
 
 def minibatches(turns, update, config):
@@ -413,7 +414,7 @@ def set_up(config):
     split = training.check_rl(config)
     common = settings.read_settings(config.env)
     # This process plays its part of the environments.
-    numbers = running.own_part(range(config.num_envs))
+    numbers = running.local_part(range(config.num_envs))
     environments = [envs.make_env(config.task, split.name, common, **split.settings)
                     for _ in numbers]
     training.check_dialogue(config, environments[0].verify_iter)
@@ -452,7 +453,7 @@ def main(config):
     with running.one_line_errors():
         run, conversations = set_up(config)
     config, policy, state = run.config, run.policy, run.state
-    running.say_memory(policy, config)
+    running.print_memory(policy, config)
     stop = running.StopSignal()
     for update in run.steps(config.updates, "rl"):
         began = time.time()
@@ -493,7 +494,7 @@ def main(config):
         run.show(correct=f"{played['step_accuracy']:.2f}", reward=f"{played['reward']:.2f}")
         # differs 14: a folder for any tool and to go on from; theirs saves the base model alone
         run.save_if_due(state, config.updates, stop)
-    running.say_finished(config.out)
+    running.print_finished(config.out)
 
 
 if __name__ == "__main__":

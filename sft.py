@@ -26,10 +26,11 @@ from pathlib import Path
 import torch
 
 import envs
-from model import (FREEZABLE, IMAGE_TOKEN, aligned_micro_batches, collate, encode, encode_reply,
-                   load_policy, picture_of)
+from model import (IMAGE_TOKEN, aligned_micro_batches, collate, encode, encode_reply, load_policy,
+                   picture_of)
 from support import conversations, running, settings, training
-from support.running import knob
+from support.loading import FREEZABLE
+from support.running import flag
 
 
 @running.memory_advice("--micro-batch-tokens or set --gradient-checkpointing")
@@ -47,7 +48,7 @@ def train_step(policy, optimizer, samples, config):
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
     loss = 0.0
     # A group of weight 0 adds nothing: all processes must make equally many passes.
-    for rows, weight in running.even_out(groups):
+    for rows, weight in running.pad_batches(groups):
         dialogues = [[samples[row][:2]] for row in rows]
         pictures = [samples[row][2] for row in rows]
         logprobs, _ = policy(collate(dialogues, policy.device, pictures))              # (B, R)
@@ -69,30 +70,30 @@ def train_step(policy, optimizer, samples, config):
 @dataclass
 class Config(training.RunConfig):
     """The defaults are the published settings for GP-L (official sft/sft_scripts/gp_l.sh)."""
-    out: str = knob("", "run folder, new or stopped half-way")
-    model: str = knob("", "a model folder; support/tiny.py writes a tiny one")
-    task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
-    env: tuple = knob((), "settings of the environment, such as: root=city0 (envs.py lists them)")
+    out: str = flag("", "run folder, new or stopped half-way")
+    model: str = flag("", "a model folder; support/tiny.py writes a tiny one")
+    task: str = flag("gp-l", "which environment", choices=tuple(envs.TASKS))
+    env: tuple = flag((), "settings of the environment, such as: root=city0 (envs.py lists them)")
     # data
-    mix: tuple = knob(("id",), "splits, their weights and settings: id:0.7 fold=train rule_ood:0.3")
-    balance: bool = knob(False, "V-IRL: draw every kind of position equally often")
-    failed_tries: int = knob(0, "at most so many failed tries before the expert's", low=0, high=9)
-    data: str = knob("", "train on this file of conversations (--task and --env still count)")
-    dump: str = knob("", "write samples to this file, which --data can read, and train nothing")
-    num: int = knob(1000, "number of samples that --dump writes", low=1)
+    mix: tuple = flag(("id",), "splits, their weights and settings: id:0.7 fold=train rule_ood:0.3")
+    balance: bool = flag(False, "V-IRL: draw every kind of position equally often")
+    failed_tries: int = flag(0, "at most so many failed tries before the expert's", low=0, high=9)
+    data: str = flag("", "train on this file of conversations (--task and --env still count)")
+    dump: str = flag("", "write samples to this file, which --data can read, and train nothing")
+    num: int = flag(1000, "number of samples that --dump writes", low=1)
     # optimisation
-    steps: int = knob(400, "optimizer steps (the paper's RL starts from step 400)", low=1)
-    batch_size: int = knob(128, "samples of one optimizer step: 16 x 8 GPUs in the paper", low=1)
-    lr: float = knob(1e-6, "peak learning rate (5e-7 for the vision tasks)", low=1e-12)
-    warmup_ratio: float = knob(0.03, "share of the steps with linear warm-up", low=0, high=1)
+    steps: int = flag(400, "optimizer steps (the paper's RL starts from step 400)", low=1)
+    batch_size: int = flag(128, "samples of one optimizer step: 16 x 8 GPUs in the paper", low=1)
+    lr: float = flag(1e-6, "peak learning rate (5e-7 for the vision tasks)", low=1e-12)
+    warmup_ratio: float = flag(0.03, "share of the steps with linear warm-up", low=0, high=1)
     # differs 24: the default is what their script asks for, not what ran
-    schedule: str = knob("cosine", "after the warm-up: cosine to 0, as the official script says, "
+    schedule: str = flag("cosine", "after the warm-up: cosine to 0, as the official script says, "
                                    "or constant, as it ran", choices=("cosine", "constant"))
-    freeze: str = knob("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)}")
-    weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
-    beta2: float = knob(0.98, "AdamW beta 2; beta 1 is 0.9, eps 1e-7", low=0, high=0.999999)
-    max_grad_norm: float = knob(1.0, "the gradient's norm is clipped to this", low=1e-12)
-    save_every: int = knob(100, "optimizer steps between checkpoints", low=1)
+    freeze: str = flag("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)}")
+    weight_decay: float = flag(0.0, "AdamW weight decay", low=0)
+    beta2: float = flag(0.98, "AdamW beta 2; beta 1 is 0.9, eps 1e-7", low=0, high=0.999999)
+    max_grad_norm: float = flag(1.0, "the gradient's norm is clipped to this", low=1e-12)
+    save_every: int = flag(100, "optimizer steps between checkpoints", low=1)
 
 
 # ---- Samples -------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def main(config):
             return conversations.dump(Samples(config), config)
         run, samples = set_up(config)
     policy, processor, state = run.policy, run.processor, run.state
-    running.say_memory(policy, run.config)
+    running.print_memory(policy, run.config)
     stop, started, earlier = running.StopSignal(), time.time(), state["seconds"]
     final_lr = config.lr if config.schedule == "constant" else 0.0
     for step in run.steps(config.steps, "sft"):
@@ -175,7 +176,7 @@ def main(config):
                 group["lr"] = lr
             # This process makes and tokenizes its part of the samples.
             batch = []
-            for i in running.own_part(range(first, end)):
+            for i in running.local_part(range(first, end)):
                 messages, reply = samples[i]
                 batch.append((encode(processor, messages), encode_reply(processor, reply),
                               picture_of(messages)))
@@ -191,7 +192,7 @@ def main(config):
                           seconds=state["seconds"])
         run.show(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         run.save_if_due(state, config.steps, stop, with_value_head=False)
-    running.say_finished(config.out)
+    running.print_finished(config.out)
 
 
 if __name__ == "__main__":

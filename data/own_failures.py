@@ -24,27 +24,27 @@ from model import (SAMPLES, RolloutMemory, decode_reply, encode, load_policy, pi
                    sampling_uniforms)
 from support import running, settings
 from support.conversations import write_conversations
-from support.running import knob
+from support.running import flag
 
 
 @dataclass
 class Config:
     """What is written."""
-    out: str = knob("", "a new file such as own.json")
-    model: str = knob("", "a model folder")
-    task: str = knob("gp-l", "which environment", choices=tuple(envs.TASKS))
-    mix: tuple = knob(("id",), "splits and their weights, as in sft.py")
-    env: tuple = knob((), "settings of the environment, as in sft.py")
-    balance: bool = knob(False, "V-IRL: draw every kind of position equally often")
-    failed_tries: int = knob(4, "at most so many failed replies in a dialogue", low=0)
-    num: int = knob(10000, "number of dialogues", low=1)
-    side_by_side: int = knob(512, "dialogues played at the same time", low=1)
-    temperature: float = knob(0.7, "temperature of the model's replies", low=0)
-    max_new_tokens: int = knob(48, "a reply is cut after so many tokens", low=1)
-    dtype: str = knob("auto", "type to compute in; auto takes the faster one",
+    out: str = flag("", "a new file such as own.json")
+    model: str = flag("", "a model folder")
+    task: str = flag("gp-l", "which environment", choices=tuple(envs.TASKS))
+    mix: tuple = flag(("id",), "splits and their weights, as in sft.py")
+    env: tuple = flag((), "settings of the environment, as in sft.py")
+    balance: bool = flag(False, "V-IRL: draw every kind of position equally often")
+    failed_tries: int = flag(4, "at most so many failed replies in a dialogue", low=0)
+    num: int = flag(10000, "number of dialogues", low=1)
+    side_by_side: int = flag(512, "dialogues played at the same time", low=1)
+    temperature: float = flag(0.7, "temperature of the model's replies", low=0)
+    max_new_tokens: int = flag(48, "a reply is cut after so many tokens", low=1)
+    dtype: str = flag("auto", "type to compute in; auto takes the faster one",
                       choices=("auto", "float32", "bfloat16"))
-    device: str = knob("auto", "cpu, cuda, or auto")
-    seed: int = knob(0, "fixes every dialogue", low=0)
+    device: str = flag("auto", "cpu, cuda, or auto")
+    seed: int = flag(0, "fixes every dialogue", low=0)
 
 
 def play(policy, processor, environments, numbers, config):

@@ -11,8 +11,8 @@ A panel is a folder of evaluated runs, such as runs/study/virl. Its runs are ave
 split. A change is in points of the task's first metric (`envs.TASKS`), for each run since the start
 that it went on from. Its standard error is over starts, or over runs if there is one start.
 
-recipes/study.sh calls this script. results/paper_in_miniature.md says which panel is which figure
-of the paper.
+recipes/study.sh calls this script. results/paper.md says which panel is which
+figure of the paper.
 """
 import csv
 import os

@@ -97,7 +97,7 @@ def take_settings(config, run, trained, tasks):
     for name, split_name in fixed_by.items():
         changed.append(f"{name}, which split {split_name} has of its own")
     but_for = f" but for {', '.join(changed)}" if changed else ""
-    running.say(f"{run}: task {' '.join([task, *env])}, as in its training{but_for}")
+    running.print0(f"{run}: task {' '.join([task, *env])}, as in its training{but_for}")
 
     dtype = trained.get("dtype", "auto") if config.dtype == "auto" else config.dtype
     return replace(config, task=task, env=env, dtype=dtype)
@@ -148,7 +148,7 @@ class KeptReplies:
                 for episode, ids in row["replies"].items():
                     self.known[row["of"], row["turn"], int(episode)] = ids
         if self.known:
-            running.say(f"goes on with {len(self.known)} replies that an evaluation before it left")
+            running.print0(f"goes on with {len(self.known)} replies of an earlier evaluation")
 
     def files(self):
         return sorted(self.stem.parent.glob(f"{self.stem.name}_*.jsonl"))
@@ -192,7 +192,7 @@ def odd_replies(row):
     return f"of {row['replies']} replies, {', '.join(odd)}" if odd else ""
 
 
-def say_results(label, row, metrics, beside):
+def print_results(label, row, metrics, beside):
     """Print the metrics of a row, then `beside` (the paper's numbers, or ""), then odd replies."""
     found = []
     for name in ("first_try", *metrics):
@@ -200,4 +200,4 @@ def say_results(label, row, metrics, beside):
         found.append(f"{name.replace('_', ' ')} {value:.1f} +- {error:.1f} %")
     for words in (", ".join(found), beside, odd_replies(row)):
         if words:
-            running.say(f"{label}: {words}")
+            running.print0(f"{label}: {words}")

@@ -108,10 +108,10 @@ def context_of(config):
 
 # ---- Reading a folder ----------------------------------------------------------------------------
 
-def load_folder(path, vision, dtype, hollow):
+def load_folder(path, vision, dtype, on_meta):
     """(backbone, processor) from a Hugging Face folder, with weights of this type.
 
-    `vision` demands a model that reads pictures. With `hollow` the weights take no memory and have
+    `vision` demands a model that reads pictures. With `on_meta` the weights take no memory and have
     no values. ValueError says why the folder cannot be used.
     """
     folder = Path(path)
@@ -127,7 +127,7 @@ def load_folder(path, vision, dtype, hollow):
             raise ValueError("its weights are quantized (quantization_config); "
                              "take the model as it was before")
         family = FAMILIES.get(config.model_type)
-        backbone, faults = load_backbone(folder, config, dtype, hollow)
+        backbone, faults = load_backbone(folder, config, dtype, on_meta)
         if family:
             processor = family.load_processor(folder, config)
         else:
@@ -151,12 +151,12 @@ def load_folder(path, vision, dtype, hollow):
     return backbone, processor
 
 
-def load_backbone(folder, config, dtype, hollow):
+def load_backbone(folder, config, dtype, on_meta):
     """The model, and what transformers tells of weights that do not fit: kind -> names."""
     model_class = AutoModelForCausalLM
     if config.model_type in FAMILIES:
         model_class = AutoModelForImageTextToText
-    if hollow:
+    if on_meta:
         with torch.device("meta"):
             return model_class.from_config(config, dtype=dtype), {}
     return model_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False,

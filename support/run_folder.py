@@ -162,7 +162,7 @@ def newest_checkpoint(config):
     out = Path(config.out)
     hold(out, "training")
     for torn in sorted(out.glob("step_*.tmp")):
-        running.say(f"{torn} was never finished: skipped")
+        running.print0(f"{torn} was never finished: skipped")
     newest = (checkpoints(out) or [None])[-1]
     if newest:
         read_metrics(out, range(1, checkpoint_step(newest) + 1))
@@ -185,7 +185,7 @@ def open_run(config, newest):
         if path.is_file():
             running.write_jsonl(path, [row for row in read_steps(path) if row["step"] <= last_step])
     if newest:
-        running.say(f"{out}: goes on after step {last_step}")
+        running.print0(f"{out}: goes on after step {last_step}")
     running.gather(None)
 
 

@@ -38,7 +38,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ---- Configs and the command line ----------------------------------------------------------------
 
 
-def knob(default, help, low=None, high=None, choices=None):
+def flag(default, help, low=None, high=None, choices=None):
     """A field of a script's Config: its default, its help text, and the values that are allowed."""
     limits = {"low": low, "high": high, "choices": choices}
     return field(default=default, metadata={"help": help, **limits})
@@ -100,7 +100,7 @@ def parse_config(cls, argv=None):
 
 
 def fault_of(value, help, low, high, choices):
-    """The value and what is wrong with it, or None; the rest is what `knob` keeps of a field."""
+    """The value and what is wrong with it, or None; the rest is what `flag` keeps of a field."""
     if choices and value not in choices:
         return f"{value!r}: allowed are {', '.join(map(str, choices))}"
     if isinstance(value, float) and not math.isfinite(value):
@@ -225,15 +225,15 @@ def progress(iterable=None, nested=False, **kwargs):
                 file=None if watched else LogStream(), **kwargs)
 
 
-def say(text):
+def print0(text):
     """Print a line, in the first process."""
     if RANK == 0:
         tqdm.write(text)
 
 
-def say_finished(out):
+def print_finished(out):
     """The last line of a run, also of one that was finished before."""
-    say(f"{out}: finished; to test its checkpoints: python evaluate.py --run-folder {out}")
+    print0(f"{out}: finished; to test its checkpoints: python evaluate.py --run-folder {out}")
 
 
 @contextlib.contextmanager
@@ -364,7 +364,7 @@ def pick_dtype(name, device, run_folder=None):
               or seconds_of_products(torch.bfloat16) < seconds_of_products(torch.float32))
     dtype = gather("bfloat16" if faster else "float32")[0]
     kind = "GPU" if device.type == "cuda" else device.type.upper()
-    say(f"dtype auto: {dtype}, the faster one on this {kind}")
+    print0(f"dtype auto: {dtype}, the faster one on this {kind}")
     return dtype
 
 
@@ -404,10 +404,10 @@ def memory_estimate(policy, config):
             "pictures take more than that")
 
 
-def say_memory(policy, config):
+def print_memory(policy, config):
     """Print the estimate where memory is short: on GPUs."""
     if policy.device.type == "cuda":
-        say(memory_estimate(policy, config))
+        print0(memory_estimate(policy, config))
 
 
 def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):
@@ -449,7 +449,7 @@ class StopSignal:
 
     def leave(self, checkpoint):
         """End a run that is saved; the exit status says by which signal."""
-        say(f"stopped; {checkpoint} is saved, and the same command goes on")
+        print0(f"stopped; {checkpoint} is saved, and the same command goes on")
         leave(max(gather(self.status)))
 
 
@@ -509,12 +509,12 @@ def mean_and_variance(values):
     return mean, total(float(((values - mean) ** 2).sum())) / num
 
 
-def own_part(items):
+def local_part(items):
     """The part of a sequence that falls to this process: with two of them, every second item."""
     return items[RANK::WORLD]
 
 
-def even_out(batches, filler=None):
+def pad_batches(batches, filler=None):
     """(batch, weight) pairs, equally many in every process, since each pass gathers weights from
     all. A process with fewer batches repeats its last, or has `filler` if it has none, with weight
     0."""
@@ -578,18 +578,18 @@ def broadcast_module(unit, device):
 
 
 def load_spread(load, device):
-    """(policy, processor) for training, by load(device, hollow). With several processes each holds
+    """(policy, processor) for training, by load(device, on_meta). With several processes each holds
     a share of the weights.
 
-    Only the first process reads the folder; for the others `hollow` leaves the weights out. No
+    Only the first process reads the folder; for the others `on_meta` leaves the weights out. No
     device ever holds more than one whole unit beside its shares. ValueError in the first process is
     raised in all.
     """
     if WORLD == 1:
-        return load(device, hollow=False)
+        return load(device, on_meta=False)
     error = None
     try:
-        policy, processor = load("cpu", hollow=RANK > 0)
+        policy, processor = load("cpu", on_meta=RANK > 0)
     except ValueError as problem:
         error = str(problem)
     if errors := [problem for problem in gather(error) if problem]:

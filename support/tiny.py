@@ -47,14 +47,14 @@ CHAT_TEMPLATE = (
 @dataclass
 class Config:
     """A model of about a million parameters."""
-    out: str = running.knob("", "the folder to write, new")
-    task: str = running.knob("gp-l", "the task whose words the tokenizer learns; for a -vl task "
+    out: str = running.flag("", "the folder to write, new")
+    task: str = running.flag("gp-l", "the task whose words the tokenizer learns; for a -vl task "
                              "the model sees pictures", choices=tuple(envs.TASKS))
-    env: tuple = running.knob((), "settings of the task, such as root=city0 (envs.py lists them)")
-    family: str = running.knob("", "the kind of vision model; if not given, mllama",
+    env: tuple = running.flag((), "settings of the task, such as root=city0 (envs.py lists them)")
+    family: str = running.flag("", "the kind of vision model; if not given, mllama",
                                choices=("", *FAMILIES))
-    size: str = running.knob("128x4", "WIDTHxLAYERS")
-    seed: int = running.knob(0, "fixes the weights", low=0)
+    size: str = running.flag("128x4", "WIDTHxLAYERS")
+    seed: int = running.flag(0, "fixes the weights", low=0)
 
 
 def hand_atoms(env):

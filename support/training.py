@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from support import run_folder, running, settings
-from support.running import knob
+from support.running import flag
 
 TYPES = ("float32", "bfloat16")
 
@@ -25,15 +25,15 @@ TYPES = ("float32", "bfloat16")
 @dataclass
 class RunConfig:
     """Options of sft.py and rl.py alike: how a run is executed."""
-    micro_batch_tokens: int = knob(16384, "padded tokens of one forward pass in training", low=1)
-    gradient_checkpointing: bool = knob(False, "compute activations twice to save memory")
-    dtype: str = knob("auto", "type to compute in; auto takes the faster one",
+    micro_batch_tokens: int = flag(16384, "padded tokens of one forward pass in training", low=1)
+    gradient_checkpointing: bool = flag(False, "compute activations twice to save memory")
+    dtype: str = flag("auto", "type to compute in; auto takes the faster one",
                       choices=("auto", *TYPES))
-    param_dtype: str = knob("float32", "type of the master weights; bfloat16 takes half the memory "
+    param_dtype: str = flag("float32", "type of the master weights; bfloat16 takes half the memory "
                                        "and loses small updates", choices=TYPES)
-    device: str = knob("auto", "cpu, cuda, or auto")
-    seed: int = knob(0, "fixes every sample, deal and reply, and a new value head", low=0)
-    keep_resume: int = knob(2, "number of checkpoints that keep their optimizer state", low=1)
+    device: str = flag("auto", "cpu, cuda, or auto")
+    seed: int = flag(0, "fixes every sample, deal and reply, and a new value head", low=0)
+    keep_resume: int = flag(2, "number of checkpoints that keep their optimizer state", low=1)
 
 
 # ---- A run ---------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def by_cudnn_attention(forward, *args, **kwargs):
     """A layer's forward with cuDNN's attention, where that can be had.
 
     The layers of a tower see few shapes. With a mask over 6,400 places of a picture this takes less
-    than half the time on an H100 (results/h100.md). Elsewhere it is off (support/decoder.py).
+    than half the time on an H100 (results/speed.md). Elsewhere it is off (support/decoder.py).
     """
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
              SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

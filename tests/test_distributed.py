@@ -218,13 +218,13 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_one_line(tmp_p
 def test_only_the_first_process_reads_the_weights_and_all_hear_what_is_wrong_with_them(
         tmp_path, straight, monkeypatch):
     folder = straight[0]["model"]
-    hollow, processor = model.load_policy(str(folder), "bfloat16", param_dtype="bfloat16",
-                                          hollow=True)
-    kinds = {(p.device.type, p.dtype) for p in hollow.backbone.parameters()}
+    on_meta, processor = model.load_policy(str(folder), "bfloat16", param_dtype="bfloat16",
+                                          on_meta=True)
+    kinds = {(p.device.type, p.dtype) for p in on_meta.backbone.parameters()}
     assert kinds == {("meta", torch.bfloat16)}
-    assert {b.dtype for b in hollow.backbone.buffers()} == {torch.float32} and len(processor) > 100
+    assert {b.dtype for b in on_meta.backbone.buffers()} == {torch.float32} and len(processor) > 100
     # no dropout, as in the first
-    assert not any(module.training for module in hollow.backbone.modules())
+    assert not any(module.training for module in on_meta.backbone.modules())
     monkeypatch.setattr(running, "WORLD", 2)
     monkeypatch.setattr(running, "RANK", 1)
     monkeypatch.setattr(running, "gather", lambda error: ["the weights are torn", error])

@@ -23,7 +23,7 @@ from envs import GP_SPLITS, MORE_VALUES, PROMPTS, RANKS, RULES, GeneralPoints, h
 from support import cards, demonstrator
 from support.settings import load_templates
 from support.solver import solutions
-from verify import FEEDBACK, LAST_TRY_PENALTY, Verdict
+from verify import FEEDBACK, LAST_TRY_PENALTY
 
 ROOT = Path(__file__).resolve().parent.parent
 WRONG = '{"formula": "1"}'    # legal, but never the four cards: wrong_numbers

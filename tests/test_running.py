@@ -24,12 +24,12 @@ from support.tiny import train_tokenizer
 
 @dataclass
 class Example:
-    """A config with a knob of every kind."""
-    name: str = running.knob("a", "a word", choices=("a", "b"))
-    lr: float = running.knob(0.1, "100 % of it", low=0, high=1)
-    steps: int = running.knob(3, "some", low=1)
-    fast: bool = running.knob(False, "or slow")
-    words: tuple = running.knob(("id",), "words up to the next flag")
+    """A config with a flag of every kind."""
+    name: str = running.flag("a", "a word", choices=("a", "b"))
+    lr: float = running.flag(0.1, "100 % of it", low=0, high=1)
+    steps: int = running.flag(3, "some", low=1)
+    fast: bool = running.flag(False, "or slow")
+    words: tuple = running.flag(("id",), "words up to the next flag")
 
 
 def test_a_config_comes_from_the_command_line():
@@ -213,7 +213,7 @@ from support import running
 
 @dataclass
 class Config:
-    how: str = running.knob("", "a word")
+    how: str = running.flag("", "a word")
 
 def main(config):
     stop = running.StopSignal()
@@ -221,7 +221,7 @@ def main(config):
         if config.how == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
             config.how = ""
-        running.say("a line")
+        running.print0("a line")
     open("saved", "w").close()
     if stop.requested:
         stop.leave("it")
