@@ -66,8 +66,8 @@ def test_no_line_of_code_is_wider_than_100_columns(path):
 
 # ---- Pages -------------------------------------------------------------------------------------
 
-def num_words(path):
-    return len(re.findall(r"\S*\w\S*", path.read_text().replace("|", " ")))
+def num_words(text):
+    return len(re.findall(r"\S*\w\S*", text.replace("|", " ")))
 
 
 def sentences(text):
@@ -81,6 +81,21 @@ def sentences(text):
         yield from re.split(r"(?<=[.!?:;])[\"')*]*\s+", " ".join(paragraph.split()))
 
 
+def prose_of(docstring):
+    """A docstring without examples, formulas and tables: indented lines, and those with gaps."""
+    kept = []
+    for line in docstring.splitlines():
+        is_prose = not line.startswith("    ") and "  " not in line.strip()
+        kept.append(line if is_prose else "")
+    return "\n".join(kept)
+
+
+def docstrings(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            yield ast.get_docstring(node) or ""
+
+
 def test_the_readme_can_be_read_in_a_few_minutes():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 200
@@ -89,7 +104,7 @@ def test_the_readme_can_be_read_in_a_few_minutes():
 
 
 def test_the_results_can_be_read():
-    words = {path.name: num_words(path) for path in (ROOT / "results").glob("*.md")}
+    words = {path.name: num_words(path.read_text()) for path in (ROOT / "results").glob("*.md")}
     assert max(words.values()) <= 2500, words
     assert sum(words.values()) <= 12_000, words
 
@@ -100,7 +115,13 @@ def test_pages_have_short_lines_and_short_sentences(path):
     wide = [line for line in re.sub(r"```.*?```", "", text, flags=re.S).splitlines()
             if len(line) > 100 and not line.startswith("|") and "](" not in line]
     assert not wide
-    assert not [each for each in sentences(text) if len(re.findall(r"\S*\w\S*", each)) > 25]
+    assert not [each for each in sentences(text) if num_words(each) > 25]
+
+
+@pytest.mark.parametrize("path", [path for path in CODE if path.suffix == ".py"], ids=name_of)
+def test_docstrings_have_short_sentences(path):
+    for docstring in docstrings(path):
+        assert not [each for each in sentences(prose_of(docstring)) if num_words(each) > 25]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
