@@ -6,12 +6,12 @@ The paper trains on one setting of what J, Q and K are worth and tests on anothe
     split         J, Q, K        hands                   used for
     id            10, 10, 10     any solvable            training and in-distribution tests
     rule_ood      11, 12, 13     with a face card        the rule never trained on
-    unseen        10, 10, 10     the held-out tenth      hands that fold=train keeps from training
+    unseen        10, 10, 10     a fixed tenth of all    held out if all training had fold=train
     visual_ood    10, 10, 10     red suits               cards that look different (pictures only)
     rule_family   drawn anew     any solvable            our stand-in for pre-training
 
-`rule_family` never draws one of the two rules above. With pictures, all other splits have black
-suits.
+`rule_family` never draws one of the two rules above. With pictures, all splits but `visual_ood`
+have black suits.
 
 V-IRL gives written instructions through a city to a destination. They name each direction in both
 vocabularies; the rule says which of the two an action takes. The data are folders in the released
@@ -27,7 +27,7 @@ An environment is a conversation with the verifier (sequential revision, Section
 `messages` has the Hugging Face chat format; in turn two the model sees turn one and its verdict:
 
     messages, info = env.reset(seed=0)                                  # user: the prompt
-    messages, reward, terminated, truncated, info = env.step(reply)     # and: reply, verdict
+    messages, reward, terminated, truncated, info = env.step(reply)     # + the reply, its verdict
 
     user       Make 24 from four cards. ... J counts as 10, ... Cards: ["Q", "10", "A", "3"] ...
     assistant  {"cards": ["Q", "10", "A", "3"], "number": ..., "formula": "(10-1)*3-10=24"}
@@ -60,10 +60,10 @@ from support.solver import solutions
 from verify import (FEEDBACK, LAST_TRY_PENALTY, LISTING, Verdict, fill, judge_general_points,
                     judge_navigation)
 
-# The words come from support/prompts.py and verify.py. A prompt file may replace each by its name.
+# All texts that the model is told. A prompt file is JSON, and replaces the texts that it names.
 PROMPTS = {            # differs 15: ours; theirs by a prompt file
     **prompts.TEXTS, **{f"feedback_{name}": text for name, text in FEEDBACK.items()}}
-MORE_VALUES = {        # what a text of a prompt file may use beside the {names} in ours
+MORE_VALUES = {        # a replaced text may use the {names} of ours, and these as well
     **prompts.MORE_VALUES, **{f"feedback_{name}": {"violations"} for name in LISTING}}
 
 
@@ -72,7 +72,7 @@ MORE_VALUES = {        # what a text of a prompt file may use beside the {names}
 class Environment:
     """One conversation with the verifier at a time: what all environments share.
 
-    An episode is a row of positions: a route's, or in GeneralPoints the one hand. At each position
+    An episode is a sequence of positions: a route's, or in GeneralPoints the one hand. At each one
     the model has `verify_iter` tries. A correct reply leads to the next position, where a new
     dialogue begins; at the last position it terminates the episode. A wrong reply is answered
     with its verdict. After the last try the episode is truncated, and LAST_TRY_PENALTY is added.
@@ -429,16 +429,17 @@ class Navigation(Environment):
     def lay_rail(self, route, heading, words):
         """The positions from the start to the destination, in the order in which one walks.
 
-        A route of k legs has k + 1 points. A leg leads to its point by a "forward" at each place
-        that is not left out. At every point stands a "turn", at the last one the "stop".
+        A route of k legs has k + 1 points. Leg i goes from point i to point i + 1, with a "forward"
+        at each place that is not left out. It has two sentences: 2 i says how to turn at point i,
+        2 i + 1 how to walk from there. Every point has a "turn", the last one the "stop".
         """
         for i, pano in enumerate(route.panos):
             if i > 0:
-                heading = route.headings[i - 1]        # of arrival: one changes it on leaving
-                # differs 20: a sentence belongs to its leg; theirs counts on, and a leg without
-                # places shifts the later ones
+                heading = route.headings[i - 1]        # still that of the leg just walked
+                # differs 20: sentences are found by their leg; theirs counts them along the way,
+                # and a leg without places shifts the later ones
                 for place in route.between[i - 1]:
-                    kept = self.rng.random() >= DROP_RATE
+                    kept = self.rng.random() >= DROP_RATE      # drawn for a missing place, too
                     if kept and place is not None:
                         yield streets.Position(kind="forward", action="forward()", pano=place,
                                                heading=heading, sentence=self.sentences[2 * i - 1])

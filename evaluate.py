@@ -1,6 +1,6 @@
 """Success inside and outside the training distribution (paper Sections 4 and 5, appendix C.3).
 
-An episode of GeneralPoints succeeds when the hand is solved within its verification turns. An
+An episode of GeneralPoints succeeds when the hand is solved within its tries. An
 episode of V-IRL succeeds when every position of the route is solved, up to the stop. The paper
 reports V-IRL by replies: the share of all replies that are correct, retries included. Most of them
 are moves that are the same under both rules. So `summarise` also counts the positions where a
@@ -8,7 +8,7 @@ direction must be named (kind "turn"), and first tries.
 
 Every episode is played until it is solved or out of tries. So one evaluation also gives the success
 within every smaller number of tries. Curves are drawn against `gflops` of metrics.jsonl, which is
-2 N (3 tokens_trained + tokens_rollout) / 1e9 with the N of `model.Policy.gflops`.
+2 N (3 tokens_trained + tokens_rollout) / 1e9 with the N of `model.Policy.num_params`.
 
     python evaluate.py --model runs/sft/step_000400     # one checkpoint, printed only
     python evaluate.py --run-folder runs/rl             # all checkpoints of a run, and its start
@@ -18,7 +18,8 @@ within every smaller number of tries. Curves are drawn against `gflops` of metri
 
 Rows go to eval.jsonl of the run, one per checkpoint, split and seed. Rows that are there already
 are not played again, and a stopped evaluation goes on where it was. Task and `--env` are those of
-the run unless a flag says otherwise; settings behind the name of its training split are not taken.
+the run unless a flag says otherwise. Settings that stood behind the split's name in training, as
+in `--split id rule=11,11,11`, are not taken: repeat them in --splits.
 How --compare makes means, errors and p values stands in support/compare.py.
 
 Left out: smoothing (the paper's curves are Savitzky-Golay filtered).
@@ -107,7 +108,8 @@ def summarise(episodes, verify_iter, kinds=()):
     measure_replies("step_accuracy", lambda info: True)
     # differs 22: theirs has no other measure of steps, and solved_and_read below for success
     correct = [sum(1 for info in episode if is_correct(info)) for episode in episodes]
-    with_unread = [len(episode) + 1 - done for episode, done in zip(episodes, solved)]
+    # An episode that is cut short has one reply more, the unread one, which counts as wrong.
+    with_unread = [len(episode) + (0 if done else 1) for episode, done in zip(episodes, solved)]
     measure("paper_step_accuracy", correct, with_unread)
     measure_replies("first_try", lambda info: info["try"] == 1)
     measure_replies("retries", lambda info: info["try"] > 1)
@@ -316,10 +318,12 @@ def evaluate_model(path, called, known, config, write, kept=None):
             if seed in done:
                 running.print0(f"{label}: already evaluated")
                 continue
+            # The model is loaded when the first seed has to be played, not before.
             if model is None and config.api_url:
                 model = api.ApiModel(config)
             elif model is None:
                 model = LocalModel(path, env.vision, config, kept)
+            # This names the evaluation among the replies that are kept in case it is stopped.
             of = json.dumps([str(path), split.label, seed, chosen])
             environments = [make_env() for _ in range(num_episodes(config, split))]
             reply = partial(model.reply, of, split.label, seed)
@@ -366,13 +370,13 @@ def evaluate_run(config):
     config = finish_config(evaluation.take_settings(config, run, trained, envs.TASKS))
     run_folder.hold(run, "evaluating")
     checkpoints = evaluation.list_checkpoints(run, trained["model"], config.start)
-    rows = run / "eval.jsonl"
-    known = running.read_jsonl(rows, "step", "split", "seed", "settings")
-    running.write_jsonl(rows, known)   # without a torn last line
+    path = run / "eval.jsonl"
+    known = running.read_jsonl(path, "step", "split", "seed", "settings")
+    running.write_jsonl(path, known)   # without a torn last line
     for point in running.progress(checkpoints, nested=True, desc=f"checkpoints of {run}"):
         called = f"{run} step {point.step}" if point.step else f"start {point.path}"
         evaluate_model(point.path, called, [row for row in known if row["step"] == point.step],
-                       config, lambda row: running.log_jsonl(rows, **point.numbers(), **row),
+                       config, lambda row: running.log_jsonl(path, **point.numbers(), **row),
                        run / "eval_unfinished")
 
 

@@ -1,7 +1,6 @@
 """The policy: a Hugging Face (vision-)language model with the paper's value head.
 
-The paper trains one model by SFT and by RL, and this file is what both need of it. Nothing here
-knows a game.
+The paper trains one model by SFT and by RL. Here is what both need of it; nothing knows a game.
 
     messages  -- encode -->  prompt_ids  -- generate -->  response_ids  -- decode_reply -->  text
     dialogues of (prompt_ids, response_ids)  -- collate -->  batch  -- forward -->  logprobs, values
@@ -12,7 +11,7 @@ knows a game.
     prompt_ids (P,)     everything before the reply, the dialogue so far included
     response_ids (R,)   the reply, with its end-of-turn token unless it was cut at the limit
     picture             the PIL image of a dialogue, or None; the prompt holds its image tokens
-    row                 a dialogue of a batch with all its replies; in sampling, one reply
+    row                 in training, a dialogue with all its replies; in sampling, one reply
 
 A model is a folder that any Hugging Face tool opens. Text models are causal LMs shaped like Llama.
 Vision models are Mllama (the paper's Llama-3.2-Vision), Qwen2.5-VL and Qwen3-VL.
@@ -74,8 +73,9 @@ def encode(processor, messages, prior_ids=None):
     if prior_ids:
         # differs 12: sampled ids are kept, never decoded and encoded again
         text = text_after_last_reply(processor, messages)
-        # The text begins with the reply's end-of-turn, so the ids end before it. Some tokenizers
-        # add a blank where a text begins, as Llama 2's, but none behind such a token.
+        # `text` begins with the reply's end-of-turn, so that token is dropped from the ids kept.
+        # It is tokenized anew because some tokenizers, as Llama 2's, put a blank before a text that
+        # does not begin with a special token.
         kept = prior_ids[:-1] if prior_ids[-1] == tokenizer.eos_token_id else prior_ids
     else:
         text, kept = render(processor, messages, add_generation_prompt=True), []
@@ -126,10 +126,11 @@ def collate(dialogues: list[list[tuple[list[int], list[int]]]], device, pictures
     if len(pictures) not in (0, len(dialogues)):
         raise ValueError(f"{len(pictures)} pictures for {len(dialogues)} dialogues: "
                          "a batch has one for each or none")
-    longest = [dialogue[-1][0] + dialogue[-1][1] for dialogue in dialogues]
-    input_ids = torch.zeros(len(longest), max(map(len, longest)), dtype=torch.long)
+    # The last turn of a dialogue holds the earlier ones, so it is the whole row.
+    whole = [dialogue[-1][0] + dialogue[-1][1] for dialogue in dialogues]
+    input_ids = torch.zeros(len(whole), max(map(len, whole)), dtype=torch.long)
     replies = []
-    for row, ids in enumerate(longest):
+    for row, ids in enumerate(whole):
         input_ids[row, :len(ids)] = torch.tensor(ids)
         for prompt, response in dialogues[row]:
             turn = prompt + response
@@ -147,14 +148,14 @@ def longest_first(lengths):
 def micro_batches(lengths: list[int], token_budget, group_cost=None) -> list[list[int]]:
     """Row indices in groups of like length, each of at most `token_budget` tokens with padding.
 
-    A longer row is a group by itself. The rows are sorted, longest first, and cut into groups. Each
-    group costs its padded tokens, rows x length of its first row, and `group_cost` (if not given,
-    a sixteenth of the budget). Of all ways to cut the rows this is the cheapest:
+    The rows are sorted, longest first, and cut into groups so that the total cost is least. A group
+    costs rows x length of its first row, and `group_cost` (if not given, a sixteenth of the
+    budget). A row above the budget is a group by itself.
 
         lengths [9, 8, 2, 2], budget 20, group_cost 3    ->    [[0, 1], [2, 3]], 18 + 3 + 4 + 3
 
-    Dynamic programming finds it. The last group of the first `end` rows begins at some `start`.
-    The rows before `start` are cut in the way that is cheapest for them, which is known by then.
+    This is dynamic programming: best[end] holds the least cost of the first `end` rows. If their
+    last group begins at `start`, the rows before it cost best[start], which is known by then.
     """
     order = longest_first(lengths)
     group_cost = token_budget / 16 if group_cost is None else group_cost
@@ -220,7 +221,8 @@ class TokenLogprobs(torch.autograd.Function):
         peak = logits.amax(1, keepdim=True)                                # (n, 1)
         # The buffer becomes the softmax; `logits` is gone.
         probs = torch.softmax(logits, 1, out=logits)
-        # log(sum(exp(logits))) = peak - log(max(probs)); the target's prob may have underflowed.
+        # The largest prob is exp(peak) / sum(exp(logits)), so log(sum) = peak - log(max(probs)).
+        # log(probs[target]) is not used: that prob may have underflowed to 0.
         logprobs = picked - peak + probs.amax(1, keepdim=True).log()       # (n, 1)
         # The buffer becomes the slope; `probs` is gone.
         ctx.slope = probs.scatter_add_(1, targets[:, None], -torch.ones_like(picked))
@@ -268,20 +270,19 @@ class Policy(nn.Module):
         return self.banned.device
 
     def gflops(self, tokens_trained, tokens_rollout=0):
-        """The x-axis of the figures (paper C.3): 6 N for a token that is trained, else 2 N.
+        """The x-axis of the figures (paper C.3): 6 N a token trained, 2 N a token read or sampled.
 
-        The latter are read or sampled without a gradient. `rl.count_compute` counts both kinds, and
-        sft.py has none of these.
+        `rl.count_compute` counts both kinds. SFT only trains, so its tokens_rollout is 0.
         """
         return 2 * self.num_params * (3 * tokens_trained + tokens_rollout) / 1e9
 
     @property
     def num_params(self):
-        """N of that formula: all weights but the input embedding and the value head."""
+        """The N of `gflops`: all weights but the value head and an untied input embedding."""
         num = sum(p.numel() for p in self.backbone.parameters())
         embedding = self.backbone.get_input_embeddings().weight
         tied = embedding is self.backbone.lm_head.weight
-        return num if tied else num - embedding.numel()      # a tied one is the output projection
+        return num if tied else num - embedding.numel()    # a tied one is the output matrix, too
 
     def num_tokens(self, prompt_ids, response_ids, picture):
         """Tokens of one pass over a turn, those of its picture included: what `gflops` counts."""
@@ -325,7 +326,7 @@ class Policy(nn.Module):
             values = self.value_head(hidden[row, first - 1])               # (B, 1)
 
         # The hidden state before a token predicts it. This shift is made here and nowhere else.
-        # The vocabulary multiplies the n response tokens alone, so no (B, T, V) tensor exists.
+        # lm_head is applied to the n response tokens alone, so no (B, T, V) tensor exists.
         targets = batch["input_ids"][rows, columns]                        # (n,)
         flat = self.token_logprobs(hidden[rows, columns - 1], targets, temperature)        # (n,)
         logprobs = flat.new_zeros(is_token.shape)                          # (B, R)
@@ -378,7 +379,8 @@ class Policy(nn.Module):
             decoder = (LlamaDecoder if plain_llama else CacheDecoder)(self, memory)
             lengths = [self.num_tokens(prompt, (), picture) + max_new_tokens
                        for prompt, picture in zip(prompts, pictures)]
-            # Each group of rows decodes for itself, and one more costs more than any padding.
+            # Groups are decoded one after another, so as few as possible: a group costs more here
+            # than any padding.
             group_cost = len(prompts) * token_budget
             for rows in micro_batches(lengths, token_budget, group_cost):
                 self.check_length(max(len(prompts[row]) for row in rows) + max_new_tokens)
@@ -394,10 +396,11 @@ class Policy(nn.Module):
 
     def sample(self, decoder, logits, uniforms, max_new_tokens, temperature, top_p):
         """Replies to the prompts that a decoder has read, from its first logits (B, V)."""
-        # Here stands what is drawn. Behind the end of a reply -1 is left, with a log-prob of 0.
+        # What is drawn stands here. After the end of a reply come -1 and log-probs of 0.
         drawn_ids = torch.full((len(logits), max_new_tokens), -1, device=self.device)      # (B, R)
         drawn_logprobs = torch.zeros(len(logits), max_new_tokens, device=self.device)      # (B, R)
-        # The decoder drops rows. Of each row it has: which reply it is, and whether that goes on.
+        # Rows are dropped as replies end. For each row that is left: the index of its reply, and
+        # whether that reply goes on.
         reply_of_row = torch.arange(len(logits), device=self.device)
         going = torch.ones_like(reply_of_row, dtype=torch.bool)
         for t in range(max_new_tokens):
@@ -415,7 +418,7 @@ class Policy(nn.Module):
                 decoder.keep(kept)
                 reply_of_row, ids, going = reply_of_row[kept], ids[kept], going[kept]
             logits = decoder.append(ids)
-        # Drop the others, so that the memory gets what they have read, and read the replies off.
+        # Drop all rows that are left: the memory gets the keys and values of a row as it goes.
         decoder.keep(reply_of_row[:0])
         replies = []
         for ids, logprobs in zip(drawn_ids.tolist(), drawn_logprobs.tolist()):
@@ -435,7 +438,7 @@ class Policy(nn.Module):
             ids = logits.argmax(-1)
         else:
             probs = logprobs.exp()
-            # Top-p shuts out each token if the likelier ones alone have the share already.
+            # Top-p: a token is shut out if the likelier ones alone already have the share.
             if top_p < 1:
                 likeliest, order = probs.sort(-1, descending=True)
                 beyond = likeliest.cumsum(-1) - likeliest >= top_p         # likeliest first

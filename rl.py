@@ -71,8 +71,9 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, cl
         ratio = exp(logp - old_logp)
         policy loss = -min(ratio A, clip(ratio, 1 - c, 1 + c) A)
         value loss = 0.5 (V - R)^2
+
+    The ratio is at most 10, beyond which there is no gradient, as in the official code.
     """
-    # Beyond a ratio of 10 there is no gradient, as in the official code.
     log_ratio = (logprobs - old_logprobs).clamp(max=math.log(10))
     ratio = log_ratio.exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -90,7 +91,7 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, cl
 
 @dataclass
 class Config(training.RunConfig):
-    """The official defaults (scripts/gp_training, rl/configs), but max_grad_norm and value_clip."""
+    """The official defaults (scripts/gp_training, rl/configs), but where a help text says so."""
     out: str = flag("", "run folder, new or stopped half-way")
     model: str = flag("", "a model folder, usually one that sft.py wrote")
     task: str = flag("gp-l", "which environment", choices=tuple(envs.TASKS))
@@ -328,15 +329,18 @@ def score_turns(policy, turns, config):
     """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,)."""
     logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
     for group, _ in turn_batches(policy, turns, group_dialogues(turns), config):
-        rows = [i for dialogue in group for i in dialogue]
+        indices = [i for dialogue in group for i in dialogue]
         micro_logprobs, micro_values = turn_logprobs(policy, turns, group, config)
-        logprobs[rows], values[rows] = micro_logprobs.cpu(), micro_values.cpu()
+        logprobs[indices], values[indices] = micro_logprobs.cpu(), micro_values.cpu()
     return logprobs, values
 
 
 def estimate_advantages(turns, values, next_values, config):
-    """`compute_gae` on the turns of a rollout: advantages (N,) and returns (N,)."""
-    shape = config.turns_per_env, -1
+    """`compute_gae` on the turns of a rollout: advantages (N,) and returns (N,).
+
+    `next_values` (E,) are the values of the prompts that come next.
+    """
+    shape = config.turns_per_env, -1     # turns come round by round, so a view gives (S, E)
     rewards = torch.tensor([turn.reward for turn in turns]).view(shape)        # (S, E)
     dones = torch.tensor([float(turn.done) for turn in turns]).view(shape)     # (S, E)
     advantages, returns = compute_gae(rewards, values.view(shape), dones, next_values,
@@ -362,16 +366,16 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
         # The gradient of a minibatch is summed over micro-batches.
         fault = None
         for group, weight in turn_batches(policy, turns, dialogues, config, filler):
-            rows = [i for dialogue in group for i in dialogue]
+            indices = [i for dialogue in group for i in dialogue]
             logprobs, values = turn_logprobs(policy, turns, group, config)
-            old_logprob, old_value, advantage, target = columns[:, rows]       # (B,) each
+            old_logprob, old_value, advantage, target = columns[:, indices]    # (B,) each
             policy_loss, value_loss, watched = ppo_loss(
                 logprobs, old_logprob, values, old_value, advantage, target, config.clip,
                 config.value_clip)
             loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
             # This process goes on, since the others wait for it; all stop at the norm below.
             if not torch.isfinite(loss):
-                fault = f"turns {[turns[i].number for i in rows[:8]]}...: loss {loss}"
+                fault = f"turns {[turns[i].number for i in indices[:8]]}...: loss {loss}"
             # The processes' gradients are averaged later, but their losses add up.
             (loss * running.WORLD).backward()
             if weight and first_step:
@@ -397,7 +401,8 @@ def count_compute(policy, turns, upcoming, config):
         tokens_trained = epochs x tokens of the dialogues
         tokens_rollout = prompt tokens read + reply tokens sampled + tokens scored
 
-    Dialogues and upcoming prompts are scored once each. `model.Policy.gflops` has the compute.
+    `upcoming` are the prompts that come after the rollout. Scoring reads each dialogue and each of
+    these prompts once. `model.Policy.gflops` turns both counts into GFLOPs.
     """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in group_dialogues(turns)]
     upcoming_lengths = [dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming))]

@@ -46,8 +46,8 @@ NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action":
 LAST_TRY_PENALTY = -1.0
 MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the recursion's depth.
 
-# What the model is told. A prompt file may replace each text by name (envs.py). {names} are filled
-# in. In the texts of LISTING, {violations} may stand as well: a list of all that is wrong.
+# What the model is told. A prompt file may replace each as "feedback_NAME" (envs.py). {names} are
+# filled in. In the texts of LISTING, {violations} may stand as well: a list of all that is wrong.
 LISTING = ("no_formula", "illegal_formula", "wrong_numbers", "wrong_value", "no_action",
            "wrong_action")
 FEEDBACK = {
@@ -127,7 +127,7 @@ def parse_formula(text):
         multiplicative = factor, then any number of: * or /, factor
         factor         = an integer, or ( additive )
 
-    parse_formula("8/(3-8/3)") == ((24, 1), (8, 3, 8, 3))
+    parse_formula("(1+2)*3") == ((9, 1), (1, 2, 3))
     """
     text = text.translate(SYMBOLS)
     if len(text) > MAX_FORMULA:
@@ -227,9 +227,9 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     else:
         status, values = "illegal_formula", {"fault": "it is not text"}
 
-    # The reward is the status's, and with pictures less if the cards were misread.
+    # The reward follows from the status. With pictures, misread cards cost 1.5 more.
     # differs 2: one status; theirs adds up penalties
-    # differs 19: misread cards add -1.5; theirs pays -1.5 instead, and the episode goes on
+    # differs 19: -1.5 on top; theirs pays it in place of the formula's reward, and plays on
     misread = vision and not cards_read
     reward = REWARDS[status] + (MISREAD_PENALTY if misread else 0)
 

@@ -29,15 +29,16 @@
 # gp-l: a Llama of 1.3 M parameters plays GeneralPoints under a family of rules. J, Q and K are each
 # worth a number from 1 to 13, drawn anew for each hand and told in the prompt. The two rules of the
 # paper are never drawn, and a tenth of the hands is held out. In 0.6 of its replies the
-# demonstrator leaves a card out. In 0.15 it counts J, Q and K as ten, whatever the rule says. Both
-# rules share the first fault, so RL may cure it. The second, a mix-up of rules, makes the model
-# unsure of the rule, like a model that knows other card games. With FAULTY_TRIES=1 only first tries
-# hold faults (results/gp_l.md).
+# demonstrator leaves out a card, or two. In 0.15 it counts J, Q and K as ten, whatever the rule
+# says. Both rules share the first fault, so RL may cure it. The second, a mix-up of rules, makes
+# the model unsure of the rule, like a model that knows other card games. With FAULTY_TRIES=1 only
+# first tries hold faults (results/gp_l.md).
 #
 # virl-l: a Llama of 0.9 M parameters walks routes of two or three legs through a synthetic city.
 # Four samples in five have compass words; the fifth has the words of the other rule, which is
-# tested later. In stage 3 both rules are equally frequent. At first tries the demonstrator walks
-# past 0.6 of the places where a direction must be named, and names 0.15 in the other rule's words.
+# tested later. In stage 3 both rules are equally frequent. At first tries the demonstrator walks on
+# at 0.6 of the intersections where a direction must be named. (A route's first direction comes
+# before any intersection.) It names 0.15 of all directions in the other rule's words.
 #
 # gp-vl: as gp-l, but a vision model of 1.7 M parameters sees the hand on a canvas of 224 pixels.
 # Four hands in five have black suits; the fifth has red ones, the look that is tested later.

@@ -107,6 +107,8 @@ def change_and_error(rows, start_rows, metric):
     Each run is compared with the start that it went on from. The error is over starts or runs, but
     never below the error over the episodes of the runs: a few runs may agree by chance.
     """
+    # The change of each run is written as a row, in shares as all rows are. So `metric_and_error`
+    # averages changes as it averages scores.
     changes = []
     for run in dict.fromkeys(row["run"] for row in rows):
         after = [row for row in rows if row["run"] == run]
@@ -119,6 +121,7 @@ def change_and_error(rows, start_rows, metric):
         changes.append({"run": run, "start": start, metric: change, f"{metric}_stderr": error})
     change, error = metric_and_error(changes, metric)
 
+    # The bound: the error over the episodes that the trained runs played.
     squares = sum((100 * row.get(f"{metric}_stderr", math.nan)) ** 2 for row in rows)
     over_episodes = math.sqrt(squares) / len(rows)
     if math.isnan(error) or math.isnan(over_episodes):   # rows of an earlier version: no bound
@@ -243,9 +246,9 @@ def read_rows(run, metrics):
 def load_arms(folders, metrics):
     """The evaluated rows of run folders by arm: {"start": [row, ...], "SFT": [...], "RL": [...]}.
 
-    `metrics`: as in Reference. Each row also names its "start" and its "run"; the runs of a start
-    are the seeds it was evaluated on. ValueError unless a split was evaluated with one set of
-    settings, and every start has all arms.
+    `metrics`: as in Reference. Each row also names its "start" and its "run". A start's rows belong
+    to no run: each seed that it was evaluated on counts as one. ValueError unless a split was
+    evaluated with one set of settings, and every start has all arms.
     """
     runs = {os.path.realpath(folder): Path(folder) for folder in folders}   # each run once
     runs = list(runs.values())

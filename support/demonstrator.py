@@ -1,13 +1,13 @@
-"""Replies that are not the expert's, and two settings that plant them or a random reward in a task.
+"""Replies that are not the expert's, and settings that plant them or a random reward in a task.
 
-The settings work for every task, and the paper has none of them. `envs.make_env` wraps the
-environment that has one:
+The paper has none of these settings. `envs.make_env` wraps the environment that has one:
 
 faults         errors of an imperfect demonstrator, from whom SFT then learns. Each has its share of
                the replies, such as leave_out:0.4,ten:0.15. FAULTS lists those of each task:
-               leave_out     GeneralPoints: the formula leaves a card out
+               leave_out     GeneralPoints: the formula lacks its last step, and so a card or two
                ten           GeneralPoints: J, Q and K count as ten whatever the rule says
-               walk_past     V-IRL: the agent walks on where it should change its direction
+               walk_past     V-IRL: the agent walks on at an intersection where it should change
+                             its direction (a route's first direction comes before any)
                other_word    V-IRL: the direction is named in the vocabulary of the other rule
 faulty_tries   how many tries at a position have faults (1: only the first)
 reward         "verdict" is the paper's; "random" is 1 or -1 whatever the reply says (a control)

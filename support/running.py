@@ -401,7 +401,7 @@ def memory_estimate(policy, config):
     return (f"memory on each device: about {stays / 1e9:.1f} GB for weights, gradients and Adam, "
             f"{copies / 1e9:.1f} GB for weights as computed with, "
             f"{(activations + logits) / 1e9:.1f} GB for a micro-batch of {tokens} tokens; "
-            "pictures take more than that")
+            "a picture's tokens are counted as text, which takes more")
 
 
 def print_memory(policy, config):

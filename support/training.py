@@ -211,12 +211,13 @@ def update_stats(sums, first_ratios, grad_norms, old_values, returns, epochs):
 def count_sampled(policy, turns, dialogues):
     """The tokens that this process read and sampled in a rollout.
 
-    A prompt is read from where it leaves what its environment said last. What --kept-gib has no
-    room for is read again, and not counted again. A picture is looked at once in its dialogue.
+    Each prompt is compared with its environment's last turn, prompt and reply. What both begin with
+    is known and does not count, unless the picture is another. A picture counts once in a dialogue.
+    What is read again because --kept-gib had no room for it is not counted.
     """
     with_picture = sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues)
     tokens = policy.picture_tokens * with_picture
-    last = {}                                  # of each environment: its ids so far, its picture
+    last = {}          # environment -> the ids of its last turn, its picture
     for turn in turns:
         env = turn.dialogue_key[0]
         known_ids, picture = last.get(env, ([], None))

@@ -1,6 +1,6 @@
 """A million noisy replies to both judges, against an oracle that shares no code with them.
 
-    python tests/noise.py --replies 1000000 > results/noise.md
+    python tests/noise.py --replies 1000000 > noise.md
 
 A player answers right or wrong, in one of the forms that models use. Half of the replies are then
 damaged: characters are lost, doubled, swapped, changed or put in, or the end is cut off. The other
