@@ -15,8 +15,8 @@ from statistics import mean, stdev
 DATA = Path(__file__).resolve().parent.parent / "results" / "data"
 TASKS = {   # title -> (rows, measure, what it is, (learning rate, temperature) of RL)
     "GP-L": ("gp_l", "success", "hands solved, %", ("5e-5", "0.2")),
-    "V-IRL-L": ("virl_l", "paper_step_accuracy", "replies right, %", ("3e-5", "0.2")),
-    "GP-VL": ("gp_vl", "solved_and_read", "hands solved, %", ("3e-5", "0.2")),
+    "V-IRL-L": ("virl_l", "paper_step_accuracy", "per-step accuracy, %", ("3e-5", "0.2")),
+    "GP-VL": ("gp_vl", "solved_and_read", "hands solved and read, %", ("3e-5", "0.2")),
 }
 RULES = {"id": "training rule", "rule_ood": "the other rule"}
 COLOURS = {"SFT": "tab:orange", "RL": "tab:blue"}
