@@ -138,7 +138,8 @@ class Environment:
         return {}
 
     def demonstrate(self):
-        """What SFT learns from. The setting `faults` plants errors (support/demonstrator.py)."""
+        """What SFT learns from. With the setting `faults`, `make_env` wraps the environment and so
+        changes this (support/demonstrator.py)."""
         return self.expert_reply()
 
     def read_answer(self, typed):
@@ -240,6 +241,7 @@ class GeneralPoints(Environment):
     feedback      "informative" names the fault, "plain" only says that the try failed
     prompt_file   a JSON object of texts that replace those of PROMPTS
     faults, faulty_tries, reward   an imperfect expert, a random reward: support/demonstrator.py
+    Of all these rule, target, prompt_file and feedback change what the model is told.
     """
     kinds = ("formula",)
     retry_prompt = "gp_retry"
@@ -378,6 +380,7 @@ class Navigation(Environment):
     resolution    pixels of a view's side; the picture of all four is 2 * resolution + 5 wide
     verify_iter   judged replies per position (2 in the paper)
     vision, feedback, prompt_file, faults, faulty_tries, reward   as in GeneralPoints
+    Of all these action_space, turn_words, prompt_file and feedback change what the model is told.
     """
     kinds = ("turn", "forward", "stop")
     retry_prompt = "nav_retry"

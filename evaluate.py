@@ -224,7 +224,8 @@ class LocalModel:
         """The next replies in dialogues, as pairs (text, ending), in their order.
 
         pending: {episode: (messages, whether they begin a dialogue)}. ending: "stop", or "length"
-        if the reply was cut. `of` names the evaluation for which replies are kept.
+        if the reply was cut. `of` identifies the evaluation: replies are kept under it, so that a
+        stopped one can go on. `split` is for `ApiModel.reply` alone.
         """
         prompts = {}
         for i, (messages, begins) in pending.items():

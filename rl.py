@@ -182,7 +182,7 @@ class Conversation:
         if done:
             self.begin(self.episode + 1)
         else:
-            # A new list, because a state that waits to be saved holds the old one.
+            # A new list: main's `state`, from before the rollout, still holds the old one.
             self.replies = self.replies + [response_ids]
             prior_ids = None if info["new_dialogue"] else self.prompt_ids + response_ids
             self.continue_with(messages, prior_ids)

@@ -46,8 +46,9 @@ NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action":
 LAST_TRY_PENALTY = -1.0
 MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the recursion's depth.
 
-# What the model is told. A prompt file may replace each as "feedback_NAME" (envs.py). {names} are
-# filled in. In the texts of LISTING, {violations} may stand as well: a list of all that is wrong.
+# What the model is told; {names} are filled in. A prompt file may replace the text NAME under the
+# key "feedback_NAME" (envs.py). Where LISTING has NAME, the new text may also hold {violations}, a
+# list of all that is wrong.
 LISTING = ("no_formula", "illegal_formula", "wrong_numbers", "wrong_value", "no_action",
            "wrong_action")
 FEEDBACK = {
@@ -260,6 +261,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     `action` is the expert's. `landmark` is the name of the place in sight, "" if there is none.
     `intersection` says whether the place is one. Capitals and blanks make no difference.
     `feedback` "informative" says what was wrong, but never what would be right.
+    `reading.names_intersection` decides whether an observation names or denies an intersection.
     """
     # `stated` is {"action": ..., "current observation": ...}, or {} if there is no action.
     stated, answer_at = reading.read_reply(reply, ("action", "current observation"))
