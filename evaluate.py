@@ -198,7 +198,7 @@ class Config:
     max_new_tokens: int = flag(256, "a reply is cut here", low=1)
     generate_tokens: int = flag(65536, "tokens sampled side by side, with padding", low=1)
     kept_gib: float = flag(4.0, "GiB of keys and values that stay from turn to turn", low=0)
-    dtype: str = flag("auto", "compute in this type; auto: that of the run, else the faster one",
+    dtype: str = flag("auto", "compute in this type; auto: the run's, else by the processor",
                       choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "cpu, cuda, or auto")
 

@@ -461,14 +461,14 @@ def main(config):
     running.print_memory(policy, config)
     stop = running.StopSignal()
     for update in run.steps(config.updates, "rl"):
-        began = time.time()
+        began = time.monotonic()
         with running.one_line_errors(f"update {update + 1}"):
             lr = set_learning_rates(run.optimizer, update, config)
             # Play. After a stop the rollout is dropped, and `state` is from before it.
             turns = collect_turns(policy, run.processor, conversations, update, config, stop)
             if turns is None:
                 stop.leave(run.save(state))
-            collected = time.time()
+            collected = time.monotonic()
             # Score all replies and prompts with the weights that sampled the replies.
             old_logprobs, values = score_turns(policy, turns, config)          # (N,), (N,)
             # differs 10: nothing is generated for the bootstrap
@@ -478,7 +478,7 @@ def main(config):
             advantages, returns = estimate_advantages(turns, values, next_values, config)
             stats = ppo_update(policy, run.optimizer, turns, old_logprobs, values, advantages,
                                returns, update, config)
-        updated = time.time()
+        updated = time.monotonic()
         # Count tokens, which give the compute, and log the update.
         trained, rollout = count_compute(policy, turns, upcoming, config)
         state = {"step": update + 1, "tokens_trained": state["tokens_trained"] + trained,

@@ -165,7 +165,7 @@ def main(config):
         run, samples = set_up(config)
     policy, processor, state = run.policy, run.processor, run.state
     running.print_memory(policy, run.config)
-    stop, started, earlier = running.StopSignal(), time.time(), state["seconds"]
+    stop, started, earlier = running.StopSignal(), time.monotonic(), state["seconds"]
     final_lr = config.lr if config.schedule == "constant" else 0.0
     for step in run.steps(config.steps, "sft"):
         first, end = step * config.batch_size, (step + 1) * config.batch_size
@@ -185,11 +185,12 @@ def main(config):
         tokens = state["tokens"] + running.total(sum(policy.num_tokens(*row) for row in batch))
         replies = running.total(sum(len(response_ids) for _, response_ids, _ in batch))
         gflops = policy.gflops(tokens)
-        state = {"step": step + 1, "tokens": tokens, "seconds": earlier + time.time() - started}
+        seconds = earlier + time.monotonic() - started
+        state = {"step": step + 1, "tokens": tokens, "seconds": seconds}
         running.log_jsonl(Path(config.out) / "metrics.jsonl", step=step + 1, loss=loss,
                           grad_norm=grad_norm, lr=lr, tokens_trained=tokens,
                           response_tokens=replies, gflops=gflops, gflops_paper=gflops,
-                          seconds=state["seconds"])
+                          seconds=seconds)
         run.show(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         run.save_if_due(state, config.steps, stop, with_value_head=False)
     running.print_finished(config.out)

@@ -962,7 +962,7 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    began = time.time()
+    began = time.monotonic()
     sets = make_sets(args.seed, args.routes, args.unseen, args.most_legs)
     out = Path(args.out).absolute()
     # A stopped run leaves nothing that looks whole.
@@ -992,7 +992,7 @@ def main(argv=None):
         num_panos = len(needed[partial / name])
         told.append(f"{out / name}: {num_routes} routes, {num_panos} panoramas")
     num_pictures, num_bytes = pictures
-    seconds = time.time() - began
+    seconds = time.monotonic() - began
     told.append(f"{num_pictures} pictures, {num_bytes / 1e6:.0f} MB, {seconds:.1f} seconds")
     try:
         print("\n".join(told), flush=True)

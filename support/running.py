@@ -17,7 +17,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from dataclasses import field, fields
 from functools import partial
 from pathlib import Path
@@ -337,34 +336,33 @@ def pick_device(name):
     return torch.device(name)
 
 
-def seconds_of_products(dtype):
-    """The best of three times of a matrix product on the CPU."""
-    a, times = torch.ones(256, 512, dtype=dtype), []
-    b = torch.ones(512, 512, dtype=dtype)
-    for _ in range(3):
-        started = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - started)
-    return min(times)
+def has_bfloat16_units():
+    """Whether this CPU multiplies matrices in bfloat16, and torch's kernels may use that.
+
+    The second is what ONEDNN_MAX_CPU_ISA can forbid. Without such units a CPU is 25 to 80 times
+    slower in bfloat16 than in float32.
+    """
+    units = torch.cpu.get_capabilities()
+    found = any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return found and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pick_dtype(name, device, run_folder=None):
     """The type that "auto" stands for, which is printed; any other name is itself.
 
-    It is what the run folder has recorded. In a new run it is bfloat16 on a GPU, and on a CPU where
-    that is the faster one. Many CPUs have no units for bfloat16, and are 25 to 80 times slower in
-    it than in float32.
+    It is what the run folder has recorded. In a new run it is bfloat16 on a GPU, and on a CPU that
+    has units for it. That depends on the processor alone, so all arms of a comparison get the same.
     """
     if name != "auto":
         return name
     recorded = read_run_config(run_folder).get("dtype") if run_folder else None
     if recorded not in (None, "auto"):
         return recorded
-    faster = (device.type != "cpu"
-              or seconds_of_products(torch.bfloat16) < seconds_of_products(torch.float32))
-    dtype = gather("bfloat16" if faster else "float32")[0]
+    has_units = device.type != "cpu" or has_bfloat16_units()
+    dtype = gather("bfloat16" if has_units else "float32")[0]
     kind = "GPU" if device.type == "cuda" else device.type.upper()
-    print0(f"dtype auto: {dtype}, the faster one on this {kind}")
+    has = "has" if dtype == "bfloat16" else "lacks"
+    print0(f"dtype auto: {dtype}, since this {kind} {has} units for bfloat16")
     return dtype
 
 

@@ -27,7 +27,7 @@ class RunConfig:
     """Options of sft.py and rl.py alike: how a run is executed."""
     micro_batch_tokens: int = flag(16384, "padded tokens of one forward pass in training", low=1)
     gradient_checkpointing: bool = flag(False, "compute activations twice to save memory")
-    dtype: str = flag("auto", "type to compute in; auto takes the faster one",
+    dtype: str = flag("auto", "type to compute in; auto: bfloat16 on processors made for it",
                       choices=("auto", *TYPES))
     param_dtype: str = flag("float32", "type of the master weights; bfloat16 takes half the memory "
                                        "and loses small updates", choices=TYPES)

@@ -87,22 +87,24 @@ def test_a_signal_outside_of_training_ends_a_script_with_its_status_and_one_line
 
 # ---- The type that is computed in
 
-def measured(float32, bfloat16):
-    return lambda dtype: {torch.float32: float32, torch.bfloat16: bfloat16}[dtype]
-
-
-@pytest.mark.parametrize("float32, bfloat16, chosen",
-                         [(1, 2, "float32"), (2, 1, "bfloat16"), (1, 1, "float32")])
-def test_auto_is_the_faster_type_on_a_cpu_and_is_said(monkeypatch, capsys, float32, bfloat16,
-                                                      chosen):
-    monkeypatch.setattr(running, "seconds_of_products", measured(float32, bfloat16))
+@pytest.mark.parametrize("units, allowed, chosen, said", [
+    ({"avx512_bf16": True}, True, "bfloat16", "has"),
+    ({"amx_bf16": True, "avx512_bf16": False}, True, "bfloat16", "has"),
+    ({"avx512_bf16": True}, False, "float32", "lacks"),
+    ({"avx512_bf16": False, "avx2": True}, True, "float32", "lacks"),
+    ({}, True, "float32", "lacks")])
+def test_auto_is_decided_by_what_the_cpu_has_and_is_said(monkeypatch, capsys, units, allowed,
+                                                         chosen, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: allowed)
     assert running.pick_dtype("auto", torch.device("cpu")) == chosen
-    assert capsys.readouterr().out == f"dtype auto: {chosen}, the faster one on this CPU\n"
+    line = f"dtype auto: {chosen}, since this CPU {said} units for bfloat16\n"
+    assert capsys.readouterr().out == line
 
 
-def test_a_type_that_is_named_or_recorded_or_computed_in_on_a_gpu_is_not_measured(
+def test_a_type_that_is_named_or_recorded_or_of_a_gpu_is_not_asked_of_the_cpu(
         monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(running, "seconds_of_products", lambda dtype: 1 / 0)
+    monkeypatch.setattr(running, "has_bfloat16_units", lambda: 1 / 0)
     assert [running.pick_dtype(name, torch.device("cpu"), tmp_path)
             for name in ("float32", "bfloat16")] == ["float32", "bfloat16"]
     (tmp_path / "config.json").write_text('{"dtype": "float32"}')
@@ -110,11 +112,8 @@ def test_a_type_that_is_named_or_recorded_or_computed_in_on_a_gpu_is_not_measure
     assert running.pick_dtype("bfloat16", torch.device("cpu"), tmp_path) == "bfloat16"
     assert not capsys.readouterr().out
     assert running.pick_dtype("auto", torch.device("cuda")) == "bfloat16"
-    assert capsys.readouterr().out == "dtype auto: bfloat16, the faster one on this GPU\n"
-
-
-def test_the_measurement_is_of_seconds():
-    assert 0 < running.seconds_of_products(torch.float32) < 1
+    line = "dtype auto: bfloat16, since this GPU has units for bfloat16\n"
+    assert capsys.readouterr().out == line
 
 
 # ---- Memory

@@ -189,12 +189,11 @@ def test_the_type_that_auto_chose_is_kept_when_a_run_goes_on_and_in_its_evaluati
         tmp_path, device, monkeypatch):
     knobs = {**SFT, "out": str(tmp_path / "sft"), "device": device, "steps": 2, "save_every": 1,
              "dtype": "auto"}
-    # float32 is faster
-    monkeypatch.setattr(running, "seconds_of_products", lambda dtype: 1 + (dtype != torch.float32))
+    monkeypatch.setattr(running, "has_bfloat16_units", lambda: False)
     sft.main(sft.Config(**knobs))
     expected = metrics(tmp_path / "sft")
     shutil.rmtree(tmp_path / "sft" / "step_000002")
-    monkeypatch.setattr(running, "seconds_of_products", lambda dtype: 1 + (dtype == torch.float32))
+    monkeypatch.setattr(running, "has_bfloat16_units", lambda: True)
     sft.main(sft.Config(**knobs))
     assert metrics(tmp_path / "sft") == expected
     assert running.read_run_config(tmp_path / "sft")["dtype"] == "float32"
