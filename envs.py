@@ -236,7 +236,7 @@ class GeneralPoints(Environment):
     solution      the expert's formula: "fixed" (the shortest) or "random" (any of them, seeded)
     resolution    pixels of the picture's side (1200 in the paper)
     card_dir      a folder with the official card pictures; "" draws ours
-    vision        whether cards come as a picture, where misreading them costs extra (by the task)
+    vision        whether cards come as a picture, and misreading them costs extra; set by the task
     verify_iter   judged replies per episode (5 in the paper)
     feedback      "informative" names the fault, "plain" only says that the try failed
     prompt_file   a JSON object of texts that replace those of PROMPTS
@@ -367,7 +367,7 @@ def relative_word(angle, wrapped=True):
 class Navigation(Environment):
     """Walk a route on rails: only the expert's action moves the agent (Section 4.2, appendix B).
 
-    The dialogue at a position tells what was seen and done before, but no failed tries.
+    The prompt at a position tells what was seen and done at earlier ones, without failed tries.
 
     root          a folder with the data sets, under the names in streets.FOLDERS
     data          the data set: "train", "unseen" or "mini"

@@ -82,8 +82,9 @@ def encode(processor, messages, prior_ids=None):
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if processor is not tokenizer:
         ids = repeat_image_tokens(processor, kept, ids, picture_of(messages))
+    # A text may not hold control tokens. A reply that is kept as ids may: it is not tokenized here.
     for message in messages:
-        kept_as_ids = prior_ids and message["role"] == "assistant"         # may hold anything
+        kept_as_ids = prior_ids and message["role"] == "assistant"
         if not kept_as_ids:
             check_text(tokenizer, read_text(message))
     return kept + ids
@@ -354,13 +355,13 @@ class Policy(nn.Module):
                  pictures=None, memory=None, owners=None, top_p=1.0):
         """Sample one reply to each prompt: (response_ids, their log-probs), lists (R,), for each.
 
-        uniforms      (number of prompts, max_new_tokens) in [0, 1). A row decides the tokens of a
-                      reply, which but for rounding does not depend on the replies beside it
+        uniforms      (number of prompts, max_new_tokens) in [0, 1). Each row decides the tokens of
+                      one reply. But for rounding, the replies beside it change nothing
         temperature   0 takes the likeliest token
-        token_budget  so many tokens, with padding, are decoded together
+        token_budget  at most so many tokens, with padding, are decoded together
         pictures      one for each prompt, or None for each
         memory        a RolloutMemory, which keeps what was read and seen for the next call
-        owners        whose dialogue each prompt is, to find it there; if not given, its number
+        owners        the dialogue of each prompt: the key in `memory`; if not given, its number
         top_p         sample from the likeliest tokens with this share (evaluation alone)
 
         The log-probs, seen while sampling, serve only to check those of `forward`.

@@ -132,9 +132,9 @@ def change_and_error(rows, start_rows, metric):
 def p_value(change, error, num):
     """How likely a mean change at least this far from 0 is, if there is none: Student's t test.
 
-    `num` starts or runs give the mean `change` and its standard error `error`. The p value is too
-    large where `error` is the error over episodes. The test is two-sided, with f = num - 1 degrees
-    of freedom:
+    `num` starts or runs give the mean `change` and its standard error `error`. Where
+    `change_and_error` raised that to the error over episodes, the p value is too large. The test is
+    two-sided, with f = num - 1 degrees of freedom:
 
         t     = change / error
         angle = atan(|t| / sqrt(f))

@@ -44,6 +44,8 @@ class Reading(NamedTuple):
 
 # ---- One object, as JSON or more tolerantly ------------------------------------------------------
 
+# SCALAR reads one key or value and keeps its text. TOKEN only walks over an object: it passes
+# quoted strings whole, so that brackets in them are not counted, and marks keys by their colon.
 SCALAR = re.compile(r"""
     \s*
     (?: "( (?: [^"\\] | \\. )* )"               # "in double quotes"

@@ -579,9 +579,9 @@ def load_spread(load, device):
     """(policy, processor) for training, by load(device, on_meta). With several processes each holds
     a share of the weights.
 
-    Only the first process reads the folder; for the others `on_meta` leaves the weights out. No
-    device ever holds more than one whole unit beside its shares. ValueError in the first process is
-    raised in all.
+    Only the first process reads the folder; for the others `on_meta` leaves the weights out. While
+    loading, no device holds more than one whole unit beside its shares. ValueError in the first
+    process is raised in all.
     """
     if WORLD == 1:
         return load(device, on_meta=False)
@@ -592,8 +592,8 @@ def load_spread(load, device):
         error = str(problem)
     if errors := [problem for problem in gather(error) if problem]:
         raise ValueError(errors[0])
-    # The config may say that the embeddings are tied where the first process found two of them in
-    # the file. The others then need a second one as well.
+    # The config may tie lm_head to the embeddings although the file holds an lm_head of its own.
+    # Then only the first process, which read the file, has untied them. The others do it here.
     names = gather([name for name, _ in policy.named_parameters()])[0]
     lm_head, embeddings = policy.backbone.lm_head, policy.backbone.get_input_embeddings()
     if "backbone.lm_head.weight" in names and lm_head.weight is embeddings.weight:
