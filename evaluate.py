@@ -106,7 +106,7 @@ def summarise(episodes, verify_iter, kinds=()):
     solved = [int(episode[-1]["success"]) for episode in episodes]
     measure("success", solved, once)
     measure_replies("step_accuracy", lambda info: True)
-    # differs 22: their only measure of steps is paper_step_accuracy, computed next; of their success
+    # differs 22: theirs measures steps by paper_step_accuracy alone; of their success
     # solved_and_read, below, is a lower bound
     correct = [sum(1 for info in episode if is_correct(info)) for episode in episodes]
     # An episode that is cut short has one reply more, the unread one, which counts as wrong.

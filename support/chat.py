@@ -3,6 +3,11 @@
 A picture stands before the text.
 """
 import json
+import re
+
+# Control characters but tab and line break, marks that turn the direction of writing, and halves of
+# characters. A reply may hold them, and they can clear or retitle a terminal, or reorder a line.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def user_message(text, picture=None):
@@ -17,6 +22,11 @@ def read_text(message):
     """The text of a message, its picture left out."""
     content = message["content"]
     return content if isinstance(content, str) else content[-1]["text"]
+
+
+def printable(text):
+    """A text as it may be shown to a person: what a terminal would obey becomes "\ufffd"."""
+    return UNPRINTABLE.sub("\ufffd", text)
 
 
 def within_quotes(text):

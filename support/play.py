@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from support import settings, transcripts
-from support.chat import read_text
+from support.chat import printable, read_text
 
 HELP = """A reply is the JSON object that the prompt asks for, or just the answer{example}
 help   this text       prompt   the whole prompt again       quit   leave (or Ctrl-D, Ctrl-C)"""
@@ -30,7 +30,7 @@ def show(env, seed, folder):
     messages, _ = env.reset(seed=seed)
     if folder:
         Path(folder).mkdir(parents=True)
-    print(read_text(messages[-1]))
+    print(printable(read_text(messages[-1])))
     while not env.done:
         reply = env.expert_reply()
         if folder:
@@ -40,7 +40,7 @@ def show(env, seed, folder):
                 env.picture().save(file.with_suffix(".png"))
         message = env.judge(reply).message
         messages, reward, _, _, info = env.step(reply)
-        print(f"\n> {reply}\n{message}   [{info['status']}, reward {reward:+g}]")
+        print(f"\n> {printable(reply)}\n{message}   [{info['status']}, reward {reward:+g}]")
         if not folder:
             return
 
@@ -77,7 +77,7 @@ def play_episode(env, seed, pictures):
     shown, reward_sum = "", 0.0
     while not env.done:
         if env.tries == 0:
-            text = read_text(messages[-1])
+            text = printable(read_text(messages[-1]))
             if shown:                      # print only what is new, in whole lines
                 old = os.path.commonprefix([shown, text]).rpartition("\n")[0]
                 print(text.removeprefix(old).split(FORMAT)[0])

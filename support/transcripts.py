@@ -11,6 +11,7 @@ import io
 import json
 from pathlib import Path
 
+from support.chat import printable
 from support.settings import read_settings, read_splits
 
 STYLE = """
@@ -65,7 +66,7 @@ def print_rows(rows):
         print(f"---- {title(row)} ----")
         for message, status, reward in replies_with_verdicts(row):
             mark = f"> [{status}, reward {reward:+g}] " if status else ""
-            print(f"{mark}{message['content']}\n")
+            print(f"{mark}{printable(message['content'])}\n")
 
 
 def picture_again(config, row, make_env):
@@ -95,7 +96,7 @@ def page(config, rows, name, make_env):
             if status:
                 kind = "right" if status == "correct" else "wrong"
                 told = f"<small>{html.escape(status)}, reward {reward:+g}</small>"
-            parts.append(f'<p class="{kind}">{told}{html.escape(message["content"])}</p>')
+            parts.append(f'<p class="{kind}">{told}{html.escape(printable(message["content"]))}</p>')
         articles.append("\n".join([*parts, "</article>"]))
     return "\n".join([
         '<!doctype html><html lang="en"><meta charset="utf-8">',
@@ -112,6 +113,8 @@ def read_run(run, file, make_env):
     config, rows = read_rows(run)
     if not file:
         return print_rows(rows)
+    if Path(file).suffix not in (".html", ".htm"):
+        raise ValueError(f"--html {file}: must be a file named .html, such as page.html")
     if not Path(file).parent.is_dir():
         raise ValueError(f"--html {file}: there is no folder {Path(file).parent}")
     Path(file).write_text(page(config, rows, str(run), make_env), encoding="utf-8")

@@ -1,6 +1,8 @@
 """The conversations of a run, read in the terminal and as a page."""
 import base64
+import html
 import io
+import json
 import re
 
 import pytest
@@ -10,6 +12,7 @@ import rl
 from conftest import tiny_folder, write_conversations
 from envs import make_env
 from support import running, transcripts
+from support.chat import printable
 from test_play import envs_py
 from test_scripts import RL
 
@@ -35,7 +38,7 @@ def test_a_run_is_read_in_the_terminal_with_the_verdict_on_every_reply(words):
         (str(row["step"]), str(row["env"]), str(row["episode"]),
          "out of tries" if row["done"] else "goes on") for row in rows]
     assert {row["done"] for row in rows} == {True, False}
-    said = [message["content"] for row in rows for message in row["messages"]]
+    said = [printable(message["content"]) for row in rows for message in row["messages"]]
     place = 0
     for text in said:                                              # all of it, in its order
         place = done.stdout.index(text, place) + len(text)
@@ -120,3 +123,43 @@ def test_garbage_in_the_file_is_named(tmp_path):
         file.write("\nnot json\n")
     with pytest.raises(ValueError, match="turns.jsonl: Expecting value"):
         transcripts.read_rows(run)
+
+
+HOSTILE = {      # what a reply says: how it is shown
+    "\x1b]0;owned\x07": "\ufffd]0;owned\ufffd", "\x1b[2J": "\ufffd[2J", "\x9b2J": "\ufffd2J",
+    "\x07": "\ufffd", "\r": "\ufffd", "\x00": "\ufffd", "\u202e": "\ufffd", "\ud800": "\ufffd",
+    "é\n\t日": "é\n\t日"}
+
+
+def write_hostile_run(folder):
+    """A run whose replies hold what a terminal would obey."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(
+        {"task": "gp-l", "split": ["id"], "env": [], "seed": 0, "num_envs": 1}))
+    rows = []
+    for reply in HOSTILE:
+        messages = [{"role": "user", "content": "Make 24."},
+                    {"role": "assistant", "content": f"<{reply}>"}]
+        rows.append({"step": 1, "env": 0, "episode": 0, "success": False, "done": True,
+                     "verdicts": [["illegal_formula", -4.0]], "messages": messages})
+    running.write_jsonl(folder / "turns.jsonl", rows)
+
+
+def test_what_a_terminal_would_obey_is_neither_printed_nor_put_on_the_page(tmp_path):
+    write_hostile_run(tmp_path / "run")
+    done = envs_py("--read", tmp_path / "run")
+    assert done.returncode == 0
+    transcripts.read_run(tmp_path / "run", tmp_path / "page.html", make_env)
+    page = html.unescape((tmp_path / "page.html").read_text(encoding="utf-8"))
+    for text in (done.stdout, page):
+        assert not set(text) & set("\x1b\x07\x9b\r\x00\u202e\ud800")
+        for shown in HOSTILE.values():
+            assert f"<{shown}>" in text
+
+
+def test_a_page_is_not_written_over_another_kind_of_file(tmp_path):
+    write_hostile_run(tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="config.json: must be a file named .html"):
+        transcripts.read_run(tmp_path / "run", tmp_path / "run" / "config.json", make_env)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
