@@ -96,7 +96,8 @@ def page(config, rows, name, make_env):
             if status:
                 kind = "right" if status == "correct" else "wrong"
                 told = f"<small>{html.escape(status)}, reward {reward:+g}</small>"
-            parts.append(f'<p class="{kind}">{told}{html.escape(printable(message["content"]))}</p>')
+            text = html.escape(printable(message["content"]))
+            parts.append(f'<p class="{kind}">{told}{text}</p>')
         articles.append("\n".join([*parts, "</article>"]))
     return "\n".join([
         '<!doctype html><html lang="en"><meta charset="utf-8">',
