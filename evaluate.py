@@ -70,7 +70,7 @@ def summarise(episodes, verify_iter, kinds=()):
     repeats              later replies that are word for word an earlier one / later replies
     ..._turn and so on   the same for one kind of position, where there are several
     recognition          first replies that name the four cards, in any order / episodes (paper
-                         Fig. 8). It must be a reply that can be judged, with a formula.
+                         Fig. 8)
     rank_accuracy        cards that the first reply names in their place / 4 per episode; by chance
                          one in thirteen
     solved_and_read      episodes solved by a reply that also names the cards / episodes. A lower

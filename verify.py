@@ -218,7 +218,10 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     """
     # `stated` is {"formula": ..., "cards": ..., "number": ...}, or {} if there is no formula.
     stated, answer_at = reading.read_reply(reply, ("formula", "cards", "number"))
-    cards_read = reading.same_multiset(stated.get("cards"), cards)
+    named = stated.get("cards")
+    if vision and not stated:      # a reply that is cut before its formula may still name them
+        named, _ = reading.last_value(reply, "cards")
+    cards_read = reading.same_multiset(named, cards)
 
     # The status is decided here, from what stands before the first =.
     formula = stated.get("formula")
@@ -243,15 +246,15 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
             found = violations.of_formula(formula, numbers, target, parse_formula)
             values = {**values, "violations": list_violations(found, phrases)}
         message = fill(phrase, **values)
-        if misread and reading.is_plain_list(stated.get("cards")):
-            shown = reading.plain_list(stated["cards"])
+        if misread and reading.is_plain_list(named):
+            shown = reading.plain_list(named)
             message = fill(phrases["misread_cards"], verdict=message, read=shown)
         elif misread:
             message = fill(phrases["no_cards"], verdict=message)
 
     return Verdict(status, reward, message, answer_at, cards_read,
                    numbers_right=reading.same_multiset(stated.get("number"), numbers),
-                   ranks_right=reading.count_in_place(stated.get("cards"), cards))
+                   ranks_right=reading.count_in_place(named, cards))
 
 
 def judge_navigation(reply, action, landmark, intersection, feedback="informative",

@@ -508,6 +508,20 @@ def test_a_reply_without_an_object_has_not_read_the_picture():
     assert judge("no idea", vision=True).reward == -4.5
 
 
+@pytest.mark.parametrize("beside", [
+    "", ', "number": [3, 3, 8, 8]', ', "number": [3, 3, 8, 8], "form', ', "number": [3, 3, 8, 8]}',
+    ', "formula": 5}'])
+def test_a_reply_without_a_readable_formula_is_misread_only_if_its_cards_are(beside):
+    read = judge('{"cards": ["3", "3", "8", "8"]' + beside, vision=True)
+    assert (read.status, read.reward, read.cards_read) == ("illegal_formula", -3.0, True)
+    assert read.ranks_right == 4 and "cards" not in read.message
+    misread = judge('{"cards": ["3", "3", "8", "K"]' + beside, vision=True)
+    assert (misread.status, misread.reward, misread.cards_read) == ("illegal_formula", -4.5, False)
+    assert 'You read the cards as ["3", "3", "8", "K"]' in misread.message
+    unread = judge('{"number": [3]' + beside, vision=True)
+    assert unread.reward == -4.5 and 'Your reply lists no "cards"' in unread.message
+
+
 def test_the_message_about_misread_cards_does_not_claim_a_reading_that_was_never_given():
     for reply in ("no idea", '{"formula": "8/(3-8/3)"}'):
         assert "None" not in judge(reply, vision=True).message
