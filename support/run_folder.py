@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor
 from support import running
 
 # Fields that say how a run is executed, not what it computes: they may differ when it goes on.
-MAY_DIFFER = {"out", "device", "micro_batch_tokens", "generate_tokens", "save_every", "keep_resume",
-              "gradient_checkpointing"}
+MAY_DIFFER = {"out", "device", "micro_batch_tokens", "generate_tokens", "kept_gib", "save_every",
+              "keep_resume", "gradient_checkpointing"}
 LOGS = ("metrics.jsonl", "turns.jsonl")
 HELD = set()   # the locks of this process
 
@@ -304,6 +304,10 @@ def load_resume(folder, policy, optimizer, keys=("step",)):
         state = running.read_object(resume / "state.json")
         if lacking := [key for key in keys if key not in state]:
             raise ValueError(f"{resume}/state.json: has no {lacking[0]!r}")
+        # With another step the run would train some steps twice, or leave some out.
+        if state["step"] != checkpoint_step(folder):
+            raise ValueError(f"{resume}/state.json: says step {state['step']!r}, but the "
+                             f"checkpoint is of step {checkpoint_step(folder)}")
         files = open_parts(resume)
         names = set(files[0].keys())
         trained_head = any(name.startswith("value_head.") for name in names)

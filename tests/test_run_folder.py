@@ -422,6 +422,14 @@ def test_a_state_without_its_keys_and_a_value_head_that_is_gone_are_noticed(run,
         resume(run)
 
 
+@pytest.mark.parametrize("step", [1, 3, "2", 2.5, None])
+def test_a_state_of_another_step_is_noticed_since_steps_would_be_trained_twice(run, step):
+    (run / "step_000002" / "resume" / "state.json").write_text(json.dumps({"step": step}))
+    with pytest.raises(ValueError, match=f"state.json: says step {step!r}, but the checkpoint is "
+                                         "of step 2; move .*step_000002 away"):
+        resume(run)
+
+
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_part_of_the_optimizer_that_is_gone_is_noticed(run, tiny, gone):
     """Two processes have written two."""

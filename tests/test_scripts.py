@@ -166,7 +166,9 @@ def test_a_stopped_rl_run_goes_on_to_the_same_numbers(start, tmp_path, device, h
     assert len(metrics(tmp_path / "stopped")) < 12
     if how != signal.SIGKILL:
         assert_saved(tmp_path / "stopped")
-    rl.main(rl.Config(out=str(tmp_path / "stopped"), **{**knobs, "model": str(knobs["model"])}))
+    # Memory may have run out: less of it for keys and values changes no number.
+    less = {**knobs, "model": str(knobs["model"]), "kept_gib": 0.001}
+    rl.main(rl.Config(out=str(tmp_path / "stopped"), **less))
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "straight")
     ours, theirs = ((tmp_path / run / "step_000012" / "model.safetensors").read_bytes()
                     for run in ("stopped", "straight"))
