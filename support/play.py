@@ -2,6 +2,7 @@
 import argparse
 import os
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -122,6 +123,27 @@ def play(env, seed=None):
             return
 
 
+def run(args, tasks, make_env):
+    """Play, look at or read, as the command line says; ValueError if that cannot be done."""
+    if args.html and not args.read:
+        raise ValueError(f"--html {args.html}: needs --read RUN")
+    if args.read:
+        transcripts.read_run(args.read, args.html, make_env)
+        return
+    if not args.task:
+        raise ValueError(f"a task is required: {', '.join(tasks)}")
+    names = [word for word in args.words if "=" not in word] or ["id"]
+    given = [word for word in args.words if "=" in word]       # may stand before the split, too
+    split, *more = settings.read_splits([*names, *given])
+    if more:
+        raise ValueError(f"one split at a time, not {more[0].name} as well")
+    env = make_env(args.task, split.name, **split.settings)
+    if args.show:
+        show(env, args.seed or 0, "" if args.show == "-" else args.show)
+    else:
+        play(env, args.seed)
+
+
 def command_line(tasks, make_env, description):
     """`python envs.py`: play, look at or read."""
     parser = argparse.ArgumentParser(description=description,
@@ -138,23 +160,11 @@ def command_line(tasks, make_env, description):
     parser.add_argument("--html", metavar="FILE", help="with --read: write them as a page")
     args = parser.parse_intermixed_args()
     try:
-        if args.html and not args.read:
-            raise ValueError(f"--html {args.html}: needs --read RUN")
-        if args.read:
-            transcripts.read_run(args.read, args.html, make_env)
-            return
-        if not args.task:
-            raise ValueError(f"a task is required: {', '.join(tasks)}")
-        names = [word for word in args.words if "=" not in word] or ["id"]
-        given = [word for word in args.words if "=" in word]       # may stand before the split, too
-        split, *more = settings.read_splits([*names, *given])
-        if more:
-            raise ValueError(f"one split at a time, not {more[0].name} as well")
-        env = make_env(args.task, split.name, **split.settings)
-        if args.show:
-            show(env, args.seed or 0, "" if args.show == "-" else args.show)
-        else:
-            play(env, args.seed)
+        run(args, tasks, make_env)
+        sys.stdout.flush()
+    except BrokenPipeError:                # a reader who has enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, FileExistsError) as error:
         print(f"envs.py: error: {error}", file=sys.stderr)
         sys.exit(2)

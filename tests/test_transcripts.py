@@ -4,12 +4,14 @@ import html
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
 import rl
-from conftest import tiny_folder, write_conversations
+from conftest import ROOT, tiny_folder, write_conversations
 from envs import make_env
 from support import running, transcripts
 from support.chat import printable
@@ -163,3 +165,14 @@ def test_a_page_is_not_written_over_another_kind_of_file(tmp_path):
     with pytest.raises(ValueError, match="config.json: must be a file named .html"):
         transcripts.read_run(tmp_path / "run", tmp_path / "run" / "config.json", make_env)
     assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_reader_who_has_enough_ends_it_without_a_traceback(tmp_path):
+    write_hostile_run(tmp_path / "run")
+    rows = running.read_jsonl(tmp_path / "run" / "turns.jsonl")
+    running.write_jsonl(tmp_path / "run" / "turns.jsonl", rows * 2000)     # more than a pipe holds
+    command = f"{sys.executable} envs.py --read {tmp_path / 'run'} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert done.stdout.startswith("---- update 1")
