@@ -77,7 +77,7 @@ class Environment:
     dialogue begins; at the last position it terminates the episode. A wrong reply is answered
     with its verdict. After the last try the episode is truncated, and LAST_TRY_PENALTY is added.
 
-    A new environment is a class with these members and a row of TASKS:
+    A new environment is a class with these members and a row of TASKS, both before `main`:
 
     kinds                   the kinds of its positions; metrics are reported for each apart
     retry_prompt            which of PROMPTS stands around a verdict that asks for another try
@@ -101,12 +101,12 @@ class Environment:
             def judge(self, reply):
                 right = reply == self.expert_reply()
                 return Verdict("correct", 1.0, "Yes.") if right else Verdict("wrong", -1.0, "No.")
-            def format_reply(self, answer): return json.dumps({"said": answer})
+            def format_reply(self, answer): return json.dumps({"said": str(answer)})
             def expert_reply(self): return self.format_reply(self.number)
             def flawed_reply(self): return self.format_reply(0)
         TASKS["echo"] = Task(Echo, {"vision": False}, {"id": {}}, ("success",), 1.0, {"": 10})
 
-    Its settings are the arguments of `__init__`, each with a default; `**common` goes on to this.
+    Settings are the arguments of `__init__`, each with a default; `**common` goes to `super()`'s.
     """
     REQUIRED = ("kinds", "retry_prompt", "lay_out", "prompt", "picture", "judge", "format_reply",
                 "expert_reply", "flawed_reply")
@@ -149,7 +149,7 @@ class Environment:
     # The conversation.
 
     def reset(self, seed=None, episode=0):
-        """Begin the episode that a seed fixes (number or text), or the next: (messages, info)."""
+        """Begin an episode: that of `seed` (number or text), else the next: (messages, info)."""
         if seed is not None:
             self.rng = random.Random(str(seed))    # a text, because -1 as a number seeds like 1
         self.lay_out(episode)

@@ -236,7 +236,7 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         slope = ctx.slope.to(hidden.dtype)                                 # (n, V)
         ctx.slope = None                       # used up: there is no second backward
-        scale = -grad[:, None] / ctx.temperature       # (n, 1); minus, to undo that of the slope
+        scale = -grad[:, None] / ctx.temperature       # (n, 1); the slope is -d logprob / d logits
         grad_hidden = (scale * (slope @ weight)).to(hidden.dtype)          # (n, D)
         grad_weight = slope.T @ (scale * hidden).to(hidden.dtype)          # (V, D)
         return grad_hidden, grad_weight, None, None, None
@@ -245,9 +245,8 @@ class TokenLogprobs(torch.autograd.Function):
 class Policy(nn.Module):
     """A causal LM that also predicts its reward: one value a reply, read at the last prompt token.
 
-    The paper's value head (D -> 1024 -> 512 -> 1, ReLU) reads the policy's hidden states. With
-    `dtype` bfloat16 all computes in bfloat16 over float32 weights, but log-softmax and sums of
-    log-probs are always float32.
+    The paper's value head (D -> 1024 -> 512 -> 1, ReLU) reads the policy's hidden states. `dtype`
+    bfloat16 is for computing: the weights stay float32, as do log-softmax and sums of log-probs.
     """
 
     def __init__(self, backbone, processor, dtype="float32"):
@@ -420,7 +419,7 @@ class Policy(nn.Module):
                 decoder.keep(kept)
                 reply_of_row, ids, going = reply_of_row[kept], ids[kept], going[kept]
             logits = decoder.append(ids)
-        # Drop all rows that are left: the memory gets the keys and values of a row as it goes.
+        # Drop all rows that are left: a dropped row's keys and values go to the memory.
         decoder.keep(reply_of_row[:0])
         replies = []
         for ids, logprobs in zip(drawn_ids.tolist(), drawn_logprobs.tolist()):

@@ -143,7 +143,7 @@ class Turn:
 
 class Conversation:
     """One environment and its dialogue as ids. Its state is (episode, replies so far), which is
-    played again after a stop. `readable` is the dialogue up to the last reply, for turns.jsonl."""
+    played again after a stop. `readable` is the dialogue of the last reply, for turns.jsonl."""
 
     def __init__(self, index, env, processor, config, episode=0, replies=()):
         self.index, self.env, self.processor = index, env, processor
@@ -173,6 +173,7 @@ class Conversation:
         messages, reward, terminated, truncated, info = self.env.step(reply)
         done = terminated or truncated
         self.verdicts = [*self.verdicts, [info["status"], reward]]
+        # A reply that opens a new dialogue is shown at the end of the old one.
         dialogue = messages
         if info["new_dialogue"]:
             dialogue = [*before, {"role": "assistant", "content": reply}]

@@ -47,7 +47,7 @@ def train_step(policy, optimizer, samples, config):
     lengths = [policy.num_tokens(*sample) for sample in samples]
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
     loss = 0.0
-    # A group of weight 0 adds nothing: all processes must make equally many passes.
+    # All processes must make equally many passes: those with fewer add groups of weight 0.
     for rows, weight in running.pad_batches(groups):
         dialogues = [[samples[row][:2]] for row in rows]
         pictures = [samples[row][2] for row in rows]

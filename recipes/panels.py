@@ -149,22 +149,28 @@ def table_rows(rows):
     return table
 
 
+def read_row(line):
+    """A Row of a line of the file; ValueError if the line lacks a field or has one too many."""
+    if None in line or None in line.values():
+        raise ValueError(f"expected {len(Row._fields)} fields")
+    return Row(line["panel"], line["arm"], int(line["runs"]), line["split"],
+               float(line["start"]), float(line["start_error"] or 0),
+               float(line["change"]), float(line["change_error"] or 0))
+
+
 def read_table(path):
     """The rows of a file that --csv wrote; ValueError says what it may not hold."""
+    rows = []
     with open(path, newline="") as file:
         lines = csv.DictReader(file)
-        if lines.fieldnames != list(Row._fields):
-            raise ValueError(f"{path}: no table; its first line must be {','.join(Row._fields)}")
-        rows = []
-        for line in lines:
-            try:
-                rows.append(Row(line["panel"], line["arm"], int(line["runs"]), line["split"],
-                                float(line["start"]), float(line["start_error"] or 0),
-                                float(line["change"]), float(line["change_error"] or 0)))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
+        try:
+            if lines.fieldnames == list(Row._fields):
+                rows = [read_row(line) for line in lines]
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
     if not rows:
-        raise ValueError(f"{path}: the table has no rows")
+        raise ValueError(f"{path}: no table; its first line must be {','.join(Row._fields)}, and "
+                         "rows must follow")
     return rows
 
 
@@ -376,6 +382,8 @@ def main():
     args = parse_arguments()
     study = Path(args.study)
     with running.one_line_errors():
+        if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).parent.is_dir()):
+            raise ValueError(f"--csv {args.csv}: must be a file in a folder that is there")
         folders = find_panels(study)
         panels = {}
         for folder in folders:

@@ -152,6 +152,8 @@ if [ -d "$OUT/virl" ]; then
     done
     python recipes/distance.py "${runs[@]}" ${SMOKE:+--num 16}
 fi
-echo "== done; the figures are in $OUT, the log of each run is $OUT/PANEL/log_NAME"
+figures="the figures are in $OUT"
+[ -f "$OUT/panels.png" ] || figures="no figure was drawn"
+echo "== done; $figures, the logs of the runs are log_NAME in the folders below $OUT"
 [ -z "${SMOKE:-}" ] ||
     echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

@@ -607,10 +607,28 @@ def test_the_example_of_an_environment_is_a_task(echo):
         env.picture()
 
 
-def test_the_readme_has_the_same_example():
+def readme_example():
     readme = (ROOT / "README.md").read_text()
-    example = re.search(r"```python\n(class Echo.*?)```", readme, re.S)[1]
-    assert textwrap.indent(example, " " * 8) in envs.Environment.__doc__
+    return re.search(r"```python\n(class Echo.*?)```", readme, re.S)[1]
+
+
+def test_the_readme_has_the_same_example():
+    assert textwrap.indent(readme_example(), " " * 8) in envs.Environment.__doc__
+
+
+@pytest.mark.parametrize("words, typed", [
+    (("echo", "--show"), ""), (("echo", "--seed", "1"), "{right}\nquit\n")])
+def test_the_example_is_shown_and_played_where_the_readme_puts_it(tmp_path, words, typed):
+    source = (ROOT / "envs.py").read_text()
+    at = source.index("def main():")
+    (tmp_path / "envs.py").write_text(source[:at] + readme_example() + "\n\n" + source[at:])
+    env = make_env("gp-l").rng.__class__("1")          # the generator that --seed 1 begins with
+    right = env.randint(1, 9)
+    done = subprocess.run([sys.executable, str(tmp_path / "envs.py"), *words], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                          input=typed.format(right=right), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Say " in done.stdout and "Yes.   [correct, reward +1" in done.stdout
 
 
 def test_the_planted_settings_work_for_a_task_of_ones_own_but_it_has_no_faults(echo):

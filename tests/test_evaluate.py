@@ -419,9 +419,11 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(
     assert told(table) == lines                     # what was written is read again
     for text, flags, message in (
             ("# A page", [], "panels.csv: no table; its first line must be panel,arm,runs"),
-            (written[0] + "\n", [], "panels.csv: the table has no rows"),
+            (written[0] + "\n", [], "change_error, and rows must follow"),
             (written[0] + "\nvirl,RL,2,id,20.0,x,1.0,\n", [], "panels.csv, line 2: could not"),
-            (written[0] + "\nvirl,RL\n", [], "panels.csv, line 2: "),
+            (written[0] + "\nvirl,RL\n", [], "panels.csv, line 2: expected 8 fields"),
+            ("x" * 200_000, [], "field larger than field limit"),
+            (written[0] + '\nvirl,"' + "x" * 200_000, [], "field larger than field limit"),
             ("", ["--every"], "--paths and --every need the runs")):
         table.write_text(text)
         with pytest.raises(SystemExit):
