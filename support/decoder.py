@@ -166,8 +166,8 @@ class CacheDecoder:
         Reads what is not yet there of the prompts, lists of ids. `seen` are the pictures as `see`
         made them.
         """
-        # What the memory has of each prompt. Columns are not tokens, but nearly: if they may not
-        # fit the context, everything is read again.
+        # What the memory has of each prompt. Columns count padding, too: if they may exceed the
+        # context, everything is read again.
         pasts = self.find_pasts(prompts, owners, pictures)
         there = [0 if past is None else len(past) for past in pasts]
         start = max(there)

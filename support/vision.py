@@ -51,8 +51,8 @@ class MllamaVision:
     """A picture is cut into tiles, and the vision tower and a projector make states of them.
 
     Some layers of the language model look at those states, so the picture adds nothing to the keys
-    and values of the text. In transformers the tokens before <|image|> see a little of the picture,
-    too. We leave that as it is.
+    and values of the text. The mask hides it from the tokens before <|image|>, but transformers
+    lets a little through. We leave that as it is.
     """
 
     parts = {"vision": r"model\.vision_model\.", "projector": r"model\.multi_modal_projector\."}
