@@ -6,7 +6,7 @@ The paper trains on one setting of what J, Q and K are worth and tests on anothe
     split         J, Q, K        hands                   used for
     id            10, 10, 10     any solvable            training and in-distribution tests
     rule_ood      11, 12, 13     with a face card        the rule never trained on
-    unseen        10, 10, 10     a fixed tenth of all    held out if all training had fold=train
+    unseen        10, 10, 10     a fixed tenth of all    unseen only if training had fold=train
     visual_ood    10, 10, 10     red suits               cards that look different (pictures only)
     rule_family   drawn anew     any solvable            our stand-in for pre-training
 
@@ -35,10 +35,10 @@ An environment is a conversation with the verifier (sequential revision, Section
 
 `GeneralPoints` and `Navigation` list their settings. All scripts take them as words KEY=VALUE:
 
-    --env root=city0 verify_iter=3                       for all splits, where these leave it open
-    --split id rule=11,11,11           (rl.py)           behind a split's name: for that split
-    --splits id rule_ood id target=36  (evaluate.py)     alone, and also against the tables above
-    --mix id:0.7 suits=HD rule_ood:0.3 (sft.py)          the same with weights
+    --env root=city0 verify_iter=3                       all splits; not what the tables set
+    --split id rule=11,11,11           (rl.py)           after a split's name: that split only,
+    --splits id rule_ood id target=36  (evaluate.py)     and it may change what the tables set
+    --mix id:0.7 suits=HD rule_ood:0.3 (sft.py)          the same, with the splits' weights
 
     python envs.py gp-l                              # play an episode yourself
     python envs.py gp-l rule=11,11,11 target=36      # by a rule of your choice
@@ -81,8 +81,8 @@ class Environment:
 
     kinds                   the kinds of its positions; metrics are reported for each apart
     retry_prompt            which of PROMPTS stands around a verdict that asks for another try
-    lay_out(episode)        draws an episode from `self.rng`, and its positions (`rail`) if there
-                            are several; `episode` is a number, for data played in order
+    lay_out(episode)        draws an episode from `self.rng`; sets `self.rail`, its positions, if
+                            there are several; `episode` is the index if data are played in order
     prompt()                what the model is told at the present position
     picture()               what it is shown there if `vision` (PIL); ValueError if it has none
     judge(reply)            the `verify.Verdict` on a reply there; no state changes
@@ -110,7 +110,7 @@ class Environment:
     """
     REQUIRED = ("kinds", "retry_prompt", "lay_out", "prompt", "picture", "judge", "format_reply",
                 "expert_reply", "flawed_reply")
-    rule_name = ""       # the key by which a prompt file may have several texts
+    rule_name = ""       # names the rule in force; a prompt file may hold one text for each rule
     example = ""         # an answer as a player may type it
     rail = (None,)       # the positions of an episode; where there are several, each has a `kind`
     at = 0               # the index of the present one
@@ -138,8 +138,8 @@ class Environment:
         return {}
 
     def demonstrate(self):
-        """What SFT learns from. With the setting `faults`, `make_env` wraps the environment and so
-        changes this (support/demonstrator.py)."""
+        """What SFT learns from: the expert's reply. The setting `faults` plants errors in it: then
+        `make_env` returns a wrapper that overrides this method (support/demonstrator.py)."""
         return self.expert_reply()
 
     def read_answer(self, typed):
@@ -171,9 +171,9 @@ class Environment:
     def step(self, reply):
         """Judge one reply: (messages, reward, terminated, truncated, info).
 
-        `info` has the status of the verdict and success: whether the episode is solved. turn and
-        try count the replies in the episode and at the position, which is of a kind. new_dialogue
-        says whether one begins, answer_at where in the reply the answer does; `details` adds more.
+        `info` has the verdict's status and success: whether the episode is solved. turn counts the
+        episode's replies, try those at this position; kind is the position's. new_dialogue: the
+        next position begins. answer_at: where the answer is in the reply. `details` adds more.
         """
         if self.done:
             raise RuntimeError("the episode is over: call reset() first")
@@ -182,8 +182,8 @@ class Environment:
         self.tries += 1
         correct = verdict.status == "correct"
         terminated = correct and self.at == len(self.rail) - 1
-        # differs 3: the last reply that is judged pays the limit; theirs asks for one more reply,
-        # which nobody reads, and charges that
+        # differs 3: the last judged reply gets LAST_TRY_PENALTY; theirs samples one more reply,
+        # never judges it, and puts the penalty on that one
         truncated = not correct and self.tries == self.verify_iter
         self.done = terminated or truncated
         kind = self.position.kind if len(self.rail) > 1 else self.kinds[0]
@@ -432,9 +432,9 @@ class Navigation(Environment):
     def lay_rail(self, route, heading, words):
         """The positions from the start to the destination, in the order in which one walks.
 
-        A route of k legs has k + 1 points. Leg i goes from point i to point i + 1, with a "forward"
-        at each place that is not left out. It has two sentences: 2 i says how to turn at point i,
-        2 i + 1 how to walk from there. Every point has a "turn", the last one the "stop".
+        A route of k legs has k + 1 points. Leg i goes from point i to i + 1, where landmark i is.
+        Each place kept between these points is a "forward". Sentence 2 i says how to turn at point
+        i, 2 i + 1 how to walk from there. Every point but the last is a "turn", the last a "stop".
         """
         for i, pano in enumerate(route.panos):
             if i > 0:
@@ -442,7 +442,7 @@ class Navigation(Environment):
                 # differs 20: sentences are found by their leg; theirs counts them along the way,
                 # and a leg without places shifts the later ones
                 for place in route.between[i - 1]:
-                    kept = self.rng.random() >= DROP_RATE      # drawn for a missing place, too
+                    kept = self.rng.random() >= DROP_RATE      # drawn even where place is None
                     if kept and place is not None:
                         yield streets.Position(kind="forward", action="forward()", pano=place,
                                                heading=heading, sentence=self.sentences[2 * i - 1])
@@ -500,7 +500,7 @@ class Navigation(Environment):
         return {"route": self.number, "position": self.at}
 
     def format_reply(self, answer, position=None, sentence=None):
-        """`position`: where the observation is from; `sentence`: the instruction; if not here."""
+        """A reply here; another `position` changes the observation, `sentence` the instruction."""
         observation = self.observation(position or self.position)
         return fill(self.prompts["nav_reply"], observation=within_quotes(observation),
                     instruction=within_quotes(sentence or self.position.sentence),
@@ -565,12 +565,12 @@ def make_env(task, split="id", common=(), /, **own):
 
     1. the default in the constructor;
     2. the split;
-    3. `common`: settings for all splits. They may not contradict the split, unless 4 settles it;
+    3. `common`: settings for all splits; an error if the split has one too, unless 4 gives it;
     4. `own`: keyword arguments, for this split alone;
     5. what the task fixes.
 
-    Values may be texts, as a user writes them. `env.settings` holds what was chosen. ValueError
-    names what is not allowed.
+    Values may be texts; `env.settings` holds what was chosen. ValueError names what is not allowed.
+    The arguments of `demonstrator.wrap` are settings too: `planted` below.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: allowed are {', '.join(TASKS)}")

@@ -63,8 +63,9 @@ def summarise(episodes, verify_iter, kinds=()):
     measure              hits / counts
     success              episodes solved / episodes
     step_accuracy        correct replies / replies, retries included (paper C.3)
-    paper_step_accuracy  correct replies / (replies + episodes cut short). For each of these the
-                         official code has the model write one reply more, which nobody reads.
+    paper_step_accuracy  correct replies / (replies + failed episodes). At the end of a failed
+                         episode the official code has the model write one more reply. Nobody
+                         reads that reply, and it counts as wrong.
     first_try            correct first replies / first replies to a hand or at a position
     retries              correct later replies / later replies
     repeats              later replies that are word for word an earlier one / later replies
@@ -73,8 +74,9 @@ def summarise(episodes, verify_iter, kinds=()):
                          Fig. 8)
     rank_accuracy        cards that the first reply names in their place / 4 per episode; by chance
                          one in thirteen
-    solved_and_read      episodes solved by a reply that also names the cards / episodes. A lower
-                         bound of the official success: their hand goes on until the cards are read.
+    solved_and_read      episodes solved by a reply that also names the cards / episodes. The
+                         official code lets a solved hand go on until the cards are read, too.
+                         Ours ends at once, so this is a lower bound of their success.
 
     Further entries:
     success_within       the success within 1, 2, ... tries
@@ -109,7 +111,7 @@ def summarise(episodes, verify_iter, kinds=()):
     # differs 22: theirs measures steps by paper_step_accuracy alone; of their success
     # solved_and_read, below, is a lower bound
     correct = [sum(1 for info in episode if is_correct(info)) for episode in episodes]
-    # An episode that is cut short has one reply more, the unread one, which counts as wrong.
+    # The official code adds an unread reply to each failed episode; it counts as wrong.
     with_unread = [len(episode) + (0 if done else 1) for episode, done in zip(episodes, solved)]
     measure("paper_step_accuracy", correct, with_unread)
     measure_replies("first_try", lambda info: info["try"] == 1)
@@ -225,8 +227,9 @@ class LocalModel:
         """The next replies in dialogues, as pairs (text, ending), in their order.
 
         pending: {episode: (messages, whether they begin a dialogue)}. ending: "stop", or "length"
-        if the reply was cut. `of` identifies the evaluation: replies are kept under it, so that a
-        stopped one can go on. `split` is for `ApiModel.reply` alone.
+        if the reply was cut. `of` is a text that names the checkpoint, split, seed and settings.
+        Replies are kept under it, so that a stopped evaluation can go on. `split` is for
+        `ApiModel.reply` alone.
         """
         prompts = {}
         for i, (messages, begins) in pending.items():
@@ -284,7 +287,8 @@ def play_episodes(reply, environments, seed):
         going_on = {}
         for i, (text, ending) in zip(pending, reply(turn, pending)):
             earlier, _ = pending[i]
-            repeated = any(message["content"] == text for message in earlier[1::2])   # its replies
+            # Messages alternate user, assistant, ...: the odd ones are the model's earlier replies.
+            repeated = any(message["content"] == text for message in earlier[1::2])
             messages, reward, _, _, info = environments[i].step(text)
             infos[i].append(info | {"reward": reward, "ending": ending, "empty": not text.strip(),
                                     "repeated": repeated})

@@ -108,9 +108,9 @@ def decode_reply(processor, response_ids):
 def collate(dialogues: list[list[tuple[list[int], list[int]]]], device, pictures=()):
     """One row of tokens for each dialogue, padded on the right, and where in it the replies stand.
 
-    A dialogue is a list of (prompt_ids, response_ids). Each prompt begins with the whole turn
-    before it, so the last turn holds them all, and one pass serves every reply. Five tries cost
-    the tokens of the longest, not of all. For example, a dialogue of two tries and one of one:
+    A dialogue is a list of (prompt_ids, response_ids). Each prompt begins with the prompt and reply
+    before it, so the last turn holds the whole dialogue. One pass over it serves every reply: five
+    tries cost no more tokens than the fifth. For example, a dialogue of two tries and one of one:
 
         [[([1, 5], [7, 2]), ([1, 5, 7, 2, 6], [8, 2])],      input_ids   1 5 7 2 6 8 2
          [([1, 4], [9, 2])]]                                             1 4 9 2 0 0 0
@@ -181,9 +181,10 @@ def micro_batches(lengths: list[int], token_budget, group_cost=None) -> list[lis
 def aligned_micro_batches(lengths: list[int], token_budget) -> list[list[int]]:
     """`micro_batches` of this process's rows, cut at the same places in all processes.
 
-    The processes compute in step, so at each place the longest row of any process counts:
+    All processes make their passes together, and a pass takes as long as its longest row. So the
+    cuts are those for an imaginary process with the longest row of any process at each place:
 
-        sorted lengths [9, 5] here, [7, 6, 3] in the other process    ->    both cut [9, 6, 3]
+        sorted lengths [9, 5] here, [7, 6, 3] in the other process    ->    cuts made for [9, 6, 3]
 
     A process with fewer rows has fewer groups.
     """
@@ -246,7 +247,8 @@ class Policy(nn.Module):
     """A causal LM that also predicts its reward: one value a reply, read at the last prompt token.
 
     The paper's value head (D -> 1024 -> 512 -> 1, ReLU) reads the policy's hidden states. `dtype`
-    bfloat16 is for computing: the weights stay float32, as do log-softmax and sums of log-probs.
+    is the type of the passes; log-softmax and sums of log-probs are always float32. The weights are
+    stored in the `param_dtype` of `load_policy`, float32 by default.
     """
 
     def __init__(self, backbone, processor, dtype="float32"):
@@ -258,7 +260,8 @@ class Policy(nn.Module):
         self.eos_id = tokenizer.eos_token_id
         banned = loading.never_sampled(tokenizer, backbone.lm_head.weight.shape[0])        # (V,)
         self.register_buffer("banned", banned, persistent=False)
-        self.logits_scaling = getattr(config, "logits_scaling", 1.0)       # Granite divides by it
+        # Granite divides its logits by this: here in token_logprobs, in sampling in the decoder.
+        self.logits_scaling = getattr(config, "logits_scaling", 1.0)
         self.dtype, self.context = getattr(torch, dtype), loading.context_of(config)
         self.vision = None
         if processor is not tokenizer:
@@ -360,7 +363,8 @@ class Policy(nn.Module):
         token_budget  at most so many tokens, with padding, are decoded together
         pictures      one for each prompt, or None for each
         memory        a RolloutMemory, which keeps what was read and seen for the next call
-        owners        the dialogue of each prompt: the key in `memory`; if not given, its number
+        owners        a key in `memory` for each prompt; if not given, its index. An owner may begin
+                      another dialogue: only what both prompts begin with is reused
         top_p         sample from the likeliest tokens with this share (evaluation alone)
 
         The log-probs, seen while sampling, serve only to check those of `forward`.
@@ -379,8 +383,8 @@ class Policy(nn.Module):
             decoder = (LlamaDecoder if plain_llama else CacheDecoder)(self, memory)
             lengths = [self.num_tokens(prompt, (), picture) + max_new_tokens
                        for prompt, picture in zip(prompts, pictures)]
-            # Groups are decoded one after another, so as few as possible: a group costs more here
-            # than any padding.
+            # Groups are decoded one after another, so there should be as few as possible. At this
+            # cost one group more outweighs whatever padding it could save.
             group_cost = len(prompts) * token_budget
             for rows in micro_batches(lengths, token_budget, group_cost):
                 self.check_length(max(len(prompts[row]) for row in rows) + max_new_tokens)
@@ -432,7 +436,8 @@ class Policy(nn.Module):
 
         By inverse CDF at the row's uniform u: the first id with p_0 + ... + p_id > u * (sum of p).
         """
-        # differs 9: the softmax of the update; theirs has top-p and top-k, but not in its log-probs
+        # differs 9: training samples from the softmax that the update uses, with a top_p of 1.
+        # Theirs samples with top-p and top-k, and its log-probs ignore them.
         logits = logits.masked_fill(self.banned, -math.inf)
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)                # (B, V)
         if temperature == 0:

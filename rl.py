@@ -78,7 +78,8 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, cl
     ratio = log_ratio.exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     value_loss = 0.5 * (values - returns) ** 2
-    if value_clip:          # differs 11: off by default; theirs is 0.1, as far as a critic may move
+    # differs 11: no value clip by default; theirs keeps V within 0.1 of old_values
+    if value_clip:
         clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
         value_loss = torch.max(value_loss, 0.5 * (clipped - returns) ** 2)
     watched = {"policy_loss": policy_loss, "value_loss": value_loss, "ratio": ratio,
@@ -97,7 +98,7 @@ class Config(training.RunConfig):
     task: str = flag("gp-l", "which environment", choices=tuple(envs.TASKS))
     split: tuple = flag(("id",), "the rule to train on, with settings: id rule=11,11,11 fold=train")
     env: tuple = flag((), "settings of the environment, such as: root=city0 (envs.py lists them)")
-    # rollout; differs 26: many environments, few turns; theirs 8 x 256
+    # rollout; differs 26: 256 environments x 8 turns; theirs 8 environments x 256 turns
     num_envs: int = flag(256, "environments played side by side", low=1)
     turns_per_env: int = flag(8, "turns of each in an update (2048 in all, as on 8 GPUs)", low=1)
     max_new_tokens: int = flag(512, "a reply is cut after so many tokens", low=1)
@@ -173,7 +174,8 @@ class Conversation:
         messages, reward, terminated, truncated, info = self.env.step(reply)
         done = terminated or truncated
         self.verdicts = [*self.verdicts, [info["status"], reward]]
-        # A reply that opens a new dialogue is shown at the end of the old one.
+        # After a correct reply at a position `messages` may already be the next, new dialogue. Then
+        # the log shows the old dialogue, with this reply at its end.
         dialogue = messages
         if info["new_dialogue"]:
             dialogue = [*before, {"role": "assistant", "content": reply}]
@@ -183,7 +185,8 @@ class Conversation:
         if done:
             self.begin(self.episode + 1)
         else:
-            # A new list: main's `state`, from before the rollout, still holds the old one.
+            # Not append(): `state` in main holds the old list, and is saved if the rollout is
+            # dropped.
             self.replies = self.replies + [response_ids]
             prior_ids = None if info["new_dialogue"] else self.prompt_ids + response_ids
             self.continue_with(messages, prior_ids)
@@ -266,9 +269,9 @@ def dialogue_length(policy, turns, dialogue):
 def turn_batches(policy, turns, dialogues, config, filler=None):
     """Micro-batches of whole dialogues: a list of (dialogues, weight).
 
-    The turns of a dialogue share one row. If two rows fit, the example above is cut into
-    [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]. All processes must make equally many passes: one
-    that has fewer repeats its last, or `filler`, with weight 0.
+    The turns of a dialogue share one row. The example of `group_dialogues`, if two rows fit, gives
+    [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]. All processes must make equally many passes. One
+    with fewer micro-batches repeats its last with weight 0; one that has none takes `filler`.
     """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
@@ -374,10 +377,12 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
                 logprobs, old_logprob, values, old_value, advantage, target, config.clip,
                 config.value_clip)
             loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
-            # This process goes on, since the others wait for it; all stop at the norm below.
+            # A loss that is not finite is noted, not raised: other processes wait for this one. The
+            # norm below is then not finite in any process, and all of them stop there.
             if not torch.isfinite(loss):
                 fault = f"turns {[turns[i].number for i in indices[:8]]}...: loss {loss}"
-            # The processes' gradients are averaged later, but their losses add up.
+            # `loss` is divided by the turns of all processes, so their gradients should be summed.
+            # They get averaged instead. The factor WORLD, the number of processes, undoes that.
             (loss * running.WORLD).backward()
             if weight and first_step:
                 first_ratios += watched["ratio"].tolist()
@@ -446,8 +451,8 @@ def set_learning_rates(optimizer, update, config):
         share = a cosine from 1 to lr_final / lr over lr_horizon updates
         trunk: share x lr x min(1, (update + 1) / (lr_warmup + 1))      value head: share x value_lr
     """
-    share = running.learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final)
-    share = share / config.lr
+    rate = running.learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final)
+    share = rate / config.lr
     lr = share * config.lr * min(1, (update + 1) / (config.lr_warmup + 1))
     trunk, value_head = optimizer.param_groups
     trunk["lr"] = lr
@@ -488,7 +493,7 @@ def main(config):
                  "seconds": state["seconds"] + (updated - began)}
         tokens = state["tokens_trained"]
         played = training.rollout_stats(turns, policy.eos_id)
-        # The paper's estimate: a rollout of lambda tokens for each one that is trained.
+        # The paper does not count rollout tokens: it takes lambda (not GAE's) times those trained.
         gflops_paper = policy.gflops(tokens, envs.TASKS[config.task].paper_lambda * tokens)
         running.log_jsonl(
             Path(config.out) / "metrics.jsonl", step=update + 1, lr=lr, **played, **stats,

@@ -51,9 +51,9 @@ def train_step(policy, optimizer, samples, config):
     for rows, weight in running.pad_batches(groups):
         dialogues = [[samples[row][:2]] for row in rows]
         pictures = [samples[row][2] for row in rows]
-        logprobs, _ = policy(collate(dialogues, policy.device, pictures))              # (B, R)
+        logprobs, _ = policy(collate(dialogues, policy.device, pictures))   # (B, R), 0 at padding
         micro_loss = -weight * logprobs.sum() / num_targets
-        # The processes' gradients are averaged later, but their losses add up.
+        # The loss is a sum over processes, but their gradients get averaged: WORLD undoes that.
         (micro_loss * running.WORLD).backward()
         loss += float(micro_loss.detach())
     loss = running.total(loss)
@@ -106,7 +106,7 @@ class Samples:
         self.config, self.epoch = config, None
         splits = settings.read_splits(config.mix, weighted=True)
         common = settings.read_settings(config.env)
-        # The default leaves a try for the expert after the failed ones.
+        # Unless the user sets verify_iter, it allows the failed tries and one more: the expert's.
         common.setdefault("verify_iter", config.failed_tries + 1)
         self.envs = []
         # With --data environments are made only to check the settings that the user gave.

@@ -21,9 +21,9 @@ V-IRL pays these (appendix B.3):
     last try failed      -1    added by envs.py, which counts the tries anew at each position
 
 A status is decided by checks in a fixed order: the first that fails gives it. Only the "added"
-lines come on top, and a formula that is partly right earns nothing. A formula that is right by the
-true cards is `correct` even if the "cards" list names one of them wrong. It earns 5 - 1.5, and the
-episode ends. A formula that fits the misread cards has the wrong numbers.
+lines come on top, and a formula that is partly right earns nothing. A formula is judged by the true
+cards. So it can be `correct` with a misread "cards" list: 5 - 1.5 with pictures, and the episode
+ends. One that fits only the misread cards has wrong numbers.
 
 A formula holds integers, + - * / (or − × · ÷) and brackets. A division by zero is illegal. What
 follows the first = is not read. Values are exact fractions, so 8/(3-8/3) makes 24. No `eval` runs.
@@ -46,9 +46,9 @@ NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action":
 LAST_TRY_PENALTY = -1.0
 MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the recursion's depth.
 
-# What the model is told; {names} are filled in. A prompt file may replace the text NAME under the
-# key "feedback_NAME" (envs.py). Where LISTING has NAME, the new text may also hold {violations}, a
-# list of all that is wrong.
+# What the model is told; {names} are filled in. In a prompt file the key "feedback_correct"
+# replaces the text "correct" (envs.py), and so on. The texts in LISTING may, when replaced, also
+# hold {violations}: a list of all that is wrong.
 LISTING = ("no_formula", "illegal_formula", "wrong_numbers", "wrong_value", "no_action",
            "wrong_action")
 FEEDBACK = {
@@ -73,10 +73,10 @@ FEEDBACK = {
 class Verdict:
     """What the verifier found in one reply.
 
-    `answer_at` is where the answer's key stands in the reply, or the reply's length without one.
-    rl.py gives the text before it another weight. `cards_read` and `numbers_right` say whether
-    "cards" and "number" list the deal, in any order. `ranks_right` counts the "cards" that are
-    right in their place. Of these three only `cards_read` is paid for, and only with pictures.
+    `answer_at` is the index of the answer's key in the reply; without an answer, the reply's
+    length. rl.py weighs the text before it differently. `cards_read` and `numbers_right` say
+    whether "cards" and "number" list the deal, in any order. `ranks_right` counts the "cards" that
+    are right in their place. Of these only `cards_read` is paid for, and only with pictures.
     """
     status: str
     reward: float
@@ -229,7 +229,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
         formula = formula.split("=", 1)[0]
         status, values = check_formula(formula, numbers, target)
     else:
-        status, values = "illegal_formula", {"fault": "it is not text"}
+        status, values = "illegal_formula", {"fault": "it is not text"}   # unread if there is none
 
     # The reward follows from the status. With pictures, misread cards cost 1.5 more.
     # differs 2: one status; theirs adds up penalties
@@ -278,7 +278,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     remark = None
     if isinstance(said, str) and reading.plain_action(said) == reading.plain_action(action):
         status = "correct"
-    elif name not in observed:          # differs 16: theirs looks for another word here
+    elif name not in observed:      # never if name is ""; differs 16: theirs seeks another word
         status, remark = "wrong_observation", "missed_landmark"
     elif intersection and not sees_intersection:
         status, remark = "wrong_observation", "missed_intersection"
