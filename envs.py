@@ -35,9 +35,9 @@ An environment is a conversation with the verifier (sequential revision, Section
 
 `GeneralPoints` and `Navigation` list their settings. All scripts take them as words KEY=VALUE:
 
-    --env root=city0 verify_iter=3                       all splits; not what the tables set
+    --env root=city0 verify_iter=3                       all splits; can't change a table's value
     --split id rule=11,11,11           (rl.py)           after a split's name: that split only,
-    --splits id rule_ood id target=36  (evaluate.py)     and it may change what the tables set
+    --splits id rule_ood id target=36  (evaluate.py)     and can change a table's value
     --mix id:0.7 suits=HD rule_ood:0.3 (sft.py)          the same, with the splits' weights
 
     python envs.py gp-l                              # play an episode yourself
@@ -171,9 +171,9 @@ class Environment:
     def step(self, reply):
         """Judge one reply: (messages, reward, terminated, truncated, info).
 
-        `info` has the verdict's status and success: whether the episode is solved. turn counts the
-        episode's replies, try those at this position; kind is the position's. new_dialogue: the
-        next position begins. answer_at: where the answer is in the reply. `details` adds more.
+        In `info` "status" is the verdict's. "success": is the episode solved? "turn" counts the
+        episode's replies, "try" this position's. "kind" is the position's. "new_dialogue": the
+        next position begins. "answer_at": where the answer is in the reply. `details` adds more.
         """
         if self.done:
             raise RuntimeError("the episode is over: call reset() first")

@@ -108,8 +108,8 @@ def summarise(episodes, verify_iter, kinds=()):
     solved = [int(episode[-1]["success"]) for episode in episodes]
     measure("success", solved, once)
     measure_replies("step_accuracy", lambda info: True)
-    # differs 22: theirs measures steps by paper_step_accuracy alone; of their success
-    # solved_and_read, below, is a lower bound
+    # differs 22: theirs measures steps by paper_step_accuracy alone. Its success is at least
+    # solved_and_read, below.
     correct = [sum(1 for info in episode if is_correct(info)) for episode in episodes]
     # The official code adds an unread reply to each failed episode; it counts as wrong.
     with_unread = [len(episode) + (0 if done else 1) for episode, done in zip(episodes, solved)]
