@@ -45,6 +45,10 @@ class Row(NamedTuple):
 
 # ---- Reading runs ------------------------------------------------------------------------------
 
+def evaluated_runs(folder):
+    return sorted(path.parent for path in folder.glob("*/eval.jsonl"))
+
+
 def read_evaluations(run):
     """The rows of a run's eval.jsonl, the last of equals."""
     rows = {}
@@ -59,7 +63,7 @@ def read_panel(folder):
     Values are in percent. There is one pair for every start; with a single start there is one for
     every run and seed of its tests. ValueError if the start of a run was not evaluated.
     """
-    runs = sorted(path.parent for path in folder.glob("*/eval.jsonl"))
+    runs = evaluated_runs(folder)
     evaluations = {run: read_evaluations(run) for run in runs}
     configs = {run: running.read_run_config(run) for run in runs}
     arms = compare.name_arms(configs)
@@ -219,8 +223,7 @@ def write_every(path, folders, study):
     """Write what print_every prints of all panels into one file, with a column per verdict."""
     metrics, statuses, rows = {}, set(), []
     for folder in folders:
-        runs = sorted(found.parent for found in folder.glob("*/eval.jsonl"))
-        for run in runs:
+        for run in evaluated_runs(folder):
             for row in by_step_and_split(run):
                 cells = {"panel": str(folder.relative_to(study)), "run": run.name,
                          "step": row["step"], "gflops": f"{row['gflops']:.0f}",
@@ -396,7 +399,7 @@ def main():
             raise ValueError(f"{study}: --gate needs one of its panels {', '.join(GATE.values())}")
         if args.every:
             for folder in folders:
-                print_every(sorted(path.parent for path in folder.glob("*/eval.jsonl")))
+                print_every(evaluated_runs(folder))
             if args.csv:
                 write_every(args.csv, folders, study)
             return

@@ -1,10 +1,11 @@
-"""What the README's table says is what the rows in results/data/ say."""
+"""What the README and the pages say is what the rows in results/data/ say."""
 import importlib.util
 import re
 
 import pytest
 
 from conftest import ROOT
+from support import compare
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,8 @@ def finding():
 def test_the_readmes_table_has_the_means_and_errors_of_the_rows(finding, task):
     line = re.search(rf"^\| {task} \(.*$", (ROOT / "README.md").read_text(), re.M)[0]
     cells = [cell.strip().replace("*", "") for cell in line.split("|")[2:8]]
-    name, measure, _, rl_setting = finding.TASKS[task]
-    starts, checkpoints = finding.read_rows(name, rl_setting)
+    measure = finding.TASKS[task].measure
+    starts, checkpoints = finding.read_rows(finding.TASKS[task])
     expected = []
     for split in ("id", "rule_ood"):
         before = [row for row in starts if row["split"] == split]
@@ -32,3 +33,26 @@ def test_the_readmes_table_has_the_means_and_errors_of_the_rows(finding, task):
         said = [float(number) for number in re.findall(r"\d+\.?\d*", cell)]
         digits = 1 if "." in cell else 0
         assert said == [round(mean, digits), round(error, digits)][:len(said)], (cell, mean, error)
+
+
+@pytest.mark.parametrize("task, page, said", [
+    ("GP-L", "gp_l.md", (8.7, 0.5)), ("V-IRL-L", "virl_l.md", (64.1, 1.7))])
+def test_the_paired_difference_of_the_arms_is_that_of_the_rows(finding, task, page, said):
+    measure = finding.TASKS[task].measure
+    _, checkpoints = finding.read_rows(finding.TASKS[task])
+    ends = {}            # (arm, start) -> the other rule at the last checkpoint
+    for row in sorted(checkpoints, key=lambda row: int(row["step"])):
+        if row["split"] == "rule_ood":
+            ends[row["arm"], row["start"]] = float(row[measure])
+    starts = sorted({start for _, start in ends})
+    differences = [ends["RL", start] - ends["SFT", start] for start in starts]
+    mean, error = compare.mean_and_standard_error(differences)
+    assert (round(mean, 1), round(error, 1)) == said
+    assert f"+{said[0]} ± {said[1]}" in (ROOT / "results" / page).read_text()
+
+
+def test_the_figure_asks_for_one_file(finding, capsys):
+    for arguments in ([], ["a.png", "b.png"], ["no/such/folder/a.png"]):
+        with pytest.raises(SystemExit):
+            finding.main(arguments)
+        assert "expected one file to draw into" in capsys.readouterr().err

@@ -973,3 +973,30 @@ def test_a_long_observation_of_accents_takes_no_time():
     judge_navigation(reply("stop()", "e" + "\u0301\u0323" * 20_000), "forward()", "Marn Cafe",
                      False)
     assert time.thread_time() - began < 0.1
+
+
+def test_of_the_words_that_the_teacher_says_as_many_are_mixed_up_as_paper_md_says(tmp_path):
+    """Positions are drawn as recipes/base.sh has them drawn, on routes of two or three legs."""
+    subprocess.run([sys.executable, str(ROOT / "data" / "synthetic_city.py"), "--out",
+                    str(tmp_path / "city"), "--routes", "300", "--most-legs", "3",
+                    "--no-pictures"], check=True, capture_output=True)
+    for share, said, printed in ((0.05, 1 / 14, "1 in 14"), (0.15, 1 / 4, "1 in 4"),
+                                 (0.3, 1 / 2, "nearly 1 in 2")):
+        faults = f"walk_past:0.6,other_word:{share}"
+        env = make_env("virl-l", "id", root=str(tmp_path / "city"), faults=faults)
+        passed = words = mixed_up = 0
+        for seed in range(6000):
+            env.reset(seed)
+            env.skip_ahead(random.Random(seed), balance=True)
+            if env.position.kind != "turn":
+                continue
+            action = json.loads(env.demonstrate())["action"]
+            if action == "forward()":
+                passed += 1
+            else:
+                words += 1
+                mixed_up += action != env.position.action
+        assert abs(mixed_up / words - said) < 0.15 * said
+        # Not 0.6: the first direction of a route is never passed.
+        assert 0.32 < passed / (passed + words) < 0.39
+        assert f"|{printed}|" in (ROOT / "results" / "paper.md").read_text()
