@@ -44,7 +44,7 @@ REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal_
 MISREAD_PENALTY = -1.5
 NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action": -1.0}
 LAST_TRY_PENALTY = -1.0
-MAX_FORMULA = 100   # characters; four cards need fewer than 40. Also bounds the recursion's depth.
+MAX_FORMULA = violations.MAX_FORMULA     # characters; also bounds the depth of the recursion
 
 # What the model is told; {names} are filled in. In a prompt file the key "feedback_correct"
 # replaces the text "correct" (envs.py), and so on. The texts in LISTING may, when replaced, also

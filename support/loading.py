@@ -68,7 +68,7 @@ def check_text(tokenizer, text):
     """ValueError if a text holds what the tokenizer reads as a control token.
 
     The name of a landmark, a prompt file and a data file may hold one. A verdict that repeats a
-    reply holds none, since `verify.plain` replaces its characters.
+    reply holds none, since `reading.plain` replaces its characters.
     """
     for token in tokenizer.added_tokens_decoder.values():
         if token.special and token.content in text:

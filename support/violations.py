@@ -11,7 +11,7 @@ from itertools import permutations, product
 
 from support import reading
 
-MAX_FORMULA = 100   # characters of a formula that are looked at
+MAX_FORMULA = 100   # characters; four cards need fewer than 40
 
 TEXTS = {
     "violation_characters": "it is no formula",
