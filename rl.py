@@ -1,6 +1,6 @@
 """Reinforcement learning: PPO with a value head over several turns (paper Sections 3 and 5).
 
-    collect_turns -> score_turns -> estimate_advantages -> ppo_update
+    collect_turns -> draw_minibatches -> score_turns -> estimate_advantages -> ppo_update
 
 A turn is one prompt, one reply and one verdict, and the unit of everything here. It has one reward,
 one value, read at the last prompt token, and one advantage. It has one log-prob, a weighted sum
@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -140,6 +141,7 @@ class Turn:
     info: dict
     picture: object = None    # PIL; the one of the dialogue
     number: int = 0           # of N, in the rollouts of all processes
+    sampled_logprob: float = 0.0     # of the reply, weighted, as seen while it was sampled
 
 
 class Conversation:
@@ -231,12 +233,14 @@ def collect_turns(policy, processor, conversations, update, config, stop) -> lis
                                   config.max_new_tokens, config.temperature, config.generate_tokens,
                                   [turn.picture for turn in asked], memory)
         # Each environment judges its reply and says what comes next.
-        for conversation, turn, (response_ids, _) in zip(conversations, asked, replies):
+        for conversation, turn, (response_ids, logprobs) in zip(conversations, asked, replies):
             reward, done, info = conversation.play(response_ids)
             answer_start = find_answer(processor, response_ids, info["answer_at"])
+            thought, answer = sum(logprobs[:answer_start]), sum(logprobs[answer_start:])
             turns.append(replace(turn, response_ids=response_ids, answer_start=answer_start,
                                  reward=reward, done=done, info=info,
-                                 number=s * config.num_envs + conversation.index))
+                                 number=s * config.num_envs + conversation.index,
+                                 sampled_logprob=config.thought_coef * thought + answer))
             # The dialogues of two environments are logged: reading them shows reward hacking.
             ended = done or info["new_dialogue"] or s == config.turns_per_env - 1
             if conversation in conversations[:2] and ended:
@@ -278,8 +282,18 @@ def turn_batches(policy, turns, dialogues, config, filler=None):
     return running.pad_batches([[dialogues[i] for i in group] for group in groups], filler)
 
 
-def minibatches(turns, update, config):
-    """For every optimizer step: (where it is, number of turns in it, this process's dialogues).
+class Minibatch(NamedTuple):
+    """The turns of one optimizer step."""
+    name: str
+    num_turns: int       # those of other processes included
+    groups: list         # this process's micro-batches, as `turn_batches` returns them
+
+
+def draw_minibatches(policy, turns, update, config) -> list[Minibatch]:
+    """The minibatches of an update. They are drawn and cut into micro-batches once.
+
+    A row's log-prob is rounded otherwise beside other rows, in bfloat16 by more than the clip. So
+    scores and all epochs see the same rows side by side. An epoch only shuffles the minibatches.
 
     Whole dialogues are shuffled and laid end to end. A dialogue belongs to the minibatch in which
     its last turn falls. With minibatch_turns = 4 and dialogues a to d of 2, 1, 3 and 2 turns:
@@ -296,15 +310,18 @@ def minibatches(turns, update, config):
     for part in running.gather([[number, len(dialogue)] for number, dialogue in ours.items()]):
         all_dialogues += part
     numbers, lengths = np.array(sorted(all_dialogues)).T
-    for epoch in running.progress(range(config.epochs), nested=True, desc="update"):
-        rng = np.random.default_rng((SHUFFLES, config.seed, update, epoch))
-        order = rng.permutation(len(numbers))
-        ends = np.cumsum(lengths[order])
-        for start in range(0, lengths.sum(), config.minibatch_turns):
-            chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
-            dialogues = [ours[number] for number in numbers[chosen] if number in ours]
-            num_turns = int(lengths[chosen].sum())
-            yield f"epoch {epoch}, minibatch from turn {start}", num_turns, dialogues
+    order = np.random.default_rng((SHUFFLES, config.seed, update, 0)).permutation(len(numbers))
+    ends = np.cumsum(lengths[order])
+    # A process without a dialogue in a minibatch passes over this one, with weight 0.
+    filler = [group_dialogues(turns)[0]]
+    minibatches = []
+    for start in range(0, lengths.sum(), config.minibatch_turns):
+        chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
+        dialogues = [ours[number] for number in numbers[chosen] if number in ours]
+        groups = turn_batches(policy, turns, dialogues, config, filler)
+        num_turns = int(lengths[chosen].sum())
+        minibatches.append(Minibatch(f"minibatch from turn {start}", num_turns, groups))
+    return minibatches
 
 
 # ---- Scores and update ---------------------------------------------------------------------------
@@ -329,13 +346,17 @@ def turn_logprobs(policy, turns, dialogues: list[list[int]], config):
 
 @running.memory_advice("--micro-batch-tokens or set --gradient-checkpointing")
 @torch.no_grad()
-def score_turns(policy, turns, config):
-    """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,)."""
+def score_turns(policy, turns, groups, config):
+    """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,).
+
+    `groups` are the micro-batches, as `turn_batches` returns them.
+    """
     logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
-    for group, _ in turn_batches(policy, turns, group_dialogues(turns), config):
-        indices = [i for dialogue in group for i in dialogue]
+    for group, weight in groups:
         micro_logprobs, micro_values = turn_logprobs(policy, turns, group, config)
-        logprobs[indices], values[indices] = micro_logprobs.cpu(), micro_values.cpu()
+        if weight:
+            indices = [i for dialogue in group for i in dialogue]
+            logprobs[indices], values[indices] = micro_logprobs.cpu(), micro_values.cpu()
     return logprobs, values
 
 
@@ -352,9 +373,20 @@ def estimate_advantages(turns, values, next_values, config):
     return advantages.flatten(), returns.flatten()
 
 
+def epoch_steps(minibatches, update, config):
+    """(where it is, minibatch) of every optimizer step of an update."""
+    steps = []
+    for epoch in range(config.epochs):
+        rng = np.random.default_rng((SHUFFLES, config.seed, update, epoch))
+        # The first epoch takes them in the order in which they were drawn.
+        order = rng.permutation(len(minibatches)) if epoch else range(len(minibatches))
+        steps += [(f"epoch {epoch}, {minibatches[i].name}", minibatches[i]) for i in order]
+    return steps
+
+
 @running.memory_advice("--micro-batch-tokens or set --gradient-checkpointing")
-def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, returns, update,
-               config):
+def ppo_update(policy, optimizer, turns, minibatches, old_logprobs, old_values, advantages, returns,
+               update, config):
     """`epochs` passes over the N turns in minibatches, one optimizer step each; stats to log.
 
     The loss of a minibatch is the mean over its turns, those of other processes included. Policy
@@ -364,19 +396,20 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
     mean, variance = running.mean_and_variance(advantages)
     normalised = (advantages - mean) / (math.sqrt(variance) + 1e-8)
     columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)
-    filler = [group_dialogues(turns)[0]]
-    sums, grad_norms, first_ratios, first_step = Counter(), [], [], True
-    for where, num_turns, dialogues in minibatches(turns, update, config):
+    sums, grad_norms, first_ratios = Counter(), [], []
+    steps = epoch_steps(minibatches, update, config)
+    for where, minibatch in running.progress(steps, nested=True, desc="update"):
         # The gradient of a minibatch is summed over micro-batches.
         fault = None
-        for group, weight in turn_batches(policy, turns, dialogues, config, filler):
+        for group, weight in minibatch.groups:
             indices = [i for dialogue in group for i in dialogue]
             logprobs, values = turn_logprobs(policy, turns, group, config)
             old_logprob, old_value, advantage, target = columns[:, indices]    # (B,) each
             policy_loss, value_loss, watched = ppo_loss(
                 logprobs, old_logprob, values, old_value, advantage, target, config.clip,
                 config.value_clip)
-            loss = weight * (policy_loss + config.value_coef * value_loss).sum() / num_turns
+            loss = weight * (policy_loss + config.value_coef * value_loss).sum()
+            loss = loss / minibatch.num_turns
             # A loss that is not finite is noted, not raised: other processes wait for this one. The
             # norm below is then not finite in any process, and all of them stop there.
             if not torch.isfinite(loss):
@@ -384,7 +417,8 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
             # `loss` is divided by the turns of all processes, so their gradients should be summed.
             # They get averaged instead. The factor WORLD, the number of processes, undoes that.
             (loss * running.WORLD).backward()
-            if weight and first_step:
+            # Before the first optimizer step nothing has changed, so these are all 1.
+            if weight and not grad_norms:
                 first_ratios += watched["ratio"].tolist()
             if weight:
                 for name, value in watched.items():
@@ -397,8 +431,9 @@ def ppo_update(policy, optimizer, turns, old_logprobs, old_values, advantages, r
             raise FloatingPointError(f"{where}, {faults[0]}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        first_step = False
-    return training.update_stats(sums, first_ratios, grad_norms, old_values, returns, config.epochs)
+    sampled_logprobs = torch.tensor([turn.sampled_logprob for turn in turns])              # (N,)
+    return training.update_stats(sums, first_ratios, grad_norms, old_logprobs - sampled_logprobs,
+                                 returns - old_values, returns, config.epochs)
 
 
 def count_compute(policy, turns, upcoming, config):
@@ -476,14 +511,18 @@ def main(config):
                 stop.leave(run.save(state))
             collected = time.monotonic()
             # Score all replies and prompts with the weights that sampled the replies.
-            old_logprobs, values = score_turns(policy, turns, config)          # (N,), (N,)
+            minibatches = draw_minibatches(policy, turns, update, config)
+            groups = [group for minibatch in minibatches for group in minibatch.groups]
+            old_logprobs, values = score_turns(policy, turns, groups, config)  # (N,), (N,)
             # differs 10: nothing is generated for the bootstrap
             upcoming = [conversation.next_turn() for conversation in conversations]
-            _, next_values = score_turns(policy, upcoming, config)             # (E,)
+            groups = turn_batches(policy, upcoming, group_dialogues(upcoming), config)
+            _, next_values = score_turns(policy, upcoming, groups, config)     # (E,)
             # Estimate how much better each reply was than expected, and train on that.
             advantages, returns = estimate_advantages(turns, values, next_values, config)
-            stats = ppo_update(policy, run.optimizer, turns, old_logprobs, values, advantages,
-                               returns, update, config)
+            stats = ppo_update(policy, run.optimizer, turns, minibatches, old_logprobs, values,
+                               advantages, returns, update, config)
+            run.check_first_ratios(stats)
         updated = time.monotonic()
         # Count tokens, which give the compute, and log the update.
         trained, rollout = count_compute(policy, turns, upcoming, config)

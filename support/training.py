@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from support import run_folder, running, settings
-from support.running import flag
+from support.running import flag, print0
 
 TYPES = ("float32", "bfloat16")
 
@@ -52,6 +52,7 @@ class Run:
         """`vision`: whether the task needs a model that reads pictures."""
         dtype = running.pick_dtype(config.dtype, device, config.out)
         self.config = replace(config, dtype=dtype)
+        self.told_of_ratios = False
         self.newest = run_folder.newest_checkpoint(self.config)
         # A model without a value head gets a new one, drawn from this seed.
         torch.manual_seed(config.seed)
@@ -83,6 +84,15 @@ class Run:
     def show(self, **figures):
         """Write figures behind the progress bar."""
         self.bar.set_postfix(refresh=False, **figures)
+
+    def check_first_ratios(self, stats):
+        """Print a line, once, if an update's PPO ratios were not 1 before its first step."""
+        low, high = stats["ratio_min_first"], stats["ratio_max_first"]
+        if (low, high) != (1.0, 1.0) and not self.told_of_ratios:
+            self.told_of_ratios = True
+            print0(f"before the first optimizer step PPO ratios go from {low:.4f} to {high:.4f}, "
+                   "though nothing has changed: on this device a log-prob is rounded otherwise "
+                   "with a gradient than without one")
 
     def save(self, state, with_value_head=True):
         """Write the checkpoint of this state unless it is there; returns its folder."""
@@ -195,15 +205,20 @@ def rollout_stats(turns, eos_id):
     return stats
 
 
-def update_stats(sums, first_ratios, grad_norms, old_values, returns, epochs):
+def update_stats(sums, first_ratios, grad_norms, gaps, residuals, returns, epochs):
     """What is logged of an update. `sums` are over this process's turns in all epochs; means are
-    over the turns of all processes."""
+    over the turns of all processes.
+
+    gaps (N,) are log-probs as scored minus as sampled, residuals (N,) are returns minus values.
+    """
     num_seen = epochs * running.total(len(returns))
     stats = {name: running.total(value) / num_seen for name, value in sorted(sums.items())}
     ratios = [ratio for part in running.gather(first_ratios) for ratio in part]
-    residual = running.mean_and_variance(returns - old_values)[1]
-    unexplained = residual / (running.mean_and_variance(returns)[1] + 1e-8)
+    residual_variance = running.mean_and_variance(residuals)[1]
+    unexplained = residual_variance / (running.mean_and_variance(returns)[1] + 1e-8)
     return {**stats, "ratio_max_first": max(ratios), "ratio_min_first": min(ratios),
+            "scored_sampled_std": math.sqrt(running.mean_and_variance(gaps)[1]),
+            "scored_sampled_max": max(running.gather(float(gaps.abs().max()))),
             "grad_norm": sum(grad_norms) / len(grad_norms), "optimizer_steps": len(grad_norms),
             "explained_variance": 1 - unexplained}
 

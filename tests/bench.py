@@ -512,7 +512,8 @@ def rollout_vision(args):
             prompts, pictures = zip(*[(turn.prompt_ids, turn.picture) for turn in turns[s:s + E]])
             policy.generate(prompts, uniforms[s:s + E], R, 1.0, config.generate_tokens, pictures,
                             memory)
-        return rl.score_turns(policy, turns, config)[0]
+        groups = rl.turn_batches(policy, turns, rl.group_dialogues(turns), config)
+        return rl.score_turns(policy, turns, groups, config)[0]
 
     def official():
         total = 0.0
@@ -951,7 +952,9 @@ def update_rows(args, rates, name, policy, turns, budget, checkpointing=False):
         enable_checkpointing(policy)
     config, sft_config = (rl.Config(epochs=1, minibatch_turns=len(turns), **common),
                           SFTConfig(**common))
-    old_logprobs, old_values = rl.score_turns(policy, turns, config)
+    minibatches = rl.draw_minibatches(policy, turns, 0, config)
+    groups = [group for minibatch in minibatches for group in minibatch.groups]
+    old_logprobs, old_values = rl.score_turns(policy, turns, groups, config)
     gains = torch.randn(len(turns), generator=torch.Generator().manual_seed(args.seed))
     tower = (sum(p.numel() for p in policy.backbone.model.vision_model.parameters())
              if policy.picture_tokens else 0)
@@ -960,8 +963,8 @@ def update_rows(args, rates, name, policy, turns, budget, checkpointing=False):
     for what, predicted, settings, function in (
             ("SFT step", 64, sft_config, partial(train_step, policy, adam, samples, sft_config)),
             ("PPO update, 3 turns in one row", 3 * 64, config,
-             partial(rl.ppo_update, policy, adam, turns, old_logprobs, old_values, gains, gains, 0,
-                     config))):
+             partial(rl.ppo_update, policy, adam, turns, minibatches, old_logprobs, old_values,
+                     gains, gains, 0, config))):
         tokens = len(dialogues) * 512
         flops = 6 * ((policy.num_params - head - tower) * tokens + head * predicted * len(dialogues)
                      + tower * policy.picture_tokens * len(dialogues))

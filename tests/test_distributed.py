@@ -124,7 +124,13 @@ def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_w
             # it takes time, and shows what rl.py shows
             jobs += [("evaluate", test)] * (name != "tokens")
         jobs.append(("sft", dict(SFT, out=out / "sft_untied", steps=3, model=tmp_path / "untied")))
+        jobs.append(("rl", dict(RL, out=out / "rl_bfloat16", updates=1, dtype="bfloat16",
+                                model=tiny_folder(size="32x16"))))
         run_all(processes, *jobs)
+    for processes in "12":
+        for name in (*tasks, "bfloat16"):
+            for row in metrics(tmp_path / processes / f"rl_{name}"):
+                assert row["ratio_min_first"] == row["ratio_max_first"] == 1.0
     for run in [f"{script}_{name}" for script in ("sft", "rl") for name in tasks] + ["sft_untied"]:
         one, two = tmp_path / "1" / run, tmp_path / "2" / run
         assert_same(metrics(one), metrics(two))

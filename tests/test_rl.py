@@ -1,5 +1,6 @@
 """PPO: advantages, loss, rollouts, update."""
 import copy
+import functools
 import random
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import torch
 import envs
 import model
 import rl
-from support import training
+from conftest import tiny_folder
+from support import running, training
 
 CONFIG = rl.Config(out="", model="", num_envs=4, turns_per_env=3, minibatch_turns=12,
                    max_new_tokens=12, temperature=1.0,
@@ -234,37 +236,98 @@ def test_dialogues_are_grouped_as_the_docstring_says():
 
 
 @pytest.mark.parametrize("update", range(5))
-def test_every_dialogue_falls_into_the_minibatch_that_has_its_last_turn(update):
+def test_every_dialogue_falls_into_the_minibatch_that_has_its_last_turn(tiny, update):
     lengths = (2, 1, 3, 2)
     keys = [(i, 0, 1) for i, length in enumerate(lengths) for _ in range(length)]
     turns = [rl.Turn([1], [2], 0, 0.0, False, key, {}, number=n) for n, key in enumerate(keys)]
-    found = list(rl.minibatches(turns, update, config(minibatch_turns=4, epochs=2)))
-    assert [where for where, _, _ in found] == [f"epoch {epoch}, minibatch from turn {start}"
-                                                for epoch in (0, 1) for start in (0, 4)]
-    for first, second in (found[:2], found[2:]):
-        assert first[1] == sum(map(len, first[2])) <= 4 and first[1] + second[1] == 8
-        assert sorted(first[2] + second[2]) == rl.group_dialogues(turns)
+    first, second = rl.draw_minibatches(tiny[0], turns, update, config(minibatch_turns=4))
+    assert [first.name, second.name] == ["minibatch from turn 0", "minibatch from turn 4"]
+    drawn = []
+    for minibatch in (first, second):
+        dialogues = [dialogue for group, _ in minibatch.groups for dialogue in group]
+        assert minibatch.num_turns == sum(map(len, dialogues))
+        drawn += dialogues
+    assert first.num_turns <= 4 and first.num_turns + second.num_turns == 8
+    assert sorted(drawn) == rl.group_dialogues(turns)
+
+
+def test_an_epoch_shuffles_the_minibatches_and_leaves_them_whole():
+    minibatches = [rl.Minibatch(f"minibatch {i}", 1, [([[i]], 1.0)]) for i in range(6)]
+    steps = rl.epoch_steps(minibatches, 3, config(epochs=3))
+    epochs = [[minibatch for _, minibatch in steps[start:start + 6]] for start in (0, 6, 12)]
+    assert epochs[0] == minibatches and epochs[1] != minibatches and epochs[2] != epochs[1]
+    assert all(sorted(epoch) == minibatches for epoch in epochs)
+    assert steps[6][0] == f"epoch 1, {steps[6][1].name}"
 
 
 # ---- update
 
-def test_before_the_first_step_every_ratio_is_one(tiny, tmp_path):
-    policy = copy.deepcopy(tiny[0])
-    _, turns = rollout(tiny, CONFIG, tmp_path)
-    logprobs, values = rl.score_turns(policy, turns, CONFIG)
-    stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, logprobs, values,
-                          torch.randn(12), torch.randn(12), 0,
-                          config(micro_batch_tokens=700))
-    assert abs(stats["ratio_max_first"] - 1) < 1e-4 and abs(stats["ratio_min_first"] - 1) < 1e-4
+def draw_and_score(policy, turns, config):
+    """The minibatches of an update; log-probs and values as rl.py's main has them."""
+    minibatches = rl.draw_minibatches(policy, turns, 0, config)
+    groups = [group for minibatch in minibatches for group in minibatch.groups]
+    return minibatches, rl.score_turns(policy, turns, groups, config)
 
+
+@functools.cache
+def deep_policy(dtype, family, checkpointing):
+    """A model of 16 layers with large weights. In bfloat16 a log-prob that it scores moves with
+    the rows beside it, as that of a pretrained model does."""
+    policy, processor = model.load_policy(tiny_folder(size="32x16", family=family), dtype,
+                                          vision=family != "llama",
+                                          gradient_checkpointing=checkpointing)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in policy.backbone.parameters():
+            if p.ndim == 2:
+                p.copy_(0.08 * torch.randn(p.shape, generator=generator))
+    return policy, processor
+
+
+def two_tries(processor, family, num, seed=0):
+    """Turns of `num` dialogues of two tries each: expert replies, and none of them sampled."""
+    rng, turns = random.Random(seed), []
+    settings = {"resolution": 48} if family != "llama" else {}
+    for i in range(num):
+        env = envs.make_env("gp-l" if family == "llama" else "gp-vl", "id", **settings)
+        messages, _ = env.reset(i)
+        ids = model.encode(processor, messages)
+        for _ in range(2):
+            reply = model.encode_reply(processor, env.flawed_reply() + " so" * rng.randint(0, 9))
+            turns.append(rl.Turn(ids, reply, rng.randint(0, 9), 0.0, False, (i, 0, 1), {},
+                                 picture=model.picture_of(messages), number=len(turns)))
+            messages, *_ = env.step(model.decode_reply(processor, reply))
+            ids = model.encode(processor, messages, ids + reply)
+    return turns
+
+
+@pytest.mark.parametrize("dtype, family, checkpointing", [
+    ("float32", "llama", False), ("bfloat16", "llama", False), ("bfloat16", "llama", True),
+    ("bfloat16", "mllama", False), ("bfloat16", "qwen2_5_vl", True)])
+def test_before_the_first_step_every_ratio_is_one(dtype, family, checkpointing):
+    policy, processor = deep_policy(dtype, family, checkpointing)
+    policy = copy.deepcopy(policy)
+    turns = two_tries(processor, family, 12)
+    settings = config(dtype=dtype, temperature=0.2, micro_batch_tokens=1500, minibatch_turns=12,
+                      epochs=2)
+    minibatches, (logprobs, values) = draw_and_score(policy, turns, settings)
+    assert len(minibatches) == 2 and max(len(minibatch.groups) for minibatch in minibatches) > 1
+    alone = [([dialogue], 1.0) for dialogue in rl.group_dialogues(turns)]
+    moved = (rl.score_turns(policy, turns, alone, settings)[0] - logprobs).abs().max()
+    stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters(), lr=1e-5), turns,
+                          minibatches, logprobs, values, torch.linspace(-1, 1, 24),
+                          torch.linspace(1, -1, 24), 0, settings)
+    assert stats["ratio_max_first"] == stats["ratio_min_first"] == 1.0
+    if dtype == "bfloat16" and running.has_bfloat16_units():
+        assert moved > 1e-3
 
 def one_update(tiny, turns, advantages, **changes):
     policy = copy.deepcopy(tiny[0])
-    logprobs, values = rl.score_turns(policy, turns, CONFIG)
+    minibatches, (logprobs, values) = draw_and_score(policy, turns, config(**changes))
     stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters(), lr=1e-3, eps=1e-7), turns,
-                          logprobs, values, advantages,
-                          advantages, 0, config(**changes))
-    after, _ = rl.score_turns(policy, turns, CONFIG)
+                          minibatches, logprobs, values, advantages, advantages, 0,
+                          config(**changes))
+    _, (after, _) = draw_and_score(policy, turns, config(**changes))
     return policy, after - logprobs, stats
 
 
@@ -296,7 +359,8 @@ def test_a_loss_that_is_not_finite_names_the_minibatch_and_the_turns(tiny, tmp_p
     advantages = torch.zeros(12)
     advantages[5] = float("nan")
     with pytest.raises(FloatingPointError, match=r"^epoch 0, minibatch from turn 0, turns \["):
-        rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns, torch.zeros(12),
+        rl.ppo_update(policy, torch.optim.Adam(policy.parameters()), turns,
+                      rl.draw_minibatches(policy, turns, 7, CONFIG), torch.zeros(12),
                       torch.zeros(12), advantages, advantages, 7, CONFIG)
 
 
