@@ -44,6 +44,7 @@
 # Four hands in five have black suits; the fifth has red ones, the look that is tested later.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/common.sh
 TASK=${TASK:-gp-l}
 OUT=${OUT:-runs/base-$TASK${SMOKE:+-smoke}}
 [ -z "${SMOKE:-}" ] || BASE=${BASE:-$OUT/base}
@@ -64,7 +65,7 @@ train() {
     shift 4
     [ -z "${SMOKE:-}" ] || steps=4
     say "stage $name of $stages, $steps steps"
-    python sft.py --task "$TASK" --model "$model" --out "$OUT/$name" --steps "$steps" \
+    attended python sft.py --task "$TASK" --model "$model" --out "$OUT/$name" --steps "$steps" \
         --seed "$seed" ${env[@]+--env "${env[@]}"} --micro-batch-tokens 8192 \
         ${SMOKE:+--batch-size 16} "$@"
 }
@@ -75,7 +76,7 @@ own() {
     shift 4
     [ -z "${SMOKE:-}" ] || num=64
     [ -f "$file" ] ||
-        python data/own_failures.py --task "$TASK" --model "$model" --out "$file" --num "$num" \
+        attended python data/own_failures.py --task "$TASK" --model "$model" --out "$file" --num "$num" \
             --seed "$seed" "$@"
 }
 

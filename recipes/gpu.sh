@@ -19,6 +19,7 @@
 #   SMOKE=1            a few steps, in a separate folder
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/common.sh
 export TASK=gp-l
 OUT=${OUT:-runs/gpu-gp-l${SMOKE:+-smoke}}
 SEEDS=${SEEDS:-0 1 2}
@@ -28,22 +29,19 @@ export MORE_RL=${MORE_RL:---updates 40 --save-every 10 --lr-horizon 40}
 export MORE_SFT=${MORE_SFT:---steps 700 --save-every 175} SFT_SETTINGS=${SFT_SETTINGS:---lr 3e-5}
 export MORE_TEST=${MORE_TEST:---episodes 1000}
 mkdir -p "$OUT"
+check_numbers SEEDS
 runs="" jobs=()
 for seed in $SEEDS; do
-    start=$OUT/start_$seed
-    (
-        [ -d "$start" ] || SEED=$seed BASE=$start OUT=$OUT/making_$seed bash recipes/base.sh
-        MODEL=$start SEEDS=$seed OUT=$OUT bash recipes/tiny.sh
-    ) >"$OUT/log_$seed" 2>&1 &
-    jobs+=($!)
+    printf -v start %q "$OUT/start_$seed"
+    printf -v making %q "$OUT/making_$seed"
+    printf -v out %q "$OUT"
+    make="env SEED=$seed BASE=$start OUT=$making bash recipes/base.sh"$'\t'
+    [ ! -d "$OUT/start_$seed" ] || make=
+    jobs+=("seed_$seed"$'\t'"${make}env MODEL=$start SEEDS=$seed OUT=$out bash recipes/tiny.sh")
     runs="$runs,$OUT/sft_0_$seed,$OUT/rl_0_$seed"
 done
-failed=""
-for job in "${jobs[@]}"; do
-    wait "$job" || failed=1
-done
-[ -z "$failed" ] ||
-    { echo "a seed failed; the ends of the logs:" >&2; tail -n 5 "$OUT"/log_* >&2; exit 1; }
+attended python recipes/runs.py --logs "$OUT" --side-by-side ${#jobs[@]} --title "$TASK" \
+    <<<"$(printf '%s\n' "${jobs[@]}")"
 python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
 figure=$OUT/figure.png
 [ -f "$figure" ] || figure="not drawn"

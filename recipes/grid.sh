@@ -31,7 +31,7 @@ for temperature in $temperatures; do
     done
 done
 STARTS=9 SEEDS=0 RL_SETTINGS=${rl_settings#;} SFT_SETTINGS="--lr 1e-4;--lr 3e-4;--lr 1e-3" \
-    MORE_TEST="--splits id" bash recipes/tiny.sh
+    MORE_TEST="--splits id" attended bash recipes/tiny.sh
 python - "$OUT" "$TASK" <<'PY'
 import json, sys
 from pathlib import Path

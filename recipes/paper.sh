@@ -52,8 +52,7 @@ else
     [ -n "${MODEL:-}" ] ||
         { echo "set MODEL to a model folder, or SMOKE=1 to see that everything runs" >&2; exit 2; }
 fi
-[ -z "${MODEL:-}" ] || [ -f "$MODEL/config.json" ] ||
-    { echo "MODEL=$MODEL: no such model folder (it would have a config.json)" >&2; exit 2; }
+check_model
 [[ $task != virl-* ]] ||
     env+=("root=${DATA:?set DATA to the folder with train/ and mini/, or SMOKE=1}")
 if [ -z "${MODEL:-}" ]; then
@@ -70,23 +69,23 @@ data=(--task "$task" --env "${env[@]}")
 stage() { echo "== $task: $1 ($((SECONDS / 60)) minutes so far)"; }
 
 stage "1 of 6, the common start by SFT, $start_steps steps"
-"${run[@]}" sft.py --model "$MODEL" --out "$OUT/start" --seed "$SEED" \
+attended "${run[@]}" sft.py --model "$MODEL" --out "$OUT/start" --seed "$SEED" \
     "${data[@]}" "${sft[@]}" "${small[@]}" \
     --steps "$start_steps" --save-every "$start_steps" --lr "$sft_lr"
 printf -v start "%s/start/step_%06d" "$OUT" "$start_steps"
 stage "2 of 6, SFT goes on from the start, $sft_steps steps"
-"${run[@]}" sft.py --model "$start" --out "$OUT/sft" --seed "$((SEED + 1))" \
+attended "${run[@]}" sft.py --model "$start" --out "$OUT/sft" --seed "$((SEED + 1))" \
     "${data[@]}" "${sft[@]}" "${small[@]}" \
     --steps "$sft_steps" --save-every "$sft_save" --lr "$sft_lr"
 stage "3 of 6, PPO goes on from the start, $updates updates"
-"${run[@]}" rl.py --model "$start" --out "$OUT/rl" --seed "$SEED" \
+attended "${run[@]}" rl.py --model "$start" --out "$OUT/rl" --seed "$SEED" \
     "${data[@]}" "${rl[@]}" "${small[@]}" "${sample[@]}" \
     --updates "$updates" --lr "$rl_lr" --lr-horizon "$lr_horizon"
 stage "4 of 6, testing the start and PPO's checkpoints"
-"${run[@]}" evaluate.py --run-folder "$OUT/rl" \
+attended "${run[@]}" evaluate.py --run-folder "$OUT/rl" \
     --splits "${splits[@]}" "${sample[@]}" "${test[@]}"
 stage "5 of 6, testing SFT's checkpoints"
-"${run[@]}" evaluate.py --run-folder "$OUT/sft" --no-start \
+attended "${run[@]}" evaluate.py --run-folder "$OUT/sft" --no-start \
     --splits "${splits[@]}" "${sample[@]}" "${test[@]}"
 stage "6 of 6, table and figure"
 python evaluate.py --compare "$OUT/sft,$OUT/rl" --figure "$OUT/figure.png"

@@ -19,6 +19,7 @@
 #   SMOKE=1            a few steps, in a separate folder
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/common.sh
 FAMILY=${FAMILY:-mllama}
 OUT=${OUT:-runs/read-$FAMILY${SMOKE:+-smoke}}
 steps="--steps 700 --save-every 100 --batch-size 64" test="--episodes 234"
@@ -30,10 +31,10 @@ for seed in ${SEEDS:-0}; do
     [ -d "$OUT/blank_$seed" ] ||
         python support/tiny.py --task gp-vl --family "$FAMILY" --out "$OUT/blank_$seed" \
             --size 96x4 --seed "$seed" --env resolution=224
-    python sft.py --task gp-vl --model "$OUT/blank_$seed" --out "$OUT/sft_$seed" --seed "$seed" \
+    attended python sft.py --task gp-vl --model "$OUT/blank_$seed" --out "$OUT/sft_$seed" --seed "$seed" \
         --mix id fold=train --env resolution=224 verify_iter=1 $steps --lr 1e-3 \
         --micro-batch-tokens 8192
-    python evaluate.py --run-folder "$OUT/sft_$seed" --no-start --seeds "$seed" \
+    attended python evaluate.py --run-folder "$OUT/sft_$seed" --no-start --seeds "$seed" \
         --splits id unseen visual_ood $test --max-new-tokens 48
     echo "== seed $seed: the results of every checkpoint are in $OUT/sft_$seed/eval.jsonl"
 done

@@ -37,6 +37,7 @@
 #   JOBS=2, SMOKE=1    as in recipes/tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/common.sh
 OUT=${OUT:-runs/study${SMOKE:+-smoke}}
 STARTS=${STARTS:-0 1 2}
 [ -z "${SMOKE:-}" ] || STARTS=0
@@ -51,7 +52,7 @@ start_of() {
     mkdir -p "$OUT/$1"
     [ "$1/$2" = virl-l/0 ] || [ "$2" != 0 ] || ln -sfn "$PWD/data/base/$1" "$OUT/$1/0"
     [ -d "$OUT/$1/$2" ] ||
-        TASK=$1 SEED=$2 BASE=$OUT/$1/$2 OUT=$OUT/$1/making_$2 bash recipes/base.sh
+        TASK=$1 SEED=$2 BASE=$OUT/$1/$2 OUT=$OUT/$1/making_$2 attended bash recipes/base.sh
 }
 # The starts of a panel: PANEL FOLDER, with @ in FOLDER for the number of a start.
 begin() {
@@ -63,7 +64,7 @@ begin() {
 # The runs of a panel: PANEL TASK, with the settings of tiny.sh before it.
 panel() {
     echo "== panel $1"
-    OUT=$OUT/$1 TASK=$2 STARTS=$STARTS bash recipes/tiny.sh
+    OUT=$OUT/$1 TASK=$2 STARTS=$STARTS attended bash recipes/tiny.sh
 }
 ppo="--temperature 0.2 --lr 3e-5 --lr-final 3e-5"
 warm="--lr 1e-4 --lr-final 1e-4 --temperature"
@@ -98,7 +99,7 @@ feedback=informative reward=verdict" panel virl virl-l ;;
                 after=$(ls -d "$OUT/virl-l/making_$start"/2/step_?????? | tail -1)
                 [ -d "$folder/start_$start" ] ||
                     TASK=virl-l SEED=$start BASE=$folder/start_$start OUT=$folder/making_$start \
-                        FAULTS=${cell#*:} AFTER=$after bash recipes/base.sh
+                        FAULTS=${cell#*:} AFTER=$after attended bash recipes/base.sh
             done
             RL_SETTINGS=$ppo SFT_SETTINGS="--lr 1e-3" MORE_RL="--save-every 10" \
                 MORE_SFT="--save-every 50" panel "$name/${cell%%:*}" virl-l

@@ -39,6 +39,7 @@
 # of virl-l are always run. The comparisons are in results/gp_l.md, virl_l.md and gp_vl.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/common.sh
 TASK=${TASK:-gp-l}
 OUT=${OUT:-runs/tiny-$TASK${SMOKE:+-smoke}}
 STARTS=${STARTS:-0}
@@ -97,12 +98,16 @@ fi
 
 # ---- The starts and the list of runs ----
 
+check_model
+check_numbers JOBS STARTS SEEDS
+[ ! -e "$OUT" ] || [ -d "$OUT" ] || { echo "OUT=$OUT: is a file, not a folder" >&2; exit 2; }
 mkdir -p "$OUT"
 say() { echo "== $TASK: $1 ($((SECONDS / 60)) minutes so far)"; }
 [ "$TASK" != virl-l ] || [ -d "$DATA" ] ||
     python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
 jobs=() runs=""
-# One run, trained and then tested: NAME SCRIPT TEST-OPTION, then the options of the training.
+# One run, trained and then tested, is a line for runs.py: NAME SCRIPT TEST-OPTION, then the options
+# of the training.
 job() {
     name=$1 script=$2 option=$3
     shift 3
@@ -110,7 +115,7 @@ job() {
     printf -v folder %q "$OUT/$name"
     training="python $script $options"
     testing="python evaluate.py --run-folder $folder --seeds $number $test $sample $option"
-    jobs+=("$name $training && $testing")
+    jobs+=("$name"$'\t'"$training"$'\t'"$testing")
     runs="$runs,$OUT/$name"
 }
 for start in $STARTS; do
@@ -119,7 +124,7 @@ for start in $STARTS; do
         model=${MODEL:-data/base/$TASK}
     elif [ ! -d "$model" ]; then
         say "making start $start"
-        SEED=$start BASE=$model OUT=$OUT/making_$start bash recipes/base.sh
+        SEED=$start BASE=$model OUT=$OUT/making_$start attended bash recipes/base.sh
     fi
     for seed in $SEEDS; do
         # The start itself is tested once, with the first run that begins with it.
@@ -141,19 +146,8 @@ done
 
 # ---- The runs, JOBS at a time, then the table and the figure ----
 
-run_job() {
-    echo "== $TASK: ${1%% *} begins"
-    bash -c "${1#* }" >>"$OUT/log_${1%% *}" 2>&1 || {
-        echo "== $TASK: ${1%% *} ended early; the end of $OUT/log_${1%% *}:" >&2
-        tail -n 5 "$OUT/log_${1%% *}" >&2
-        exit 255                                            # xargs then begins no other run
-    }
-    echo "== $TASK: ${1%% *} is done"
-}
-export TASK OUT
-export -f run_job
-say "${#jobs[@]} runs, each trained and then played on every split; $JOBS at a time"
-printf '%s\0' "${jobs[@]}" | xargs -0 -n 1 -P "$JOBS" bash -c 'run_job "$1"' tiny.sh
+attended python recipes/runs.py --logs "$OUT" --side-by-side "$JOBS" --title "$TASK" \
+    <<<"$(printf '%s\n' "${jobs[@]}")"
 if [ ${#rl_settings[@]} != 0 ] && [ ${#sft_settings[@]} != 0 ]; then
     say "table and figure"
     python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"

@@ -1,0 +1,35 @@
+# What the recipes share; each of them reads this file with `source`.
+
+# attended COMMAND...: run it and await its end. A stop (Ctrl-C, SIGTERM) lets it save, and then
+# ends the recipe with 130 or 143.
+attended() {
+    local pid status=0 stop=0
+    "$@" <&0 &
+    pid=$!
+    trap 'stop=130' INT                    # a terminal sends Ctrl-C to the command, too
+    trap 'stop=143; kill -TERM $pid 2>/dev/null || true' TERM
+    while kill -0 $pid 2>/dev/null; do
+        wait $pid && status=0 || status=$? # a signal ends this wait early
+    done
+    trap - INT TERM
+    [ $stop = 0 ] || exit $stop
+    return $status
+}
+
+# check_model: MODEL is a model folder, if it is set.
+check_model() {
+    [ -z "${MODEL:-}" ] || [ -f "$MODEL/config.json" ] || {
+        echo "MODEL=$MODEL: no such model folder (it would have a config.json)" >&2
+        exit 2
+    }
+}
+
+# check_numbers NAME...: each of these settings is a list of whole numbers.
+check_numbers() {
+    for setting in "$@"; do
+        [[ ${!setting} =~ ^[0-9]+( +[0-9]+)*$ ]] || {
+            echo "$setting=${!setting}: expected whole numbers, such as $setting=0" >&2
+            exit 2
+        }
+    done
+}

@@ -1,0 +1,91 @@
+"""recipes/runs.py and recipes/common.sh: runs side by side, where they stand, and a stop."""
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+
+BAR = "\rsft:  45%|####5     | 90/200 [01:10<01:20,  1.28it/s, loss=0.2]"
+SAVES = "trap 'echo saved; exit 130' INT; trap 'echo saved; exit 143' TERM; "
+
+
+def started(jobs, folder, **options):
+    """recipes/runs.py with these jobs: {name: commands}."""
+    lines = ["\t".join([name, *commands]) for name, commands in jobs.items()]
+    process = subprocess.Popen([sys.executable, ROOT / "recipes/runs.py", "--logs", folder,
+                                "--title", "gp-l"], stdin=subprocess.PIPE, text=True,
+                               **{"stdout": subprocess.PIPE, **options})
+    process.stdin.write("\n".join(lines))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def sh(script):
+    """A command of a run: this shell script."""
+    return f'bash -c "{script}"'
+
+
+def test_the_commands_of_a_run_follow_each_other_and_a_fault_of_this_attempt_is_shown(tmp_path):
+    (tmp_path / "log_bad").write_text("rl.py: error: of an earlier attempt\n")
+    jobs = {"good": [sh("echo one; sleep 0.6"), sh("echo two")],
+            "bad": [sh("echo begins; echo 'sft.py: error: no such model' >&2; exit 2")],
+            "later": [sh("echo never")]}
+    process = started(jobs, tmp_path)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert (tmp_path / "log_good").read_text() == "one\ntwo\n"
+    assert "bad ended early:\n   sft.py: error: no such model\n" in said
+    assert "earlier attempt" not in said and "good is done (1 of 3)" in said
+    assert not (tmp_path / "log_later").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_reaches_the_commands_is_awaited_and_begins_no_other(tmp_path, number):
+    saving = SAVES + "echo ready; while true; do sleep 0.1; done"
+    jobs = {name: [f"bash -c \"{saving}\"", sh("echo second")] for name in "ab"}
+    process = started({**jobs, "c": [sh("echo third")]}, tmp_path)
+    logs = [tmp_path / "log_a", tmp_path / "log_b"]
+    while not all(log.exists() and "ready" in log.read_text() for log in logs):
+        time.sleep(0.05)
+    process.send_signal(number)
+    time.sleep(0.1)
+    process.send_signal(number)            # the recipe passes on what the terminal has sent
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert said.endswith("stopping, a and b saving first\n"
+                         "== gp-l: stopped; the same command goes on\n")
+    assert [log.read_text() for log in logs] == ["ready\nsaved\n"] * 2
+    assert not (tmp_path / "log_c").exists()
+
+
+def test_a_terminal_shows_stage_step_and_time_left(tmp_path):
+    master, slave = pty.openpty()
+    (tmp_path / "bar").write_text(BAR)
+    process = started({"sft_0_0": [sh(f"cat {tmp_path}/bar; sleep 0.8")]}, tmp_path, stdout=slave)
+    process.wait(timeout=30)
+    os.close(slave)
+    shown = os.read(master, 100_000).decode()
+    assert "sft_0_0  training, step 90 of 200, 01:20 left" in shown
+    assert "0 of 1 runs done" in shown and "sft_0_0 is done (1 of 1)" in shown
+
+
+@pytest.mark.parametrize("number, everyone", [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_recipe_awaits_the_end_of_its_command(number, everyone):
+    """SIGTERM comes to the recipe alone, Ctrl-C to the command as well."""
+    command = ("import signal, sys, time\n"
+               "def save(*_): print('saved'); sys.exit(1)\n"
+               "signal.signal(signal.SIGINT, save); signal.signal(signal.SIGTERM, save)\n"
+               "print('ready', flush=True); time.sleep(60)")
+    script = 'source recipes/common.sh; attended "$@"; echo goes on'
+    process = subprocess.Popen(["bash", "-ec", script, "recipe", sys.executable, "-c", command],
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    (os.killpg if everyone else os.kill)(process.pid, number)
+    said, _ = process.communicate(timeout=30)
+    assert said == "saved\n" and process.returncode == 128 + number
