@@ -76,8 +76,8 @@ own() {
     shift 4
     [ -z "${SMOKE:-}" ] || num=64
     [ -f "$file" ] ||
-        attended python data/own_failures.py --task "$TASK" --model "$model" --out "$file" --num "$num" \
-            --seed "$seed" "$@"
+        attended python data/own_failures.py --task "$TASK" --model "$model" --out "$file" \
+            --num "$num" --seed "$seed" "$@"
 }
 
 stages=3

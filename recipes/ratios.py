@@ -9,9 +9,9 @@ played. Then one update is made twice, from the same weights:
     before    scores are made with all rows of the rollout, and each epoch draws new minibatches
     now       scores and all epochs see the same rows side by side (`rl.draw_minibatches`)
 
-The table has the spread of the log-ratio before the first optimizer step, the share of turns whose
-ratio is beyond the clip at the first and at the last step, and seconds. "Sampled" is the spread of
-the log-probs as scored against those seen while sampling. Results are in results/robustness.md.
+The table has the spread of the log-ratio before the first optimizer step, and seconds. It also has
+the share of turns whose ratio is beyond the clip, at the first and at the last step. "Sampled" is
+the spread of log-probs as scored minus as seen while sampling. Results: results/robustness.md.
 """
 import copy
 import sys

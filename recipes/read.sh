@@ -31,8 +31,8 @@ for seed in ${SEEDS:-0}; do
     [ -d "$OUT/blank_$seed" ] ||
         python support/tiny.py --task gp-vl --family "$FAMILY" --out "$OUT/blank_$seed" \
             --size 96x4 --seed "$seed" --env resolution=224
-    attended python sft.py --task gp-vl --model "$OUT/blank_$seed" --out "$OUT/sft_$seed" --seed "$seed" \
-        --mix id fold=train --env resolution=224 verify_iter=1 $steps --lr 1e-3 \
+    attended python sft.py --task gp-vl --model "$OUT/blank_$seed" --out "$OUT/sft_$seed" \
+        --seed "$seed" --mix id fold=train --env resolution=224 verify_iter=1 $steps --lr 1e-3 \
         --micro-batch-tokens 8192
     attended python evaluate.py --run-folder "$OUT/sft_$seed" --no-start --seeds "$seed" \
         --splits id unseen visual_ood $test --max-new-tokens 48

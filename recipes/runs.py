@@ -115,7 +115,7 @@ class Screen:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM, which are passed on to the runs. A second one makes them leave at once."""
+    """Ctrl-C and SIGTERM, to be passed on to the runs. A second one makes them leave at once."""
 
     def __init__(self):
         self.status = 0              # later what a shell expects of a process that was stopped so
