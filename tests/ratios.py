@@ -1,6 +1,6 @@
 """What rounding does to PPO's ratios on a real model, and what keeping rows side by side costs.
 
-    python recipes/ratios.py runs/base/step_000020 --dtype bfloat16     # a model in words
+    python tests/ratios.py runs/base/step_000020 --dtype bfloat16     # a model in words
 
 A reply's log-prob is rounded otherwise beside other rows. PPO compares two log-probs of a reply, so
 a ratio may differ from 1 before anything was trained. For each temperature one rollout of GP-L is
