@@ -30,8 +30,9 @@ follows the first = is not read. Values are exact fractions, so 8/(3-8/3) makes 
 
 `reading.read_reply` (support/reading.py) finds the answer in the reply. It reads what a person
 would read, also where the JSON is damaged or stands within prose. Of several answers the last one
-counts. It never raises an error, and its work on a hostile reply is bounded. This file knows
-neither torch nor the environments. Meet it with `python envs.py gp-l`.
+counts. What the model thinks, up to </think>, is no answer. `read_reply` never raises an error, and
+its work on a hostile reply is bounded. This file knows neither torch nor the environments. Meet it
+with `python envs.py gp-l`.
 """
 import re
 from dataclasses import dataclass
@@ -216,6 +217,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     `feedback` "informative" names the fault and its values, "plain" only says that the try failed.
     The message is made of `phrases`.
     """
+    reply = reading.without_thought(reply)
     # `stated` is {"formula": ..., "cards": ..., "number": ...}, or {} if there is no formula.
     stated, answer_at = reading.read_reply(reply, ("formula", "cards", "number"))
     named = stated.get("cards")
@@ -266,6 +268,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     `feedback` "informative" says what was wrong, but never what would be right.
     `reading.names_intersection` decides whether an observation names or denies an intersection.
     """
+    reply = reading.without_thought(reply)
     # `stated` is {"action": ..., "current observation": ...}, or {} if there is no action.
     stated, answer_at = reading.read_reply(reply, ("action", "current observation"))
     said = stated.get("action")

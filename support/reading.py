@@ -7,6 +7,8 @@ They forget a brace, or the limit on tokens cuts the object. `read_reply` reads 
     read_reply("So: {'action': stop(),} Done.", ("action", "current observation"))
     -> Reading(values={"action": "stop()"}, answer_at=5)
 
+What a model thinks in <think> marks is no part of its answer: `without_thought` goes before.
+
 Any string may come in, and none raises an error or takes long. Below `read_reply` stands how what
 was read is compared with the truth, and how a verdict repeats it to the model.
 """
@@ -16,6 +18,7 @@ import unicodedata
 from functools import lru_cache
 from typing import NamedTuple
 
+THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
 MAX_SCALARS = 500   # words and numbers that are read in an object that is not JSON
 MAX_NAME = 1000     # characters of an observation or an action that are compared
 MAX_ECHO = 100      # characters of what a reply states, when a verdict repeats it
@@ -253,6 +256,18 @@ def last_value(text, key):
 
 
 # ---- A reply -------------------------------------------------------------------------------------
+
+def without_thought(reply):
+    """A reply with blanks in place of its thought, so that all else keeps its position.
+
+    Thought is what stands before the last </think>, also where the template wrote its <think>. It
+    is also what stands behind a <think> that never ends. There the reply has no answer yet.
+    """
+    # differs 27: theirs reads an answer within the thought, too
+    before, mark, rest = reply.rpartition(END_OF_THOUGHT)
+    answer, _, _ = rest.partition(THOUGHT)
+    return (" " * len(before + mark) + answer).ljust(len(reply))
+
 
 def read_reply(reply, keys):
     """Read a reply as a person would: a `Reading` of `keys`, of which the first is the answer's.

@@ -27,6 +27,15 @@ def test_an_object_around_the_last_one_counts():
     assert (found["formula"], start) == ("8/(3-8/3)", 4)
 
 
+@pytest.mark.parametrize("before, answer, after", [
+    ("", "3*8", ""), ("", "", ""), ("", "I think. <thinking>", ""), ("<think>a</think>", "b", ""),
+    ("a</think>", "b", ""), ("a</think>b</think>", "c", ""), ("", "a", "<think>b"),
+    ("</think>", "a", "<think>"), ("<think>a</think>", "b", "<think>c<think>d")])
+def test_blanks_stand_in_place_of_a_thought(before, answer, after):
+    blanked = " " * len(before) + answer + " " * len(after)
+    assert reading.without_thought(before + answer + after) == blanked
+
+
 @pytest.mark.parametrize("text, value, at", [
     ('"cards": ["3", "8"], "formula": "3*8"', "3*8", 21),
     ("formula: '3*8'", "3*8", 0),

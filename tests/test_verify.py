@@ -407,6 +407,45 @@ def test_a_formula_that_is_not_text_is_illegal(formula):
     assert judge(json.dumps({"formula": formula})).status == "illegal_formula"
 
 
+# A reply with thought: what an answer in its place {right} or {wrong} is worth.
+THOUGHTS = {
+    "the answer stands in the thought only": ("<think>{right}</think>", "none"),
+    "the template wrote <think>": ("{right}</think>", "none"),
+    "taken back": ("<think>{right}</think> No, I cannot do it.", "none"),
+    "taken back, the template wrote <think>": ("{right} No.</think> I cannot do it.", "none"),
+    "cut within the thought": ("<think> I try {right}", "none"),
+    "cut within a second thought": ("<think>hm</think><think> {right}", "none"),
+    "the mark stands in the thought": ("<think>a <think> {right} </think>hm</think>", "none"),
+    "another answer than in the thought": ("<think>{right}</think>{wrong}", "wrong"),
+    "another answer, the template wrote <think>": ("{right}</think>\n\n{wrong}", "wrong"),
+    "the answer behind the thought": ("<think>{wrong} or {right}</think>{right}", "right"),
+    "behind it, the template wrote <think>": ("{wrong}</think>\n\n{right}", "right"),
+    "an odd quote in the thought": ("<think>so \" {{ {wrong}</think>So: {right}", "right"),
+    "an empty thought": ("<think>\n\n</think>\n\n{right}", "right"),
+    "a thought behind the answer that is cut": ("{right} <think> or {wrong}", "right"),
+}
+
+
+@pytest.mark.parametrize("name", THOUGHTS)
+def test_an_answer_within_the_thought_is_no_answer(name):
+    shape, expected = THOUGHTS[name]
+    statuses = {"right": "correct", "wrong": "wrong_numbers", "none": "illegal_formula"}
+    reply = shape.format(right=good_reply(), wrong=good_reply("3*8"))
+    verdict = judge(reply, vision=True)
+    assert verdict.status == statuses[expected]
+    assert verdict.cards_read is (expected != "none")
+    answer = {"right": '"formula": "8/', "wrong": '"formula": "3*8', "none": ""}[expected]
+    assert reply[verdict.answer_at:].startswith(answer)
+    assert (verdict.answer_at == len(reply)) is (expected == "none")
+
+    right = '{"current observation": "Marn Cafe", "action": "forward()"}'
+    reply = shape.format(right=right, wrong='{"action": "stop()"}')
+    verdict = verify.judge_navigation(reply, "forward()", "Marn Cafe", False)
+    assert verdict.status == ("correct" if expected == "right" else "wrong_observation")
+    assert verdict.message.startswith("No JSON object") is (expected == "none")
+    assert (verdict.answer_at == len(reply)) is (expected == "none")
+
+
 @pytest.mark.parametrize("last, status", [
     (good_reply("3+3+8+8=24"), "wrong_value"), (good_reply("3*8"), "wrong_numbers"),
     (good_reply("8*"), "illegal_formula"),
