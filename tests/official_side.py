@@ -150,8 +150,7 @@ def is_right(formula):
 def reply_cards(rng, env):
     """A reply about the hand of an environment.
 
-    From a picture it is never a right formula over misread cards, which would end our episode. Nor
-    is it the right cards without a formula, which ours counts as misread.
+    From a picture it is never a right formula over misread cards, which would end our episode.
     """
     cards = list(env.cards_without_suit)
     if rng.random() < 0.3:
@@ -162,7 +161,7 @@ def reply_cards(rng, env):
         right = formula is not None and is_right(formula)
         if not (right and (misread or eval(formula) != 24 or re.search(r"\b0", formula))):
             break
-    if formula is None and (rng.random() < 0.5 or not env.language_only and not misread):
+    if formula is None and rng.random() < 0.5:
         return "I cannot tell."
     last = "" if formula is None else f'  "formula": "{formula}{rng.choice(("=24", "", "=25"))}",\n'
     return f'{{\n  "cards": {cards},\n  "number": {env.cards_num},\n{last}}}'
