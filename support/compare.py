@@ -30,6 +30,9 @@ TITLES = {
     "unseen": "the training rule, held out from training",
 }
 
+# Measures of ours that stand beside the paper's, and are never above it (docs/differences.md, 22).
+LOWER_BOUNDS = ("solved_and_read",)
+
 # Settings that say how a run is executed. Runs that differ only in these are one arm.
 NOT_OF_THE_METHOD = {
     "out", "model", "seed", "steps", "updates", "save_every", "keep_resume", "micro_batch_tokens",
@@ -318,12 +321,21 @@ def common_checkpoints(rows, split):
 
 # ---- The table ---------------------------------------------------------------------------------
 
+def in_words(metric):
+    """A metric as a reader is shown it; the name says where it is a bound of the paper's measure."""
+    words = metric.replace("_", " ")
+    return f"{words} (lower bound)" if metric in LOWER_BOUNDS else words
+
+
 def beside_paper(task, row, numbers):
     """In words, a row beside the paper's numbers (as in Reference); "" where the paper has none."""
     found = []
     for (of, split, metric), (start, sft, rl) in numbers.items():
         if (of, split) == (task, row["split"]):
-            found.append(f"{metric.replace('_', ' ')} {100 * row[metric]:.1f} %, in the paper "
+            upper = ""
+            if metric in LOWER_BOUNDS:
+                upper = f" and success {100 * row['success']:.1f} % (upper bound)"
+            found.append(f"{in_words(metric)} {100 * row[metric]:.1f} %{upper}, in the paper "
                          f"{start} at the start, {sft} after SFT, {rl} after RL")
     return "; ".join(found)
 
@@ -385,10 +397,15 @@ def compare(folders, figure, paper):
                     found.append(f"{arm} on {TITLES[split]} {change:+.1f} ± {change_error:.1f}{p} "
                                  f"(paper: {sign}; {verdict})")
             cells += paper_cells(paper.numbers.get((task, split, metric)))
-            print(f"| {metric.replace('_', ' ')} | {split} | {' | '.join(cells)} |")
+            print(f"| {in_words(metric)} | {split} | {' | '.join(cells)} |")
+
+    if any(metric in LOWER_BOUNDS for metric in paper.metrics[task]):
+        print("\nLower bound: the official code plays on until one reply solves a hand and names its "
+              "cards. So the paper's measure lies between solved and read and success. Its changes "
+              "may be larger or smaller than those above.")
 
     judged = [paper.metric(task, split) for split in splits if split in paper.signs]
-    judged = [metric.replace("_", " ") for metric in dict.fromkeys(judged)]
+    judged = [in_words(metric) for metric in dict.fromkeys(judged)]
     print(f"\nFound, in points of {' and '.join(judged)}: {'; '.join(found)}. Of the paper's "
           f"{len(found)} signs {verdicts['met']} met, {verdicts['not met']} not met, "
           f"{verdicts['undecided']} undecided: within two standard errors of no change.")
@@ -439,7 +456,7 @@ def draw(arms, task, splits, figure, paper):
             draw_paper(axis, paper.numbers.get((task, split, metric), ()))
             axis.margins(0.06, 0.12)   # no curve on the frame
             axis.set(title=f"{task.upper()}: {TITLES.get(split, split)}",
-                     xlabel="GFLOPs of post-training", ylabel=f"{metric.replace('_', ' ')} %")
+                     xlabel="GFLOPs of post-training", ylabel=f"{in_words(metric)} %")
     legend_below(fig, axes, ncol=3)
     fig.savefig(figure, dpi=150)
     print(f"\nfigure: {figure}")

@@ -1,0 +1,65 @@
+"""support/compare.py: what stands beside the paper's numbers is its own measure, or named a bound."""
+import json
+import random
+
+import evaluate
+from envs import TASKS, make_env
+from support import compare, running
+
+READ, SOLVED = 0.6, 0.75
+
+
+def write_run(folder, step, length):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model": "start", **length}))
+    measures = {"solved_and_read": READ, "success": SOLVED}
+    for name in ("recognition", "rank_accuracy", "first_try", "retries", "repeats"):
+        measures[name] = 0.5
+    errors = {f"{name}_stderr": 0.01 for name in measures}
+    settings = {"task": "gp-vl", "episodes": 100, "env": {"verify_iter": 5}}
+    for at in {0, step}:
+        running.log_jsonl(folder / "eval.jsonl", step=at, gflops=10.0 * at, split="rule_ood",
+                          seed=0, settings=settings, statuses={}, **measures, **errors)
+
+
+def test_a_bound_of_the_papers_measure_is_named_one_wherever_it_stands_beside_it(tmp_path, capsys):
+    write_run(tmp_path / "sft", 5, {"steps": 5})
+    write_run(tmp_path / "rl", 5, {"updates": 5})
+    evaluate.compare_runs(evaluate.Config(compare=f"{tmp_path / 'sft'},{tmp_path / 'rl'}"))
+    told = capsys.readouterr().out
+    assert "| solved and read (lower bound) | rule_ood | 60.0 ± 1.0 |" in told
+    assert "lies between solved and read and success" in told
+    assert "Found, in points of solved and read (lower bound): " in told
+
+    row = {"split": "rule_ood", "solved_and_read": READ, "success": SOLVED}
+    assert compare.beside_paper("gp-vl", row, evaluate.PAPER) == (
+        "solved and read (lower bound) 60.0 % and success 75.0 % (upper bound), in the paper "
+        "11.2 at the start, 5.6 after SFT, 14.2 after RL")
+
+
+def test_what_is_no_bound_is_not_called_one():
+    named = {metric for task in TASKS.values() for metric in task.metrics}
+    bounds = [metric for metric in named if "bound" in compare.in_words(metric)]
+    assert bounds == ["solved_and_read"]
+
+
+def test_the_papers_measure_of_a_hand_lies_between_solved_and_read_and_success():
+    rng, tries = random.Random(3), 5
+    hands = [make_env("gp-vl", resolution=56, verify_iter=tries) for _ in range(100)]
+    # For each hand and try: whether the formula is right, and whether the cards are.
+    drawn = [[(rng.random() < 0.3, rng.random() < 0.6) for _ in range(tries)] for _ in hands]
+
+    def reply(turn, pending):
+        texts = []
+        for i in pending:
+            solves, reads = drawn[i][turn]
+            text = json.loads(hands[i].format_reply(hands[i].formula if solves else "1+1"))
+            if not reads:
+                text["cards"] = ["X"] * 4
+            texts.append((json.dumps(text), "stop"))
+        return texts
+
+    row = evaluate.summarise(evaluate.play_episodes(reply, hands, seed=0), tries)
+    # The official code ends a hand at the first try with both.
+    papers = sum(1 for hand in drawn if (True, True) in hand) / len(hands)
+    assert row["solved_and_read"] + 0.05 < papers < row["success"] - 0.05
