@@ -304,6 +304,7 @@ def draw_minibatches(policy, turns, update, config) -> list[Minibatch]:
 
     All processes draw the same minibatches from the dialogues of all.
     """
+    # differs 28: whole dialogues of all processes; theirs shuffles the single turns of each
     # A dialogue is known by the number of its first turn, which is the same in all processes.
     ours = {turns[dialogue[0]].number: dialogue for dialogue in group_dialogues(turns)}
     all_dialogues = []
@@ -393,6 +394,7 @@ def ppo_update(policy, optimizer, turns, minibatches, old_logprobs, old_values, 
     loss and value loss both train the trunk that they share.
     """
     # Advantages get mean 0 and variance 1 over the turns of all processes.
+    # differs 27: theirs does so in each process for itself
     mean, variance = running.mean_and_variance(advantages)
     normalised = (advantages - mean) / (math.sqrt(variance) + 1e-8)
     columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)
@@ -486,6 +488,7 @@ def set_learning_rates(optimizer, update, config):
         share = a cosine from 1 to lr_final / lr over lr_horizon updates
         trunk: share x lr x min(1, (update + 1) / (lr_warmup + 1))      value head: share x value_lr
     """
+    # differs 29: one step an update; theirs takes one for each process
     rate = running.learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final)
     share = rate / config.lr
     lr = share * config.lr * min(1, (update + 1) / (config.lr_warmup + 1))

@@ -43,6 +43,7 @@ def train_step(policy, optimizer, samples, config):
     micro-batch, so how the step is cut into micro-batches changes nothing. FloatingPointError,
     before the weights change, if the loss or the gradient's norm is not finite.
     """
+    # differs 30: over all tokens of the step; theirs averages on each device first
     num_targets = running.total(sum(len(response_ids) for _, response_ids, _ in samples))
     lengths = [policy.num_tokens(*sample) for sample in samples]
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)

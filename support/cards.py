@@ -185,6 +185,7 @@ def card_picture(rank, suit, width, height, card_dir=""):
     name = f"{suit}{'T' if rank == '10' else rank}.png"
     # The official code pastes a card without its mask, so outside of the round corners it is black.
     picture = open_picture(Path(card_dir, name), "black") if card_dir else draw_card(rank, suit)
+    # differs 32: Lanczos; theirs has Pillow's default
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 

@@ -322,7 +322,7 @@ def common_checkpoints(rows, split):
 # ---- The table ---------------------------------------------------------------------------------
 
 def in_words(metric):
-    """A metric as a reader is shown it; the name says where it is a bound of the paper's measure."""
+    """A metric as a reader is shown it, which says if it is a bound of the paper's measure."""
     words = metric.replace("_", " ")
     return f"{words} (lower bound)" if metric in LOWER_BOUNDS else words
 
@@ -400,9 +400,9 @@ def compare(folders, figure, paper):
             print(f"| {in_words(metric)} | {split} | {' | '.join(cells)} |")
 
     if any(metric in LOWER_BOUNDS for metric in paper.metrics[task]):
-        print("\nLower bound: the official code plays on until one reply solves a hand and names its "
-              "cards. So the paper's measure lies between solved and read and success. Its changes "
-              "may be larger or smaller than those above.")
+        print("\nLower bound: the official code plays on until one reply solves a hand and names "
+              "its cards. So the paper's measure lies between solved and read and success. Its "
+              "changes may be larger or smaller than those above.")
 
     judged = [paper.metric(task, split) for split in splits if split in paper.signs]
     judged = [in_words(metric) for metric in dict.fromkeys(judged)]

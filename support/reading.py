@@ -7,7 +7,7 @@ They forget a brace, or the limit on tokens cuts the object. `read_reply` reads 
     read_reply("So: {'action': stop(),} Done.", ("action", "current observation"))
     -> Reading(values={"action": "stop()"}, answer_at=5)
 
-What a model thinks in <think> marks is no part of its answer: `without_thought` goes before.
+Before that, `without_thought` takes out what the model thinks up to </think>.
 
 Any string may come in, and none raises an error or takes long. Below `read_reply` stands how what
 was read is compared with the truth, and how a verdict repeats it to the model.
@@ -263,7 +263,7 @@ def without_thought(reply):
     Thought is what stands before the last </think>, also where the template wrote its <think>. It
     is also what stands behind a <think> that never ends. There the reply has no answer yet.
     """
-    # differs 27: theirs reads an answer within the thought, too
+    # differs 31: theirs reads an answer within the thought, too
     before, mark, rest = reply.rpartition(END_OF_THOUGHT)
     answer, _, _ = rest.partition(THOUGHT)
     return (" " * len(before + mark) + answer).ljust(len(reply))

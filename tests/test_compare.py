@@ -1,4 +1,4 @@
-"""support/compare.py: what stands beside the paper's numbers is its own measure, or named a bound."""
+"""support/compare.py: what stands beside the paper's numbers is its measure, or a named bound."""
 import json
 import random
 
