@@ -1,8 +1,10 @@
 """support/compare.py: what stands beside the paper's numbers is its measure, or a named bound."""
+import csv
 import json
 import random
 
 import evaluate
+from conftest import ROOT
 from envs import TASKS, make_env
 from support import compare, running
 
@@ -63,3 +65,10 @@ def test_the_papers_measure_of_a_hand_lies_between_solved_and_read_and_success()
     # The official code ends a hand at the first try with both.
     papers = sum(1 for hand in drawn if (True, True) in hand) / len(hands)
     assert row["solved_and_read"] + 0.05 < papers < row["success"] - 0.05
+
+
+def test_the_published_bound_is_as_tight_as_its_page_says():
+    rows = list(csv.DictReader((ROOT / "results/data/gp_vl_every_evaluation.csv").open()))
+    apart = [float(row["success"]) - float(row["solved_and_read"]) for row in rows]
+    assert len(rows) > 200 and 0 <= min(apart) and 2.5 < max(apart) <= 3.001
+    assert "at most 3 points apart" in (ROOT / "results" / "gp_vl.md").read_text()

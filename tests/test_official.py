@@ -20,7 +20,7 @@ from envs import make_env, relative_word
 from support import violations
 from support.chat import read_text
 from support.settings import read_splits
-from verify import parse_formula
+from verify import judge_general_points, parse_formula
 
 EPISODES, SEED = 40, 7
 needs_repo = pytest.mark.skipif("OFFICIAL_REPO" not in os.environ,
@@ -105,6 +105,36 @@ def test_dialogues_on_a_walk_are_byte_for_byte_those_of_the_official_code(
         env.begin_dialogue()
         follow(env, episode["dialogues"])
     assert len(played) == EPISODES and len(verdicts(played)) == 2
+
+
+# What their code pays for a formula over 2, 3, 4 and 6 that is illegal in ours (differences, 2).
+PAID_BY_THEIRS = {"2*3*4*(6": -1, "4*6*(3-2": 1, "2*3*4*6+": -1, "2*3+": -2, "": -2, "2*3*5+": -4,
+                  "\uff14*6*(3-2)": -1, "4/(2*3-6)": -1}
+ASK_THEIRS = """
+import json, pathlib, sys
+from official_side import install_stubs
+install_stubs(pathlib.Path(sys.argv[1]).resolve())
+from utils_rl import step_rewards
+for formula in json.loads(sys.argv[2]):
+    reward, _ = step_rewards([2, 3, 4, 6], formula, ["4*6*(3-2)"], 24)
+    print(reward)
+"""
+
+
+@needs_repo
+def test_their_code_pays_for_illegal_formulas_what_the_list_of_differences_says():
+    command = [sys.executable, "-c", ASK_THEIRS, os.environ["OFFICIAL_REPO"],
+               json.dumps(list(PAID_BY_THEIRS))]
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})
+    assert [float(line) for line in asked.stdout.split()] == list(PAID_BY_THEIRS.values())
+
+
+def test_ours_calls_these_formulas_illegal():
+    for formula in PAID_BY_THEIRS:
+        reply = json.dumps({"formula": formula})
+        verdict = judge_general_points(reply, ["2", "3", "4", "6"], [2, 3, 4, 6])
+        assert (verdict.status, verdict.reward) == ("illegal_formula", -3), formula
 
 
 @needs_repo
