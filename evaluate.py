@@ -82,8 +82,9 @@ def summarise(episodes, verify_iter, kinds=()):
     success_within       the success within 1, 2, ... tries
     success_by_city      V-IRL, visual_ood: success on the two routes of each city, in file order;
                          the first is the training city, or looks like it
-    endings              replies by how they ended: "stop", "length" if cut, or a word of an API
-    replies_empty        replies without any text
+    endings              replies by how they ended: "stop", "length" if cut, or a word of an API;
+                         "failed: ..." if an API gave none, which counts as a wrong reply
+    replies_empty        replies of the model without any text
     """
     replies = [info for episode in episodes for info in episode]
     row = {"episodes": len(episodes), "replies": len(replies)}
@@ -171,6 +172,7 @@ SIGNS = {
     "rule_ood": {"SFT": "down", "RL": "up"},
     "visual_ood": {"SFT": "down", "RL": "up"},
 }
+SIDE_BY_SIDE = 500   # episodes that a process plays at once: more of them need more memory
 
 
 @dataclass
@@ -186,6 +188,8 @@ class Config:
     api_model: str = flag("", "with --api-url: the name of the model there")
     api_extra: str = flag("", "with --api-url: JSON with more fields for the request; null leaves "
                           'one out: {"max_tokens": null, "max_completion_tokens": 4096}')
+    api_header: tuple = flag((), "with --api-url: more headers, such as 'api-key: $API_KEY'")
+    api_timeout: float = flag(600.0, "with --api-url: seconds for one whole answer", low=1)
     api_workers: int = flag(8, "with --api-url: requests at the same time", low=1)
     out: str = flag("", "with --api-url: a folder for replies and rows, new or stopped half-way")
     task: str = flag("", "empty: the run's, else gp-l", choices=("", *envs.TASKS))
@@ -269,14 +273,15 @@ def num_episodes(config, split):
     return counts.get(split.name, counts[""]) if config.paper else config.episodes
 
 
-def play_episodes(reply, environments, seed):
-    """Play one episode in each environment, all side by side; gives the list of infos of each.
+def play_episodes(reply, environments, seed, first=0):
+    """Play episodes first, first + 1, ... in these environments, side by side: the infos of each.
 
     reply(turn, {episode: (messages, whether they begin a dialogue)}) gives pairs (text, ending), as
     `LocalModel.reply`. Every process plays its part, and gets the infos of all.
     """
     pending = {}
-    for i in running.local_part(range(len(environments))):
+    environments = dict(enumerate(environments, first))
+    for i in running.local_part(list(environments)):
         # differs 13: never a seed of training
         messages, _ = environments[i].reset(seed=f"{seed}/evaluate/{i}", episode=i)
         pending[i] = (messages, True)
@@ -288,10 +293,11 @@ def play_episodes(reply, environments, seed):
         for i, (text, ending) in zip(pending, reply(turn, pending)):
             earlier, _ = pending[i]
             # Messages alternate user, assistant, ...: the odd ones are the model's earlier replies.
-            repeated = any(message["content"] == text for message in earlier[1::2])
+            failed = ending.startswith(api.FAILED)   # then the text is not the model's
+            repeated = not failed and any(message["content"] == text for message in earlier[1::2])
             messages, reward, _, _, info = environments[i].step(text)
-            infos[i].append(info | {"reward": reward, "ending": ending, "empty": not text.strip(),
-                                    "repeated": repeated})
+            infos[i].append(info | {"reward": reward, "ending": ending, "repeated": repeated,
+                                    "empty": not failed and not text.strip()})
             if environments[i].done:
                 bar.update()
             else:
@@ -331,9 +337,12 @@ def evaluate_model(path, called, known, config, write, kept=None):
                 model = LocalModel(path, env.vision, config, kept)
             # This names the evaluation among the replies that are kept in case it is stopped.
             of = json.dumps([str(path), split.label, seed, chosen])
-            environments = [make_env() for _ in range(num_episodes(config, split))]
             reply = partial(model.reply, of, split.label, seed)
-            episodes = play_episodes(reply, environments, seed)
+            episodes, num = [], num_episodes(config, split)
+            while len(episodes) < num:
+                block = min(num - len(episodes), SIDE_BY_SIDE * running.WORLD)
+                environments = [make_env() for _ in range(block)]
+                episodes += play_episodes(reply, environments, seed, first=len(episodes))
             row = {"checkpoint": str(path), "split": split.label, "seed": seed,
                    **summarise(episodes, env.verify_iter, env.kinds), "settings": chosen}
             write(row)

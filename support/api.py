@@ -1,42 +1,75 @@
 """A model behind an OpenAI-style API as a player for evaluate.py.
 
-    replies.jsonl    in --out: every reply as it came, under the digest of its request
+    replies.jsonl    in --out: every reply as it came, under the digest of its request; also what
+                     the server said where it gave none
     eval.jsonl       in --out: the rows, as in a run folder
+
+A request may fail for its own sake, such as a dialogue that is too long. Then its reply counts as
+failed, and the others go on. A fault of the whole service, such as a wrong key, stops the
+evaluation. How the two are told apart stands at `ApiModel.settle`.
 """
+import asyncio
 import base64
+import contextlib
+import datetime
+import email.utils
 import hashlib
 import io
 import json
 import os
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import zlib
 from pathlib import Path
-from threading import Lock
 
 from huggingface_hub.utils import httpx   # comes with transformers
 
 from support import run_folder, running
 
+MAX_BYTES = 10_000_000      # of an answer, unpacked
+MAX_WAIT = 600              # seconds that a server may ask us to wait
+OF_A_REQUEST = (400, 413, 422)              # refusals that say nothing of other requests
+TRY_AGAIN = (408, 409, 425, 429)            # and all from 500
+OUR_HEADERS = ("accept-encoding", "content-length", "content-type", "transfer-encoding")
+FAILED = "failed: "         # what the ending of a reply begins with that is not the model's
+
+
+class NoReply(Exception):
+    """A try of a request that gave no reply.
+
+    ending    a short word for a fault of this request; "" if the whole service is at fault
+    tries     of how many tries of the request it may be the last
+    wait      the seconds that the server asked for before the next try
+    """
+
+    def __init__(self, words, ending="", tries=6, wait=0.0):
+        super().__init__(words)
+        self.ending, self.tries, self.wait = ending, tries, wait
+
 
 # ---- The player --------------------------------------------------------------------------------
 
 class ApiModel:
-    """A model behind an API as a player; a reply that is known is not asked for again."""
+    """A model behind an API as a player; a reply that is known is not asked for again.
 
-    retries = 6   # tries of one request
-    pause = 1.0   # seconds before the second try; then twice as long each time
+    Requests run in a thread of their own, in which one loop waits for all answers. So Ctrl-C ends
+    the program at once, whatever a server does.
+    """
+
+    pause = 1.0      # seconds before the second try; then twice as long each time
+    patience = 8     # failed requests without an answered one between them
 
     def __init__(self, config):
         """Check the options, open --out and read its replies; ValueError names what is wrong."""
         self.config = config
-        self.key = read_key()
+        self.secrets = [read_key()]
+        headers = self.read_headers()
         check_options(config, self.hide_key)
         self.url = completions_url(config.api_url)
         self.extra = read_extra(config.api_extra)
         if config.top_p < 1:
             self.extra = {"top_p": config.top_p, **self.extra}
-        self.client = self.open_client()
+        self.client = self.open_client(headers)
 
         out = Path(config.out)
         self.path = out / "replies.jsonl"
@@ -47,14 +80,35 @@ class ApiModel:
         self.known = {}   # digest of a request -> (text, ending)
         for row in rows:
             self.known[row["request"]] = (row["reply"], row.get("ending", "stop"))
-        self.lock = Lock()
-        self.fault = None   # why a request failed for good
 
-    def open_client(self):
+        self.fault = None        # why the service as a whole has failed
+        self.answered = None     # the messages of a request that was answered
+        self.held = []           # (digest, NoReply) of those that failed since the last answer
+        self.told = set()        # endings of failed replies that were printed
+        self.places = asyncio.Semaphore(config.api_workers)
+        self.stopping = asyncio.Event()
+        self.loop = asyncio.new_event_loop()
+        # A daemon: a server that hangs does not keep the program from ending.
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def read_headers(self):
+        """All headers of a request. What stands in --api-header for $NAME becomes a secret."""
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        given = {}
+        for text in self.config.api_header:
+            name, value, secrets = read_header(text)
+            given[name] = value
+            self.secrets += secrets
+        if not any("$API_KEY" in text for text in self.config.api_header):
+            headers["Authorization"] = f"Bearer {self.secrets[0]}"
+        return headers | given
+
+    def open_client(self, headers):
         """The client; it follows no redirect, so that the key goes nowhere else."""
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         try:
-            client = httpx.Client(headers=headers, timeout=120)
+            client = httpx.AsyncClient(
+                headers=headers, timeout=httpx.Timeout(None, connect=30),
+                limits=httpx.Limits(max_connections=None))
             client.build_request("POST", self.url)
         except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
             # The fault may also be that of a proxy in the environment.
@@ -62,31 +116,35 @@ class ApiModel:
         return client
 
     def hide_key(self, text):
-        """The text without the key, which a server may repeat.
+        """The text without the key and other secrets, which a server may repeat.
 
-        A key of at most 7 characters is a word for a server that asks for none, and stays.
+        A secret of at most 7 characters is a word for a server that asks for none, and stays.
         """
-        return text.replace(self.key, "API_KEY") if len(self.key) > 7 else text
+        for secret in self.secrets:
+            if len(secret) > 7:
+                text = text.replace(secret, "API_KEY")
+        return text
 
     def reply(self, of, split, seed, turn, conversations):
         """The next replies, as `LocalModel.reply` in evaluate.py gives them.
 
-        ValueError if the API refuses a request, or does not answer it in several tries.
+        A reply that cannot be had is empty, and its ending begins with FAILED. ValueError if the
+        service as a whole does not answer.
         """
         requests = {}
         for i, (messages, _) in conversations.items():
             messages = [message | {"content": api_content(message["content"])}
                         for message in messages]
             requests[self.digest(split, seed, i, turn, messages)] = messages
-        missing = [digest for digest in requests if digest not in self.known]
-        with ThreadPoolExecutor(self.config.api_workers) as pool:
-            asked = pool.map(lambda digest: self.ask(digest, requests[digest]), missing)
-            bar = running.progress(asked, total=len(missing), desc=f"turn {turn + 1}", nested=True)
-            try:
-                for _ in bar:
-                    pass
-            finally:
-                pool.shutdown(cancel_futures=True)   # those on their way still come in
+        missing = {}
+        for digest, messages in requests.items():
+            if digest not in self.known:
+                missing[digest] = messages
+            elif not self.known[digest][1].startswith(FAILED):
+                self.answered = messages
+        with running.progress(total=len(missing), desc=f"turn {turn + 1}", nested=True) as bar:
+            asking = self.ask_all(missing, bar.update)
+            asyncio.run_coroutine_threadsafe(asking, self.loop).result()
         return [self.known[digest] for digest in requests]
 
     def digest(self, split, seed, episode, turn, messages):
@@ -100,40 +158,112 @@ class ApiModel:
     def forget(self, of):
         """Nothing: all replies are kept."""
 
-    def ask(self, digest, messages):
-        """Get one reply, and keep it.
+    # What runs in the thread of the loop.
 
-        A refusal is final. Busy or failing servers, lost connections and answers that are no chat
-        completion are tried again.
+    async def ask_all(self, requests, finished):
+        """Get and keep the replies to {digest: messages}; ValueError if the service is at fault.
+
+        `finished` is called after each. With a fault no more is asked, but what is on its way
+        still comes in.
         """
+        async def ask(digest, messages):
+            async with self.places:
+                if not self.fault:
+                    await self.ask(digest, messages)
+            finished()
+
+        await asyncio.gather(*[ask(*request) for request in requests.items()])
+        if self.held and not self.fault:
+            await self.settle()
+        if self.fault:
+            raise ValueError(f"--api-url {self.config.api_url}, model {self.config.api_model}: "
+                             f"{self.fault}; replies so far are in {self.path}")
+
+    async def ask(self, digest, messages):
+        """Get one reply and keep it, or hold the failure back until it is known whose it is."""
+        try:
+            text, ending = await self.try_for_reply(messages)
+        except NoReply as failure:
+            if not failure.ending:
+                return self.stop(str(failure))
+            self.held.append((digest, failure))
+            if len(self.held) == self.patience:
+                await self.settle()
+        else:
+            self.answered = messages
+            self.keep(digest, self.hide_key(text), self.hide_key(ending))
+            self.keep_failures()
+
+    async def settle(self):
+        """Decide about the requests that failed since the last answer.
+
+        A request that was answered before is sent again. If it is answered, the service works, and
+        the others failed for their own sake. If not, or if none ever was, the service is at fault.
+        """
+        num = len(self.held)
+        try:
+            if self.answered is None:
+                raise self.held[-1][1]
+            await self.try_for_reply(self.answered)
+        except NoReply as failure:
+            self.stop(f"the last requests ({num}) had no reply: {failure}")
+        else:
+            self.keep_failures()
+
+    def stop(self, words):
+        """The service as a whole is at fault; the first fault is the one that is told."""
+        self.fault = self.fault or words
+        self.stopping.set()
+
+    def keep_failures(self):
+        """The service works: what failed since the last answer counts as failed replies."""
+        for digest, failure in self.held:
+            self.keep(digest, "", FAILED + failure.ending, why=str(failure))
+            if failure.ending not in self.told:
+                self.told.add(failure.ending)
+                running.print0(f"{self.config.api_model}: a reply counts as failed: {failure}")
+        self.held = []
+
+    def keep(self, digest, text, ending, **more):
+        self.known[digest] = (text, ending)
+        running.log_jsonl(self.path, request=digest, reply=text, ending=ending, **more)
+
+    async def try_for_reply(self, messages):
+        """(text, ending) of the reply to these messages; NoReply after the last try."""
         request = {"model": self.config.api_model, "messages": messages,
                    "temperature": self.config.temperature,
                    "max_tokens": self.config.max_new_tokens, **self.extra}
         request = {name: value for name, value in request.items() if value is not None}
-        content = json.dumps(request)
-        for attempt in range(self.retries):
-            if self.fault:   # another request failed for good: this one would as well
-                raise ValueError(self.fault)
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
-            status = 0
+        content = json.dumps(request).encode()
+        pause, attempt = self.pause, 1
+        while True:
             try:
-                response = self.client.post(self.url, content=content)
-                status = response.status_code
-                text, ending = read_reply(response)
-            except (httpx.HTTPError, ValueError) as error:   # also lost connections and time-outs
-                fault = str(error) or type(error).__name__
-                if 300 <= status < 500 and status not in (408, 409, 425, 429):
-                    break
-            else:
-                text, ending = self.hide_key(text), self.hide_key(ending)
-                self.known[digest] = (text, ending)
-                with self.lock:
-                    running.log_jsonl(self.path, request=digest, reply=text, ending=ending)
-                return
-        self.fault = (f"--api-url {self.config.api_url}, model {self.config.api_model}: "
-                      f"{one_line(self.hide_key(fault))}; replies so far are in {self.path}")
-        raise ValueError(self.fault)
+                return read_reply(*await self.post(content))
+            except NoReply as failure:
+                last = attempt >= failure.tries or failure.wait > MAX_WAIT
+                if last or await self.stopped_within(max(pause, failure.wait)):
+                    words = one_line(self.hide_key(str(failure)))
+                    raise NoReply(words, failure.ending) from None
+            pause, attempt = 2 * pause, attempt + 1
+
+    async def stopped_within(self, seconds):
+        """Wait so long; True, and sooner, if the service turns out to be at fault."""
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(self.stopping.wait(), seconds)
+        return False
+
+    async def post(self, content):
+        """(response, its body, unpacked) of one request; NoReply if there is none."""
+        limit = self.config.api_timeout
+        try:
+            async with asyncio.timeout(limit):
+                async with self.client.stream("POST", self.url, content=content) as response:
+                    return response, await read_body(response)
+        except TimeoutError:
+            raise NoReply(f"no whole answer within --api-timeout {limit:g} seconds", "time-out",
+                          tries=2) from None
+        except (httpx.HTTPError, ValueError, OSError) as error:   # a lost connection, an odd header
+            raise NoReply(f"{str(error) or type(error).__name__}") from None
 
 
 # ---- Options -----------------------------------------------------------------------------------
@@ -147,8 +277,37 @@ def read_key():
     return key
 
 
+def read_header(text):
+    """(name, value, secrets) of a header "NAME: VALUE"; ValueError if it is none.
+
+    $NAME in the value is the environment variable of that name, a secret.
+    """
+    name, colon, value = (part.strip() for part in text.partition(":"))
+    secrets = []
+
+    def put_in(found):
+        secret = os.environ.get(found[1], "").strip()
+        if not secret:
+            raise ValueError(f"--api-header {name!r}: the environment variable {found[1]} is empty")
+        secrets.append(secret)
+        return secret
+
+    if not colon or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+        # The text may hold a secret, and is not shown.
+        raise ValueError("--api-header: expected NAME: VALUE, such as 'api-key: $API_KEY'")
+    if name.lower() in OUR_HEADERS:
+        raise ValueError(f"--api-header {name!r}: the program sets {', '.join(OUR_HEADERS)} itself")
+    value = re.sub(r"\$(\w+)", put_in, value, flags=re.ASCII)
+    if not value.isascii() or not value.isprintable():
+        raise ValueError(f"--api-header {name!r}: its value must be of plain characters")
+    return name, value, secrets
+
+
 def check_options(config, hide_key):
     """ValueError if an option cannot be used; hide_key(text) is the text without the key."""
+    if hide_key(" ".join(config.api_header)) != " ".join(config.api_header):
+        raise ValueError("the key stands in --api-header: write '$API_KEY' there, in single "
+                         "quotes, and it is put in later")
     given = f"{config.api_url} {config.api_model} {config.api_extra}"
     if hide_key(given) != given:
         raise ValueError("the key stands in --api-url, --api-model or --api-extra, which are "
@@ -156,7 +315,9 @@ def check_options(config, hide_key):
     if running.WORLD > 1:
         raise ValueError("--api-url runs in one process, with --api-workers requests at the same "
                          "time")
-    if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/\S*)?", config.api_url):
+    address = r"https?://([\w.-]+|\[[\dA-Fa-f:.]+\])(:(?P<port>\d+))?(/\S*)?"
+    found = re.fullmatch(address, config.api_url)
+    if not found or int(found["port"] or 0) > 65535:
         raise ValueError(f"--api-url {config.api_url!r}: expected an address such as "
                          "https://host/v1")
     if not config.api_model or not config.out:
@@ -208,26 +369,74 @@ def api_content(content):
     return [{"type": "image_url", "image_url": {"url": url}}, text]
 
 
-def read_reply(response):
+async def read_body(response):
+    """The body of a response, unpacked; NoReply if it is too large or cannot be unpacked."""
+    too_large = NoReply(f"an answer of more than {MAX_BYTES // 1_000_000} MB", "too large", tries=2)
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > MAX_BYTES:
+            raise too_large
+    packed = response.headers.get("content-encoding", "identity").lower()
+    if packed in ("gzip", "deflate"):
+        try:
+            body = zlib.decompressobj(wbits=47).decompress(body, MAX_BYTES + 1)   # 47: either one
+        except zlib.error as error:
+            raise NoReply(f"an answer that is no {packed}: {error}", "no completion") from None
+        if len(body) > MAX_BYTES:
+            raise too_large
+    elif packed != "identity":
+        raise NoReply(f"an answer packed as {packed!r}, which was not asked for", "no completion")
+    return bytes(body)
+
+
+def read_reply(response, body):
     """(text, ending) of a chat completion, the ending in the server's word.
 
     No content is an empty text: reasoning models that are cut while they think give none, with the
-    ending "length". ValueError, with the server's words, if the response is no chat completion.
+    ending "length". NoReply, with the server's words, if the response is no chat completion.
     """
     try:
-        answer = json.loads(response.content)
+        answer = json.loads(body)
     except (ValueError, RecursionError):
         answer = None
+    status = response.status_code
     if response.is_success:
         reply = read_completion(answer)
         if reply is not None:
             return reply
     if response.has_redirect_location:
-        raise ValueError(f"HTTP {response.status_code}: redirects to "
-                         f"{response.headers['location']}")
-    words = find_words(answer) or response.content.decode(errors="replace") or "an empty answer"
+        raise NoReply(f"HTTP {status}: redirects to {response.headers['location']}", tries=1)
+    words = find_words(answer) or body[:1000].decode(errors="replace") or "an empty answer"
     which = ", which is no chat completion" if response.is_success else ""
-    raise ValueError(f"HTTP {response.status_code} from {response.url}{which}: {words}")
+    words = f"HTTP {status} from {response.url}{which}: {words}"
+    if response.is_success:
+        raise NoReply(words, "no completion")
+    if status in OF_A_REQUEST:
+        raise NoReply(words, f"http {status}", tries=1)
+    if status < 500 and status not in TRY_AGAIN:
+        raise NoReply(words, tries=1)
+    # 502, 503 and 504 speak of the service. 500 may also come of this one request.
+    wait = seconds_to_wait(response.headers.get("retry-after", ""))
+    if wait > MAX_WAIT:
+        words = f"{words} (it asks to wait for {wait:.0f} seconds)"
+    raise NoReply(words, "http 500" if status == 500 else "", wait=wait)
+
+
+def seconds_to_wait(text):
+    """The seconds of a Retry-After header, which holds seconds or a date; 0 if it holds neither.
+
+    >>> seconds_to_wait("45")
+    45.0
+    """
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", text.strip(), re.ASCII):
+        return float(text)
+    try:
+        then = email.utils.parsedate_to_datetime(text)
+    except ValueError:
+        return 0.0
+    now = datetime.datetime.now(datetime.UTC if then.tzinfo else None)
+    return max(0.0, (then - now).total_seconds())
 
 
 def read_completion(answer):
@@ -263,7 +472,7 @@ def find_words(answer):
 
 def one_line(text):
     """The first 300 characters of a foreign text, without line breaks and unprintable ones."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
+    printable = "".join(c if c.isprintable() else " " for c in text[:10_000])
     return " ".join(printable.split())[:300]
 
 

@@ -177,13 +177,15 @@ class KeptReplies:
 # ---- What is printed of a row ------------------------------------------------------------------
 
 def odd_replies(row):
-    """In words, how many replies were cut, refused, filtered or empty; "" if none."""
+    """In words, how many replies were cut, refused, filtered, empty or not had; "" if none."""
     limit = f"--max-new-tokens {row['settings']['max_new_tokens']}"
     if "api_extra" in row["settings"]:
         limit = "their limit"   # the request may have named another
     odd = []
     for ending, count in row["endings"].items():
-        if ending == "length":
+        if ending.startswith(api.FAILED):
+            odd.append(f"{count} not the model's ({ending})")
+        elif ending == "length":
             odd.append(f"{count} cut at {limit}")
         elif ending != "stop":
             odd.append(f"{count} ended with {ending}")
