@@ -407,7 +407,8 @@ def read_reply(response, body):
             return reply
     if response.has_redirect_location:
         raise NoReply(f"HTTP {status}: redirects to {response.headers['location']}", tries=1)
-    words = find_words(answer) or body[:1000].decode(errors="replace") or "an empty answer"
+    text = body[:1000].decode(errors="replace").strip()
+    words = find_words(answer) or text or "an empty answer"
     which = ", which is no chat completion" if response.is_success else ""
     words = f"HTTP {status} from {response.url}{which}: {words}"
     if response.is_success:

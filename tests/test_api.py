@@ -1,10 +1,18 @@
 """A model behind an API: what is asked, what answers count as, what is said of odd ones."""
 import base64
-import http.server
+import contextlib
+import email.utils
+import gzip
 import hashlib
+import http.server
 import io
 import json
+import os
+import signal
+import socket
 import threading
+import time
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -23,11 +31,14 @@ SMALL = tiny_folder()
 class Server:
     """A chat-completions server on this machine that follows a script.
 
-    For each request it has a status, or a status, an answer and headers; at the end 200.
+    For each request it has a status, or a status, an answer and headers; at the end 200. `rule`, a
+    function of the request, decides instead where it gives one of these. A function of the handler
+    in their place writes the answer itself.
     """
 
-    def __init__(self, statuses=()):
+    def __init__(self, statuses=(), rule=None, host="127.0.0.1"):
         self.statuses, self.requests, self.keys = list(statuses), [], []
+        self.rule, self.headers = rule, []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -36,7 +47,13 @@ class Server:
                 with outer.lock:
                     outer.requests.append((self.path, request))
                     outer.keys.append(self.headers["Authorization"])
+                    outer.headers.append(dict(self.headers))
                     status = outer.statuses.pop(0) if outer.statuses else 200
+                status = outer.rule and outer.rule(request) or status
+                if callable(status):
+                    with contextlib.suppress(OSError):   # the client has gone
+                        status(self)
+                    return
                 status, answer, headers = outer.unpack(status)
                 text = json.dumps({"cards": ["A"], "formula": request["messages"][-1]["role"]})
                 body = {
@@ -60,8 +77,11 @@ class Server:
                 pass
 
         self.lock = threading.Lock()
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        kind = type("Http", (http.server.ThreadingHTTPServer,), {
+            "address_family": socket.AF_INET6 if ":" in host else socket.AF_INET})
+        self.http = kind((host, 0), Handler)
+        host = f"[{host}]" if ":" in host else host
+        self.url = f"http://{host}:{self.http.server_address[1]}/v1"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
     @staticmethod
@@ -412,3 +432,242 @@ def test_an_address_or_a_proxy_that_cannot_be_used_is_one_line(api, capsys, monk
         with pytest.raises(SystemExit):
             api(api_url="http://127.0.0.1:9/v1")
         assert "--api-url" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+# ---- Replies that cannot be had ------------------------------------------------------------------
+
+def outgrown(request):
+    """400 for a dialogue that has gone on."""
+    if len(request["messages"]) > 1:
+        return 400, '{"error": {"message": "longer than 512 tokens"}}'
+
+
+def test_a_reply_that_cannot_be_had_counts_as_failed_and_the_rest_goes_on(api, tmp_path, capsys):
+    server, rows = api(server=Server(rule=outgrown), env=("verify_iter=3",))
+    row = rows[0]
+    assert row["endings"] == {"failed: http 400": 6, "stop": 3} and row["replies"] == 9
+    # they are wrong, but the model neither said nothing nor said it again
+    assert row["success"] == row["replies_empty"] == row["repeats"] == 0
+    out = capsys.readouterr().out
+    assert out.count("org/some-model: a reply counts as failed: HTTP 400 from ") == 1
+    assert "longer than 512 tokens\n" in out
+    assert "id, seed 0: of 9 replies, 6 not the model's (failed: http 400)\n" in out
+    kept = running.read_jsonl(tmp_path / "api" / "replies.jsonl")
+    failed = [row for row in kept if row["ending"] == "failed: http 400"]
+    assert len(failed) == 6 and {row["reply"] for row in failed} == {""}
+    assert all("longer than 512 tokens" in row["why"] for row in failed)
+    # each request once, and after each turn of failures one that was answered before
+    assert len(server.requests) == 9 + 2
+    (tmp_path / "api" / "eval.jsonl").unlink()
+    assert api((), server, env=("verify_iter=3",))[1] == rows and len(server.requests) == 11
+
+
+@pytest.mark.parametrize("status, ending, tries", [
+    (413, "http 413", 1), (422, "http 422", 1), (500, "http 500", 6),
+    ((200, "<html>"), "no completion", 6), (completion(3), "no completion", 6),
+    ((200, "{}", {"Content-Encoding": "br"}), "no completion", 6),
+    ((200, "{}", {"Content-Encoding": "gzip"}), "no completion", 6)])
+def test_how_often_a_failing_request_is_tried_and_what_it_counts_as(api, status, ending, tries):
+    server, rows = api([200, *[status] * tries, 200], api_workers=1)
+    assert len(server.requests) == 6 + tries - 1
+    assert rows[0]["endings"] == {f"failed: {ending}": 1, "stop": 5}
+
+
+def test_an_option_that_no_request_can_have_stops_all_and_nothing_counts_as_failed(
+        api, tmp_path, capsys):
+    server = Server(rule=lambda request: (400, '{"error": "no such field: top_k"}'))
+    with pytest.raises(SystemExit):
+        api((), server, episodes=50)
+    err = capsys.readouterr().err
+    assert "the last requests (8) had no reply: HTTP 400 from" in err and "top_k;" in err
+    assert 8 <= len(server.requests) <= 10
+    assert not running.read_jsonl(tmp_path / "api" / "replies.jsonl")
+
+
+def test_a_service_that_ends_half_way_stops_all_whatever_it_calls_that(api, tmp_path, capsys):
+    """As one does that says 400 when the money is spent."""
+    server = Server()
+    spent = [(400, '{"error": "your credit is too low"}')]
+    with pytest.raises(SystemExit):
+        api([200] * 12 + spent * 99, server, episodes=50, api_workers=1)
+    assert "(8) had no reply: HTTP 400" in capsys.readouterr().err
+    assert len(server.requests) == 12 + 8 + 1   # one that had been answered was tried at last
+    assert len(running.read_jsonl(tmp_path / "api" / "replies.jsonl")) == 12
+    _, rows = api((), server, episodes=50, api_workers=1)
+    assert rows[0]["endings"] == {"stop": 100}
+
+
+def test_a_stopped_evaluation_knows_from_its_replies_that_the_service_works(api, tmp_path):
+    """Else one that stopped before a turn in which all have outgrown the context never ended."""
+    server = Server(rule=outgrown)
+    with pytest.raises(SystemExit):
+        api([200] * 3 + [401] * 9, Server())
+    assert len(running.read_jsonl(tmp_path / "api" / "replies.jsonl")) == 3
+    # the address is part of what a reply is kept under, so the first server comes again
+    first = Server([200] * 3 + [401] * 9)
+    with pytest.raises(SystemExit):
+        api([200] * 3 + [401] * 9, first, seeds="4")
+    first.rule = outgrown
+    _, rows = api((), first, seeds="4")
+    assert rows[0]["endings"] == {"failed: http 400": 3, "stop": 3}
+    assert not server.requests
+
+
+def test_a_server_that_asks_to_wait_is_given_that_time(api, capsys):
+    start = time.monotonic()
+    server, _ = api([(429, "", {"Retry-After": "0.4"})], api_workers=1)
+    assert 0.4 < time.monotonic() - start < 5 and len(server.requests) == 7
+    with pytest.raises(SystemExit):
+        api([(429, '{"error": "for today"}', {"Retry-After": "86400"})], server, seeds="1",
+            api_workers=1)
+    assert "for today (it asks to wait for 86400 seconds);" in capsys.readouterr().err
+    assert len(server.requests) == 8
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 50 < api_file.seconds_to_wait(in_a_minute) <= 60
+    past = "Wed, 21 Oct 2015 07:28:00 GMT"
+    assert [api_file.seconds_to_wait(text) for text in ("45", past, "", "soon", "-3", "nan")] == [
+        45, 0, 0, 0, 0, 0]
+
+
+# ---- Headers and addresses -----------------------------------------------------------------------
+
+def test_a_header_holds_a_secret_that_stands_in_no_file_and_no_message(
+        api, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("API_KEY", "sk-0123456789")
+    monkeypatch.setenv("OTHER_KEY", "other-0123456789")
+    server, _ = api(api_header=("api-key: $API_KEY", "X-Other: a $OTHER_KEY b"))
+    for headers in server.headers:
+        assert headers["api-key"] == "sk-0123456789" and "Authorization" not in headers
+        assert headers["X-Other"] == "a other-0123456789 b"
+    for path in (tmp_path / "api").iterdir():
+        assert "0123456789" not in path.read_text()
+    server, _ = api(api_header=("X-Title: a: b",), seeds="1")   # the usual header stays
+    assert server.headers[0]["X-Title"] == "a: b"
+    assert server.headers[0]["Authorization"] == "Bearer sk-0123456789"
+    capsys.readouterr()
+    told = "is it sk-0123456789 or other-0123456789?"
+    with pytest.raises(SystemExit):
+        api([(401, json.dumps({"error": told}))] * 9, seeds="2",
+            api_header=("api-key: $API_KEY", "x: $OTHER_KEY"))
+    assert "is it API_KEY or API_KEY?;" in (err := capsys.readouterr().err)
+    assert "0123456789" not in err
+
+
+@pytest.mark.parametrize("header, told", [
+    ("api-key: sk-0123456789", "write '$API_KEY' there, in single quotes"),
+    ("api-key: $NOT_SET", "--api-header 'api-key': the environment variable NOT_SET is empty"),
+    ("sekret", "expected NAME: VALUE, such as 'api-key: $API_KEY'"),
+    ("a b: sekret", "expected NAME: VALUE"), (": sekret", "expected NAME: VALUE"),
+    ("Content-Length: 3", "'Content-Length': the program sets accept-encoding, content-length"),
+    ("x: sekr\u00e9t", "--api-header 'x': its value must be of plain characters"),
+    ("x: sekret\ny: z", "must be of plain characters")])
+def test_a_header_that_cannot_be_sent_is_refused_without_its_value(
+        api, capsys, monkeypatch, header, told):
+    monkeypatch.setenv("API_KEY", "sk-0123456789")
+    server = Server()
+    with pytest.raises(SystemExit):
+        api((), server, api_header=(header,))
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1 and not server.requests
+    assert "sekr" not in err and "0123456789" not in err
+
+
+def test_an_address_of_ip_version_6_is_asked(api, capsys):
+    with contextlib.suppress(OSError):   # a machine may have none
+        server = Server(host="::1")
+        assert len(api((), server)[0].requests) == 6
+    for address in ("http://[::1/v1", "http://[host]/v1", "http://[::1]:99999/v1"):
+        with pytest.raises(SystemExit):
+            api(api_url=address)
+        assert "expected an address" in capsys.readouterr().err
+
+
+# ---- Servers that do not end -----------------------------------------------------------------
+
+def hang(handler):
+    time.sleep(20)
+
+
+def slow_headers(handler):
+    for letter in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 400:
+        handler.wfile.write(bytes([letter]))
+        time.sleep(0.05)
+
+
+def drip(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(400):
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+def endless(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" " * 65536)
+
+
+BOMB = gzip.compress(b" " * 60_000_000, 1)
+
+
+def bomb(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    handler.end_headers()
+    handler.wfile.write(BOMB)
+
+
+@pytest.mark.parametrize("behaviour, told, seconds", [
+    (hang, "no whole answer within --api-timeout 0.15 seconds", 0.15),
+    (slow_headers, "no whole answer within --api-timeout 0.15 seconds", 0.15),
+    (drip, "no whole answer within --api-timeout 0.15 seconds", 0.15),
+    (endless, "an answer of more than 10 MB", 20), (bomb, "an answer of more than 10 MB", 20)])
+def test_an_answer_has_a_limit_of_time_and_of_size(api, capsys, behaviour, told, seconds):
+    start = time.monotonic()
+    tracemalloc.start()
+    with pytest.raises(SystemExit):
+        api([behaviour] * 99, episodes=1, api_timeout=seconds)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert told in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert time.monotonic() - start < 10 and peak < 40e6
+    # one that does so among others counts as failed, after two tries
+    server, rows = api([200, behaviour, behaviour], episodes=2, api_timeout=seconds, api_workers=1)
+    ending = "failed: time-out" if seconds < 1 else "failed: too large"
+    assert rows[0]["endings"] == {ending: 1, "stop": 3} and len(server.requests) == 6
+
+
+@pytest.mark.parametrize("behaviour, number", [
+    (hang, signal.SIGINT), (drip, signal.SIGTERM), (slow_headers, signal.SIGINT),
+    (endless, signal.SIGTERM), ((429, "", {"Retry-After": "60"}), signal.SIGINT)])
+def test_a_signal_ends_it_at_once_and_what_came_is_kept(
+        api, monkeypatch, tmp_path, capsys, behaviour, number):
+    """With no thread left that the end of the program waits for."""
+    def leave(status):
+        raise SystemExit(status)
+
+    def send():
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), number)
+
+    before, sent = set(threading.enumerate()), []
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(running, "parse_config", lambda cls: None)
+    monkeypatch.setattr(api_file, "MAX_BYTES", 10 ** 12)   # of `endless`, no other limit ends it
+    was = signal.getsignal(signal.SIGTERM)
+    server = Server()
+    timer = threading.Timer(0.3, send)
+    timer.start()
+    try:
+        with pytest.raises(SystemExit) as end:
+            running.run(lambda _: api([200, 200] + [behaviour] * 99, server), evaluate.Config)
+    finally:
+        signal.signal(signal.SIGTERM, was)
+    assert time.monotonic() - sent[0] < 2
+    assert end.value.code == (130 if number == signal.SIGINT else 143)
+    assert "\nstopped; the same command goes on with what is saved\n" in capsys.readouterr().err
+    assert len(running.read_jsonl(tmp_path / "api" / "replies.jsonl")) == 2
+    mine = {thread for thread in threading.enumerate() if thread not in before}
+    assert all(thread.daemon for thread in mine)

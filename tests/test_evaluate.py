@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,12 @@ import pytest
 
 import envs
 import evaluate
+import model
+from conftest import tiny_folder
 from support import compare, evaluation, running
 from support.settings import Split
+
+SMALL = tiny_folder()
 
 
 def puppet(environments, choose):
@@ -123,6 +128,52 @@ def test_what_is_said_of_an_expert_makes_no_other_evaluation(monkeypatch):
         config = evaluate.Config(task="gp-l", splits=("id",), episodes=2, env=env)
         evaluate.evaluate_model("x", "x", list(rows), config, rows.append)
         assert len(rows) == num
+
+
+def evaluated(monkeypatch, side_by_side, folder, episodes=11):
+    """The row of an evaluation by a real player, of so many episodes at once."""
+    rows = []
+    monkeypatch.setattr(evaluate, "SIDE_BY_SIDE", side_by_side)
+    config = evaluate.Config(task="gp-l", splits=("rule_ood",), episodes=episodes, temperature=1.0,
+                             env=("verify_iter=2",), max_new_tokens=4, dtype="float32",
+                             device="cpu")
+    evaluate.evaluate_model(SMALL, "small", [], config, rows.append, folder / "eval_unfinished")
+    return rows[0]
+
+
+def test_episodes_in_blocks_make_the_row_that_all_at_once_make(monkeypatch, tmp_path):
+    """And no more environments are there at once than two blocks have."""
+    made, alive = [], []
+    make_env = envs.make_env
+
+    def counted(*args, **knobs):
+        env = make_env(*args, **knobs)
+        made.append(weakref.ref(env))
+        alive.append(sum(1 for made_before in made if made_before() is not None))
+        return env
+    at_once = evaluated(monkeypatch, 500, tmp_path)
+    assert at_once["replies"] == 22 and at_once["episodes"] == 11
+    monkeypatch.setattr(envs, "make_env", counted)
+    assert evaluated(monkeypatch, 3, tmp_path) == at_once
+    # one more reads the settings
+    assert len(made) == 12 and max(alive) <= 7
+
+    monkeypatch.setattr(envs, "make_env", make_env)
+    generate, calls = model.Policy.generate, []
+
+    def stop_in_the_second_block(*args, **knobs):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(*args, **knobs)
+    monkeypatch.setattr(model.Policy, "generate", stop_in_the_second_block)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(monkeypatch, 3, tmp_path)
+    assert list(tmp_path.glob("eval_unfinished_*"))
+    assert evaluated(monkeypatch, 3, tmp_path) == at_once
+    # two turns of each of the four blocks, without three that were known, but the one stopped again
+    assert len(calls) == 3 + 1 + 5
+    assert not list(tmp_path.glob("eval_unfinished_*"))
 
 
 def test_the_visual_test_plays_the_routes_in_order_and_tells_the_cities_apart(city):
