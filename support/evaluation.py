@@ -3,6 +3,7 @@
 It checks options against each other, and takes task and settings from a run. It knows which rows
 are there already, and keeps the replies of a stopped evaluation. It prints what a row says.
 """
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -164,14 +165,29 @@ class KeptReplies:
 
     def forget(self, of):
         """Drop the replies of an evaluation whose row is written, from all files."""
+        self.known = {key: ids for key, ids in self.known.items() if key[0] != of}
         running.gather(None)   # all have written theirs
         if self.path and running.RANK == 0:
             for file in self.files():
-                rows = [row for row in running.read_jsonl(file, "of") if row["of"] != of]
-                running.write_jsonl(file, rows)
-                if not rows:
-                    file.unlink()
+                keep_lines(file, lambda row: row["of"] != of)
         running.gather(None)
+
+
+def keep_lines(path, wanted):
+    """Leave only the wanted rows in a file of JSON lines; without any the file is deleted.
+
+    Lines are read one by one, since ids take many times the memory of their text.
+    """
+    kept = []
+    with open(path) as lines:
+        for line in lines:
+            whole = line.endswith("\n")   # the last may be torn
+            if whole and line.strip() and wanted(json.loads(line)):
+                kept.append(line)
+    if kept:
+        running.write_atomically(path, "".join(kept))
+    else:
+        path.unlink()
 
 
 # ---- What is printed of a row ------------------------------------------------------------------
