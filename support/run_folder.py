@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from support import running
+from support import loading, portable, running
 
 # Fields that say how a run is executed, not what it computes: they may differ when it goes on.
 MAY_DIFFER = {"out", "device", "micro_batch_tokens", "generate_tokens", "kept_gib", "save_every",
@@ -237,6 +237,7 @@ def write_checkpoint(folder, policy, processor, optimizer, state, with_value_hea
             processor.save_pretrained(folder)
         except Exception as error:           # its writer, in Rust, raises nothing more precise
             raise OSError(str(error)) from None
+        portable.make_portable(folder, loading.tokenizer_of(processor))
         if with_value_head:
             save_file(weights["value_head"], folder / "value_head.safetensors")
         (folder / "resume" / "state.json").write_text(json.dumps(state))
