@@ -30,7 +30,7 @@ import torch.nn as nn
 from support import loading, running
 from support.chat import read_text
 from support.decoder import CacheDecoder, LlamaDecoder, RolloutMemory, is_plain_llama, wide_product
-from support.loading import check_text, render, tokenizer_of
+from support.loading import as_shown, check_text, render, tokenizer_of
 from support.vision import FAMILIES, picture_of, repeat_image_tokens
 
 IMAGE_TOKEN = "<|image|>"
@@ -94,7 +94,8 @@ def encode_reply(processor, reply):
     """The response ids (R,) that SFT learns: the reply and its end-of-turn."""
     tokenizer = tokenizer_of(processor)
     check_text(tokenizer, reply)
-    return tokenizer(reply, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    shown = as_shown(processor, reply)
+    return tokenizer(shown, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 def decode_reply(processor, response_ids):
@@ -258,7 +259,8 @@ class Policy(nn.Module):
         self.value_head = nn.Sequential(nn.Linear(config.hidden_size, 1024), nn.ReLU(),
                                         nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1))
         self.eos_id = tokenizer.eos_token_id
-        banned = loading.never_sampled(tokenizer, backbone.lm_head.weight.shape[0])        # (V,)
+        num_rows = backbone.lm_head.weight.shape[0]
+        banned = loading.never_sampled(tokenizer, backbone.config, num_rows)               # (V,)
         self.register_buffer("banned", banned, persistent=False)
         # Granite divides its logits by this: here in token_logprobs, in sampling in the decoder.
         self.logits_scaling = getattr(config, "logits_scaling", 1.0)
@@ -296,7 +298,8 @@ class Policy(nn.Module):
         if num_tokens > self.context:
             raise ValueError(f"a dialogue of {num_tokens} tokens, its reply's limit included, does "
                              f"not fit the model's context of {self.context} (or its sliding "
-                             "window): lower --max-new-tokens, or take another model")
+                             "window, or the original length of longrope): lower "
+                             "--max-new-tokens, or take another model")
 
     def autocast(self):
         if self.dtype == torch.float32:

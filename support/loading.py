@@ -9,11 +9,15 @@
 
 model.py also takes from here what it needs of a tokenizer, a template and a config.
 """
+import contextlib
+import logging
 import re
-from functools import partial
+import signal
+import threading
 from pathlib import Path
 
 import torch
+from jinja2 import Environment, TemplateSyntaxError
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -30,8 +34,11 @@ transformers_logging.disable_progress_bar()
 
 # What `--freeze` may name: the picture encoder, and what makes its states tokens or keys (Fig. 16).
 FREEZABLE = ("vision", "projector")
-# For two prompts, when a model is loaded: a template can loop for ever.
+# For one dialogue: a template can loop for ever.
 TEMPLATE_SECONDS = 20
+# What a config may call tokens that stand for pictures and videos.
+PICTURE_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+               "boi_token_id", "eoi_token_id")
 # Some templates print today's date (Llama 3.2, SmolLM3). Prompts must not change overnight.
 DATE = "01 Jan 2025"
 
@@ -49,14 +56,64 @@ def template_of(processor):
     return template.get("default") if isinstance(template, dict) else template
 
 
+def has_power(template):
+    """Whether a template computes a power. 7 ** 300000000 holds the interpreter for minutes, and no
+    alarm is heard before it ends."""
+    before = None
+    for _, kind, text in Environment().lex(template):
+        # Behind these it passes named arguments on: f(a, **named).
+        if kind == "operator" and text == "**" and before not in ("(", ","):
+            return True
+        if kind != "whitespace":
+            before = text
+    return False
+
+
+@contextlib.contextmanager
+def template_alarm():
+    """TimeoutError in what takes longer than TEMPLATE_SECONDS. Only the main thread hears it."""
+    def ring(*_):
+        raise TimeoutError(f"it does not come to an end within {TEMPLATE_SECONDS} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGALRM, ring)
+    # It rings again each second, since some places in Python swallow an error.
+    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
 def render(processor, messages, **kwargs):
     """The dialogue as the model's chat template writes it, a string."""
     template = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}" + template_of(processor)
     try:
-        return tokenizer_of(processor).apply_chat_template(
-            messages, chat_template=template, tokenize=False, date_string=DATE, **kwargs)
+        with template_alarm():
+            return tokenizer_of(processor).apply_chat_template(
+                messages, chat_template=template, tokenize=False, date_string=DATE, **kwargs)
     except Exception as error:                 # a template is a program, and can raise anything
         raise ValueError(f"the chat template cannot write this dialogue: {reason(error)}") from None
+
+
+def as_shown(processor, reply):
+    """A reply without the blanks at its ends that the chat template cuts off, as Llama 3's does.
+
+    So a model learns a reply as it will see it in the dialogue.
+    """
+    if reply == reply.strip():
+        return reply
+
+    def shown(text):
+        return render(processor, [user_message("1"), {"role": "assistant", "content": text}])
+
+    for bare in (reply.lstrip(), reply.rstrip(), reply.strip()):
+        if shown(bare) == shown(reply):
+            reply = bare
+    return reply
 
 
 def reason(error):
@@ -76,16 +133,19 @@ def check_text(tokenizer, text):
                              "a control token of the model")
 
 
-def never_sampled(tokenizer, num_rows):
+def never_sampled(tokenizer, config, num_rows):
     """A mask (num_rows,) of the rows of lm_head that are never sampled.
 
-    These are the special ids but the end-of-turn, and rows that stand for no token. A special token
-    may have no row, as Mllama's <|image|>.
+    These are the special ids but the end-of-turn, those that stand for pictures and videos, and
+    rows that stand for no token. A special token may have no row, as Mllama's <|image|>.
     """
+    shut_out = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    for name in PICTURE_IDS:
+        shut_out.append(getattr(config, name, None))
     mask = torch.zeros(num_rows, dtype=torch.bool)
     mask[len(tokenizer):] = True
-    for i, token in tokenizer.added_tokens_decoder.items():
-        if token.special and i < num_rows and i != tokenizer.eos_token_id:
+    for i in shut_out:
+        if i is not None and i < num_rows and i != tokenizer.eos_token_id:
             mask[i] = True
     return mask
 
@@ -94,9 +154,14 @@ def context_of(config):
     """How many tokens a row may have.
 
     Beyond its sliding window, or its chunk of attention, a model would see other tokens in a padded
-    row than in the row alone.
+    row than in the row alone. Beyond the original length of longrope (Phi-3-128k), one long row
+    would change the rotary embedding of all rows beside it.
     """
     limits = [config.max_position_embeddings]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):        # one of the model, or one of each kind of layer
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limits.append(part["original_max_position_embeddings"])
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
     if window and (layer_types is None or "sliding_attention" in layer_types):
@@ -107,6 +172,52 @@ def context_of(config):
 
 
 # ---- Reading a folder ----------------------------------------------------------------------------
+
+class Warnings(logging.Handler):
+    """Prints what transformers warns of, in one line each."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def emit(self, record):
+        told = " ".join(record.getMessage().split())
+        if "fix_mistral_regex" in told:        # the advice is for programmers
+            told += ' For that, write "fix_mistral_regex": true into its tokenizer_config.json.'
+        running.print0(f"model {self.path!r}: transformers warns: {told}")
+
+
+@contextlib.contextmanager
+def warnings_passed_on(path):
+    """While a folder is read, what transformers warns of is printed: it may be that texts are cut
+    into wrong tokens."""
+    logger, handler = logging.getLogger("transformers"), Warnings(path)
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.disable_default_handler()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        transformers_logging.enable_default_handler()
+        transformers_logging.set_verbosity_error()
+
+
+def mend_tokenizer(path, tokenizer):
+    """Turn off what would give one text other ids each time, or cut control tokens into letters.
+
+    Some folders keep these settings from their training. What is turned off is printed.
+    """
+    if tokenizer.split_special_tokens:
+        running.print0(f"model {path!r}: split_special_tokens of its tokenizer is turned off, "
+                       "since a chat template writes control tokens")
+        tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = False
+    merges = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(merges, "dropout", None):
+        running.print0(f"model {path!r}: dropout {merges.dropout:.3g} of its tokenizer is turned "
+                       "off, since a text must always have the same tokens")
+        merges.dropout = None
+
 
 def load_folder(path, vision, dtype, on_meta):
     """(backbone, processor) from a Hugging Face folder, with weights of this type.
@@ -122,16 +233,18 @@ def load_folder(path, vision, dtype, on_meta):
         raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "
                          "support/tiny.py writes a tiny one")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if getattr(config, "quantization_config", None):
-            raise ValueError("its weights are quantized (quantization_config); "
-                             "take the model as it was before")
-        family = FAMILIES.get(config.model_type)
-        backbone, faults = load_backbone(folder, config, dtype, on_meta)
-        if family:
-            processor = family.load_processor(folder, config)
-        else:
-            processor = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with warnings_passed_on(path):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if getattr(config, "quantization_config", None):
+                raise ValueError("its weights are quantized (quantization_config); "
+                                 "take the model as it was before")
+            family = FAMILIES.get(config.model_type)
+            backbone, faults = load_backbone(folder, config, dtype, on_meta)
+            if family:
+                processor = family.load_processor(folder, config)
+            else:
+                processor = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        mend_tokenizer(path, tokenizer_of(processor))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:                 # the libraries raise anything on files that are odd
@@ -181,19 +294,26 @@ def check_weights(path, faults):
 def check_template(path, processor, vision, encode, encode_reply):
     """The ids (P,) of a first prompt; ValueError unless `encode` can use the chat template.
 
-    `encode` and `encode_reply` are those of model.py. They try a first and a second prompt.
+    `encode` and `encode_reply` are those of model.py. They try a first and a second prompt, and the
+    template alone tries a longer dialogue.
     """
-    tokenizer = tokenizer_of(processor)
-    if template_of(processor) is None or tokenizer.eos_token is None:
+    tokenizer, template = tokenizer_of(processor), template_of(processor)
+    if template is None or tokenizer.eos_token is None:
         raise ValueError(f"model {path!r}: its tokenizer has no chat template (or none called "
                          "default), or no end-of-sequence token")
+    if not isinstance(template, str):
+        raise ValueError(f"model {path!r}: \"chat_template\" of its tokenizer_config.json is "
+                         f"{template!r}, not a text")
     picture = Image.new("RGB", (64, 64)) if vision else None
     reply = {"role": "assistant", "content": "2"}
     messages = [user_message("1", picture), reply, user_message("3")]
     try:
+        if has_power(template):
+            raise ValueError("it computes a power (**), which may never come to an end")
         first = encode(processor, messages[:1])
         encode(processor, messages, first + encode_reply(processor, "2"))
-    except ValueError as error:
+        render(processor, messages + 8 * [reply, user_message("3")], add_generation_prompt=True)
+    except (ValueError, TemplateSyntaxError) as error:
         raise ValueError(f"model {path!r}: its chat template cannot be used: {error}") from None
     if tokenizer.bos_token and first[:2] == 2 * [tokenizer.bos_token_id]:
         raise ValueError(f"model {path!r}: its chat template must write {tokenizer.bos_token} "
@@ -204,9 +324,7 @@ def check_template(path, processor, vision, encode, encode_reply):
 def check_model(path, backbone, processor, vision, encode, encode_reply):
     """ValueError unless model and template behave as `encode` and `Policy` take for granted."""
     # The template lets a dialogue go on, and comes to an end.
-    try_template = partial(check_template, path, processor, vision, encode, encode_reply)
-    ids = running.within_seconds(TEMPLATE_SECONDS, try_template,
-                                 f"model {path!r}: its chat template does not come to an end")
+    ids = check_template(path, processor, vision, encode, encode_reply)
 
     # Each token has an embedding, and the end-of-turn a logit.
     num_logits = backbone.lm_head.weight.shape[0]

@@ -30,6 +30,7 @@ from support import loading, portable, running
 MAY_DIFFER = {"out", "device", "micro_batch_tokens", "generate_tokens", "kept_gib", "save_every",
               "keep_resume", "gradient_checkpointing"}
 LOGS = ("metrics.jsonl", "turns.jsonl")
+MOMENTS = ("exp_avg", "exp_avg_sq")    # what Adam keeps of a weight, beside its number of steps
 HELD = set()   # the locks of this process
 
 
@@ -237,7 +238,9 @@ def write_checkpoint(folder, policy, processor, optimizer, state, with_value_hea
             processor.save_pretrained(folder)
         except Exception as error:           # its writer, in Rust, raises nothing more precise
             raise OSError(str(error)) from None
-        portable.make_portable(folder, loading.tokenizer_of(processor))
+        differs = portable.make_portable(folder, loading.tokenizer_of(processor))
+        if differs and not checkpoints(folder.parent):         # said once
+            running.print0(f"{folder.parent}: {differs}")
         if with_value_head:
             save_file(weights["value_head"], folder / "value_head.safetensors")
         (folder / "resume" / "state.json").write_text(json.dumps(state))
@@ -280,35 +283,80 @@ def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resum
 
 
 def open_parts(resume):
-    """The optimizer's files of a checkpoint, one for each process that wrote it."""
-    files = []
+    """The optimizer's files of a checkpoint, one for each process that wrote it.
+
+    ValueError unless each has all that Adam keeps of each weight that one of them has.
+    """
+    files = {}
     for path in sorted(resume.glob("optimizer_*.safetensors")):
         try:
-            files.append(safe_open(path, "pt"))
+            files[path] = safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: {error}") from None
     if not files:
         raise ValueError(f"{resume}/optimizer_00000.safetensors is missing")
-    return files
+    trained = {name.rpartition(".")[0] for file in files.values() for name in file.keys()}
+    expected = {f"{name}.{key}" for name in trained for key in ("step", *MOMENTS)}
+    for path, file in files.items():
+        if lacking := sorted(expected - set(file.keys())):
+            raise ValueError(f"{path}: has no {lacking[0]}")
+    return list(files.values())
 
 
-def load_resume(folder, policy, optimizer, keys=("step",)):
+def is_count(value):
+    return type(value) is int and value >= 0
+
+
+def is_conversation(entry, num_ids):
+    """Whether this is [episode, replies so far], each reply a list of ids below `num_ids`."""
+    if not isinstance(entry, list) or len(entry) != 2 or not is_count(entry[0]):
+        return False
+    if not isinstance(entry[1], list):
+        return False
+    for reply in entry[1]:
+        if not isinstance(reply, list) or not all(is_count(i) and i < num_ids for i in reply):
+            return False
+    return True
+
+
+def check_state(path, state, first_state, num_ids):
+    """ValueError unless a state has the keys of a run's first one, with values of their kinds."""
+    for key, first in first_state.items():
+        if key not in state:
+            raise ValueError(f"{path}: has no {key!r}")
+        value = state[key]
+        if isinstance(first, (int, float)):
+            if type(value) not in (int, float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{path}: {key!r} is {shortened(value)}, no number from 0 on")
+        elif not isinstance(value, list) or len(value) != len(first):
+            raise ValueError(f"{path}: {key!r} is {shortened(value)}, no list of {len(first)}")
+    for i, entry in enumerate(state.get("conversations", ())):
+        if not is_conversation(entry, num_ids):
+            raise ValueError(f"{path}: number {i} of 'conversations' is {shortened(entry)}, not "
+                             f"[episode, replies] with replies of ids from 0 to {num_ids - 1}")
+
+
+def shortened(value):
+    text = repr(value)
+    return text if len(text) < 60 else text[:60] + "..."
+
+
+def load_resume(folder, policy, optimizer, first_state=None):
     """Put the optimizer state of a checkpoint back and return its `state`; the weights come with
     load_policy.
 
     Each tensor is put together from the parts of the processes that wrote it, and cut anew for
-    those that read it. ValueError if a file is missing or damaged, or the state lacks one of these
-    keys.
+    those that read it. ValueError if a file is missing or damaged, or the state is not like the
+    first one of a run.
     """
     with damage_advice(folder):
         resume = folder / "resume"
         state = running.read_object(resume / "state.json")
-        if lacking := [key for key in keys if key not in state]:
-            raise ValueError(f"{resume}/state.json: has no {lacking[0]!r}")
         # With another step the run would train some steps twice, or leave some out.
-        if state["step"] != checkpoint_step(folder):
-            raise ValueError(f"{resume}/state.json: says step {state['step']!r}, but the "
+        if state.get("step") != checkpoint_step(folder):
+            raise ValueError(f"{resume}/state.json: says step {state.get('step')!r}, but the "
                              f"checkpoint is of step {checkpoint_step(folder)}")
+        check_state(resume / "state.json", state, first_state or {}, len(policy.banned))
         files = open_parts(resume)
         names = set(files[0].keys())
         trained_head = any(name.startswith("value_head.") for name in names)
@@ -319,7 +367,7 @@ def load_resume(folder, policy, optimizer, keys=("step",)):
             if f"{name}.step" not in names:
                 continue
             optimizer.state[p] = {"step": files[0].get_tensor(f"{name}.step")}
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 parts = [file.get_tensor(f"{name}.{key}") for file in files]
                 whole = torch.cat(parts) if len(parts) > 1 else parts[0]
                 if whole.shape != p.shape:

@@ -16,7 +16,6 @@ import os
 import re
 import signal
 import sys
-import threading
 from dataclasses import field, fields
 from functools import partial
 from pathlib import Path
@@ -126,27 +125,6 @@ def one_line_errors(where=None):
     except ValueError as error:              # in a run such as a picture that cannot be read
         fail(f"{begun}{error}{'; the last checkpoint is whole' if begun else ''}",
              alone=bool(begun))
-
-
-def within_seconds(seconds, function, fault):
-    """The value of function(), which runs code from a file such as a chat template;
-    ValueError(fault) if it takes longer."""
-    outcome = []
-
-    def call():
-        try:
-            outcome.append((function(), None))
-        except Exception as error:           # raised below, where somebody waits for it
-            outcome.append((None, error))
-
-    # A daemon thread that never ends does not keep the program from ending.
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    value, error = outcome[0] if outcome else (None, ValueError(fault))
-    if error:
-        raise error
-    return value
 
 
 @contextlib.contextmanager
