@@ -294,12 +294,11 @@ class Policy(nn.Module):
         num = len(prompt_ids) + len(response_ids)
         return num if picture is None else num + self.picture_tokens
 
-    def check_length(self, num_tokens):
+    def check_length(self, num_tokens, counted=""):
         if num_tokens > self.context:
-            raise ValueError(f"a dialogue of {num_tokens} tokens, its reply's limit included, does "
-                             f"not fit the model's context of {self.context} (or its sliding "
-                             "window, or the original length of longrope): lower "
-                             "--max-new-tokens, or take another model")
+            raise ValueError(f"a dialogue of {num_tokens} tokens{counted} does not fit the model's "
+                             f"context of {self.context} (or its sliding window, or the original "
+                             "length of longrope)")
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -390,7 +389,8 @@ class Policy(nn.Module):
             # cost one group more outweighs whatever padding it could save.
             group_cost = len(prompts) * token_budget
             for rows in micro_batches(lengths, token_budget, group_cost):
-                self.check_length(max(len(prompts[row]) for row in rows) + max_new_tokens)
+                self.check_length(max(len(prompts[row]) for row in rows) + max_new_tokens,
+                                  f" (with --max-new-tokens {max_new_tokens})")
                 logits = decoder.prefill(                                  # (B, V)
                     [prompts[row] for row in rows], [owners[row] for row in rows],
                     [pictures[row] for row in rows], max_new_tokens,

@@ -23,6 +23,10 @@ Left out: a KL penalty and an entropy bonus (the paper has neither), token-level
 Under torchrun every process plays a part of the environments and trains on its turns. Deals,
 samples and minibatches do not depend on their number; weights differ by rounding alone.
 """
+if __name__ == "__main__":
+    from support import command_line
+    command_line.begin(__file__)         # a mistyped flag is answered before torch is imported
+
 import math
 import time
 from collections import Counter
@@ -38,7 +42,6 @@ from model import (SAMPLES, SHUFFLES, RolloutMemory, aligned_micro_batches, coll
                    encode, load_policy, picture_of, sampling_uniforms)
 from support import running, settings, training
 from support.chat import read_text
-from support.loading import FREEZABLE
 from support.running import flag
 
 # ---- The maths -----------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ class Config(training.RunConfig):
     value_clip: float = flag(0.0, "clip of the value's change; 0: none (official: 0.1)", low=0)
     value_coef: float = flag(0.5, "weight of the value loss", low=0)
     thought_coef: float = flag(0.5, "weight of the log-probs before the answer key", low=0)
-    freeze: str = flag("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)}")
+    freeze: str = flag("", "parts of a vision model that stay as they are: vision, projector")
     max_grad_norm: float = flag(1.0, "gradient norm limit (official: 0.01, no effect)", low=1e-12)
     # running
     generate_tokens: int = flag(65536, "padded tokens, with replies, sampled side by side", low=1)
@@ -506,7 +509,7 @@ def main(config):
     stop = running.StopSignal()
     for update in run.steps(config.updates, "rl"):
         began = time.monotonic()
-        with running.one_line_errors(f"update {update + 1}"):
+        with running.one_line_errors(f"update {update + 1}", config.out):
             lr = set_learning_rates(run.optimizer, update, config)
             # Play. After a stop the rollout is dropped, and `state` is from before it.
             turns = collect_turns(policy, run.processor, conversations, update, config, stop)

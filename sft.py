@@ -17,10 +17,15 @@ A V-IRL sample is one position of a route; with `--balance` the kind of position
 
 Left out: packing (samples of like length share a micro-batch instead), LoRA.
 """
+if __name__ == "__main__":
+    from support import command_line
+    command_line.begin(__file__)         # a mistyped flag is answered before torch is imported
+
 import math
 import random
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +34,6 @@ import envs
 from model import (IMAGE_TOKEN, aligned_micro_batches, collate, encode, encode_reply, load_policy,
                    picture_of)
 from support import conversations, running, settings, training
-from support.loading import FREEZABLE
 from support.running import flag
 
 
@@ -80,6 +84,7 @@ class Config(training.RunConfig):
     balance: bool = flag(False, "V-IRL: draw every kind of position equally often")
     failed_tries: int = flag(0, "at most so many failed tries before the expert's", low=0, high=9)
     data: str = flag("", "train on this file of conversations (--task and --env still count)")
+    pictures: str = flag("", "the folder of the pictures that --data names, if not the file's own")
     dump: str = flag("", "write samples to this file, which --data can read, and train nothing")
     num: int = flag(1000, "number of samples that --dump writes", low=1)
     # optimisation
@@ -90,7 +95,7 @@ class Config(training.RunConfig):
     # differs 24: the default is what their script asks for, not what ran
     schedule: str = flag("cosine", "after the warm-up: cosine to 0, as the official script says, "
                                    "or constant, as it ran", choices=("cosine", "constant"))
-    freeze: str = flag("", f"parts of a vision model that stay as they are: {', '.join(FREEZABLE)}")
+    freeze: str = flag("", "parts of a vision model that stay as they are: vision, projector")
     weight_decay: float = flag(0.0, "AdamW weight decay", low=0)
     beta2: float = flag(0.98, "AdamW beta 2; beta 1 is 0.9, eps 1e-7", low=0, high=0.999999)
     max_grad_norm: float = flag(1.0, "the gradient's norm is clipped to this", low=1e-12)
@@ -119,7 +124,8 @@ class Samples:
         self.pairs = []
         if config.data:
             vision = envs.TASKS[config.task].fixed["vision"]
-            self.pairs = conversations.read_conversations(config.data, vision, IMAGE_TOKEN)
+            self.pairs = conversations.read_conversations(config.data, vision, IMAGE_TOKEN,
+                                                          config.pictures)
 
     def __getitem__(self, i):
         if self.pairs:
@@ -138,11 +144,16 @@ class Samples:
         if epoch != self.epoch:
             rng = random.Random(f"{self.config.seed}/order/{epoch}")
             self.epoch, self.order = epoch, rng.sample(range(len(self.pairs)), len(self.pairs))
-        messages, reply = self.pairs[self.order[at]]
-        return conversations.open_pictures(messages), reply
+        pair = self.pairs[self.order[at]]
+        return conversations.open_pictures(pair.messages), pair.reply
 
 
 # ---- The run -------------------------------------------------------------------------------------
+
+def encode_pair(processor, messages, reply):
+    """The ids of a sample: (prompt_ids, response_ids)."""
+    return encode(processor, messages), encode_reply(processor, reply)
+
 
 def set_up(config):
     """(run, samples); ValueError says what is wrong, before anything is written."""
@@ -151,7 +162,9 @@ def set_up(config):
     samples = Samples(config)
     run = training.Run(config, device, load_policy, envs.TASKS[config.task].fixed["vision"])
     # A text that does not fit the model fails here.
-    encode(run.processor, samples[0][0])
+    encode_pair(run.processor, *samples[0])
+    conversations.check_pairs(config.data, samples.pairs, run.policy,
+                              partial(encode_pair, run.processor))
     optimizer = torch.optim.AdamW(run.policy.backbone.parameters(), lr=config.lr, eps=1e-7,
                                   betas=(0.9, config.beta2), weight_decay=config.weight_decay)
     run.resume(optimizer, {"step": 0, "tokens": 0, "seconds": 0.0})
@@ -170,7 +183,8 @@ def main(config):
     final_lr = config.lr if config.schedule == "constant" else 0.0
     for step in run.steps(config.steps, "sft"):
         first, end = step * config.batch_size, (step + 1) * config.batch_size
-        with running.one_line_errors(f"step {step + 1}, samples {first} to {end - 1}"):
+        samples_of_step = f"step {step + 1}, samples {first} to {end - 1}"
+        with running.one_line_errors(samples_of_step, config.out):
             # The learning rate rises to its peak, then falls to 0 or stays.
             lr = running.learning_rate(step, config.steps, config.lr, config.warmup_ratio, final_lr)
             for group in run.optimizer.param_groups:
@@ -179,8 +193,7 @@ def main(config):
             batch = []
             for i in running.local_part(range(first, end)):
                 messages, reply = samples[i]
-                batch.append((encode(processor, messages), encode_reply(processor, reply),
-                              picture_of(messages)))
+                batch.append((*encode_pair(processor, messages, reply), picture_of(messages)))
             loss, grad_norm = train_step(policy, run.optimizer, batch, config)
         # Tokens are counted over all processes; the compute follows from them.
         tokens = state["tokens"] + running.total(sum(policy.num_tokens(*row) for row in batch))

@@ -21,6 +21,8 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 from support import running
 from support.cards import open_picture
@@ -32,6 +34,14 @@ MARKS = ("loss", "train", "weight")              # of a reply: whether it is lea
 FOREIGN = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content",
            "thinking", "system_prompt", "system_message", "history", "chosen", "rejected", "video",
            "videos", "audio", "audios", "mask", "masked", "train_on_turn", "learn", "loss_weight")
+
+
+class Pair(NamedTuple):
+    """A reply that is learnt, what stands before it, and where that comes from."""
+    messages: list
+    reply: str
+    record: int          # its index in the file
+    picture_size: tuple  # width and height, None in a task without pictures
 
 
 def refuse_foreign(record, keys, of=""):
@@ -58,7 +68,8 @@ def read_records(path):
 
 
 def read_picture(record, folder, vision):
-    """The path of a record's picture, a file that can be read; None in a task without pictures."""
+    """(path, size) of a record's picture, a file that can be read; (None, None) in a task without
+    pictures."""
     key = "images" if record.get("images") else "image"
     names = record.get(key) or []
     if isinstance(names, str):
@@ -68,12 +79,17 @@ def read_picture(record, folder, vision):
     if both or not are_names or len(names) != vision:
         raise ValueError(f"key {key!r}: a task with pictures needs one file per record, another "
                          f"none; got {str(record.get(key))[:60]!r}")
+    if not names:
+        return None, None
+    path = folder / names[0]
+    # What a file from elsewhere names is not read from anywhere on the disk.
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"key {key!r}: {names[0]!r} is not below the pictures' folder {folder}, "
+                         "links followed; --pictures names another")
     try:
-        for name in names:
-            open_picture(folder / name)
+        return path, open_picture(path).size
     except ValueError as error:
         raise ValueError(f"key {key!r}: {error}") from None
-    return folder / names[0] if names else None
 
 
 def join_parts(parts):
@@ -131,9 +147,8 @@ def check_role(turn, who, at, messages):
     return role
 
 
-def read_record(record, folder, vision, image_token):
-    """(messages, reply) pairs, one for every reply of a record that is learnt; ValueError names the
-    key."""
+def read_record(record, index, folder, vision, image_token):
+    """Pairs, one for every reply of a record that is learnt; ValueError names the key."""
     turns = []
     if isinstance(record, dict):
         turns = [record[key] for key in ("conversations", "messages") if record.get(key)]
@@ -144,7 +159,7 @@ def read_record(record, folder, vision, image_token):
     for key in MARKS:
         if record.get(key, 1) not in (None, 1):
             raise ValueError(f"key {key!r} belongs to a turn, not to a record")
-    picture = read_picture(record, folder, vision)
+    picture, size = read_picture(record, folder, vision)
     pairs, messages = [], []
     if record.get("system"):
         text = read_text(record["system"], "key 'system'", 0, image_token)
@@ -162,7 +177,7 @@ def read_record(record, folder, vision, image_token):
         slots = 1 if vision and first else 0
         text = read_text(turn.get(what), f"key {what!r} of turn {at}", slots, image_token)
         if is_learnt(turn, role, f" of turn {at}"):
-            pairs.append((messages, text))
+            pairs.append(Pair(messages, text, index, size))
         content = text
         if slots:
             content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
@@ -173,19 +188,19 @@ def read_record(record, folder, vision, image_token):
     return pairs
 
 
-def read_conversations(path, vision, image_token):
-    """(messages, reply) pairs from a file, one for every reply in it that is to be learnt.
+def read_conversations(path, vision, image_token, pictures=""):
+    """The pairs of a file, one for every reply in it that is to be learnt.
 
     With `vision` every record has one picture. In the messages stands its path, which is relative
-    to the data file's folder. No text may hold `image_token`, which the model's template writes.
-    ValueError names file, record and key.
+    to `pictures`, if not given to the data file's folder. No text may hold `image_token`, which the
+    model's template writes. ValueError names file, record and key.
     """
-    records, pairs = read_records(path), []
+    records, pairs, folder = read_records(path), [], Path(pictures or Path(path).parent)
     if vision:
         records = running.progress(records, nested=True, desc="pictures")
     for index, record in enumerate(records):
         try:
-            pairs += read_record(record, Path(path).parent, vision, image_token)
+            pairs += read_record(record, index, folder, vision, image_token)
         except ValueError as error:
             raise ValueError(f"data file {path}, record {index}: {error}") from None
     if not pairs:
@@ -193,16 +208,43 @@ def read_conversations(path, vision, image_token):
     return pairs
 
 
-def open_pictures(messages):
-    """Messages with the pictures themselves where `read_conversations` has left their paths."""
-    opened = []
+def check_pairs(path, pairs, policy, encode):
+    """ValueError names file and record of the first pair that the model cannot read, such as one
+    that is longer than its context.
+
+    encode(messages, reply) is (prompt_ids, response_ids). Each process looks at its part.
+    """
+    fault = None
+    numbers = running.local_part(range(len(pairs)))
+    for number in running.progress(numbers, nested=True, desc=f"check of {path}"):
+        messages, reply, record, size = pairs[number]
+        # A prompt depends on the size of its picture alone.
+        picture = size and SimpleNamespace(width=size[0], height=size[1])
+        try:
+            ids = encode(with_pictures(messages, lambda _: picture), reply)
+            policy.check_length(policy.num_tokens(*ids, picture))
+        except ValueError as error:
+            fault = [number, f"data file {path}, record {record}: {error}"]
+            break
+    if faults := [fault for fault in running.gather(fault) if fault]:
+        raise ValueError(min(faults)[1])
+
+
+def with_pictures(messages, make):
+    """Messages with make(path) where `read_conversations` has left a picture's path."""
+    made = []
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
-            content = [{**part, "image": open_picture(part["image"])} if part["type"] == "image"
-                       else part for part in content]
-        opened.append({**message, "content": content})
-    return opened
+            content = [{**part, "image": make(part["image"])} if part["type"] == "image" else part
+                       for part in content]
+        made.append({**message, "content": content})
+    return made
+
+
+def open_pictures(messages):
+    """Messages with the pictures themselves where `read_conversations` has left their paths."""
+    return with_pictures(messages, open_picture)
 
 
 def make_record(messages, option, picture_name):

@@ -7,7 +7,6 @@ point, and in a single process they cost nothing.
 The last section is the one to read: how FSDP2 spreads weights, gradients and optimizer state over
 the processes, which the paper's scale needs.
 """
-import argparse
 import contextlib
 import datetime
 import json
@@ -16,7 +15,6 @@ import os
 import re
 import signal
 import sys
-from dataclasses import field, fields
 from functools import partial
 from pathlib import Path
 
@@ -31,100 +29,36 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# Scripts find these here, too: running.flag, running.parse_config.
+from support.command_line import (RANK, OneLineParser, fail, flag,  # noqa: F401
+                                  flush_console, parse_config, stop_early)
 
-# ---- Configs and the command line ----------------------------------------------------------------
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-
-def flag(default, help, low=None, high=None, choices=None):
-    """A field of a script's Config: its default, its help text, and the values that are allowed."""
-    limits = {"low": low, "high": high, "choices": choices}
-    return field(default=default, metadata={"help": help, **limits})
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message):
-        word = re.search(r"unrecognized arguments: (\S+)", message)
-        fail(f"unknown option {word[1]}; --help lists them all" if word else message)
-
-
-def fail(message, alone=False):
-    """Print one line and exit with 2, which is the ending for the user's mistakes.
-
-    Only the first process prints, unless this one comes here `alone`.
-    """
-    flush_console()
-    if RANK == 0 or alone:
-        message = " ".join(str(message).splitlines())    # a path may hold a line break
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def options_of(cls):
-    """The fields of a Config as --help lists them: first its own, then those of its base class."""
-    return sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__)
-
-
-def flag_of(field):
-    """The field num_envs is the flag --num-envs."""
-    return "--" + field.name.replace("_", "-")
-
-
-def parse_config(cls, argv=None):
-    """A Config from the command line. A flag, type or value that is not allowed ends the program
-    with one line.
-
-    A field of type tuple takes words up to the next flag: `--env root=city0 verify_iter=3`.
-    """
-    parser = OneLineParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in options_of(cls):
-        kind, shown = {"type": f.type}, f.default
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif f.type is tuple:
-            kind, shown = {"nargs": "+", "type": str}, " ".join(f.default)
-        parser.add_argument(flag_of(f), default=f.default,
-                            help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), **kind)
-    given = vars(parser.parse_args(argv))
-    config = cls(**{name: tuple(value) if isinstance(value, list) else value
-                    for name, value in given.items()})
-    for f in fields(cls):
-        if fault := fault_of(getattr(config, f.name), **f.metadata):
-            parser.error(f"{flag_of(f)} {fault}")
-    return config
-
-
-def fault_of(value, help, low, high, choices):
-    """The value and what is wrong with it, or None; the rest is what `flag` keeps of a field."""
-    if choices and value not in choices:
-        return f"{value!r}: allowed are {', '.join(map(str, choices))}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{value}: must be a finite number"
-    if low is not None and value < low or high is not None and value > high:
-        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        return f"{value}: must be {allowed}"
-
+# ---- How a script begins and ends ---------------------------------------------------------------
 
 @contextlib.contextmanager
-def one_line_errors(where=None):
+def one_line_errors(where=None, out=None):
     """The user's mistakes (ValueError) and numbers that are not finite end with one line and no
     traceback.
 
-    `where` names the step or update of a run that has begun. Before that all processes meet the
-    same error, and the first one prints it.
+    `where` names the step or update of a run that has begun, and `out` its folder. Before that all
+    processes meet the same error, and the first one prints it.
     """
     begun = "" if where is None else f"{where}: "
+
+    def has_checkpoint():
+        return begun and any(re.fullmatch("step_[0-9]+", path.name) for path in Path(out).iterdir())
     try:
         yield
     except FloatingPointError as error:      # in every process: they share the gradient's norm
-        fail(f"{begun}{error}; the last checkpoint is whole, go on from it with a smaller --lr and "
-             "another --out")
+        advice = "start again"
+        if has_checkpoint():
+            advice = "the last checkpoint is whole, go on from it"
+        fail(f"{begun}{error}; {advice} with a smaller --lr and another --out")
     except ValueError as error:              # in a run such as a picture that cannot be read
-        fail(f"{begun}{error}{'; the last checkpoint is whole' if begun else ''}",
-             alone=bool(begun))
+        advice = "; the last checkpoint is whole" if has_checkpoint() else ""
+        fail(f"{begun}{error}{advice}", alone=bool(begun))
 
 
 @contextlib.contextmanager
@@ -138,15 +72,6 @@ def memory_advice(knobs):
              "command goes on", alone=True)
 
 
-def flush_console():
-    """Print what waits to be printed. If nobody reads it, it is dropped, and so is what follows."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):    # None: closed from the start
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 def run(main, config_class):
     """A script: its command line, `main`, and an end that all processes reach together.
 
@@ -158,6 +83,8 @@ def run(main, config_class):
         raise KeyboardInterrupt("terminated")
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGINT) == stop_early:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A daemon may have no output at all.
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")

@@ -1,0 +1,156 @@
+"""A script's command line: its flags, errors of one line, and an answer before torch is imported.
+
+torch and transformers take seconds to import. A script that is started calls `begin` before that. A
+mistyped flag, a value that is not allowed and --help are then answered at once, and Ctrl-C ends the
+script with one line.
+"""
+import argparse
+import ast
+import dataclasses
+import difflib
+import math
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+RANK = int(os.environ.get("RANK", 0))        # of this process under torchrun
+KINDS = {kind.__name__: kind for kind in (str, int, float, bool, tuple)}
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+
+def flag(default, help, low=None, high=None, choices=None):
+    """A field of a script's Config: its default, its help text, and the values that are allowed."""
+    limits = {"low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message):
+        if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
+            near = difflib.get_close_matches(found[1], self._option_string_actions, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            message = f"unknown option {found[1]}; {hint}--help lists them all"
+        fail(message)
+
+
+def fail(message, alone=False):
+    """Print one line and exit with 2, which is the ending for the user's mistakes.
+
+    Only the first process prints, unless this one comes here `alone`.
+    """
+    flush_console()
+    if RANK == 0 or alone:
+        message = " ".join(str(message).splitlines())    # a path may hold a line break
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def flush_console():
+    """Print what waits to be printed. If nobody reads it, it is dropped, and so is what follows."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):    # None: closed from the start
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def options_of(cls):
+    """The fields of a Config as --help lists them: first its own, then those of its base class."""
+    return sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__)
+
+
+def flag_of(field):
+    """The field num_envs is the flag --num-envs."""
+    return "--" + field.name.replace("_", "-")
+
+
+def parse_config(cls, argv=None):
+    """A Config from the command line. A flag, type or value that is not allowed ends the program
+    with one line.
+
+    A field of type tuple takes words up to the next flag: `--env root=city0 verify_iter=3`.
+    """
+    parser = OneLineParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in options_of(cls):
+        kind, shown = {"type": f.type}, f.default
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif f.type is tuple:
+            kind, shown = {"nargs": "+", "type": str}, " ".join(f.default)
+        parser.add_argument(flag_of(f), default=f.default,
+                            help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    config = cls(**{name: tuple(value) if isinstance(value, list) else value
+                    for name, value in given.items()})
+    for f in dataclasses.fields(cls):
+        if fault := fault_of(getattr(config, f.name), **f.metadata):
+            parser.error(f"{flag_of(f)} {fault}")
+    return config
+
+
+def fault_of(value, help, low, high, choices):
+    """The value and what is wrong with it, or None; the rest is what `flag` keeps of a field."""
+    if choices and value not in choices:
+        return f"{value!r}: allowed are {', '.join(map(str, choices))}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}: must be a finite number"
+    if low is not None and value < low or high is not None and value > high:
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        return f"{value}: must be {allowed}"
+
+
+# ---- Before torch is imported --------------------------------------------------------------------
+
+def begin(path):
+    """The first call of a script that is started: see to its signals and its command line.
+
+    What is wrong with the command line, and --help, ends the program here. `running.run` reads it
+    again, by the real Config, and takes the signals over.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:       # as for a job in the background
+            signal.signal(number, stop_early)
+    try:
+        sketch = sketch_config(Path(path), "Config")
+    except (OSError, ValueError, LookupError):   # a Config that cannot be read without running it
+        return
+    parse_config(sketch)
+
+
+def stop_early(number, _):
+    """Ctrl-C or SIGTERM before the script has begun: one line, and no traceback of an import."""
+    if RANK == 0:
+        os.write(2, b"\nstopped before it began\n")
+    os._exit(128 + number)
+
+
+def sketch_config(path, name):
+    """The class `name` of a script's source, a Config, with all that can be read without running.
+
+    Fields have their type, default, help and limits. Choices that the script computes are left out.
+    A base class is looked up in support/. ValueError or LookupError if the class is written in
+    another way.
+    """
+    classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body
+               if isinstance(node, ast.ClassDef) and node.name == name]
+    rows = []
+    for node in classes[0].body:
+        if isinstance(node, ast.AnnAssign):
+            values = [ast.literal_eval(value) for value in node.value.args]
+            limits = {}
+            for keyword in node.value.keywords:
+                try:
+                    limits[keyword.arg] = ast.literal_eval(keyword.value)
+                except ValueError:           # such as tuple(envs.TASKS)
+                    continue
+            rows.append((node.target.id, KINDS[node.annotation.id], flag(*values, **limits)))
+    bases = tuple(sketch_config(Path(__file__).with_name(f"{base.value.id}.py"), base.attr)
+                  for base in classes[0].bases)
+    return dataclasses.make_dataclass(name, rows, bases=bases,
+                                      namespace={"__module__": "__main__"})

@@ -1,0 +1,374 @@
+"""The page of `evaluate.py --compare ... --html FILE`: what was found, and what each arm says.
+
+    the finding     a sentence for each split, from the table
+    the figure      a panel a split, a curve an arm; values on hover or focus
+    the table       as --compare prints it
+    the hands       side by side: the start and each arm in columns, a split at a time. Verdicts and
+                    rewards are shown, and what differs from the expert is marked
+    how it was made the commands, the settings, the device's type and the minutes
+
+The page is one file that loads nothing. It is read without JavaScript as well, which only hides the
+hands that are not looked at. What a model wrote is escaped, and holds no control characters.
+"""
+import base64
+import html
+import io
+import json
+import re
+from pathlib import Path
+
+from support import compare, dialogues, running
+from support.chat import printable
+
+SHOWN_KEYS = ("number", "cards", "action")       # of a reply: there is one right value
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 420, 260, 44, 40, 14, 14      # of a panel, in pixels
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --back: #fff;
+  --card: #f6f8fa; --start: #59636e; --good: #116329; --good-back: #dafbe1; --bad: #a40e26;
+  --bad-back: #ffebe9; --mark: #ffd33d; --link: #0550ae }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d;
+  --back: #0d1117; --card: #161b22; --start: #9198a1; --good: #7ee787; --good-back: #12261e;
+  --bad: #ff9d96; --bad-back: #2d1518; --mark: #9a6700; --link: #79c0ff } }
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
+  max-width: 76rem; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
+h3 { font-size: 1rem; margin: 0 0 .5rem }
+.soft { color: var(--soft) } .scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid var(--line) }
+td { white-space: nowrap }
+.panels { display: flex; flex-wrap: wrap; gap: 1rem }
+figure { margin: 0; flex: 1 1 20rem; max-width: 34rem } svg { width: 100%; height: auto }
+svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
+.axis { stroke: var(--line) } .paper { stroke-dasharray: 2 4; opacity: .8 }
+svg a:focus circle, svg a:hover circle { stroke: var(--ink); stroke-width: 2.5px }
+.legend span { display: inline-block; margin-right: 1.2rem }
+.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 50%;
+  margin-right: .4em; background: currentColor }
+.controls { display: flex; flex-wrap: wrap; gap: .75rem; align-items: center;
+  position: sticky; top: 0; background: var(--back); padding: .5rem 0; z-index: 1 }
+button, select { font: inherit; color: inherit; background: var(--card); padding: .3rem .8rem;
+  border: 1px solid var(--line); border-radius: 6px }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 1px }
+.hand { border-top: 1px solid var(--line); padding: 1rem 0 }
+.prompt { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card);
+  border-radius: 8px; padding: .6rem .8rem }
+.hand img { max-width: 20rem; width: 100%; border-radius: 6px }
+.columns { display: grid; gap: 1rem; margin-top: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)) }
+.said { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; margin: .5rem 0 }
+.said p { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .93rem }
+.reply { font-family: ui-monospace, monospace; font-size: .85rem !important }
+.chip { display: inline-block; border-radius: 1rem; padding: 0 .6rem; font-size: .85rem;
+  margin-right: .3rem }
+.right { color: var(--good); background: var(--good-back) }
+.wrong { color: var(--bad); background: var(--bad-back) }
+mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 0 .15em }
+details { margin: .5rem 0 } pre { white-space: pre-wrap; overflow-wrap: anywhere }
+@media (max-width: 40rem) { .controls button { flex: 1 } }
+"""
+
+SCRIPT = """
+const hands = [...document.querySelectorAll('.hand')];
+const only = document.getElementById('only'), split = document.getElementById('split');
+const where = document.getElementById('where');
+let chosen = [], at = 0;
+function show() {
+  hands.forEach(hand => { hand.hidden = hand !== chosen[at]; });
+  where.textContent = chosen.length ? `${at + 1} of ${chosen.length}` : 'none';
+}
+function choose() {
+  chosen = hands.filter(hand => (!split.value || hand.dataset.split === split.value)
+                                && (!only.checked || hand.dataset.differ === 'yes'));
+  at = 0;
+  show();
+}
+function go(by) {
+  if (chosen.length) { at = (at + by + chosen.length) % chosen.length; show(); }
+}
+document.getElementById('next').onclick = () => go(1);
+document.getElementById('before').onclick = () => go(-1);
+document.addEventListener('keydown', event => {
+  if (event.target.matches('select, input, button')) return;
+  if (event.key === 'ArrowRight') go(1);
+  if (event.key === 'ArrowLeft') go(-1);
+});
+only.onchange = split.onchange = choose;
+document.querySelector('.controls').hidden = false;
+choose();
+"""
+
+
+def text(value):
+    """Any text as HTML, without what could be code or control the terminal or the page."""
+    return html.escape(printable(str(value)))
+
+
+# ---- The figure ----------------------------------------------------------------------------------
+
+def colours_of(arms):
+    """A colour for each arm: grey for the start, warm for SFT, cold for RL, apart in lightness."""
+    shades = {"SFT": ("#d1570a", "#e8912d", "#b3803e", "#8a5a1a"),
+              "RL": ("#0a69da", "#4aa3df", "#6f7fd8", "#1f7a8c")}
+    colours, seen = {"start": "var(--start)"}, {"SFT": 0, "RL": 0}
+    for arm in arms:
+        method = arm.split()[0]
+        colours[arm] = shades[method][seen[method] % 4]
+        seen[method] += 1
+    return colours
+
+
+def nice_top(value):
+    """The top of an axis in percent, at least `value`."""
+    return next(top for top in (5, 10, 20, 40, 60, 80, 100) if top >= min(value, 100))
+
+
+def panel(study, split, metric, colours, numbers):
+    """One panel as SVG: curves of a metric, in %, against GFLOPs. `numbers`: the paper's three."""
+    start = study.cells[metric, split, "start"]
+    curves = {}
+    for arm in study.tried:
+        points = [(0.0, start.value, start.error)]
+        for gflops, rows in compare.common_checkpoints(study.arms[arm], split):
+            points.append((gflops, *compare.metric_and_error(rows, metric)))
+        curves[arm] = points
+    values = [value + error for points in curves.values() for _, value, error in points]
+    top = nice_top(max([*values, *numbers]))
+    longest = max(points[-1][0] for points in curves.values())
+
+    def x(gflops):
+        return LEFT + (WIDTH - LEFT - RIGHT) * gflops / longest
+
+    def y(value):
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * min(value, top) / top
+
+    title = compare.TITLES.get(split, split)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-label="{text(title)}">']
+    for tick in (0, top / 2, top):
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" '
+                     f'y2="{y(tick):.1f}"/><text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" '
+                     f'text-anchor="end">{tick:g}</text>')
+    for gflops, anchor in ((0, "start"), (longest, "end")):
+        parts.append(f'<text x="{x(gflops):.1f}" y="{HEIGHT - BOTTOM + 18}" '
+                     f'text-anchor="{anchor}">{gflops:,.0f}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+                 "GFLOPs of post-training</text>")
+    for name, value in zip(("start", "SFT", "RL"), numbers):
+        colour = colours["start"]
+        if name != "start":
+            colour = next(colours[arm] for arm in study.tried if arm.split()[0] == name)
+        parts.append(f'<line class="paper" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" '
+                     f'y2="{y(value):.1f}" stroke="{colour}"/><text x="{WIDTH - RIGHT}" '
+                     f'y="{y(value) - 3:.1f}" text-anchor="end">paper: {name} {value:g}</text>')
+    for arm, points in curves.items():
+        line = " ".join(f"{x(gflops):.1f},{y(value):.1f}" for gflops, value, _ in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[arm]}" '
+                     'stroke-width="2"/>')
+        for gflops, value, error in points:
+            parts.append(f'<line x1="{x(gflops):.1f}" x2="{x(gflops):.1f}" '
+                         f'y1="{y(max(0, value - error)):.1f}" y2="{y(value + error):.1f}" '
+                         f'stroke="{colours[arm]}"/>')
+            said = f"{arm}, {gflops:,.0f} GFLOPs: {value:.1f} ± {error:.1f} %"
+            parts.append(f'<a tabindex="0" role="img" aria-label="{text(said)}"><title>'
+                         f'{text(said)}</title><circle cx="{x(gflops):.1f}" '
+                         f'cy="{y(value):.1f}" r="4" fill="{colours[arm]}"/></a>')
+    return "\n".join([*parts, "</svg>"])
+
+
+def figure(study, paper, colours):
+    parts = ['<div class="panels">']
+    for split in study.splits:
+        metric = paper.metric(study.task, split)
+        numbers = paper.numbers.get((study.task, split, metric), ())
+        parts.append(f"<figure><figcaption>{text(compare.TITLES.get(split, split))}, % "
+                     f"{text(counted(study, metric))}</figcaption>"
+                     f"{panel(study, split, metric, colours, numbers)}</figure>")
+    legend = "".join(f'<span><i style="color: {colours[arm]}"></i>{text(arm)}</span>'
+                     for arm in study.tried)
+    return "\n".join([*parts, "</div>", f'<p class="legend">{legend}</p>'])
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+def counted(study, metric):
+    tries = study.arms["start"][0]["settings"]["env"]["verify_iter"]
+    return compare.what_is_counted(metric, study.task, tries)
+
+
+def table(study, paper):
+    """The first measures of the task on every split, an arm a line."""
+    names = [text(compare.TITLES.get(split, split)) for split in study.splits]
+    parts = ['<div class="scroll"><table>']
+    for metric in study.metrics:
+        head = "".join(f'<th scope="col">{name}</th>' for name in names)
+        parts.append(f'<tr><th scope="col">{text(counted(study, metric))}, %</th>{head}</tr>')
+        starts = [study.cells[metric, split, "start"] for split in study.splits]
+        rows = [("start", [f"{cell.value:.1f} ± {cell.error:.1f}" for cell in starts])]
+        for arm in study.tried:
+            rows.append((arm, [compare.change_in_words(study.cells[metric, split, arm])
+                               for split in study.splits]))
+        numbers = [paper.numbers.get((study.task, split, metric)) for split in study.splits]
+        if any(numbers):
+            rows.append(("paper: start, SFT, RL", [", ".join(map(str, three or ())) or "-"
+                                                   for three in numbers]))
+        for name, cells in rows:
+            values = "".join(f"<td>{text(cell)}</td>" for cell in cells)
+            parts.append(f'<tr><th scope="row">{text(name)}</th>{values}</tr>')
+    return "\n".join([*parts, "</table></div>"])
+
+
+# ---- The hands -----------------------------------------------------------------------------------
+
+def marked(reply, expert):
+    """A reply as HTML; numbers, cards and actions that are not the expert's are marked."""
+    reply = printable(reply)
+    try:
+        right = json.loads(expert)
+    except ValueError:                       # the expert of another environment may write no JSON
+        return html.escape(reply)
+    parts, end = [], 0
+    for found in re.finditer(r'"(\w+)"\s*:\s*(\[[^\]]*\]|"[^"\n]*"?)', reply):
+        key, value = found.groups()
+        if key not in SHOWN_KEYS or key not in right:
+            continue
+        parts.append(html.escape(reply[end:found.start(2)]))
+        parts.append(mark_value(value, right[key]))
+        end = found.end(2)
+    return "".join([*parts, html.escape(reply[end:])])
+
+
+def mark_value(value, right):
+    """A value in a reply, its parts marked where they differ from the expert's."""
+    if not isinstance(right, list):
+        same = value.strip('"').strip() == str(right)
+        return html.escape(value) if same else f"<mark>{html.escape(value)}</mark>"
+    words = re.split(r"([\[\],])", value)
+    place, parts = 0, []
+    for word in words:
+        if word.strip() and word not in "[],":
+            wanted = str(right[place]) if place < len(right) else ""
+            place += 1
+            if word.strip().strip('"') != wanted:
+                word = re.sub(r"\S+", lambda found: f"\0{found[0]}\1", word)
+        parts.append(html.escape(word).replace("\0", "<mark>").replace("\1", "</mark>"))
+    return "".join(parts)
+
+
+def chip(status, reward):
+    kind = "right" if status == "correct" else "wrong"
+    return f'<span class="chip {kind}">{text(status.replace("_", " "))}, {reward:+g}</span>'
+
+
+def column(arm, row):
+    """What one arm said at a hand, and what the verifier answered."""
+    parts = [f"<div><h3>{text(arm)}</h3>"]
+    if row is None:
+        return f"{parts[0]}<p class=\"soft\">did not get here</p></div>"
+    verdicts = iter(row["verdicts"])
+    for message in row["messages"][1:]:
+        if message["role"] == "assistant":
+            status, reward = next(verdicts)
+            parts.append(f'<div class="said">{chip(status, reward)}'
+                         f'<p class="reply">{marked(message["content"], row["expert"])}</p></div>')
+        else:
+            parts.append(f'<p class="soft">{text(message["content"])}</p>')
+    return "\n".join([*parts, "</div>"])
+
+
+def hand(title, split, columns, picture):
+    """A hand or a position as every arm played it; `columns`: arm -> row of dialogues.jsonl."""
+    rows = [row for row in columns.values() if row is not None]
+    endings = {row and row["verdicts"][-1][0] == "correct" for row in columns.values()}
+    firsts = {row and row["verdicts"][0][0] == "correct" for row in columns.values()}
+    differ = "yes" if len(endings) > 1 or len(firsts) > 1 else "no"
+    shown = ""
+    if picture is not None:
+        png = io.BytesIO()
+        picture.save(png, "PNG", optimize=True)
+        data = base64.b64encode(png.getvalue()).decode()
+        shown = f'<img alt="what the model saw" src="data:image/png;base64,{data}">'
+    said = "\n".join(column(arm, row) for arm, row in columns.items())
+    prompt = text(rows[0]["messages"][0]["content"])
+    return (f'<section class="hand" data-split="{text(split)}" data-differ="{differ}">'
+            f'<h3>{text(title)}</h3>{shown}<div class="prompt">{prompt}</div>'
+            f'<div class="columns">{said}</div></section>')
+
+
+def hands(study, make_env):
+    """The hands of every split that the start and all arms have in dialogues.jsonl."""
+    parts = []
+    for split in study.splits:
+        arms = {"start": [row for row in study.arms["start"] if row["split"] == split][0]}
+        for arm in study.tried:
+            arms[arm] = study.nearest(arm, split)[0]
+        found = dialogues.beside_each_other(study, arms, split)
+        for title, columns, picture in dialogues.with_pictures(found, study, make_env):
+            parts.append(hand(f"{compare.TITLES.get(split, split)}: {title}", split, columns,
+                              picture))
+    return parts
+
+
+# ---- The page ------------------------------------------------------------------------------------
+
+def command_of(config):
+    """The command line of a run, from its config.json."""
+    script, words = "rl.py" if "updates" in config else "sft.py", []
+    for name, value in config.items():
+        if isinstance(value, list):
+            value = " ".join(map(str, value))
+        if value in ("", False, None):
+            continue
+        words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    return f"python {script} {' '.join(words)}"
+
+
+def how_it_was_made(study):
+    """For each arm: the command of its first run, its minutes, and the settings of its tests."""
+    parts = []
+    for arm in study.tried:
+        run = Path(study.arms[arm][0]["run"])
+        config, log = running.read_run_config(run), running.read_jsonl(run / "metrics.jsonl")
+        minutes = log[-1].get("seconds", 0) / 60 if log else 0
+        parts.append(f"<h3>{text(arm)}</h3><p>{minutes:.1f} minutes of training for {text(run)}, "
+                     f"computed in {text(config.get('dtype', '?'))}.</p>"
+                     f"<pre>{text(command_of(config))}</pre>")
+    tested = study.arms["start"][0]["settings"]
+    parts.append(f"<h3>Tests</h3><pre>{text(json.dumps(tested, indent=2))}</pre>")
+    return "\n".join(parts)
+
+
+def page(study, paper, make_env):
+    """The whole page as HTML."""
+    colours = colours_of(study.tried)
+    sentences = [f"<li>{text(sentence)}</li>" for sentence in compare.findings(study)]
+    shown = hands(study, make_env)
+    options = "".join(f'<option value="{text(split)}">{text(compare.TITLES.get(split, split))}'
+                      "</option>" for split in study.splits)
+    viewer = '<p class="soft">These runs hold no dialogues: evaluate them again to see some.</p>'
+    if shown:
+        viewer = f"""<div class="controls" hidden>
+<button id="before" type="button">← before</button><button id="next" type="button">next →</button>
+<span id="where" aria-live="polite"></span>
+<label>rule <select id="split"><option value="">all</option>{options}</select></label>
+<label><input id="only" type="checkbox"> only where arms differ</label></div>
+{"".join(shown)}"""
+    name = f"{study.task}: what SFT and RL do to a rule they were not trained on"
+    return "\n".join([
+        '<!doctype html>', '<html lang="en">', '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{text(name)}</title>", f"<style>{STYLE}</style>",
+        f"<main><h1>{text(name)}</h1>",
+        f'<p class="soft">{text(compare.how_many(study))}, compared after about '
+        f"{study.budget:,.0f} GFLOPs of post-training.</p>",
+        f"<ul>{''.join(sentences)}</ul>",
+        "<h2>As training goes on</h2>", figure(study, paper, colours),
+        "<h2>The table</h2><p class=\"soft\">The value, and in brackets its change since the start "
+        "in points, ± standard error.</p>", table(study, paper),
+        "<h2>What each one says</h2><p class=\"soft\">The same hands for the start and every arm. "
+        "Marked: a number, a card or an action that is not the right one. The arrow keys go on."
+        "</p>", viewer,
+        f"<h2>How it was made</h2><details><summary>Commands and settings</summary>"
+        f"{how_it_was_made(study)}</details></main>",
+        f"<script>{SCRIPT}</script>" if shown else "", "</html>", ""])
