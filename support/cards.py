@@ -3,11 +3,34 @@
 The official pictures come without a licence. Anyone who has them can use them: the setting
 `card_dir` names their folder, with files such as HT.png.
 """
+import contextlib
 import math
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageOps
+from PIL import (ExifTags, Image, ImageChops, ImageDraw, ImageOps,
+                 UnidentifiedImageError)
+
+# Other formats that Pillow knows start programs (EPS starts Ghostscript), or are never needed.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Beyond this Pillow itself warns. Reading a picture of this size takes 0.7 GB of memory.
+MAX_PIXELS = 89_478_485
+
+
+@contextlib.contextmanager
+def picture_file(path):
+    """An open picture file; inside, what is wrong with it becomes a ValueError that names it."""
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width}x{picture.height} is more than {MAX_PIXELS:,} "
+                                 "pixels")
+            yield picture
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a picture that can be read: it is none of "
+                         f"{', '.join(FORMATS)}") from None
+    except Exception as error:   # a broken file can raise anything
+        raise ValueError(f"{path}: not a picture that can be read: {error}") from None
 
 
 def is_turned(picture):
@@ -41,18 +64,15 @@ def open_picture(path, ground="white"):
     It is read to its end. ValueError names a file that is missing or broken, or whose levels could
     mean anything.
     """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            picture = to_8_bits(picture)
-            if is_turned(picture):
-                picture = ImageOps.exif_transpose(picture)
-            if picture.has_transparency_data:
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground),
-                                                picture.convert("RGBA"))
-            return picture.convert("RGB")
-    except Exception as error:   # a broken file can raise anything
-        raise ValueError(f"{path}: not a picture that can be read: {error}") from None
+    with picture_file(path) as picture:
+        picture.load()
+        picture = to_8_bits(picture)
+        if is_turned(picture):
+            picture = ImageOps.exif_transpose(picture)
+        if picture.has_transparency_data:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground),
+                                            picture.convert("RGBA"))
+        return picture.convert("RGB")
 
 
 # ---- Shapes --------------------------------------------------------------------------------------

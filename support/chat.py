@@ -9,6 +9,14 @@ import re
 # characters. A reply may hold them, and they can clear or retitle a terminal, or reorder a line.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
+def refuse_half_characters(text, name):
+    """ValueError if a text holds half of a character, as JSON's \\ud800; `name` says which text."""
+    if half := HALF_CHARACTER.search(text):
+        raise ValueError(f"{name} holds half a character, {half[0]!r}, which no tokenizer reads")
+
 
 def user_message(text, picture=None):
     """A user's message."""

@@ -120,7 +120,10 @@ def begin(path):
         sketch = sketch_config(Path(path), "Config")
     except (OSError, ValueError, LookupError):   # a Config that cannot be read without running it
         return
-    parse_config(sketch)
+    try:
+        parse_config(sketch)
+    finally:
+        flush_console()                  # --help into `| head`
 
 
 def stop_early(number, _):

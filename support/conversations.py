@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from support import running
 from support.cards import open_picture
+from support.chat import refuse_half_characters
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "model": "assistant", "system": "system"}
@@ -112,15 +113,14 @@ def read_text(value, name, slots, image_token):
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text (a picture is a file that the record's key 'image' "
                          "names)")
-    if half := re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{name} holds half a character, {half[0]!r}, which no tokenizer reads")
+    refuse_half_characters(value, name)
     if value.count("<image>") != slots or image_token in value:
         raise ValueError(f"{name} must hold <image> {slots} times and no {image_token}; it has "
                          f"{value.count('<image>')} and {value.count(image_token)}")
     if slots and not value.lstrip().startswith("<image>"):
         raise ValueError(f"{name} must begin with <image>, as a picture stands before the text; it "
                          f"begins with {value[:40]!r}")
-    return re.sub(r"\s*<image>\n?", "", value) if slots else value
+    return value.lstrip().removeprefix("<image>").removeprefix("\n") if slots else value
 
 
 def is_learnt(turn, role, of):

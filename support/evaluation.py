@@ -61,6 +61,8 @@ def list_checkpoints(run, start, with_start):
     spent = run_folder.read_metrics(run, list(paths))
     for step, path in paths.items():
         row = spent[step]
+        if lacking := {"gflops", "gflops_paper"} - row.keys():
+            raise ValueError(f"{run}/metrics.jsonl: the row of step {step} has no {min(lacking)}")
         found.append(Checkpoint(step, path, row["gflops"], row["gflops_paper"]))
     return found
 

@@ -165,6 +165,6 @@ def command_line(tasks, make_env, description):
     except BrokenPipeError:                # a reader who has enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:      # such as a disk that takes no --html or --show
         print(f"envs.py: error: {error}", file=sys.stderr)
         sys.exit(2)

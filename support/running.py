@@ -29,9 +29,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# Scripts find these here, too: running.flag, running.parse_config.
+# Scripts find these here as well: running.flag, running.read_jsonl.
 from support.command_line import (RANK, OneLineParser, fail, flag,  # noqa: F401
                                   flush_console, parse_config, stop_early)
+from support.logs import read_jsonl, read_object, read_run_config  # noqa: F401
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -165,48 +166,6 @@ def write_atomically(path, text):
 def write_jsonl(path, rows):
     """Replace a log by these rows."""
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_jsonl(path, *keys):
-    """The rows of a log. Blank lines and a last line that was never finished are left out; a file
-    that is not there is empty.
-
-    ValueError names file and line of what is not a JSON object with these keys.
-    """
-    rows, lines = [], []
-    if Path(path).is_file():
-        lines = Path(path).read_bytes().split(b"\n")[:-1]
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-        if not isinstance(row, dict) or not row.keys() >= set(keys):
-            wanted = f" with {', '.join(keys)}" if keys else ""
-            raise ValueError(f"{path}, line {number}: expected a JSON object{wanted}")
-        rows.append(row)
-    return rows
-
-
-def read_object(path):
-    """A JSON object from a file, {} if there is no file. ValueError names a file that holds
-    anything else."""
-    if not Path(path).is_file():
-        return {}
-    try:
-        found = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
-
-
-def read_run_config(run):
-    """config.json of a run folder, {} if there is none; ValueError if it is no JSON object."""
-    return read_object(Path(run) / "config.json")
 
 
 def log_jsonl(path, **row):

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from support.chat import refuse_half_characters
+
 
 class Split(NamedTuple):
     """A split as a user names it, with settings that are for it alone."""
@@ -165,6 +167,7 @@ def load_templates(path, templates, more_values, rule=""):
         if not isinstance(text, str):
             raise ValueError(f"prompt file {path}: template {name!r} must be text, "
                              f"got {type(text).__name__}")
+        refuse_half_characters(text, f"prompt file {path}: template {name!r}")
         allowed = set(re.findall(r"\{(\w+)\}", templates[name])) | more_values.get(name, set())
         foreign = set(re.findall(r"\{(\w+)\}", text)) - allowed
         if foreign:

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from support.cards import is_turned, open_picture
+from support.cards import is_turned, open_picture, picture_file
+from support.chat import refuse_half_characters
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 NO_LANDMARK = "No landmark nearby"   # as the files spell it
@@ -164,7 +165,7 @@ class Panoramas:
 @dataclass(frozen=True)
 class Route:
     """One route of k legs; its k + 1 points are the start, intersections and the destination."""
-    init_heading: int    # degrees; 0 means random
+    init_heading: float  # degrees; 0 means random
     headings: tuple      # (k,) degrees, of the legs
     directions: tuple    # (k,) the same as compass words
     landmarks: tuple     # (k,) what is said on arrival at points 1..k; "" if there is no landmark
@@ -179,7 +180,7 @@ class Position:
     kind: str                    # "turn", "forward" or "stop"
     action: str                  # the expert's, by the rule in force
     pano: str
-    heading: int                 # degrees: where the agent looks
+    heading: float               # degrees: where the agent looks
     sentence: str                # the current instruction
     landmark: str = ""           # "Aldo Cafe is on your left", or "" if there is none
     intersection: bool = False
@@ -197,8 +198,9 @@ class Position:
 # Groups: the key, the quote, the value in quotes, the value without.
 MILESTONE = re.compile(r"""
     (?<![^\n{}]) [ \t]* ["']?(\w+)["']? [ \t]* : [ \t]*
-    (?: (["']) ( (?: (?! \n [ \t]* "\w+"[ \t]*: ) . ){0,500}? ) \2  |  ([^\n}]*?) )
-    (?= [ \t\r,]* (?: [\n}] | \Z ) )
+    (?: (["']) ( (?: (?! \n [ \t]* "\w+"[ \t]*: ) . ){0,500}? ) \2
+                (?= [ \t\r,]* (?: [\n}] | \Z ) )
+      | ([^\n}]*) )
     | }""", re.VERBOSE | re.DOTALL)
 
 
@@ -210,7 +212,7 @@ def parse_milestones(text):
     blocks, fields = [], {}
     for key, quote, quoted, bare in MILESTONE.findall(text + "}"):
         if key:
-            value = quoted if quote else bare.strip().strip("\"'")
+            value = quoted if quote else bare.rstrip(" \t\r,").strip().strip("\"'")
             fields[key] = " ".join(line.strip() for line in value.splitlines())
         elif fields:
             blocks.append(fields)
@@ -270,27 +272,32 @@ def read_route(record, panoramas, where):
     for i, value in enumerate(geocodes):
         points.append(read_point(value, f"{where}, geocode_list {i}"))
     text = read_key(record, "milestone_info", where)
+    if isinstance(text, str):
+        refuse_half_characters(text, f"{where}: key 'milestone_info'")
     blocks = parse_milestones(text) if isinstance(text, str) else []
     if len(blocks) != len(geocodes):
         raise ValueError(f"{where}: {len(blocks)} blocks in 'milestone_info', "
                          f"{len(geocodes)} points in 'geocode_list'")
     init_heading = record.get("init_heading", 0)
-    if type(init_heading) not in (int, float) or init_heading not in range(-360, 361):
-        raise ValueError(f"{where}, key 'init_heading': expected whole degrees, "
+    if type(init_heading) not in (int, float) or not -360 <= init_heading <= 360:
+        raise ValueError(f"{where}, key 'init_heading': expected degrees from -360 to 360, "
                          f"got {init_heading!r}")
+    if init_heading == int(init_heading):
+        init_heading = int(init_heading)
     headings, directions, landmarks = [], [], []
     for i, block in enumerate(blocks):
         stated = block.get("to_next_intersection_heading", "")
-        heading = re.fullmatch(r"(-?\d{1,3}) \((\w+)\)", stated)
-        if heading is None or heading[2] not in COMPASS:
+        heading = re.fullmatch(r"(-?[0-9]{1,3}) \((\w+)\)", stated)
+        if heading is None or heading[2] not in COMPASS or abs(int(heading[1])) > 360:
             raise ValueError(f"{where}, 'milestone_info' block {i}: key "
                              "'to_next_intersection_heading' must read like '212 (southwest)', "
+                             "at most 360 degrees, "
                              f"got {block.get('to_next_intersection_heading')!r}")
         headings.append(int(heading[1]))
         directions.append(heading[2])
         landmarks.append(block.get("landmarks", NO_LANDMARK).replace(NO_LANDMARK, ""))
     panos, between = find_places(points, panoramas, where)
-    return Route(int(init_heading), tuple(headings), tuple(directions), tuple(landmarks),
+    return Route(init_heading, tuple(headings), tuple(directions), tuple(landmarks),
                  panos, between)
 
 
@@ -344,11 +351,8 @@ def check_panorama(path):
 
     It is decoded only if a viewer shows it turned.
     """
-    try:
-        with Image.open(path) as picture:
-            width, height = open_picture(path).size if is_turned(picture) else picture.size
-    except Exception as error:   # a broken file can raise anything
-        raise ValueError(f"{path}: not a picture: {error}") from None
+    with picture_file(path) as picture:
+        width, height = open_picture(path).size if is_turned(picture) else picture.size
     if width != 2 * height:
         raise ValueError(f"{path}: a panorama must be twice as wide as high, not {width}x{height}")
 

@@ -8,10 +8,10 @@ The page holds all that it shows; it loads nothing from elsewhere.
 import base64
 import html
 import io
-import json
 from pathlib import Path
 
 from support.chat import printable
+from support.logs import read_jsonl, read_run_config
 from support.settings import read_settings, read_splits
 
 STYLE = """
@@ -24,23 +24,50 @@ p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0; padding: .5
 .user { background: #f2f2f2 } .right { background: #d9f2dd } .wrong { background: #fbe0dd }
 small { float: right; color: #555; margin-left: 1rem }"""
 
+# What is read of a run's config.json, and of a conversation.
+CONFIG = {"task": str, "split": list, "env": list, "seed": int, "num_envs": int}
+KINDS = {str: "a text", int: "a whole number", list: "a list of texts"}
+SHOWN = ("step", "env", "episode", "done", "success", "verdicts", "messages")
+
 
 def read_rows(run):
-    """(config, rows of turns.jsonl); ValueError says what is missing."""
-    config, path = Path(run) / "config.json", Path(run) / "turns.jsonl"
-    if not config.is_file() or not path.is_file():
+    """(config, rows of turns.jsonl); ValueError says what is missing or damaged."""
+    path = Path(run) / "turns.jsonl"
+    if not (Path(run) / "config.json").is_file() or not path.is_file():
         raise ValueError(f"run {str(run)!r}: needs config.json and turns.jsonl, which rl.py writes "
                          "(sft.py does not)")
-    lines = path.read_text().splitlines(keepends=True)
-    try:
-        rows = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    config, rows = read_run_config(run), read_jsonl(path)
+    for key, kind in CONFIG.items():
+        value = config.get(key)
+        words = value if kind is list else []
+        if type(value) is not kind or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{run}/config.json: key {key!r} must be {KINDS[kind]}, got "
+                             f"{str(value)[:40]}; rl.py writes it")
     if not rows:
         raise ValueError(f"{path}: holds no conversation yet")
     if not all("verdicts" in row for row in rows):
         raise ValueError(f"{path}: was written by an earlier version, without verdicts")
-    return json.loads(config.read_text()), rows
+    for number, row in enumerate(rows, 1):
+        check_conversation(row, f"{path}, conversation {number}")
+    return config, rows
+
+
+def check_conversation(row, where):
+    """ValueError unless a row has what is shown of it."""
+    if lacking := [key for key in SHOWN if key not in row]:
+        raise ValueError(f"{where}: has no {lacking[0]!r}")
+    for message in row["messages"]:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"{where}: a message must be an object with a text 'content', got "
+                             f"{str(message)[:40]}")
+    replies = [message for message in row["messages"] if message.get("role") == "assistant"]
+    for verdict in row["verdicts"]:
+        if not isinstance(verdict, list) or [type(part) for part in verdict] not in (
+                [str, int], [str, float]):
+            raise ValueError(f"{where}: a verdict must be [status, reward], got "
+                             f"{str(verdict)[:40]}")
+    if len(replies) != len(row["verdicts"]):
+        raise ValueError(f"{where}: {len(row['verdicts'])} verdicts for {len(replies)} replies")
 
 
 def title(row):
@@ -78,6 +105,9 @@ def picture_again(config, row, make_env):
     env.reset(f"{config['seed']}/rl/{row['env']}/{row['episode']}",    # as in rl.Conversation.begin
               row["episode"] * config["num_envs"] + row["env"])
     if "position" in row:
+        if row["position"] not in range(len(env.rail)):
+            raise ValueError(f"{title(row)}: position {row['position']!r} is not on its route of "
+                             f"{len(env.rail)} positions")
         env.at = row["position"]
     png = io.BytesIO()
     env.picture().save(png, "PNG")

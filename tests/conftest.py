@@ -125,7 +125,8 @@ def write_conversations(folder, *rows, task="gp-l", **config):
     """A run folder as `envs.py --read` needs it, with these rows of turns.jsonl."""
     folder.mkdir()
     (folder / "config.json").write_text(
-        json.dumps({"task": task, "split": ["id"], "env": [], "seed": 0, **config}))
+        json.dumps({"task": task, "split": ["id"], "env": [], "seed": 0, "num_envs": 1,
+                    **config}))
     (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
