@@ -25,7 +25,6 @@ import math
 import random
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -162,9 +161,8 @@ def set_up(config):
     samples = Samples(config)
     run = training.Run(config, device, load_policy, envs.TASKS[config.task].fixed["vision"])
     # A text that does not fit the model fails here.
+    conversations.check_pairs(config.data, samples.pairs, run.policy, run.processor, encode_pair)
     encode_pair(run.processor, *samples[0])
-    conversations.check_pairs(config.data, samples.pairs, run.policy,
-                              partial(encode_pair, run.processor))
     optimizer = torch.optim.AdamW(run.policy.backbone.parameters(), lr=config.lr, eps=1e-7,
                                   betas=(0.9, config.beta2), weight_decay=config.weight_decay)
     run.resume(optimizer, {"step": 0, "tokens": 0, "seconds": 0.0})
@@ -183,8 +181,7 @@ def main(config):
     final_lr = config.lr if config.schedule == "constant" else 0.0
     for step in run.steps(config.steps, "sft"):
         first, end = step * config.batch_size, (step + 1) * config.batch_size
-        samples_of_step = f"step {step + 1}, samples {first} to {end - 1}"
-        with running.one_line_errors(samples_of_step, config.out):
+        with running.one_line_errors(f"step {step + 1}, samples {first} to {end - 1}", config.out):
             # The learning rate rises to its peak, then falls to 0 or stays.
             lr = running.learning_rate(step, config.steps, config.lr, config.warmup_ratio, final_lr)
             for group in run.optimizer.param_groups:

@@ -5,6 +5,7 @@ The official pictures come without a licence. Anyone who has them can use them: 
 """
 import contextlib
 import math
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,7 +22,10 @@ MAX_PIXELS = 89_478_485
 def picture_file(path):
     """An open picture file; inside, what is wrong with it becomes a ValueError that names it."""
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # ours is one line
+            opened = Image.open(path, formats=FORMATS)
+        with opened as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width}x{picture.height} is more than {MAX_PIXELS:,} "
                                  "pixels")

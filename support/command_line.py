@@ -32,8 +32,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         if found := re.search(r"unrecognized arguments: ([^\s=]+)", message):
-            near = difflib.get_close_matches(found[1], self._option_string_actions, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            names = [name.removeprefix("--") for name in self._option_string_actions]
+            near = difflib.get_close_matches(found[1].removeprefix("--"), names, 1)
+            hint = f"did you mean --{near[0]}? " if near else ""
             message = f"unknown option {found[1]}; {hint}--help lists them all"
         fail(message)
 

@@ -208,11 +208,12 @@ def read_conversations(path, vision, image_token, pictures=""):
     return pairs
 
 
-def check_pairs(path, pairs, policy, encode):
+def check_pairs(path, pairs, policy, processor, encode_pair):
     """ValueError names file and record of the first pair that the model cannot read, such as one
     that is longer than its context.
 
-    encode(messages, reply) is (prompt_ids, response_ids). Each process looks at its part.
+    encode_pair(processor, messages, reply) is (prompt_ids, response_ids). Each process looks at its
+    part.
     """
     fault = None
     numbers = running.local_part(range(len(pairs)))
@@ -221,7 +222,7 @@ def check_pairs(path, pairs, policy, encode):
         # A prompt depends on the size of its picture alone.
         picture = size and SimpleNamespace(width=size[0], height=size[1])
         try:
-            ids = encode(with_pictures(messages, lambda _: picture), reply)
+            ids = encode_pair(processor, with_pictures(messages, lambda _: picture), reply)
             policy.check_length(policy.num_tokens(*ids, picture))
         except ValueError as error:
             fault = [number, f"data file {path}, record {record}: {error}"]

@@ -12,6 +12,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# This script stands in a folder of the repository, whose files it imports.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    from support import command_line
+    command_line.begin(__file__)         # a mistyped flag is answered before torch is imported
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
@@ -22,9 +28,6 @@ from transformers import logging as transformers_logging
 # Of the picture processors these two need no torchvision.
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-# This script stands in a folder of the repository, whose files it imports.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import envs
 from support import running

@@ -2,6 +2,8 @@
 import errno
 import json
 import os
+import time
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -9,10 +11,16 @@ from PIL import Image
 import model
 import sft
 import verify
+from conftest import tiny_folder
 from model import IMAGE_TOKEN
-from support import conversations
+from support import conversations, running
 from support.chat import read_text
 from support.conversations import read_conversations
+
+
+def texts(pairs):
+    """Pairs without the place that they come from."""
+    return [(pair.messages, pair.reply) for pair in pairs]
 
 
 def record(*turns):
@@ -37,11 +45,11 @@ def test_records_of_the_released_text_sets_are_read_as_they_are_and_their_replie
         folder.mkdir(parents=True)
         (folder / "data.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
         pairs = read_conversations(folder / "data.json", False, IMAGE_TOKEN)
-        assert [(messages[0]["content"], reply) for messages, reply in pairs] == [
+        assert [(messages[0]["content"], reply) for messages, reply in texts(pairs)] == [
             tuple(turn["value"] for turn in record["conversations"]) for record in records]
         # without routes
         samples = sft.Samples(sft.Config(task=name, data=str(folder / "data.json")))
-        assert samples[0] in pairs
+        assert samples[0] in texts(pairs)
     reply = cards["conversations"][1]["value"]
     verdict = verify.judge_general_points(reply, ["A", "K", "2", "7"], [1, 10, 2, 7])
     assert verdict.status == "correct" and verdict.cards_read and verdict.numbers_right
@@ -53,7 +61,7 @@ def test_the_released_data_shape_is_read_one_sample_a_reply_in_seeded_order(tmp_
     path = tmp_path / "data.json"
     path.write_text(json.dumps([record("q1", "a1"), record("q2", "a2", "again", "a3")]))
     pairs = read_conversations(path, False, IMAGE_TOKEN)
-    lengths = [(len(messages), reply) for messages, reply in pairs]
+    lengths = [(len(messages), reply) for messages, reply in texts(pairs)]
     assert lengths == [(1, "a1"), (1, "a2"), (3, "a3")]
     samples = sft.Samples(sft.Config(data=str(path), seed=1))
     replies = [samples[i][1] for i in range(300)]
@@ -87,7 +95,7 @@ def test_a_dump_is_read_back_as_the_same_samples(tmp_path, city):
         config = sft.Config(dump=str(tmp_path / f"{len(knobs)}.json"), num=20, **knobs)
         sft.main(config)
         samples, pairs = sft.Samples(config), read_conversations(config.dump, False, IMAGE_TOKEN)
-        assert pairs == [samples[i] for i in range(20)]
+        assert texts(pairs) == [samples[i] for i in range(20)]
 
 
 def test_a_dump_overwrites_nothing(tmp_path, capsys):
@@ -115,7 +123,7 @@ def assistant(text):
 
 def pairs_of(tmp_path, *records, name="data.json", vision=False):
     (tmp_path / name).write_text(json.dumps(records))
-    return read_conversations(tmp_path / name, vision, IMAGE_TOKEN)
+    return texts(read_conversations(tmp_path / name, vision, IMAGE_TOKEN))
 
 
 PAIR = [([user("q")], "a")]
@@ -174,7 +182,7 @@ def test_a_file_is_a_list_or_one_record_a_line_with_or_without_a_byte_order_mark
     path = tmp_path / name
     path.write_bytes(text.format(one, json.dumps(record("q", "a\u2028"), indent=1)).encode())
     pairs = read_conversations(path, False, IMAGE_TOKEN)
-    assert pairs == [([user("q")], "a\u2028")] * (text.count("{0}") or 1)
+    assert texts(pairs) == [([user("q")], "a\u2028")] * (text.count("{0}") or 1)
 
 
 @pytest.mark.parametrize("record_, told", [
@@ -268,7 +276,7 @@ def test_a_dump_and_its_pictures_may_have_any_name(tmp_path, name):
     config = sft.Config(dump=str(folder / name), num=2, task="gp-vl", env=("resolution=60",))
     sft.main(config)
     pairs, samples = read_conversations(config.dump, True, IMAGE_TOKEN), sft.Samples(config)
-    for i, (messages, reply) in enumerate(pairs):
+    for i, (messages, reply) in enumerate(texts(pairs)):
         made, expected = samples[i]
         assert reply == expected and read_text(messages[0]) == read_text(made[0])
         picture = model.picture_of(conversations.open_pictures(messages))
@@ -298,3 +306,95 @@ def test_a_dump_of_a_data_file_is_refused(tmp_path, capsys):
         sft.main(sft.Config(data=str(tmp_path / "data.json"), dump=str(tmp_path / "again.json")))
     assert "--dump with --data" in capsys.readouterr().err
     assert not (tmp_path / "again.json").exists()
+
+
+# ---- All records are looked at with the tokenizer, before the first step
+
+LONG = record("q", "a " * 5000)
+
+
+@pytest.mark.parametrize("bad, told", [
+    (record("q", "a <|end_of_turn|>"), "holds <|end_of_turn|>, a control token of the model"),
+    (record("q <|user|>", "a"), "holds <|user|>, a control token of the model"),
+    (LONG | {"system": "s"}, "tokens does not fit the model's context of 4096"),
+    (record("q", "a", "again", LONG["conversations"][1]["value"]), "does not fit the model's")])
+def test_a_record_that_the_model_cannot_read_is_named_before_anything_is_written(
+        tmp_path, capsys, device, bad, told):
+    pairs_of(tmp_path, *[record(f"q{i}", "a", "r", "b") for i in range(30)], bad)
+    with pytest.raises(SystemExit) as stop:
+        sft.main(sft.Config(data=str(tmp_path / "data.json"), out=str(tmp_path / "run"),
+                            model=tiny_folder(), device=device, batch_size=1, steps=2))
+    err, = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert stop.value.code == 2 and f"error: data file {tmp_path}/data.json, record 30: " in err
+    assert told in err
+    assert "checkpoint" not in err and "--max-new-tokens" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_with_pictures_the_size_of_each_picture_counts(tmp_path, device):
+    policy, processor = model.load_policy(tiny_folder(family="qwen3_vl"), device=device,
+                                          vision=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
+    Image.new("RGB", (1024, 512)).save(tmp_path / "large.png")
+    rows = [{"image": name, **record("<image>\nq", "a")} for name in ("small.png", "large.png")]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    pairs = read_conversations(tmp_path / "data.json", True, IMAGE_TOKEN)
+    lengths = []
+    for pair in pairs:
+        messages = conversations.open_pictures(pair.messages)
+        lengths.append(policy.num_tokens(*sft.encode_pair(processor, messages, pair.reply),
+                                         model.picture_of(messages)))
+    assert lengths[1] > lengths[0]
+    policy.context = lengths[1]
+    check = partial(conversations.check_pairs, "data.json", pairs, policy, processor)
+    check(sft.encode_pair)
+    policy.context -= 1
+    with pytest.raises(ValueError, match=f"data.json, record 1: a dialogue of {lengths[1]} "):
+        check(sft.encode_pair)
+
+
+def test_a_fault_in_the_first_step_speaks_of_no_checkpoint(tmp_path, device, capsys, monkeypatch):
+    pairs_of(tmp_path, record("q", "a"))
+
+    def refuse(*_):
+        raise ValueError("too long")
+    monkeypatch.setattr(model.Policy, "forward", refuse)
+    config = sft.Config(data=str(tmp_path / "data.json"), out=str(tmp_path / "run"), save_every=1,
+                        model=tiny_folder(), device=device, batch_size=1, steps=1)
+    with pytest.raises(SystemExit):
+        sft.main(config)
+    assert "error: step 1, samples 0 to 0: too long\n" in capsys.readouterr().err
+    monkeypatch.undo()
+    sft.main(config)
+    capsys.readouterr()
+    with pytest.raises(SystemExit), running.one_line_errors("step 2", config.out):
+        refuse()
+    assert capsys.readouterr().err.endswith("step 2: too long; the last checkpoint is whole\n")
+
+
+def test_a_picture_outside_of_the_folder_is_not_read_unless_pictures_names_its_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    path = tmp_path / "data" / "data.json"
+    for name in ("../elsewhere/a.png", str(tmp_path / "elsewhere" / "a.png"), "link.png",
+                 "x/../../elsewhere/a.png"):
+        path.write_text(json.dumps([{"image": name, **record("<image>\nq", "a")}]))
+        with pytest.raises(ValueError, match="data.json, record 0: key 'image': .* is not below "
+                                             "the pictures' folder .*; --pictures names another"):
+            read_conversations(path, True, IMAGE_TOKEN)
+    for name in ("a.png", str(tmp_path / "elsewhere" / "a.png")):
+        path.write_text(json.dumps([{"image": name, **record("<image>\nq", "a")}]))
+        samples = sft.Samples(sft.Config(task="gp-vl", data=str(path),
+                                         pictures=str(tmp_path / "elsewhere")))
+        assert model.picture_of(samples[0][0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_blanks_behind_a_picture_are_read_in_no_time(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    began = time.process_time()
+    pairs = pairs_of(tmp_path, {"image": "a.png",
+                                **record(" \n<image>\n" + " " * 300_000 + "q", "a")}, vision=True)
+    assert pairs[0][0][0]["content"][1]["text"] == " " * 300_000 + "q"
+    assert time.process_time() - began < 1

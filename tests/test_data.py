@@ -324,7 +324,7 @@ def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt
                 and all(told in turn["value"] for turn in earlier[2::2]))
     pairs = read_conversations(tmp_path / "own.json", vision, "<|image|>")
     assert len(list(tmp_path.glob("own/*.png"))) == 20 * vision
-    assert ([reply for _, reply in pairs]
+    assert ([pair.reply for pair in pairs]
             == [record["conversations"][-1]["value"] for record in records])
     own_failures.main(replace(config, out=str(tmp_path / "again.json")))
     assert ((tmp_path / "again.json").read_text().replace("again/", "own/")

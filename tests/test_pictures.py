@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from support.cards import card_picture, open_picture
+from support.cards import FORMATS, card_picture, open_picture
+from support.streets import check_panorama
 
 
 def shown(tmp_path, picture, name, **options):
@@ -71,6 +72,30 @@ def test_of_several_frames_the_first_is_read(tmp_path):
     for name in ("two.gif", "two.png", "two.webp"):
         assert shown(tmp_path, frames[0], name, save_all=True, append_images=frames[1:],
                      lossless=True)[1][0] > 250
+
+
+def test_other_formats_of_pillow_are_not_opened_whatever_their_name(tmp_path):
+    """An EPS starts Ghostscript."""
+    for kind in ("EPS", "PCX", "ICO", "PDF"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "x.png", format=kind)
+        with pytest.raises(ValueError, match="x.png: not a picture that can be read: it is none of "
+                                             "PNG, JPEG, WEBP, GIF, BMP, TIFF, PPM"):
+            open_picture(tmp_path / "x.png")
+        with pytest.raises(ValueError, match="x.png: .*none of PNG"):
+            check_panorama(tmp_path / "x.png")
+    for kind in FORMATS:
+        assert shown(tmp_path, Image.new("RGB", (8, 8)), "x", format=kind) == ((8, 8), (0, 0, 0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    picture = Image.new("1", (13_300, 13_300))
+    picture.save(tmp_path / "large.png")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it is decoded"))
+    for read in (open_picture, check_panorama):
+        with pytest.raises(ValueError, match="large.png: not a picture that can be read: "
+                                             "13300x13300 is more than 89,478,485 pixels"):
+            read(tmp_path / "large.png")
 
 
 def test_the_corners_of_official_cards_are_black(tmp_path):

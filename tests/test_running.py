@@ -1,5 +1,6 @@
 """The machinery of a run: configs, memory, the type to compute in, files and the console."""
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import model
 from conftest import ROOT
-from support import running
+from support import command_line, running
 from support.tiny import train_tokenizer
 
 
@@ -41,7 +43,9 @@ def test_a_config_comes_from_the_command_line():
 
 
 @pytest.mark.parametrize("argv, told", [
-    (["--stepz", "3"], "unknown option --stepz; --help lists them all"),
+    (["--stepz", "3"], "unknown option --stepz; did you mean --steps? --help lists them all"),
+    (["--stpes=3"], "unknown option --stpes; did you mean --steps? --help lists them all"),
+    (["--colour", "3"], "unknown option --colour; --help lists them all"),
     (["--steps", "many"], "--steps: invalid int value: 'many'"),
     (["--steps", "0"], "--steps 0: must be at least 1"),
     (["--lr", "1.5"], "--lr 1.5: must be from 0 to 1"),
@@ -55,6 +59,75 @@ def test_a_bad_option_ends_with_one_line_that_says_what_is_allowed(argv, told, c
     err = capsys.readouterr().err
     assert exit.value.code == 2 and told in err and err.count("\n") == 1
 
+
+# ---- Before torch is imported
+
+SCRIPTS = ("sft.py", "rl.py", "evaluate.py", "support/tiny.py", "data/own_failures.py")
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_what_is_read_of_a_config_without_running_it_is_what_it_is(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, module)        # a dataclass looks its module up
+        spec.loader.exec_module(module)
+    real = module.Config
+    sketch = command_line.sketch_config(ROOT / path, "Config")
+    for ours, theirs in zip(command_line.options_of(sketch), command_line.options_of(real),
+                            strict=True):
+        assert (ours.name, ours.type, ours.default) == (theirs.name, theirs.type, theirs.default)
+        choices = ours.metadata["choices"] or theirs.metadata["choices"]
+        assert {**ours.metadata, "choices": choices} == theirs.metadata
+
+
+def without_torch(tmp_path, then):
+    """The environment of a script that runs the code `then` as it imports torch."""
+    (tmp_path / "torch.py").write_text(then)
+    return {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_a_command_line_is_answered_before_torch_is_imported(tmp_path, path):
+    env = without_torch(tmp_path, "raise SystemExit('torch was imported')")
+    name = Path(path).name
+    for words, status, told in ((["--outt", "x"], 2, f"{name}: error: unknown option --outt; did "
+                                 "you mean --out? --help lists them all\n"),
+                                (["--device"], 2, f"{name}: error: argument --device: expected one "
+                                 "argument\n"), (["--help"], 0, ""),
+                                (["--device", "cpu"], 1, "torch was imported\n")):
+        if path == "support/tiny.py" and "--device" in words:
+            continue                                         # it has none
+        done = subprocess.run([sys.executable, str(ROOT / path), *words], env=env,
+                              capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (status, told)
+        assert ("--seed" in done.stdout) == (status == 0)
+
+
+@pytest.mark.parametrize("number, ignored, status, told", [
+    (signal.SIGINT, False, 130, "\nstopped before it began\n"),
+    (signal.SIGTERM, False, 143, "\nstopped before it began\n"),
+    (signal.SIGINT, True, 0, "")])
+def test_a_signal_while_torch_is_imported_ends_a_script_with_one_line(tmp_path, number, ignored,
+                                                                       status, told):
+    env = without_torch(tmp_path, f"import os; os.kill(os.getpid(), {int(number)}); os._exit(0)")
+
+    def ignore():
+        signal.signal(number, signal.SIG_IGN)                # as a shell does for `script &`
+    done = subprocess.run([sys.executable, str(ROOT / "sft.py")], env=env, capture_output=True,
+                          text=True, timeout=60, preexec_fn=ignore if ignored else None)
+    assert (done.returncode, done.stderr) == (status, told)
+
+
+def test_a_config_that_cannot_be_read_without_running_it_is_read_later(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("class Config:\n    steps: int = flag(len('ab'), 'some')\n")
+    with pytest.raises(ValueError):
+        command_line.sketch_config(path, "Config")
+    command_line.begin(path)
+
+
+# ---- Numbers
 
 def test_the_learning_rate_warms_up_and_falls_to_its_end():
     rates = [running.learning_rate(step, 100, 1.0, warmup_ratio=0.1, final=0.01)
@@ -70,6 +143,8 @@ def press_ctrl_c():
 
 @pytest.mark.parametrize("happens, status, told", [
     (press_ctrl_c, 130, "\nstopped; the same command goes on with what is saved\n"),
+    (lambda: os.kill(os.getpid(), signal.SIGINT), 130,
+     "\nstopped; the same command goes on with what is saved\n"),
     (lambda: os.kill(os.getpid(), signal.SIGTERM), 143,
      "\nstopped; the same command goes on with what is saved\n"),
     (lambda: None, 0, "")])
@@ -80,6 +155,7 @@ def test_a_signal_outside_of_training_ends_a_script_with_its_status_and_one_line
     monkeypatch.setattr(running.os, "_exit", sys.exit)
     monkeypatch.setattr(sys, "argv", ["script.py"])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)       # so that a script without a handler goes on
+    signal.signal(signal.SIGINT, command_line.stop_early)
     with pytest.raises((SystemExit, KeyboardInterrupt)) as exit:
         running.run(main, Example)
     assert exit.value.code == status and capsys.readouterr().err == told
@@ -149,6 +225,15 @@ def test_the_memory_estimate_counts_bytes_per_parameter(monkeypatch, param_dtype
 @pytest.mark.parametrize("line, told", [("garbage", "Expecting value"),
                                         ("[1]", "expected a JSON object with step, split"),
                                         ('{"step": 1}', "expected a JSON object with step, split"),
+                                        ('{"step": "3", "split": "id"}',
+                                         "key 'step' is '3', must be a whole number"),
+                                        ('{"step": true, "split": "id"}', "key 'step' is 'True'"),
+                                        ('{"step": 1, "split": [0]}',
+                                         "key 'split' is '.0.', must be a text"),
+                                        ('{"step": 1, "split": "id", "gflops": null}',
+                                         "key 'gflops' is 'None', must be a number"),
+                                        ('{"step": 1, "split": "id", "settings": []}',
+                                         "key 'settings' is '..', must be an object"),
                                         ("\0" * 9, "Expecting value"),
                                         ("\udcff", "can't decode byte 0xff"),
                                         ("[" * 100_000, "recursion")])

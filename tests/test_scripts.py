@@ -350,7 +350,7 @@ def test_a_class_and_a_row_make_a_task_for_all_scripts(tmp_path, device, monkeyp
 
 BAD = [
     ("sft.py", dict(model=tiny_folder(), out="new", stepz=3),
-     "unknown option --stepz; --help lists them all"),
+     "unknown option --stepz; did you mean --steps? --help lists them all"),
     ("sft.py", dict(model=tiny_folder(), out="new", steps="many"),
      "--steps: invalid int value: 'many'"),
     ("sft.py", dict(model=tiny_folder(), out="new", data="none.json"), "data file none.json"),

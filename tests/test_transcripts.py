@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+import envs
 import rl
 from conftest import ROOT, tiny_folder, write_conversations
 from envs import make_env
@@ -120,11 +122,61 @@ def test_a_run_without_conversations_is_named(tmp_path):
 
 
 def test_garbage_in_the_file_is_named(tmp_path):
-    run = write_conversations(tmp_path / "run", {"verdicts": []})
+    run = write_conversations(tmp_path / "run", ROW)
     with open(run / "turns.jsonl", "a") as file:
         file.write("\nnot json\n")
-    with pytest.raises(ValueError, match="turns.jsonl: Expecting value"):
+    with pytest.raises(ValueError, match="turns.jsonl, line 3: Expecting value"):
         transcripts.read_rows(run)
+
+
+@pytest.mark.parametrize("row, told", [
+    ([0], "turns.jsonl, line 1: expected a JSON object"),
+    (3, "turns.jsonl, line 1: expected a JSON object"),
+    ({**ROW, "step": "3"}, "line 1: key 'step' is '3', must be a whole number"),
+    ({**ROW, "messages": {}}, "line 1: key 'messages' is '{}', must be a list"),
+    ({**ROW, "messages": [[0]]}, "conversation 1: a message must be an object with a text"),
+    ({**ROW, "messages": [{"role": "user"}]}, "conversation 1: a message must be an object"),
+    ({**ROW, "verdicts": []}, "conversation 1: 0 verdicts for 1 replies"),
+    ({**ROW, "verdicts": [5]}, "conversation 1: a verdict must be [status, reward], got 5"),
+    ({**ROW, "verdicts": [["correct", "5"]]}, "conversation 1: a verdict must be [status, reward]"),
+    ({key: value for key, value in ROW.items() if key != "done"}, "conversation 1: has no 'done'"),
+])
+def test_a_damaged_row_is_named(tmp_path, row, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        transcripts.read_rows(write_conversations(tmp_path / "run", row))
+
+
+@pytest.mark.parametrize("config, told", [
+    ("{}", "config.json: key 'task' must be a text, got None"),
+    ("[]", "config.json: expected a JSON object, got list"),
+    ("{", "config.json: Expecting property name"),
+    ('{"task": "gp-l", "split": [5]}',
+     "config.json: key 'split' must be a list of texts, got [5]"),
+    ('{"task": "gp-l", "split": ["id"], "env": [], "seed": true, "num_envs": 1}',
+     "config.json: key 'seed' must be a whole number, got True")])
+def test_a_damaged_config_is_named(tmp_path, config, told):
+    run = write_conversations(tmp_path / "run", ROW)
+    (run / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        transcripts.read_run(run, tmp_path / "page.html", make_env)
+
+
+def test_what_cannot_be_written_or_is_off_the_route_is_one_line(tmp_path, monkeypatch, capsys):
+    run = write_conversations(tmp_path / "run", ROW)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "page.html").mkdir()
+    for words, named in ((["--read", str(run), "--html", str(tmp_path / "page.html")], "page.html"),
+                         (["gp-l", "--show", str(tmp_path / "file" / "shown")], "file/shown")):
+        monkeypatch.setattr("sys.argv", ["envs.py", *words])
+        with pytest.raises(SystemExit) as stop:
+            envs.main()
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.count("\n") == 1
+        assert err.startswith("envs.py: error: [Errno ") and f"{named}'" in err
+    env = SimpleNamespace(vision=True, reset=lambda *_: None, rail=(None,))
+    with pytest.raises(ValueError, match="update 1, .*: position 99 is not on its route of"):
+        transcripts.picture_again({"task": "x", "split": ["id"], "env": [], "seed": 0,
+                                   "num_envs": 1}, {**ROW, "position": 99}, lambda *_, **__: env)
 
 
 HOSTILE = {      # what a reply says: how it is shown

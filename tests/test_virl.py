@@ -344,7 +344,15 @@ def put(value, *path):
     (put(block("", "0 (north)") + block("", "9" * 5000 + " (north)"), "milestone_info"),
      "route 1.*block 1"),
     (put(10 ** 500, "init_heading"), "route 1, key 'init_heading'"),
-    (put(38.9, "init_heading"), "route 1, key 'init_heading': expected whole degrees, got 38.9"),
+    (put(block("", "0 (north)") + block("", "999 (south)"), "milestone_info"),
+     "route 1.*block 1.*at most 360 degrees, got '999 .south.'"),
+    (put(block("", "0 (north)") + block("", "-361 (south)"), "milestone_info"), "route 1.*block 1"),
+    (put(block("", "0 (north)") + block("", "\u0661 (north)"), "milestone_info"),
+     "route 1.*block 1"),
+    (put(block("", "0 (north)") + block("\ud800 Cafe", "0 (north)"), "milestone_info"),
+     "route 1: key 'milestone_info' holds half a character, '.ud800'"),
+    (put(360.5, "init_heading"),
+     "route 1, key 'init_heading': expected degrees from -360 to 360, got 360.5"),
     (put(math.nan, "init_heading"), "route 1, key 'init_heading'"),
     (put(1e308, "init_heading"), "route 1, key 'init_heading'"),
     (put(True, "init_heading"), "route 1, key 'init_heading'"),
@@ -360,6 +368,28 @@ def test_an_initial_heading_may_be_written_with_a_point(tmp_path):
     write_data(tmp_path, put(12.0, "init_heading"))
     heading = make_env("virl-l", "id", root=tmp_path).routes[1].init_heading
     assert heading == 12 and type(heading) is int
+
+
+@pytest.mark.parametrize("written, word", [(38.9, "slightly left"), (45.0, "slightly left"),
+                                           (45.1, "left"), (-44.9, "slightly right")])
+def test_an_initial_heading_with_a_fraction_is_turned_from_as_it_is(tmp_path, written, word):
+    write_data(tmp_path, lambda records: [records[0] | {"init_heading": written}])
+    env = make_env("virl-l", "id", root=tmp_path)
+    env.reset(0)
+    assert env.rail[0].heading == written
+    assert env.sentences[0] == f"First turn {word} to face north."
+
+
+def test_milestones_of_many_commas_or_blanks_are_read_in_a_second():
+    for filler in (",", " ", "\t", ", ", ",\r", "\"", "\",", "'", "a", "a:", "{", "}", "\n",
+                   "\n\""):
+        for start in ("", "key: ", "key: \"", "\"key\": \"", "key"):
+            text = start + filler * (300_000 // len(filler)) + "x"
+            began = time.process_time()
+            parse_milestones(text)
+            assert time.process_time() - began < 1, (start, filler)
+    assert parse_milestones("{a: b , c,,\t\r\n'd': 'e', \n f: ,\n}") == [
+        {"a": "b , c", "d": "e", "f": ""}]
 
 
 @pytest.mark.parametrize("text",
@@ -816,7 +846,7 @@ def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path
         assert json.loads(gpt["value"])["action"]
     samples = sft.Samples(sft.Config(task="virl-vl", env=(f"root={pictures}",)))
     pairs = read_conversations(tmp_path / "sft.json", True, "<|image|>")
-    assert [(read_text(messages[0]), reply) for messages, reply in pairs] == [
+    assert [(read_text(pair.messages[0]), pair.reply) for pair in pairs] == [
         (read_text(messages[0]), reply) for messages, reply in (samples[i] for i in range(3))]
     with pytest.raises(ValueError,
                        match="record 0: key 'image': a task with pictures needs one file per "
