@@ -403,7 +403,7 @@ def compare_runs(config):
     """Print the table of evaluated runs beside the paper's numbers, and draw the figure."""
     metrics = {name: task.metrics for name, task in envs.TASKS.items()}
     reference = compare.Reference(PAPER, SIGNS, metrics)
-    compare.compare(config.compare.split(","), config.figure, reference)
+    compare.compare(config.compare.split(","), config.figure, config.html, reference)
 
 
 def main(config):

@@ -4,9 +4,11 @@
 # ends the recipe with 130 or 143.
 attended() {
     local pid status=0 stop=0
-    "$@" <&0 &
+    set -m                                 # a process group of its own: a terminal's Ctrl-C
+    "$@" <&0 &                             # reaches the command through us alone, once
     pid=$!
-    trap 'stop=130' INT                    # a terminal sends Ctrl-C to the command, too
+    set +m
+    trap 'stop=130; kill -INT $pid 2>/dev/null || true' INT
     trap 'stop=143; kill -TERM $pid 2>/dev/null || true' TERM
     while kill -0 $pid 2>/dev/null; do
         wait $pid && status=0 || status=$? # a signal ends this wait early

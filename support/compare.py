@@ -16,6 +16,7 @@ recipes/panels.py names arms and computes errors with the functions of this file
 """
 import math
 import os
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -319,12 +320,106 @@ def common_checkpoints(rows, split):
     return points
 
 
-# ---- The table ---------------------------------------------------------------------------------
+# ---- A study: all that is shown ------------------------------------------------------------------
+
+class Cell(NamedTuple):
+    """A metric of an arm on a split, in %, and its change since the start, in points."""
+    value: float
+    error: float
+    change: float = 0.0
+    change_error: float = 0.0
+
+
+class Sign(NamedTuple):
+    """A change of an arm on a split beside the sign of the paper's."""
+    arm: str
+    split: str
+    cell: Cell
+    num: int         # starts or runs that the error is over
+    expected: str    # "up" or "down"
+    verdict: str     # of `judge_sign`
+
+
+class Study(NamedTuple):
+    """Evaluated runs beside each other."""
+    task: str
+    arms: dict       # as `load_arms` returns them
+    tried: list      # the arms but "start"
+    splits: list
+    metrics: list
+    budget: float    # GFLOPs: the arms are compared at the checkpoints nearest to them
+    cells: dict      # (metric, split, arm) -> Cell
+    signs: list
+
+    def nearest(self, arm, split):
+        """The rows of the checkpoint of an arm that is nearest to the budget."""
+        points = common_checkpoints(self.arms[arm], split)
+        return min(points, key=lambda point: abs(point[0] - self.budget))[1]
+
+
+def study_runs(folders, paper):
+    """The Study of run folders, of SFT and of RL; `paper` is a Reference."""
+    arms = load_arms(folders, paper.metrics)
+    task = arms["start"][0]["settings"]["task"]
+    tried = [arm for arm in arms if arm != "start"]
+    splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
+    metrics = [*paper.metrics[task], "first_try", "retries", "repeats"]
+    metrics = list(dict.fromkeys(metrics))
+
+    # The compute that every arm has reached on every split.
+    budget = math.inf
+    for arm in tried:
+        for split in splits:
+            last_gflops, _ = common_checkpoints(arms[arm], split)[-1]
+            budget = min(budget, last_gflops)
+
+    study = Study(task, arms, tried, splits, metrics, budget, cells={}, signs=[])
+    for metric in metrics:
+        for split in splits:
+            start_rows = [row for row in arms["start"] if row["split"] == split]
+            study.cells[metric, split, "start"] = Cell(*metric_and_error(start_rows, metric))
+            for arm in tried:
+                rows = study.nearest(arm, split)
+                cell = Cell(*metric_and_error(rows, metric),
+                            *change_and_error(rows, start_rows, metric))
+                study.cells[metric, split, arm] = cell
+                if split in paper.signs and metric == paper.metric(task, split):
+                    expected = paper.signs[split][arm.split()[0]]
+                    verdict = judge_sign(expected, cell.change, cell.change_error)
+                    study.signs.append(Sign(arm, split, cell, len(clusters(rows)), expected,
+                                            verdict))
+    return study
+
+
+# ---- In words ------------------------------------------------------------------------------------
 
 def in_words(metric):
     """A metric as a reader is shown it, which says if it is a bound of the paper's measure."""
     words = metric.replace("_", " ")
     return f"{words} (lower bound)" if metric in LOWER_BOUNDS else words
+
+
+# What is counted, by metric; the others are named by `in_words`.
+COUNTED = {
+    "success": "{episodes} solved within {tries} tries{each}",
+    "first_try": "{places} solved at the first try",
+    "retries": "later tries that are right",
+    "repeats": "later tries that are word for word an earlier one",
+    "step_accuracy": "replies that are right",
+    "paper_step_accuracy": "replies that are right, counted as the paper's code does",
+    "recognition": "hands whose four cards the first reply names, in any order",
+    "rank_accuracy": "cards that the first reply names in their place",
+    "solved_and_read": "hands solved and read (lower bound of the paper's measure)",
+}
+
+
+def what_is_counted(metric, task, tries):
+    """A metric in words: what it is a share of."""
+    on_routes = task.startswith("virl")
+    return COUNTED.get(metric, in_words(metric)).format(
+        tries=tries, episodes="routes" if on_routes else "hands",
+        each=" at each position" if on_routes else "",
+        places="positions" if on_routes else "hands")
 
 
 def beside_paper(task, row, numbers):
@@ -340,77 +435,92 @@ def beside_paper(task, row, numbers):
     return "; ".join(found)
 
 
-def paper_cells(numbers):
-    """The last three cells of a row of the table: the paper's values, and its changes."""
-    if not numbers:
-        return ["-"] * 3
-    start, sft, rl = numbers
-    return [f"{start}", f"{sft} ({sft - start:+.1f})", f"{rl} ({rl - start:+.1f})"]
+def change_in_words(cell):
+    """Such as "57.6 (+36.4 ± 2.8)": the value after a run, and its change since the start."""
+    return f"{cell.value:5.1f} ({cell.change:+.1f} ± {cell.change_error:.1f})"
 
 
-def compare(folders, figure, paper):
-    """Print the table of evaluated runs beside the paper's numbers, and draw the curves.
+def table_of(study, metric, paper):
+    """The lines of one metric: a line an arm, a column a split, and the paper's values below."""
+    rows = [("", [TITLES.get(split, split) for split in study.splits])]
+    starts = [study.cells[metric, split, "start"] for split in study.splits]
+    rows.append(("start", [f"{cell.value:5.1f} ± {cell.error:.1f}" for cell in starts]))
+    for arm in study.tried:
+        cells = [study.cells[metric, split, arm] for split in study.splits]
+        rows.append((arm, [change_in_words(cell) for cell in cells]))
+    numbers = [paper.numbers.get((study.task, split, metric)) for split in study.splits]
+    if any(numbers):
+        for i, name in enumerate(("start", "SFT", "RL")):
+            values = [f"{of_split[i]:5.1f}" if of_split else "" for of_split in numbers]
+            rows.append((f"paper: {name}", values))
 
-    folders: run folders, of SFT and of RL. figure: a path, or "" for none. paper: a Reference.
+    lines = []
+    for name, cells in rows:
+        # A long name has a line for itself.
+        if len(name) > 16:
+            lines.append(f"  {name}")
+            name = ""
+        lines.append(f"  {name:16}" + "".join(f" {cell:20}" for cell in cells).rstrip())
+    return lines
+
+
+def findings(study):
+    """What was found, a sentence each."""
+    sentences = []
+    for sign in study.signs:
+        p = ""
+        if sign.num > 1:
+            p = f" (p = {p_value(sign.cell.change, sign.cell.change_error, sign.num):.2g})"
+        sentences.append(f"{sign.arm} on {TITLES[sign.split]}: {sign.cell.change:+.1f} ± "
+                         f"{sign.cell.change_error:.1f} points{p}; the paper's sign, "
+                         f"{sign.expected}, is {sign.verdict}.")
+    counts = Counter(sign.verdict for sign in study.signs)
+    sentences.append(f"Of the paper's {len(study.signs)} signs {counts['met']} met, "
+                     f"{counts['not met']} not met, {counts['undecided']} undecided: within two "
+                     "standard errors.")
+    return sentences
+
+
+def how_many(study):
+    """Such as "2 SFT and 1 RL runs from 1 start"."""
+    counts = []
+    for arm in study.tried:
+        counts.append(f"{len({row['run'] for row in study.arms[arm]})} {arm}")
+    num_starts = len({row["start"] for row in study.arms["start"]})
+    return f"{' and '.join(counts)} runs from {num_starts} start{'s' * (num_starts > 1)}"
+
+
+BOUND = ("Lower bound: the official code plays on until one reply solves a hand and names its "
+         "cards. So the paper's measure lies between solved and read and success. Its changes may "
+         "be larger or smaller than those above.")
+
+
+def print_study(study, paper):
+    """Print tables of at most 80 columns for up to three splits, then what was found."""
+    tries = study.arms["start"][0]["settings"]["env"]["verify_iter"]
+    print(f"\n{study.task}, after about {study.budget:,.0f} GFLOPs of post-training: values in %, "
+          "\nchanges since the start in points, ± standard errors")
+    print(textwrap.fill(how_many(study), 80))
+    for metric in study.metrics:
+        print(f"\n{textwrap.fill(what_is_counted(metric, study.task, tries), 80)}")
+        print("\n".join(table_of(study, metric, paper)))
+    if any(metric in LOWER_BOUNDS for metric in study.metrics):
+        print(f"\n{textwrap.fill(BOUND, 80)}")
+    print()
+    for sentence in findings(study):
+        print(textwrap.fill(sentence, 80, subsequent_indent="  "))
+
+
+def compare(folders, figure, page, paper):
+    """Print the tables of evaluated runs beside the paper's numbers; draw the curves, and the page.
+
+    folders: run folders, of SFT and of RL. figure, page: paths, or "" for none. paper: a Reference.
     All arms are compared at the checkpoints nearest to the compute that every arm has spent.
     """
-    arms = load_arms(folders, paper.metrics)
-    task = arms["start"][0]["settings"]["task"]
-    tried = [arm for arm in arms if arm != "start"]
-    splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
-
-    # The compute that every arm has reached on every split.
-    budget = math.inf
-    for arm in tried:
-        for split in splits:
-            last_gflops, _ = common_checkpoints(arms[arm], split)[-1]
-            budget = min(budget, last_gflops)
-
-    counts = []
-    for arm in tried:
-        counts.append(f"{len({row['run'] for row in arms[arm]})} {arm}")
-    num_starts = len({row["start"] for row in arms["start"]})
-    print(f"\n{task}: %, at the checkpoints nearest to {budget:,.0f} GFLOPs of post-training "
-          f"({' and '.join(counts)} runs, starts: {num_starts})\n")
-    print(f"| metric | split | start | {' | '.join(tried)} | paper: start | SFT | RL |")
-    print(f"{'|---' * (len(tried) + 6)}|")
-
-    found = []
-    verdicts = Counter()
-    for metric in (*paper.metrics[task], "first_try", "retries", "repeats"):
-        for split in splits:
-            start_rows = [row for row in arms["start"] if row["split"] == split]
-            value, error = metric_and_error(start_rows, metric)
-            cells = [f"{value:.1f} ± {error:.1f}"]
-            for arm in tried:
-                points = common_checkpoints(arms[arm], split)
-                _, rows = min(points, key=lambda point: abs(point[0] - budget))
-                value, error = metric_and_error(rows, metric)
-                change, change_error = change_and_error(rows, start_rows, metric)
-                cells.append(f"{value:.1f} ± {error:.1f} ({change:+.1f} ± {change_error:.1f})")
-                if split in paper.signs and metric == paper.metric(task, split):
-                    sign = paper.signs[split][arm.split()[0]]
-                    verdict = judge_sign(sign, change, change_error)
-                    verdicts[verdict] += 1
-                    num = len(clusters(rows))
-                    p = f", p = {p_value(change, change_error, num):.2g}" if num > 1 else ""
-                    found.append(f"{arm} on {TITLES[split]} {change:+.1f} ± {change_error:.1f}{p} "
-                                 f"(paper: {sign}; {verdict})")
-            cells += paper_cells(paper.numbers.get((task, split, metric)))
-            print(f"| {in_words(metric)} | {split} | {' | '.join(cells)} |")
-
-    if any(metric in LOWER_BOUNDS for metric in paper.metrics[task]):
-        print("\nLower bound: the official code plays on until one reply solves a hand and names "
-              "its cards. So the paper's measure lies between solved and read and success. Its "
-              "changes may be larger or smaller than those above.")
-
-    judged = [paper.metric(task, split) for split in splits if split in paper.signs]
-    judged = [in_words(metric) for metric in dict.fromkeys(judged)]
-    print(f"\nFound, in points of {' and '.join(judged)}: {'; '.join(found)}. Of the paper's "
-          f"{len(found)} signs {verdicts['met']} met, {verdicts['not met']} not met, "
-          f"{verdicts['undecided']} undecided: within two standard errors of no change.")
+    study = study_runs(folders, paper)
+    print_study(study, paper)
     if figure:
-        draw(arms, task, splits, figure, paper)
+        draw(study.arms, study.task, study.splits, figure, paper)
 
 
 # ---- The figure --------------------------------------------------------------------------------

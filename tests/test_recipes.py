@@ -77,7 +77,7 @@ def test_a_terminal_shows_stage_step_and_time_left(tmp_path):
 
 @pytest.mark.parametrize("number, everyone", [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_recipe_awaits_the_end_of_its_command(number, everyone):
-    """SIGTERM comes to the recipe alone, Ctrl-C to the command as well."""
+    """SIGTERM comes to the recipe alone, Ctrl-C to all of its process group."""
     command = ("import signal, sys, time\n"
                "def save(*_): print('saved'); sys.exit(1)\n"
                "signal.signal(signal.SIGINT, save); signal.signal(signal.SIGTERM, save)\n"
