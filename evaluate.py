@@ -38,7 +38,7 @@ from pathlib import Path
 import envs
 from model import (EVALUATION, RolloutMemory, decode_reply, encode, load_policy, picture_of,
                    sampling_uniforms)
-from support import api, compare, evaluation, run_folder, running, settings
+from support import api, compare, evaluation, report, run_folder, running, settings
 from support.running import flag
 
 # ---- What counts -------------------------------------------------------------------------------
@@ -188,6 +188,7 @@ class Config:
     start: bool = flag(True, "with --run-folder: evaluate the model that the run started from, too")
     compare: str = flag("", "print the table of these evaluated run folders, comma-separated")
     figure: str = flag("", "with --compare: draw the curves into this file (needs matplotlib)")
+    html: str = flag("", "with --compare: write a page with what every arm says, such as page.html")
     api_url: str = flag("", "evaluate a model behind this OpenAI-style API; API_KEY holds its key")
     api_model: str = flag("", "with --api-url: the name of the model there")
     api_extra: str = flag("", "with --api-url: JSON with more fields for the request; null leaves "
@@ -195,7 +196,10 @@ class Config:
     api_header: tuple = flag((), "with --api-url: more headers, such as 'api-key: $API_KEY'")
     api_timeout: float = flag(600.0, "with --api-url: seconds for one whole answer", low=1)
     api_workers: int = flag(8, "with --api-url: requests at the same time", low=1)
-    out: str = flag("", "with --api-url: a folder for replies and rows, new or stopped half-way")
+    out: str = flag("", "with --model or --api-url: a folder for rows, dialogues and an API's "
+                        "replies, new or stopped half-way")
+    dialogues: int = flag(16, "episodes of each split and seed whose dialogues are kept for "
+                              "envs.py --read and --html", low=0)
     task: str = flag("", "empty: the run's, else gp-l", choices=("", *envs.TASKS))
     splits: tuple = flag(("id", "rule_ood"), "with settings, such as: id rule_ood id target=36")
     env: tuple = flag((), "settings on top of those of the run, such as: root=city0 verify_iter=3")
@@ -318,8 +322,8 @@ def play_episodes(reply, environments, seed, first=0):
 def evaluate_model(path, called, known, config, write, kept=None):
     """Evaluate a checkpoint, or the API's model of this name, on every split and seed.
 
-    Those that the rows `known` cover are left out; `write` gets each new row. Printed lines name
-    the model as `called`. `kept`: as in LocalModel.
+    Those that the rows `known` cover are left out. `write` gets each new row, and what was said in
+    the first episodes. Printed lines name the model as `called`. `kept`: as in LocalModel.
     """
     model = None
     metrics = envs.TASKS[config.task].metrics
@@ -343,13 +347,14 @@ def evaluate_model(path, called, known, config, write, kept=None):
             of = json.dumps([str(path), split.label, seed, chosen])
             reply = partial(model.reply, of, split.label, seed)
             episodes, num = [], num_episodes(config, split)
+            recorder = evaluation.Recorder(config.dialogues)
             while len(episodes) < num:
                 block = min(num - len(episodes), SIDE_BY_SIDE * running.WORLD)
-                environments = [make_env() for _ in range(block)]
+                environments = [recorder.watch(make_env()) for _ in range(block)]
                 episodes += play_episodes(reply, environments, seed, first=len(episodes))
             row = {"checkpoint": str(path), "split": split.label, "seed": seed,
                    **summarise(episodes, env.verify_iter, env.kinds), "settings": chosen}
-            write(row)
+            write(row, recorder.rows())
             model.forget(of)
             beside = compare.beside_paper(config.task, row, PAPER) if config.paper else ""
             evaluation.print_results(label, row, metrics, beside)
@@ -370,16 +375,20 @@ def finish_config(config):
 
 
 def evaluate_checkpoint(config):
-    """Evaluate one checkpoint, and print its rows."""
-    evaluate_model(Path(config.model), config.model, [], finish_config(config),
-                   lambda row: running.print0(json.dumps(row)))
+    """Evaluate one checkpoint. Its rows go to eval.jsonl in --out, or are printed."""
+    known, write = [], evaluation.print_one
+    if config.out:
+        known = evaluation.open_out(config.out, config.model)
+        write = partial(evaluation.log_evaluation, config.out)
+    evaluate_model(Path(config.model), config.model, known, finish_config(config), write)
 
 
 def evaluate_api(config):
     """Evaluate a model behind an API; its rows go to eval.jsonl in --out."""
-    known = api.read_rows(config)
+    evaluation.check_out(config.out)
+    known = evaluation.known_rows(config.out, config.api_model)
     evaluate_model(config.api_model, config.api_model, known, finish_config(config),
-                   lambda row: api.append_row(config, row))
+                   partial(evaluation.log_evaluation, config.out))
 
 
 def evaluate_run(config):
@@ -389,21 +398,21 @@ def evaluate_run(config):
     config = finish_config(evaluation.take_settings(config, run, trained, envs.TASKS))
     run_folder.hold(run, "evaluating")
     checkpoints = evaluation.list_checkpoints(run, trained["model"], config.start)
-    path = run / "eval.jsonl"
-    known = running.read_jsonl(path, "step", "split", "seed", "settings")
-    running.write_jsonl(path, known)   # without a torn last line
-    for point in running.progress(checkpoints, nested=True, desc=f"checkpoints of {run}"):
+    known = evaluation.open_log(run / "eval.jsonl", "step", "split", "seed", "settings")
+    for point in running.progress(checkpoints, desc=f"checkpoints of {run}"):
         called = f"{run} step {point.step}" if point.step else f"start {point.path}"
         evaluate_model(point.path, called, [row for row in known if row["step"] == point.step],
-                       config, lambda row: running.log_jsonl(path, **point.numbers(), **row),
+                       config, partial(evaluation.log_evaluation, run, **point.numbers()),
                        run / "eval_unfinished")
 
 
 def compare_runs(config):
-    """Print the table of evaluated runs beside the paper's numbers, and draw the figure."""
+    """Print the tables of evaluated runs beside the paper's numbers; write figure and page."""
     metrics = {name: task.metrics for name, task in envs.TASKS.items()}
     reference = compare.Reference(PAPER, SIGNS, metrics)
-    compare.compare(config.compare.split(","), config.figure, config.html, reference)
+    study = compare.compare(config.compare.split(","), config.figure, reference)
+    if config.html:
+        report.write(config.html, study, reference, envs.make_env)
 
 
 def main(config):

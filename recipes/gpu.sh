@@ -42,9 +42,7 @@ for seed in $SEEDS; do
 done
 attended python recipes/runs.py --logs "$OUT" --side-by-side ${#jobs[@]} --title "$TASK" \
     <<<"$(printf '%s\n' "${jobs[@]}")"
-python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
-figure=$OUT/figure.png
-[ -f "$figure" ] || figure="not drawn"
-echo "== done; the figure is $figure, the log of each seed is $OUT/log_SEED"
+python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png" --html "$OUT/report.html"
+echo "== done; open $OUT/report.html; the log of each seed is $OUT/log_seed_SEED"
 [ -z "${SMOKE:-}" ] ||
     echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

@@ -87,10 +87,8 @@ attended "${run[@]}" evaluate.py --run-folder "$OUT/rl" \
 stage "5 of 6, testing SFT's checkpoints"
 attended "${run[@]}" evaluate.py --run-folder "$OUT/sft" --no-start \
     --splits "${splits[@]}" "${sample[@]}" "${test[@]}"
-stage "6 of 6, table and figure"
-python evaluate.py --compare "$OUT/sft,$OUT/rl" --figure "$OUT/figure.png"
-figure=$OUT/figure.png
-[ -f "$figure" ] || figure="not drawn"
-stage "done; the figure is $figure, the results are $OUT/sft/eval.jsonl and $OUT/rl/eval.jsonl"
+stage "6 of 6, table, figure and page"
+python evaluate.py --compare "$OUT/sft,$OUT/rl" --figure "$OUT/figure.png" --html "$OUT/report.html"
+stage "done; open $OUT/report.html; the results are $OUT/sft/eval.jsonl and $OUT/rl/eval.jsonl"
 [ -z "${SMOKE:-}" ] ||
     echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

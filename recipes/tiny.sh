@@ -10,7 +10,8 @@
 #                                           each start, and as long to make one
 #
 # A start is the model that both arms, SFT and PPO, begin with. Each run is trained, then each of
-# its checkpoints is played on every split. The script ends with a table of both arms and a figure.
+# its checkpoints is played on every split. The script ends with a table of both arms, a figure, and
+# a page that shows what each arm says on the same hands.
 # Ctrl-C stops it at any time; the same command goes on.
 #
 # Settings, as environment variables:
@@ -149,11 +150,9 @@ done
 attended python recipes/runs.py --logs "$OUT" --side-by-side "$JOBS" --title "$TASK" \
     <<<"$(printf '%s\n' "${jobs[@]}")"
 if [ ${#rl_settings[@]} != 0 ] && [ ${#sft_settings[@]} != 0 ]; then
-    say "table and figure"
-    python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png"
-    figure=$OUT/figure.png
-    [ -f "$figure" ] || figure="not drawn"
-    say "done; the figure is $figure, the log of each run is $OUT/log_NAME"
+    say "table, figure and page"
+    python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png" --html "$OUT/report.html"
+    say "done; open $OUT/report.html to see what each arm says"
 fi
 [ -z "${SMOKE:-}" ] ||
     echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

@@ -320,12 +320,6 @@ def check_options(config, hide_key):
     if not found or int(found["port"] or 0) > 65535:
         raise ValueError(f"--api-url {config.api_url!r}: expected an address such as "
                          "https://host/v1")
-    if not config.api_model or not config.out:
-        raise ValueError("--api-url needs --api-model and --out")
-    out = Path(config.out)
-    if out.exists() and not out.is_dir() or (out / "config.json").exists():
-        raise ValueError(f"--out {config.out}: must be a new folder or one of an earlier "
-                         f"evaluation, not {'a run folder' if out.is_dir() else 'a file'}")
 
 
 def read_extra(text):
@@ -475,18 +469,3 @@ def one_line(text):
     """The first 300 characters of a foreign text, without line breaks and unprintable ones."""
     printable = "".join(c if c.isprintable() else " " for c in text[:10_000])
     return " ".join(printable.split())[:300]
-
-
-# ---- Rows --------------------------------------------------------------------------------------
-
-def read_rows(config):
-    """The rows of eval.jsonl in --out that are of this model."""
-    rows = running.read_jsonl(Path(config.out) / "eval.jsonl",
-                              "checkpoint", "split", "seed", "settings")
-    return [row for row in rows if row["checkpoint"] == config.api_model]
-
-
-def append_row(config, row):
-    """Put a row behind those of eval.jsonl; the file is written anew, without a torn last line."""
-    path = Path(config.out) / "eval.jsonl"
-    running.write_jsonl(path, [*running.read_jsonl(path), row])

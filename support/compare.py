@@ -442,7 +442,9 @@ def change_in_words(cell):
 
 def table_of(study, metric, paper):
     """The lines of one metric: a line an arm, a column a split, and the paper's values below."""
-    rows = [("", [TITLES.get(split, split) for split in study.splits])]
+    titles = [TITLES.get(split, split) for split in study.splits]
+    width = max(20, *map(len, titles))
+    rows = [("", titles)]
     starts = [study.cells[metric, split, "start"] for split in study.splits]
     rows.append(("start", [f"{cell.value:5.1f} ± {cell.error:.1f}" for cell in starts]))
     for arm in study.tried:
@@ -460,8 +462,15 @@ def table_of(study, metric, paper):
         if len(name) > 16:
             lines.append(f"  {name}")
             name = ""
-        lines.append(f"  {name:16}" + "".join(f" {cell:20}" for cell in cells).rstrip())
+        lines.append(f"  {name:16}" + "".join(f" {cell:{width}}" for cell in cells).rstrip())
     return lines
+
+
+def judged_by(study, paper):
+    """The measures in which the paper's signs are judged, in words."""
+    splits = [split for split in study.splits if split in paper.signs]
+    names = [in_words(paper.metric(study.task, split)) for split in splits]
+    return " and ".join(dict.fromkeys(names))
 
 
 def findings(study):
@@ -498,7 +507,7 @@ BOUND = ("Lower bound: the official code plays on until one reply solves a hand 
 def print_study(study, paper):
     """Print tables of at most 80 columns for up to three splits, then what was found."""
     tries = study.arms["start"][0]["settings"]["env"]["verify_iter"]
-    print(f"\n{study.task}, after about {study.budget:,.0f} GFLOPs of post-training: values in %, "
+    print(f"\n{study.task}, after about {study.budget:,.0f} GFLOPs of post-training: values in %,"
           "\nchanges since the start in points, ± standard errors")
     print(textwrap.fill(how_many(study), 80))
     for metric in study.metrics:
@@ -506,21 +515,22 @@ def print_study(study, paper):
         print("\n".join(table_of(study, metric, paper)))
     if any(metric in LOWER_BOUNDS for metric in study.metrics):
         print(f"\n{textwrap.fill(BOUND, 80)}")
-    print()
+    print(f"\nFound, in points of {judged_by(study, paper)}:")
     for sentence in findings(study):
         print(textwrap.fill(sentence, 80, subsequent_indent="  "))
 
 
-def compare(folders, figure, page, paper):
-    """Print the tables of evaluated runs beside the paper's numbers; draw the curves, and the page.
+def compare(folders, figure, paper):
+    """The Study of run folders, of SFT and of RL; prints its tables, and draws the curves.
 
-    folders: run folders, of SFT and of RL. figure, page: paths, or "" for none. paper: a Reference.
-    All arms are compared at the checkpoints nearest to the compute that every arm has spent.
+    figure: a path, or "" for none. paper: a Reference. All arms are compared at the checkpoints
+    nearest to the compute that every arm has spent.
     """
     study = study_runs(folders, paper)
     print_study(study, paper)
     if figure:
         draw(study.arms, study.task, study.splits, figure, paper)
+    return study
 
 
 # ---- The figure --------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from support import api, run_folder, running, settings
+from support import api, run_folder, running, settings, transcripts
+from support.chat import read_text
+from support.demonstrator import Wrapper
 
 
 def check_options(config):
@@ -20,9 +22,18 @@ def check_options(config):
     if len([way for way in ways if way]) != 1:
         raise ValueError("exactly one of --model, --run-folder, --compare and --api-url is "
                          "required")
-    if config.figure and not Path(config.figure).parent.is_dir():
-        raise ValueError(f"--figure {config.figure}: there is no folder "
-                         f"{Path(config.figure).parent}")
+    for flag, file in ("--figure", config.figure), ("--html", config.html):
+        if file and not config.compare:
+            raise ValueError(f"{flag} {file}: needs --compare")
+        if file and not Path(file).parent.is_dir():
+            raise ValueError(f"{flag} {file}: there is no folder {Path(file).parent}")
+    if config.api_url and not (config.api_model and config.out):
+        raise ValueError("--api-url needs --api-model and --out")
+    if config.html:
+        transcripts.check_page(config.html)
+    if config.out and (config.run_folder or config.compare):
+        raise ValueError(f"--out {config.out}: is for --model and --api-url; a run's rows go to "
+                         "its folder")
 
 
 # ---- A run and its checkpoints -----------------------------------------------------------------
@@ -173,6 +184,112 @@ class KeptReplies:
             for file in self.files():
                 keep_lines(file, lambda row: row["of"] != of)
         running.gather(None)
+
+
+class Recorder:
+    """Keeps what is said in the first `num` episodes that it is given to watch."""
+
+    def __init__(self, num):
+        self.num, self.watched = num, []
+
+    def watch(self, env):
+        """The environment; while there are fewer than `num`, one that keeps its dialogues."""
+        if len(self.watched) == self.num:
+            return env
+        self.watched.append(Recorded(env, rows=[], now={}))
+        return self.watched[-1]
+
+    def rows(self):
+        """The dialogues of all processes, by episode and position."""
+        own = [row for env in self.watched for row in env.rows]
+        rows = [row for part in running.gather(own) for row in part]
+        return sorted(rows, key=lambda row: (row["episode"], row["position"]))
+
+
+class Recorded(Wrapper):
+    """An environment that keeps each of its dialogues in `rows`; `now` is the present one."""
+
+    def reset(self, seed, episode):
+        found = self.env.reset(seed=seed, episode=episode)
+        self.begin(episode)
+        return found
+
+    def begin(self, episode):
+        self.now.clear()
+        self.now.update(episode=episode, position=self.env.at, expert=self.env.expert_reply(),
+                        verdicts=[])
+
+    def step(self, reply):
+        before = self.env.messages
+        messages, reward, terminated, truncated, info = self.env.step(reply)
+        self.now["verdicts"].append([info["status"], reward])
+        if terminated or truncated or info["new_dialogue"]:
+            # After a right reply `messages` may be the next dialogue already.
+            said = messages
+            if info["new_dialogue"]:
+                said = [*before, {"role": "assistant", "content": reply}]
+            texts = [message | {"content": read_text(message)} for message in said]
+            self.rows.append({**self.now, "done": terminated or truncated,
+                              "success": info["status"] == "correct", "messages": texts})
+        if info["new_dialogue"]:
+            self.begin(self.now["episode"])
+        return messages, reward, terminated, truncated, info
+
+
+def check_out(out):
+    """ValueError unless --out is a new folder or one of an earlier evaluation."""
+    out = Path(out)
+    if out.exists() and not out.is_dir() or (out / "config.json").exists():
+        raise ValueError(f"--out {out}: must be a new folder or one of an earlier evaluation, not "
+                         f"{'a run folder' if out.is_dir() else 'a file'}")
+
+
+def open_out(out, checkpoint):
+    """Make the folder --out if it is not there; the rows of this checkpoint that it holds."""
+    check_out(out)
+    running.gather(None)   # all have looked
+    Path(out).mkdir(parents=True, exist_ok=True)
+    run_folder.hold(out, "evaluating")
+    return known_rows(out, checkpoint)
+
+
+def known_rows(folder, checkpoint):
+    """The rows of eval.jsonl in a folder that are of this checkpoint."""
+    rows = open_log(Path(folder) / "eval.jsonl", "checkpoint", "split", "seed", "settings")
+    return [row for row in rows if row["checkpoint"] == checkpoint]
+
+
+def open_log(path, *keys):
+    """The rows of a log, with these keys. A file is written anew, without a torn last line."""
+    rows = running.read_jsonl(path, *keys)
+    if Path(path).exists():
+        running.write_jsonl(path, rows)
+    return rows
+
+
+def log_evaluation(folder, row, said, **point):
+    """Append a row to eval.jsonl in a folder, and what was said to dialogues.jsonl.
+
+    `point`: what the row begins with, such as its step. The row is last: if a kill comes between,
+    the evaluation is played again, and the later dialogues count.
+    """
+    if said:
+        about = {name: row[name] for name in ("checkpoint", "split", "seed", "settings")}
+        open_log(Path(folder) / "dialogues.jsonl")
+        running.log_jsonl(Path(folder) / "dialogues.jsonl", step=point.get("step", 0), **about,
+                          dialogues=said)
+    running.log_jsonl(Path(folder) / "eval.jsonl", **point, **row)
+
+
+def print_one(row, said):
+    """Print a row, and one of its dialogues: a failed one if there is any."""
+    running.print0(json.dumps(row))
+    failed = [each for each in said if not each["success"]]
+    for each in (failed or said)[:1]:
+        about = {"step": 0, "split": row["split"]}
+        running.print0(transcripts.as_text(about | each))
+        running.print0("One of its dialogues; --out FOLDER keeps some of each split, for "
+                       "python envs.py --read FOLDER")
 
 
 def keep_lines(path, wanted):

@@ -128,7 +128,7 @@ def run(args, tasks, make_env):
     if args.html and not args.read:
         raise ValueError(f"--html {args.html}: needs --read RUN")
     if args.read:
-        transcripts.read_run(args.read, args.html, make_env)
+        transcripts.read_run(args.read, args.html, make_env, args.only)
         return
     if not args.task:
         raise ValueError(f"a task is required: {', '.join(tasks)}")
@@ -156,7 +156,11 @@ def command_line(tasks, make_env, description):
     parser.add_argument("--show", nargs="?", const="-", metavar="DIR",
                         help="print one prompt, expert reply and verdict; with DIR, write there "
                              "every prompt, expert reply and picture of the episode")
-    parser.add_argument("--read", metavar="RUN", help="print the conversations that rl.py kept")
+    parser.add_argument("--read", metavar="RUN",
+                        help="print the dialogues that rl.py or evaluate.py kept in a run folder, "
+                             "or a file dialogues.jsonl")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD",
+                        help=f"with --read: only some of them; words are {transcripts.FILTERS}")
     parser.add_argument("--html", metavar="FILE", help="with --read: write them as a page")
     args = parser.parse_intermixed_args()
     try:

@@ -10,14 +10,12 @@
 The page is one file that loads nothing. It is read without JavaScript as well, which only hides the
 hands that are not looked at. What a model wrote is escaped, and holds no control characters.
 """
-import base64
 import html
-import io
 import json
 import re
 from pathlib import Path
 
-from support import compare, dialogues, running
+from support import compare, running, transcripts
 from support.chat import printable
 
 SHOWN_KEYS = ("number", "cards", "action")       # of a reply: there is one right value
@@ -278,35 +276,57 @@ def column(arm, row):
 
 
 def hand(title, split, columns, picture):
-    """A hand or a position as every arm played it; `columns`: arm -> row of dialogues.jsonl."""
+    """A hand or a position as every arm played it; `columns`: arm -> dialogue or None."""
     rows = [row for row in columns.values() if row is not None]
     endings = {row and row["verdicts"][-1][0] == "correct" for row in columns.values()}
     firsts = {row and row["verdicts"][0][0] == "correct" for row in columns.values()}
     differ = "yes" if len(endings) > 1 or len(firsts) > 1 else "no"
-    shown = ""
-    if picture is not None:
-        png = io.BytesIO()
-        picture.save(png, "PNG", optimize=True)
-        data = base64.b64encode(png.getvalue()).decode()
-        shown = f'<img alt="what the model saw" src="data:image/png;base64,{data}">'
     said = "\n".join(column(arm, row) for arm, row in columns.items())
     prompt = text(rows[0]["messages"][0]["content"])
     return (f'<section class="hand" data-split="{text(split)}" data-differ="{differ}">'
-            f'<h3>{text(title)}</h3>{shown}<div class="prompt">{prompt}</div>'
-            f'<div class="columns">{said}</div></section>')
+            f'<h3>{text(title)}</h3>{transcripts.as_image(picture)}'
+            f'<div class="prompt">{prompt}</div><div class="columns">{said}</div></section>')
+
+
+def dialogues_of(study):
+    """What was kept of the evaluations: (run folder, step, split, seed) -> its dialogues."""
+    runs = {row["run"] for arm in study.tried for row in study.arms[arm]}
+    found = {}
+    for run in sorted(runs):
+        for row in transcripts.read_dialogues(Path(run) / "dialogues.jsonl"):
+            # A start is looked up without its run: any of its runs may have tested it.
+            of = (run if row["step"] else None, row["step"], row["split"], row["seed"])
+            found.setdefault(of, []).append(row)
+    return found
+
+
+def same_hands(study, split):
+    """For the start and each arm (run folder or None, step, seed) of one start and one seed."""
+    first = study.nearest(study.tried[0], split)[0]
+    chosen = {"start": (None, 0, first["seed"])}
+    for arm in study.tried:
+        for row in study.nearest(arm, split):
+            if (row["start"], row["seed"]) == (first["start"], first["seed"]):
+                chosen[arm] = row["run"], row["step"], row["seed"]
+    return chosen
 
 
 def hands(study, make_env):
-    """The hands of every split that the start and all arms have in dialogues.jsonl."""
-    parts = []
+    """The hands of every split that were kept, as every arm played them: HTML."""
+    kept, parts = dialogues_of(study), []
     for split in study.splits:
-        arms = {"start": [row for row in study.arms["start"] if row["split"] == split][0]}
-        for arm in study.tried:
-            arms[arm] = study.nearest(arm, split)[0]
-        found = dialogues.beside_each_other(study, arms, split)
-        for title, columns, picture in dialogues.with_pictures(found, study, make_env):
-            parts.append(hand(f"{compare.TITLES.get(split, split)}: {title}", split, columns,
-                              picture))
+        played = {}                          # (episode, position) -> arm -> dialogue
+        chosen = same_hands(study, split)
+        for arm, (run, step, seed) in chosen.items():
+            for row in kept.get((run, step, split, seed), ()):
+                played.setdefault((row["episode"], row["position"]), {})[arm] = row
+        on_routes = len({position for _, position in played}) > 1
+        for (episode, position), columns in sorted(played.items()):
+            title = f"{compare.TITLES.get(split, split)}, {'route' if on_routes else 'hand'} "
+            title += f"{episode + 1}" + (f", position {position + 1}" if on_routes else "")
+            row = next(iter(columns.values()))
+            parts.append(hand(title, split, {arm: columns.get(arm) for arm in chosen},
+                              transcripts.picture_of_row(row, make_env)))
     return parts
 
 
@@ -324,19 +344,37 @@ def command_of(config):
     return f"python {script} {' '.join(words)}"
 
 
+def minutes_of(run):
+    """Minutes that a run has trained, by its log."""
+    log = running.read_jsonl(Path(run) / "metrics.jsonl")
+    return log[-1].get("seconds", 0) / 60 if log else 0
+
+
 def how_it_was_made(study):
     """For each arm: the command of its first run, its minutes, and the settings of its tests."""
     parts = []
     for arm in study.tried:
-        run = Path(study.arms[arm][0]["run"])
-        config, log = running.read_run_config(run), running.read_jsonl(run / "metrics.jsonl")
-        minutes = log[-1].get("seconds", 0) / 60 if log else 0
-        parts.append(f"<h3>{text(arm)}</h3><p>{minutes:.1f} minutes of training for {text(run)}, "
-                     f"computed in {text(config.get('dtype', '?'))}.</p>"
+        run = study.arms[arm][0]["run"]
+        config = running.read_run_config(run)
+        parts.append(f"<h3>{text(arm)}</h3><p>{minutes_of(run):.1f} minutes of training for "
+                     f"{text(run)}, computed in {text(config.get('dtype', '?'))}.</p>"
                      f"<pre>{text(command_of(config))}</pre>")
     tested = study.arms["start"][0]["settings"]
     parts.append(f"<h3>Tests</h3><pre>{text(json.dumps(tested, indent=2))}</pre>")
     return "\n".join(parts)
+
+
+def claim(study, paper):
+    """The finding in a sentence for each split, as "On the other rule SFT went from 1.2 to 0.0"."""
+    sentences = []
+    for split in study.splits:
+        metric = paper.metric(study.task, split)
+        start = study.cells[metric, split, "start"].value
+        ends = [f"{arm} from {start:.1f} to {study.cells[metric, split, arm].value:.1f}"
+                for arm in study.tried]
+        sentences.append(f"On {compare.TITLES.get(split, split)}, in % of "
+                         f"{counted(study, metric)}: {', '.join(ends)}.")
+    return "".join(f"<p>{text(sentence)}</p>" for sentence in sentences)
 
 
 def page(study, paper, make_env):
@@ -349,7 +387,8 @@ def page(study, paper, make_env):
     viewer = '<p class="soft">These runs hold no dialogues: evaluate them again to see some.</p>'
     if shown:
         viewer = f"""<div class="controls" hidden>
-<button id="before" type="button">← before</button><button id="next" type="button">next →</button>
+<button id="before" type="button">← previous</button>
+<button id="next" type="button">next →</button>
 <span id="where" aria-live="polite"></span>
 <label>rule <select id="split"><option value="">all</option>{options}</select></label>
 <label><input id="only" type="checkbox"> only where arms differ</label></div>
@@ -362,13 +401,19 @@ def page(study, paper, make_env):
         f"<main><h1>{text(name)}</h1>",
         f'<p class="soft">{text(compare.how_many(study))}, compared after about '
         f"{study.budget:,.0f} GFLOPs of post-training.</p>",
-        f"<ul>{''.join(sentences)}</ul>",
+        claim(study, paper), f"<ul>{''.join(sentences)}</ul>",
         "<h2>As training goes on</h2>", figure(study, paper, colours),
         "<h2>The table</h2><p class=\"soft\">The value, and in brackets its change since the start "
         "in points, ± standard error.</p>", table(study, paper),
         "<h2>What each one says</h2><p class=\"soft\">The same hands for the start and every arm. "
         "Marked: a number, a card or an action that is not the right one. The arrow keys go on."
         "</p>", viewer,
-        f"<h2>How it was made</h2><details><summary>Commands and settings</summary>"
+        "<h2>How it was made</h2><details><summary>Commands and settings</summary>"
         f"{how_it_was_made(study)}</details></main>",
         f"<script>{SCRIPT}</script>" if shown else "", "</html>", ""])
+
+
+def write(file, study, paper, make_env):
+    """Write the page to a file."""
+    running.write_atomically(file, page(study, paper, make_env))
+    print(f"\npage: {file}; open it in a browser")

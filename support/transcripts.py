@@ -1,13 +1,18 @@
-"""Read the conversations that rl.py kept of a run (turns.jsonl): in the terminal, or as one page.
+"""Read the dialogues that rl.py and evaluate.py keep: in the terminal, or as one page.
 
-    python envs.py --read runs/rl
+    turns.jsonl        of rl.py: what the first two environments said while they trained
+    dialogues.jsonl    of evaluate.py: the first episodes of each checkpoint, split and seed
+
+    python envs.py --read runs/rl                      # turns.jsonl, where there is one
+    python envs.py --read runs/rl/dialogues.jsonl --only failed split=rule_ood
     python envs.py --read runs/rl --html rl.html       # draws the pictures again from their seeds
 
-The page holds all that it shows; it loads nothing from elsewhere.
+A page holds all that it shows; it loads nothing from elsewhere.
 """
 import base64
 import html
 import io
+import re
 from pathlib import Path
 
 from support.chat import printable
@@ -28,14 +33,36 @@ small { float: right; color: #555; margin-left: 1rem }"""
 CONFIG = {"task": str, "split": list, "env": list, "seed": int, "num_envs": int}
 KINDS = {str: "a text", int: "a whole number", list: "a list of texts"}
 SHOWN = ("step", "env", "episode", "done", "success", "verdicts", "messages")
+SHOWN_TESTED = ("episode", "position", "expert", "done", "success", "verdicts", "messages")
+FILTERS = "failed, solved, face_card, step=4, split=rule_ood, seed=0 and episode=3"
+
+
+def read_dialogues(path):
+    """The rows of dialogues.jsonl, one for each dialogue, with what is known of its evaluation.
+
+    Of an evaluation that was made again the later dialogues count. ValueError names what is
+    damaged.
+    """
+    evaluations = {}
+    for number, row in enumerate(read_jsonl(path, "step", "checkpoint", "split", "seed", "settings",
+                                            "dialogues"), 1):
+        about = {key: value for key, value in row.items() if key != "dialogues"}
+        if not isinstance(row["dialogues"], list):
+            raise ValueError(f"{path}, line {number}: key 'dialogues' must be a list")
+        found = []
+        for dialogue in row["dialogues"]:
+            check_conversation(dialogue, f"{path}, line {number}", SHOWN_TESTED)
+            found.append(about | dialogue)
+        evaluations[row["checkpoint"], row["step"], row["split"], row["seed"]] = found
+    return [dialogue for found in evaluations.values() for dialogue in found]
 
 
 def read_rows(run):
     """(config, rows of turns.jsonl); ValueError says what is missing or damaged."""
     path = Path(run) / "turns.jsonl"
     if not (Path(run) / "config.json").is_file() or not path.is_file():
-        raise ValueError(f"run {str(run)!r}: needs config.json and turns.jsonl, which rl.py writes "
-                         "(sft.py does not)")
+        raise ValueError(f"run {str(run)!r}: needs config.json and turns.jsonl, which rl.py "
+                         "writes, or dialogues.jsonl, which evaluate.py writes")
     config, rows = read_run_config(run), read_jsonl(path)
     for key, kind in CONFIG.items():
         value = config.get(key)
@@ -52,9 +79,11 @@ def read_rows(run):
     return config, rows
 
 
-def check_conversation(row, where):
+def check_conversation(row, where, keys=SHOWN):
     """ValueError unless a row has what is shown of it."""
-    if lacking := [key for key in SHOWN if key not in row]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a dialogue must be an object, got {str(row)[:40]}")
+    if lacking := [key for key in keys if key not in row]:
         raise ValueError(f"{where}: has no {lacking[0]!r}")
     for message in row["messages"]:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
@@ -71,6 +100,10 @@ def check_conversation(row, where):
 
 
 def title(row):
+    if "split" in row:
+        ending = "solved" if row["success"] else "out of tries"
+        return (f"{row['split']}, step {row['step']}, seed {row['seed']}, episode "
+                f"{row['episode']}, position {row['position']}: {ending}")
     ending = ("solved" if row["success"] else "out of tries") if row["done"] else "goes on"
     return f"update {row['step']}, environment {row['env']}, episode {row['episode']}: {ending}"
 
@@ -88,39 +121,79 @@ def replies_with_verdicts(row):
         yield message, status, reward
 
 
-def print_rows(rows):
-    for row in rows:
-        print(f"---- {title(row)} ----")
-        for message, status, reward in replies_with_verdicts(row):
-            mark = f"> [{status}, reward {reward:+g}] " if status else ""
-            print(f"{mark}{printable(message['content'])}\n")
+def as_text(row):
+    """A dialogue with its verdicts, to be printed."""
+    parts = [f"---- {title(row)} ----"]
+    for message, status, reward in replies_with_verdicts(row):
+        mark = f"> [{status}, reward {reward:+g}] " if status else ""
+        parts.append(f"{mark}{printable(message['content'])}\n")
+    return "\n".join(parts)
 
 
-def picture_again(config, row, make_env):
-    """The picture of a row as an <img>, drawn again from its seed; "" for a task in words."""
-    split = read_splits(config["split"])[0]
-    env = make_env(config["task"], split.name, read_settings(config["env"]), **split.settings)
+def picture_of_row(row, make_env, config=None):
+    """The picture of a dialogue (PIL), drawn again from its seed; None for a task in words.
+
+    config: that of the run, for a row of turns.jsonl.
+    """
+    if config:
+        split = read_splits(config["split"])[0]
+        env = make_env(config["task"], split.name, read_settings(config["env"]), **split.settings)
+        # As in rl.Conversation.begin.
+        seed = f"{config['seed']}/rl/{row['env']}/{row['episode']}"
+        number = row["episode"] * config["num_envs"] + row["env"]
+    else:
+        chosen = dict(row["settings"]["env"])
+        if not chosen.pop("vision", False):
+            return None
+        env = make_env(row["settings"]["task"], **chosen)
+        seed, number = f"{row['seed']}/evaluate/{row['episode']}", row["episode"]
     if not env.vision:
-        return ""
-    env.reset(f"{config['seed']}/rl/{row['env']}/{row['episode']}",    # as in rl.Conversation.begin
-              row["episode"] * config["num_envs"] + row["env"])
+        return None
+    env.reset(seed, number)
     if "position" in row:
         if row["position"] not in range(len(env.rail)):
             raise ValueError(f"{title(row)}: position {row['position']!r} is not on its route of "
                              f"{len(env.rail)} positions")
         env.at = row["position"]
+    return env.picture()
+
+
+def as_image(picture):
+    """A picture as an <img> that holds it; "" for None."""
+    if picture is None:
+        return ""
     png = io.BytesIO()
-    env.picture().save(png, "PNG")
+    picture.save(png, "PNG", optimize=True)
     data = base64.b64encode(png.getvalue()).decode()
     return f'<img alt="what the model saw" src="data:image/png;base64,{data}">'
 
 
+def wanted(row, words):
+    """Whether a dialogue is one that the words of --only name; ValueError for any other word."""
+    for word in words:
+        name, _, value = word.partition("=")
+        if word == "failed":
+            fits = row["verdicts"][-1][0] != "correct"
+        elif word == "solved":
+            fits = row["verdicts"][-1][0] == "correct"
+        elif word == "face_card":
+            # The expert names the cards; a row of turns.jsonl has the prompt alone.
+            fits = re.search('"[JQK]"', row.get("expert") or row["messages"][0]["content"])
+        elif name in ("step", "split", "seed", "episode") and value:
+            fits = str(row.get(name)) == value
+        else:
+            raise ValueError(f"--only {word}: allowed are {FILTERS}")
+        if not fits:
+            return False
+    return True
+
+
 def page(config, rows, name, make_env):
-    """The whole page as HTML."""
+    """The whole page as HTML; `config` is None for rows of dialogues.jsonl."""
     articles = []
     for row in rows:
         parts = ["<article>", f"<h2>{html.escape(title(row))}</h2>",
-                 picture_again(config, row, make_env)]
+                 as_image(picture_of_row(row, make_env, config))]
         for message, status, reward in replies_with_verdicts(row):
             kind, told = "user", ""
             if status:
@@ -134,19 +207,37 @@ def page(config, rows, name, make_env):
         f"<title>{html.escape(name)}</title>",
         f"<style>{STYLE}</style>",
         f"<h1>{html.escape(name)}</h1>",
-        f"<div>{len(rows)} dialogues of {html.escape(config['task'])}, "
-        "the first of each rollout. Correct replies are green.</div>",
+        f"<div>{len(rows)} dialogues. Correct replies are green.</div>",
         *articles, "</html>", ""])
 
 
-def read_run(run, file, make_env):
-    """Print the conversations of a run, or write them to a page."""
-    config, rows = read_rows(run)
-    if not file:
-        return print_rows(rows)
+def check_page(file):
+    """ValueError unless a page may be written to this path."""
     if Path(file).suffix not in (".html", ".htm"):
         raise ValueError(f"--html {file}: must be a file named .html, such as page.html")
     if not Path(file).parent.is_dir():
         raise ValueError(f"--html {file}: there is no folder {Path(file).parent}")
-    Path(file).write_text(page(config, rows, str(run), make_env), encoding="utf-8")
-    print(f"{file}: {len(rows)} dialogues")
+
+
+def read_run(run, file, make_env, only=()):
+    """Print the dialogues of a run, or write them to a page.
+
+    run: a run folder, or a file dialogues.jsonl. only: words that say which dialogues (`wanted`).
+    """
+    path, config = Path(run), None
+    if path.is_dir() and not (path / "turns.jsonl").is_file():
+        path = path / "dialogues.jsonl" if (path / "dialogues.jsonl").is_file() else path
+    if path.is_file():
+        rows = read_dialogues(path)
+    else:
+        config, rows = read_rows(run)
+    rows = [row for row in rows if wanted(row, only)]
+    if not rows:
+        raise ValueError(f"{path}: holds no such dialogue")
+    if file:
+        check_page(file)
+        Path(file).write_text(page(config, rows, str(run), make_env), encoding="utf-8")
+        print(f"{file}: {len(rows)} dialogues")
+        return
+    for row in rows:
+        print(as_text(row))

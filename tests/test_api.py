@@ -306,7 +306,7 @@ def test_a_local_reply_that_was_cut_is_told_from_one_that_ended(monkeypatch, tmp
         forget=lambda of: None))
     rows = []
     config = evaluate.Config(task="gp-l", splits=("id",), episodes=2, env=("verify_iter=2",))
-    evaluate.evaluate_model("x", "x", [], config, rows.append)
+    evaluate.evaluate_model("x", "x", [], config, lambda row, said: rows.append(row))
     assert rows[0]["endings"] == {"length": 4} and rows[0]["replies_empty"] == 4
     told = "x, id, seed 0: of 4 replies, 4 cut at --max-new-tokens 256, 4 empty\n"
     assert told in capsys.readouterr().out
@@ -656,7 +656,8 @@ def test_a_signal_ends_it_at_once_and_what_came_is_kept(
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(running, "parse_config", lambda cls: None)
     monkeypatch.setattr(api_file, "MAX_BYTES", 10 ** 12)   # of `endless`, no other limit ends it
-    was = signal.getsignal(signal.SIGTERM)
+    was = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     server = Server()
     timer = threading.Timer(0.3, send)
     timer.start()
@@ -664,7 +665,8 @@ def test_a_signal_ends_it_at_once_and_what_came_is_kept(
         with pytest.raises(SystemExit) as end:
             running.run(lambda _: api([200, 200] + [behaviour] * 99, server), evaluate.Config)
     finally:
-        signal.signal(signal.SIGTERM, was)
+        for each, handler in was.items():
+            signal.signal(each, handler)
     assert time.monotonic() - sent[0] < 2
     assert end.value.code == (130 if number == signal.SIGINT else 143)
     assert "\nstopped; the same command goes on with what is saved\n" in capsys.readouterr().err

@@ -29,9 +29,10 @@ def test_a_bound_of_the_papers_measure_is_named_one_wherever_it_stands_beside_it
     write_run(tmp_path / "rl", 5, {"updates": 5})
     evaluate.compare_runs(evaluate.Config(compare=f"{tmp_path / 'sft'},{tmp_path / 'rl'}"))
     told = capsys.readouterr().out
-    assert "| solved and read (lower bound) | rule_ood | 60.0 ± 1.0 |" in told
-    assert "lies between solved and read and success" in told
-    assert "Found, in points of solved and read (lower bound): " in told
+    assert "hands solved and read (lower bound of the paper's measure)\n" in told
+    assert "  start             60.0 ± 1.0\n" in told
+    assert "lies between solved and read and success" in " ".join(told.split())
+    assert "Found, in points of solved and read (lower bound):\n" in told
 
     row = {"split": "rule_ood", "solved_and_read": READ, "success": SOLVED}
     assert compare.beside_paper("gp-vl", row, evaluate.PAPER) == (

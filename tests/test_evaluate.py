@@ -126,7 +126,7 @@ def test_what_is_said_of_an_expert_makes_no_other_evaluation(monkeypatch):
     expert = ("solution=random", "faults=leave_out:0.6", "faulty_tries=5")
     for env, num in (((), 1), (expert, 1), (("target=7",), 2)):
         config = evaluate.Config(task="gp-l", splits=("id",), episodes=2, env=env)
-        evaluate.evaluate_model("x", "x", list(rows), config, rows.append)
+        evaluate.evaluate_model("x", "x", list(rows), config, lambda row, said: rows.append(row))
         assert len(rows) == num
 
 
@@ -137,7 +137,8 @@ def evaluated(monkeypatch, side_by_side, folder, episodes=11):
     config = evaluate.Config(task="gp-l", splits=("rule_ood",), episodes=episodes, temperature=1.0,
                              env=("verify_iter=2",), max_new_tokens=4, dtype="float32",
                              device="cpu")
-    evaluate.evaluate_model(SMALL, "small", [], config, rows.append, folder / "eval_unfinished")
+    evaluate.evaluate_model(SMALL, "small", [], config, lambda row, said: rows.append(row),
+                            folder / "eval_unfinished")
     return rows[0]
 
 
@@ -279,12 +280,24 @@ def test_the_table_compares_at_equal_compute_beside_the_paper(tmp_path, capsys, 
     monkeypatch.setitem(sys.modules, "matplotlib", None)      # as if it were not installed
     compare_runs([str(tmp_path / "sft"), str(tmp_path / "rl")], str(tmp_path / "fig.png"))
     out = capsys.readouterr().out
-    assert ("| success | rule_ood | 10.0 ± 1.0 | 5.0 ± 1.0 (-5.0 ± 1.4) | 15.0 ± 1.0 (+5.0 ± 1.4) "
-            "| 11.5 | 3.4 (-8.1) | 15.0 (+3.5) |") in out
-    assert ("| first try | id | 5.0 ± 2.0 | 5.0 ± 2.0 (+0.0 ± 2.8) | 5.0 ± 2.0 (+0.0 ± 2.8) "
-            "| - | - | - |") in out
+    assert """
+hands solved within 5 tries
+                   the training rule    the other rule
+  start             10.0 ± 1.0           10.0 ± 1.0
+  SFT                5.0 (-5.0 ± 1.4)     5.0 (-5.0 ± 1.4)
+  RL                15.0 (+5.0 ± 1.4)    15.0 (+5.0 ± 1.4)
+  paper: start                           11.5
+  paper: SFT                              3.4
+  paper: RL                              15.0
+
+hands solved at the first try
+                   the training rule    the other rule
+  start              5.0 ± 2.0            5.0 ± 2.0
+  SFT                5.0 (+0.0 ± 2.8)     5.0 (+0.0 ± 2.8)
+""" in out
     # rows of an earlier version have no error of it
-    assert "| repeats | rule_ood | 50.0 ± nan | 50.0 ± nan (+0.0 ± nan) |" in out
+    assert "  start             50.0 ± nan           50.0 ± nan\n" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80       # the last line has the figure's path
     assert "matplotlib is not installed" in out and not (tmp_path / "fig.png").exists()
 
 
@@ -318,9 +331,11 @@ def test_errors_are_over_starts_where_every_seed_has_its_own(tmp_path, capsys):
         write_run(tmp_path / f"rl{number}", "RL", [(1, 60.0, 0.12)], start=f"start{number}")
     compare_runs([str(tmp_path / f"{arm}{number}") for number in (0, 1) for arm in ("sft", "rl")])
     out = capsys.readouterr().out
-    assert "starts: 2" in out and "| success | id | 20.0 ± 10.0 | 8.0 ± 0.0 (-12.0 ± 10.0) |" in out
+    assert "from 2 starts" in out and "  start             20.0 ± 10.0 " in out
+    assert "  SFT                8.0 (-12.0 ± 10.0) " in out
     # t = 1.2
-    assert "SFT on the training rule -12.0 ± 10.0, p = 0.44 (paper: up; undecided)" in out
+    assert ("SFT on the training rule: -12.0 ± 10.0 points (p = 0.44); the paper's sign, up,\n"
+            "  is undecided.") in out
 
 
 def test_one_start_and_one_run_under_several_spellings_are_one(tmp_path, monkeypatch, capsys):
@@ -336,7 +351,7 @@ def test_one_start_and_one_run_under_several_spellings_are_one(tmp_path, monkeyp
     assert {arm: len(rows) for arm, rows in arms.items()} == {"start": 2, "SFT": 4, "RL": 2}
     assert {row["run"] for row in arms["start"]} == {("start/step_000004", 0)}
     compare_runs(["sft", "rl"])
-    assert "(1 SFT and 1 RL runs, starts: 1)" in capsys.readouterr().out
+    assert "1 SFT and 1 RL runs from 1 start\n" in capsys.readouterr().out
     (tmp_path / "rl" / "config.json").unlink()
     with pytest.raises(ValueError, match="run 'rl': its config.json is gone, or names no model"):
         load_arms(["sft", "rl"])
@@ -403,8 +418,9 @@ def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
     write_run(tmp_path / "short", "RL", [(1, 50.0, 0.14)])
     compare_runs([str(tmp_path / name) for name in ("sft", "long", "short")])
     out = capsys.readouterr().out
-    assert "nearest to 50 GFLOPs" in out
-    assert "| 10.0 ± 1.0 | 8.0 ± 1.0 (-2.0 ± 1.4) | 13.0 ± 1.0 (+3.0 ± 1.0) |" in out
+    assert "about 50 GFLOPs" in out
+    assert "SFT                8.0 (-2.0 ± 1.4) " in out
+    assert "RL                13.0 (+3.0 ± 1.0) " in out
 
 
 def test_an_arm_is_named_by_what_is_on_in_it_and_not_in_all_of_its_kind():
@@ -517,12 +533,14 @@ def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)], knobs={"lr": 1e-5, "temperature": 0.2})
     compare_runs([str(tmp_path / name) for name in ("c", "rl", "a", "b", "d")])
     out = capsys.readouterr().out
-    assert "(2 SFT lr 0.0001 and 2 SFT lr 0.001 and 1 RL runs, starts: 1)" in out
-    assert ("| metric | split | start | SFT lr 0.0001 | SFT lr 0.001 | RL "
-            "| paper: start | SFT | RL |") in out
-    assert ("| 10.0 ± 1.0 | 21.0 ± 1.0 (+11.0 ± 1.0) | 3.0 ± 1.0 (-7.0 ± 1.0) "
-            "| 15.0 ± 1.0 (+5.0 ± 1.4) | 11.5 |") in out
-    assert "SFT lr 0.0001 on the other rule +11.0 ± 1.0, p = 0.058 (paper: down; not met)" in out
+    assert "2 SFT lr 0.0001 and 2 SFT lr 0.001 and 1 RL runs from 1 start\n" in out
+    assert """
+  start             10.0 ± 1.0           10.0 ± 1.0
+  SFT lr 0.0001     21.0 (+11.0 ± 1.0)   21.0 (+11.0 ± 1.0)
+  SFT lr 0.001       3.0 (-7.0 ± 1.0)     3.0 (-7.0 ± 1.0)
+  RL                15.0 (+5.0 ± 1.4)    15.0 (+5.0 ± 1.4)
+""" in out
+    assert "SFT lr 0.0001 on the other rule: +11.0 ± 1.0 points (p = 0.058);" in out
     assert "Of the paper's 6 signs 4 met, 2 not met, 0 undecided" in out
     write_run(tmp_path / "other", "RL", [(1, 50.0, 0.15)], start="other",
               knobs={"lr": 1e-5, "temperature": 0.2})
@@ -555,11 +573,13 @@ def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_sta
     write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.05)])
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)])
     compare_runs([str(tmp_path / "sft"), str(tmp_path / "rl")])
-    told = capsys.readouterr().out.split("Found, in points of success: ")[1]
-    assert told.startswith("SFT on the training rule -5.0 ± 1.4 (paper: up; not met); "
-                           "RL on the training rule +5.0 ± 1.4 (paper: up; met); "
-                           "SFT on the other rule -5.0 ± 1.4 (paper: down; met); "
-                           "RL on the other rule +5.0 ± 1.4 (paper: up; met). ")
+    told = capsys.readouterr().out.split("Found, in points of success:\n")[1]
+    assert told.startswith("""\
+SFT on the training rule: -5.0 ± 1.4 points; the paper's sign, up, is not met.
+RL on the training rule: +5.0 ± 1.4 points; the paper's sign, up, is met.
+SFT on the other rule: -5.0 ± 1.4 points; the paper's sign, down, is met.
+RL on the other rule: +5.0 ± 1.4 points; the paper's sign, up, is met.
+""")
     assert "Of the paper's 4 signs 3 met, 1 not met, 0 undecided" in told
 
 

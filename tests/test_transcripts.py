@@ -175,8 +175,9 @@ def test_what_cannot_be_written_or_is_off_the_route_is_one_line(tmp_path, monkey
         assert err.startswith("envs.py: error: [Errno ") and f"{named}'" in err
     env = SimpleNamespace(vision=True, reset=lambda *_: None, rail=(None,))
     with pytest.raises(ValueError, match="update 1, .*: position 99 is not on its route of"):
-        transcripts.picture_again({"task": "x", "split": ["id"], "env": [], "seed": 0,
-                                   "num_envs": 1}, {**ROW, "position": 99}, lambda *_, **__: env)
+        transcripts.picture_of_row({**ROW, "position": 99}, lambda *_, **__: env,
+                                   {"task": "x", "split": ["id"], "env": [], "seed": 0,
+                                    "num_envs": 1})
 
 
 HOSTILE = {      # what a reply says: how it is shown
