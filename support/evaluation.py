@@ -187,22 +187,21 @@ class KeptReplies:
 
 
 class Recorder:
-    """Keeps what is said in the first `num` episodes that it is given to watch."""
+    """Keeps what is said in the first environments that it is given to watch, `num` of them."""
 
     def __init__(self, num):
-        self.num, self.watched = num, []
+        self.num, self.kept = num, []
 
     def watch(self, env):
-        """The environment; while there are fewer than `num`, one that keeps its dialogues."""
-        if len(self.watched) == self.num:
+        """The environment; among the first, one that keeps its dialogues."""
+        if self.num == 0:
             return env
-        self.watched.append(Recorded(env, rows=[], now={}))
-        return self.watched[-1]
+        self.num -= 1
+        return Recorded(env, rows=self.kept, now={})
 
     def rows(self):
         """The dialogues of all processes, by episode and position."""
-        own = [row for env in self.watched for row in env.rows]
-        rows = [row for part in running.gather(own) for row in part]
+        rows = [row for part in running.gather(self.kept) for row in part]
         return sorted(rows, key=lambda row: (row["episode"], row["position"]))
 
 
