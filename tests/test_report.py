@@ -1,0 +1,170 @@
+"""What evaluations keep to be read: dialogues.jsonl, envs.py --read, and the page of --compare."""
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import envs
+import evaluate
+from support import compare, evaluation, report, running, transcripts
+
+HOSTILE = '</p><script>alert(1)</script>\x1b]0;owned\x07 "number": [<b>9</b>, 2]'
+
+
+def play(folder, step, replies, splits=("id", "rule_ood"), task="gp-l", **env):
+    """Evaluate a model that says these replies in turn; {} stands for the expert's. As evaluate.py
+    does it for a run."""
+    for split in splits:
+        recorder = evaluation.Recorder(3)
+        watched = [recorder.watch(envs.make_env(task, split, verify_iter=2, **env))
+                   for _ in range(4)]
+
+        def reply(turn, pending):
+            texts = [replies[turn % len(replies)] for _ in pending]
+            return [(watched[i].expert_reply() if text == {} else text, "stop")
+                    for i, text in zip(pending, texts)]
+        episodes = evaluate.play_episodes(reply, watched, 0)
+        row = {"checkpoint": str(folder), "split": split, "seed": 0,
+               **evaluate.summarise(episodes, 2, watched[0].kinds),
+               "settings": {"task": task, "env": dict(watched[0].settings)}}
+        evaluation.log_evaluation(folder, row, recorder.rows(), step=step, gflops=10.0 * step,
+                                  gflops_paper=10.0 * step)
+
+
+def run_of(folder, steps, replies, **options):
+    """A run whose start fails every hand, and whose checkpoints say these replies."""
+    folder.mkdir()
+    length = {"steps": 2} if "sft" in folder.name else {"updates": 2}
+    config = {"task": options.get("task", "gp-l"), "model": "start", "dtype": "float32", **length}
+    (folder / "config.json").write_text(json.dumps(config))
+    running.log_jsonl(folder / "metrics.jsonl", step=2, seconds=90.0)
+    play(folder, 0, ["no"], **options)
+    for step in steps:
+        play(folder, step, replies, **options)
+    return str(folder)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """(runs, the Study of an SFT run that says something hostile and an RL run that is right)."""
+    runs = [run_of(tmp_path / "sft", [1, 2], [HOSTILE, {}]), run_of(tmp_path / "rl", [1, 2], [{}])]
+    metrics = {name: task.metrics for name, task in envs.TASKS.items()}
+    paper = compare.Reference(evaluate.PAPER, evaluate.SIGNS, metrics)
+    return runs, compare.study_runs(runs, paper), paper
+
+
+def test_the_dialogues_of_the_first_episodes_are_kept_the_same_hands_for_all(tmp_path):
+    run_of(tmp_path / "rl", [1], ["no", {}])
+    rows = transcripts.read_dialogues(tmp_path / "rl" / "dialogues.jsonl")
+    assert len(rows) == 2 * 2 * 3                       # steps, splits, episodes
+    prompts = {}
+    for row in rows:
+        of = row["split"], row["episode"]
+        assert prompts.setdefault(of, row["messages"][0]["content"]) == row["messages"][0]["content"]
+        env = envs.make_env("gp-l", row["split"], verify_iter=2)
+        messages, _ = env.reset(f"0/evaluate/{row['episode']}", row["episode"])
+        assert messages[0] == row["messages"][0] and row["expert"] == env.expert_reply()
+        verdicts = [status for status, _ in row["verdicts"]]
+        assert verdicts == ["illegal_formula", "correct" if row["step"] else "illegal_formula"]
+        assert row["success"] == bool(row["step"]) and len(row["messages"]) == 5
+    # An evaluation that is made again takes the place of the first.
+    play(tmp_path / "rl", 1, ["no"])
+    rows = transcripts.read_dialogues(tmp_path / "rl" / "dialogues.jsonl")
+    assert len(rows) == 12 and not any(row["success"] for row in rows)
+
+
+def test_what_is_kept_changes_no_number(tmp_path, city):
+    """On routes a dialogue is a position, with the action that is right there."""
+    for folder, num in ("kept", 2), ("not", 0):
+        recorder = evaluation.Recorder(num)
+        watched = [recorder.watch(envs.make_env("virl-l", "id", root=city)) for _ in range(2)]
+        found = evaluate.play_episodes(
+            lambda turn, pending: [(watched[i].expert_reply(), "stop") for i in pending], watched, 0)
+        if num:
+            kept, rows = found, recorder.rows()
+    assert kept == found and recorder.rows() == []
+    assert [row["position"] for row in rows if row["episode"] == 0] == list(range(len(kept[0])))
+    assert all(row["success"] and row["messages"][-1]["role"] == "assistant" or row["done"]
+               for row in rows)
+    assert [row["done"] for row in rows].count(True) == 2
+
+
+@pytest.mark.parametrize("words, num", [
+    ([], 12), (["failed"], 6), (["solved", "split=rule_ood"], 3), (["step=0", "episode=2"], 2),
+    (["face_card", "split=rule_ood"], 6), (["seed=7"], None), (["step"], None)])
+def test_dialogues_are_read_and_chosen_in_the_terminal(tmp_path, capsys, words, num):
+    run_of(tmp_path / "rl", [1], [{}])
+    message = "holds no such dialogue" if words == ["seed=7"] else "--only step: allowed are failed"
+    if num is None:
+        with pytest.raises(ValueError, match=message):
+            transcripts.read_run(tmp_path / "rl", "", envs.make_env, words)
+        return
+    transcripts.read_run(tmp_path / "rl", "", envs.make_env, words)
+    assert capsys.readouterr().out.count("---- ") == 2 * num / 2
+    transcripts.read_run(tmp_path / "rl", str(tmp_path / "a.html"), envs.make_env, words)
+    assert (tmp_path / "a.html").read_text().count("<article>") == num
+
+
+def test_the_page_has_what_each_arm_says_and_nothing_that_runs_or_loads(study):
+    _, found, paper = study
+    page = report.page(found, paper, envs.make_env)
+    assert page.count('<section class="hand"') == 2 * 3
+    # Each arm stands at each hand, and once where it was made.
+    assert page.count("<h3>start<") == 6 and page.count("<h3>SFT<") == page.count("<h3>RL<") == 7
+    assert "&lt;script&gt;alert(1)" in page and "<script>alert" not in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
+    assert not re.search(r"(src|href)=\"?(?!data:)|url\(|@import|https?://", page)
+    assert 'data-differ="yes"' in page and "correct, +5" in page and "1.5 minutes" in page
+    assert "On the other rule, in % of hands solved within 2 tries: SFT from 0.0 to 100.0" in page
+
+
+@pytest.mark.parametrize("reply, expert, shown", [
+    ('{"number": [10, 2], "formula": "10-2"}', '{"number": [11, 2], "formula": "11+2"}',
+     '{&quot;number&quot;: [<mark>10</mark>, 2], &quot;formula&quot;: &quot;10-2&quot;}'),
+    ('"cards": ["K", 3], x', '{"cards": ["K", "4"]}',
+     '&quot;cards&quot;: [&quot;K&quot;, <mark>3</mark>], x'),
+    ('"number": [1, 2, 3]', '{"number": [1, 2]}', '&quot;number&quot;: [1, 2, <mark>3</mark>]'),
+    ('"action": "forward()"', '{"action": "stop()"}',
+     '&quot;action&quot;: <mark>&quot;forward()&quot;</mark>'),
+    ('"action": "stop()', '{"action": "stop()"}', '&quot;action&quot;: &quot;stop()'),
+    ('"number": [<b>]', '{"number": [1]}', '&quot;number&quot;: [<mark>&lt;b&gt;</mark>]'),
+    ("<b>", "no JSON", "&lt;b&gt;"),
+])
+def test_a_number_a_card_and_an_action_that_are_not_right_are_marked(reply, expert, shown):
+    assert report.marked(reply, expert) == shown
+
+
+def test_a_page_of_pictures_shows_them(tmp_path):
+    run_of(tmp_path / "sft", [2], ["no"], task="gp-vl", resolution=48, splits=("id",))
+    run_of(tmp_path / "rl", [2], [{}], task="gp-vl", resolution=48, splits=("id",))
+    evaluate.compare_runs(evaluate.Config(compare=f"{tmp_path}/sft,{tmp_path}/rl",
+                                          html=str(tmp_path / "page.html")))
+    assert (tmp_path / "page.html").read_text().count("<img alt=") == 3
+
+
+PRESS = """<script>
+const shown = () => hands.map(hand => hand.hidden ? '-' : 'x').join('');
+const seen = [shown()];
+const press = key => document.body.dispatchEvent(
+    new KeyboardEvent('keydown', {key, bubbles: true}));
+press('ArrowRight'); seen.push(shown());
+document.getElementById('next').click(); seen.push(shown());
+press('ArrowLeft'); press('ArrowLeft'); press('ArrowLeft'); seen.push(shown());
+split.value = 'rule_ood'; split.onchange(); seen.push(shown());
+only.checked = true; only.onchange(); seen.push(where.textContent);
+document.title = seen.join(' ');
+</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser chromium")
+def test_a_browser_goes_through_the_hands(study, tmp_path):
+    _, found, paper = study
+    page = report.page(found, paper, envs.make_env).replace("</html>", PRESS + "</html>")
+    (tmp_path / "page.html").write_text(page)
+    done = subprocess.run(["chromium", "--headless=new", "--no-sandbox", "--disable-gpu",
+                           "--dump-dom", f"file://{tmp_path}/page.html"],
+                          capture_output=True, text=True, timeout=60)
+    title = re.search("<title>(.*?)</title>", done.stdout)[1]
+    assert title == "x----- -x---- --x--- -----x ---x-- 1 of 3"
