@@ -29,7 +29,8 @@ from support import run_folder, running
 MAX_BYTES = 10_000_000      # of an answer, unpacked
 MAX_WAIT = 600              # seconds that a server may ask us to wait
 OF_A_REQUEST = (400, 413, 422)              # refusals that say nothing of other requests
-TRY_AGAIN = (408, 409, 425, 429)            # and all from 500
+TOO_SLOW = (408, 504, 524)                  # a gateway waits no longer for this answer
+TRY_AGAIN = (409, 425, 429)                 # and all from 500
 OUR_HEADERS = ("accept-encoding", "content-length", "content-type", "transfer-encoding")
 FAILED = "failed: "         # what the ending of a reply begins with that is not the model's
 
@@ -99,7 +100,7 @@ class ApiModel:
             name, value, secrets = read_header(text)
             given[name] = value
             self.secrets += secrets
-        if not any("$API_KEY" in text for text in self.config.api_header):
+        if not any(re.search(r"\$API_KEY\b", text) for text in self.config.api_header):
             headers["Authorization"] = f"Bearer {self.secrets[0]}"
         return headers | given
 
@@ -262,8 +263,10 @@ class ApiModel:
         except TimeoutError:
             raise NoReply(f"no whole answer within --api-timeout {limit:g} seconds", "time-out",
                           tries=2) from None
-        except (httpx.HTTPError, ValueError, OSError) as error:   # a lost connection, an odd header
-            raise NoReply(f"{str(error) or type(error).__name__}") from None
+        except (httpx.ReadError, httpx.RemoteProtocolError) as error:   # this request may break it
+            raise NoReply(str(error) or type(error).__name__, "connection lost") from None
+        except (httpx.HTTPError, ValueError, OSError) as error:
+            raise NoReply(str(error) or type(error).__name__) from None
 
 
 # ---- Options -----------------------------------------------------------------------------------
@@ -409,9 +412,11 @@ def read_reply(response, body):
         raise NoReply(words, "no completion")
     if status in OF_A_REQUEST:
         raise NoReply(words, f"http {status}", tries=1)
+    if status in TOO_SLOW:
+        raise NoReply(words, f"http {status}", tries=2)
     if status < 500 and status not in TRY_AGAIN:
         raise NoReply(words, tries=1)
-    # 502, 503 and 504 speak of the service. 500 may also come of this one request.
+    # 502 and 503 speak of the service. 500 may also come of this one request.
     wait = seconds_to_wait(response.headers.get("retry-after", ""))
     if wait > MAX_WAIT:
         words = f"{words} (it asks to wait for {wait:.0f} seconds)"
