@@ -313,6 +313,8 @@ def keep_lines(path, wanted):
 def odd_replies(row):
     """In words, how many replies were cut, refused, filtered, empty or not had; "" if none."""
     limit = f"--max-new-tokens {row['settings']['max_new_tokens']}"
+    if row["settings"].get("api_url"):
+        limit += " or the server's own limit"   # its context may have ended before
     if "api_extra" in row["settings"]:
         limit = "their limit"   # the request may have named another
     odd = []

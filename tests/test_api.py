@@ -262,7 +262,7 @@ def test_replies_that_were_cut_refused_filtered_or_empty_are_counted_and_said(
     counted = {"content_filter": 1, "length": 2, "refusal": 1, "stop": 2}
     assert rows[0]["endings"] == counted and rows[0]["replies_empty"] == 3
     told = ("org/some-model, id, seed 0: of 6 replies, 1 ended with content_filter, 2 cut at "
-            "--max-new-tokens 256, 1 ended with refusal, 3 empty\n")
+            "--max-new-tokens 256 or the server's own limit, 1 ended with refusal, 3 empty\n")
     assert told in capsys.readouterr().out
     kept = running.read_jsonl(tmp_path / "api" / "replies.jsonl")
     assert [row["ending"] for row in kept] == [
