@@ -367,7 +367,10 @@ def api_content(content):
 
 
 async def read_body(response):
-    """The body of a response, unpacked; NoReply if it is too large or cannot be unpacked."""
+    """The body of a response, unpacked; NoReply if it is too large.
+
+    In place of a body that cannot be unpacked stand words that say so.
+    """
     too_large = NoReply(f"an answer of more than {MAX_BYTES // 1_000_000} MB", "too large", tries=2)
     body = bytearray()
     async for chunk in response.aiter_raw():
@@ -379,11 +382,11 @@ async def read_body(response):
         try:
             body = zlib.decompressobj(wbits=47).decompress(body, MAX_BYTES + 1)   # 47: either one
         except zlib.error as error:
-            raise NoReply(f"an answer that is no {packed}: {error}", "no completion") from None
+            body = f"an answer that is no {packed}: {error}".encode()
         if len(body) > MAX_BYTES:
             raise too_large
     elif packed != "identity":
-        raise NoReply(f"an answer packed as {packed!r}, which was not asked for", "no completion")
+        body = f"an answer packed as {packed!r}, which was not asked for".encode()
     return bytes(body)
 
 

@@ -387,6 +387,18 @@ def test_the_servers_own_words_are_in_the_error(api, capsys, status, answer, tol
     assert err.count("\n") == 1
 
 
+def test_a_refusal_that_is_packed_in_its_own_way_is_a_refusal_all_the_same(api, capsys):
+    for status, words, packing in (
+            (403, "an answer packed as 'br', which was not asked for", "br"),
+            (404, "an answer that is no gzip: Error -3 while decompressing data", "gzip")):
+        server = Server()
+        with pytest.raises(SystemExit):
+            api([(status, "packed", {"Content-Encoding": packing})], server, api_workers=1)
+        assert f"HTTP {status} from {server.url}/chat/completions: {words}" in (
+            capsys.readouterr().err)
+        assert len(server.requests) == 1
+
+
 def test_content_in_parts_is_joined_without_the_thoughts(api, tmp_path):
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
              {"type": "text", "text": "one "},
