@@ -300,8 +300,8 @@ def play_episodes(reply, environments, seed, first=0):
         going_on = {}
         for i, (text, ending) in zip(pending, reply(turn, pending)):
             earlier, _ = pending[i]
-            # Messages alternate user, assistant, ...: the odd ones are the model's earlier replies.
             failed = ending.startswith(api.FAILED)   # then the text is not the model's
+            # Messages alternate user, assistant, ...: the odd ones are the model's earlier replies.
             repeated = not failed and any(message["content"] == text for message in earlier[1::2])
             messages, reward, _, _, info = environments[i].step(text)
             infos[i].append(info | {"reward": reward, "ending": ending, "repeated": repeated,
