@@ -240,6 +240,10 @@ def load_folder(path, vision, dtype, on_meta):
                                  "take the model as it was before")
             family = FAMILIES.get(config.model_type)
             backbone, faults = load_backbone(folder, config, dtype, on_meta)
+            # Else a model returns tuples without names.
+            backbone.config.return_dict = True
+            for name in config.sub_configs:
+                getattr(backbone.config, name).return_dict = True
             if family:
                 processor = family.load_processor(folder, config)
             else:

@@ -72,11 +72,9 @@ def with_end_of_turn(config, end_of_turn):
     """A config (a dict), and those within it, that end a text with the end of a turn."""
     changed = {}
     for name, value in config.items():
-        if isinstance(value, dict):
-            value = with_end_of_turn(value, end_of_turn)
-        elif name == "eos_token_id":
-            value = ending_ids(value, end_of_turn)
-        changed[name] = value
+        changed[name] = with_end_of_turn(value, end_of_turn) if isinstance(value, dict) else value
+    if "eos_token_id" in config:
+        changed["eos_token_id"] = ending_ids(config["eos_token_id"], end_of_turn)
     return changed
 
 
@@ -105,9 +103,10 @@ def make_portable(folder, tokenizer):
     """
     folder = Path(folder)
     end_of_turn = tokenizer.eos_token_id
-    for name in ("config.json", "generation_config.json"):
-        if (folder / name).is_file():
-            rewrite(folder / name, lambda config: with_end_of_turn(config, end_of_turn))
+    rewrite(folder / "config.json", lambda config: with_end_of_turn(config, end_of_turn))
+    if (folder / "generation_config.json").is_file():
+        rewrite(folder / "generation_config.json",
+                lambda config: with_end_of_turn({"eos_token_id": None} | config, end_of_turn))
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         rewrite(folder / "tokenizer_config.json",
                 lambda config: older_tokenizer(config, tokenizer))

@@ -173,7 +173,13 @@ class QwenVision:
             path = folder / f"{name}_config.json"
             if path.is_file():
                 files[path.name] = path.read_text()
-        images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        # Qwen2-VL's folders may have the limits of a picture within `size`.
+        settings, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(folder)
+        size, limits = settings.get("size") or {}, {}
+        for name in ("min_pixels", "max_pixels"):
+            if name in size:
+                limits[name] = size[name]
+        images = Qwen2VLImageProcessorPil.from_pretrained(folder, **limits)
         return QwenProcessor(images, tokenizer, config.image_token_id, files)
 
     @staticmethod
@@ -185,6 +191,11 @@ class QwenVision:
         if processor.image_token is None:
             raise ValueError(f"model {path!r}: its image_token_id {backbone.config.image_token_id} "
                              "is no token of its tokenizer")
+        size = processor.image_processor.size
+        if not size.shortest_edge or not size.longest_edge:
+            raise ValueError(f"model {path!r}: \"size\" of its preprocessor must have shortest_edge "
+                             "and longest_edge (or min_pixels and max_pixels), both above 0; got "
+                             f"{size.shortest_edge} and {size.longest_edge}")
         for name, name_in_model in (("patch_size", "patch_size"),
                                     ("merge_size", "spatial_merge_size"),
                                     ("temporal_patch_size", "temporal_patch_size")):
