@@ -193,9 +193,9 @@ class QwenVision:
                              "is no token of its tokenizer")
         size = processor.image_processor.size
         if not size.shortest_edge or not size.longest_edge:
-            raise ValueError(f"model {path!r}: \"size\" of its preprocessor must have shortest_edge "
-                             "and longest_edge (or min_pixels and max_pixels), both above 0; got "
-                             f"{size.shortest_edge} and {size.longest_edge}")
+            raise ValueError(f"model {path!r}: \"size\" of its preprocessor must have "
+                             "shortest_edge and longest_edge (or min_pixels and max_pixels), both "
+                             f"above 0; got {size.shortest_edge} and {size.longest_edge}")
         for name, name_in_model in (("patch_size", "patch_size"),
                                     ("merge_size", "spatial_merge_size"),
                                     ("temporal_patch_size", "temporal_patch_size")):

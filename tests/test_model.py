@@ -2,9 +2,11 @@
 import contextlib
 import itertools
 import json
+import logging
 import math
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig,
-                          LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+                          LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen2ForCausalLM)
 
 import envs
 import model
@@ -467,6 +470,7 @@ def changed_folder(tmp_path, template=None, config=None, tokenizer=None, vision=
 
 
 USER = "{{ '<|user|>' + m['content'] + '<|end_of_turn|>' }}"
+ENDLESS = "{% for i in range(90000) %}{% for j in range(400) %}{% endfor %}{% endfor %}"
 TURNS = ("{{ '<|begin_of_text|>' }}{% for m in messages %}{% if m['role'] == 'user' %}" + USER
          + "{% else %}{{ '<|assistant|>' }}REPLY{{ '<|end_of_turn|>' }}{% endif %}{% endfor %}"
          "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -503,14 +507,40 @@ def test_a_template_that_writes_earlier_replies_otherwise_keeps_the_sampled_ids(
     ("{% for m in messages %}", "cannot be used: "),
     ("{{ '<|begin_of_text|>' }}" + TURNS.replace("REPLY", "{{ m['content'] }}"),
      "must write <|begin_of_text|> once, not twice"),
-    (TURNS.replace("REPLY", "{% for i in range(90000) %}{% for j in range(400) %}{% endfor %}"
-                   "{% endfor %}"), "does not come to an end"),
+    (TURNS.replace("REPLY", ENDLESS), "does not come to an end within 0.5 s"),
+    (TURNS.replace("REPLY", "{% if messages|length > 9 %}" + ENDLESS + "{% endif %}"
+                   "{{ m['content'] }}"), "does not come to an end within 0.5 s"),
+    (TURNS.replace("REPLY", "{% set x = 7**(messages|length*300000000) %}{{ m['content'] }}"),
+     "computes a power"),
+    (TURNS.replace("REPLY", "{{ 9 ** 9**9 }}{{ m['content'] }}"), "computes a power"),
 ])
 def test_a_template_that_cannot_be_used_is_refused_when_the_model_is_loaded(
         tmp_path, monkeypatch, template, told):
     monkeypatch.setattr(loading, "TEMPLATE_SECONDS", 0.5)
     with pytest.raises(ValueError, match=f"its chat template .*{told.replace('|', '.')}"):
         model.load_policy(changed_folder(tmp_path, template))
+
+
+def test_a_template_that_finds_no_end_only_in_a_later_dialogue_ends_that_in_one_line(
+        tmp_path, monkeypatch):
+    reply = "{% if m['content'] == 'odd' %}" + ENDLESS + "{% endif %}{{ m['content'] }}"
+    _, processor = model.load_policy(changed_folder(tmp_path, TURNS.replace("REPLY", reply)))
+    monkeypatch.setattr(loading, "TEMPLATE_SECONDS", 0.5)
+    before = signal.getsignal(signal.SIGALRM)
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "odd"},
+                {"role": "user", "content": "2"}]
+    with pytest.raises(ValueError, match="the chat template cannot write this dialogue: it does "
+                                         "not come to an end within 0.5 s"):
+        model.encode(processor, messages)
+    assert model.encode(processor, messages[:1])
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_two_stars_that_are_no_power_are_allowed(tmp_path):
+    words = "{{ dict(a=1, **{'b': 2}).b }}{# 2**3 #}{% raw %}{{ 2**3 }}{% endraw %} **bold** "
+    template = TURNS.replace("REPLY", words + "{{ m['content'] }}")
+    assert model.load_policy(changed_folder(tmp_path, template))
 
 
 def test_a_template_that_prints_the_date_prints_the_same_every_day(tmp_path):
@@ -534,6 +564,78 @@ def test_a_reply_to_learn_and_earlier_ones_of_a_file_hold_no_control_token(tiny)
     assert model.encode(processor, messages, first + [5, processor.eos_token_id])  # kept as ids
 
 
+@pytest.mark.parametrize("reply, trimmed, plain", [
+    (" yes \n", "yes", " yes \n"), ("\nyes", "yes", "\nyes"), ("yes", "yes", "yes"),
+    (" \n", "", " \n"), ("a  b ", "a  b", "a  b ")])
+def test_a_reply_is_learnt_as_the_template_will_show_it(tmp_path, reply, trimmed, plain):
+    """Llama 3's template cuts blanks off."""
+    for name, cut, learnt in (("cuts", " | trim", trimmed), ("keeps", "", plain)):
+        template = TURNS.replace("REPLY", "{{ m['content']" + cut + " }}")
+        _, processor = model.load_policy(changed_folder(tmp_path / name, template))
+        ids = model.encode_reply(processor, reply)
+        assert model.decode_reply(processor, ids) == learnt
+        messages = [{"role": role, "content": text}
+                    for role, text in (("user", "1"), ("assistant", reply), ("user", "2"))]
+        shown = model.encode(processor, messages)
+        assert shown == model.encode(processor, messages,
+                                     model.encode(processor, messages[:1]) + ids)
+
+
+@pytest.mark.parametrize("only_left", [True, False])
+def test_of_a_reply_only_the_blanks_go_that_the_template_cuts_off(tmp_path, only_left):
+    cut = "{{ m['content'].lstrip('\n') }}" if only_left else "{{ m['content'].rstrip() }}"
+    _, processor = model.load_policy(changed_folder(tmp_path, TURNS.replace("REPLY", cut)))
+    learnt = model.decode_reply(processor, model.encode_reply(processor, "\nyes \n"))
+    assert learnt == ("yes \n" if only_left else "\nyes")
+
+
+def test_a_tokenizer_that_would_cut_control_tokens_into_letters_is_told_not_to(tmp_path, capsys):
+    folder = changed_folder(tmp_path, tokenizer={"split_special_tokens": True})
+    policy, processor = model.load_policy(folder)
+    assert "split_special_tokens of its tokenizer is turned off" in capsys.readouterr().out
+    _, plain = model.load_policy(tiny_folder())
+    assert some_prompts(processor) == some_prompts(plain)
+    processor.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").split_special_tokens is False
+
+
+def test_a_tokenizer_that_draws_other_tokens_each_time_is_told_not_to(tmp_path, capsys):
+    folder = changed_folder(tmp_path)
+    path = tmp_path / "model" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(values))
+    _, processor = model.load_policy(folder)
+    assert "dropout 0.5 of its tokenizer is turned off" in capsys.readouterr().out
+    _, plain = model.load_policy(tiny_folder())
+    for _ in range(5):
+        assert some_prompts(processor) == some_prompts(plain)
+    processor.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert saved["model"]["dropout"] is None
+
+
+def test_what_transformers_warns_of_while_a_folder_is_read_is_printed_in_one_line(
+        tmp_path, capsys, monkeypatch):
+    read = AutoTokenizer.from_pretrained
+
+    def warn(*args, **kwargs):
+        logger = logging.getLogger("transformers.tokenization_utils_tokenizers")
+        logger.warning("an incorrect regex\npattern. Set the `fix_mistral_regex=True` flag.")
+        return read(*args, **kwargs)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", warn)
+    folder = changed_folder(tmp_path)
+    model.load_policy(folder)
+    told = capsys.readouterr()
+    assert told.out == (
+        f"model '{folder}': transformers warns: an incorrect regex pattern. Set the "
+        "`fix_mistral_regex=True` flag. For that, write \"fix_mistral_regex\": true into its "
+        "tokenizer_config.json.\n")
+    assert "regex" not in told.err
+    logging.getLogger("transformers").warning("and nothing later")
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_model_whose_cache_has_no_rows_to_drop_is_refused(monkeypatch):
     monkeypatch.delattr(loading.DynamicCache.__mro__[1], "reorder_cache")
     with pytest.raises(ValueError, match="rows of its cache cannot be dropped .llama."):
@@ -545,6 +647,31 @@ def test_chunks_of_attention_bound_the_context():
     config.layer_types, config.attention_chunk_size = ["chunked_attention", "full_attention"], 16
     assert loading.context_of(config) == 16
     assert loading.context_of(LlamaConfig(max_position_embeddings=512)) == 512
+
+
+def test_longrope_bounds_the_context_where_one_long_row_would_change_the_rows_beside_it(tmp_path):
+    """Phi-3-128k, Phi-3.5 and Phi-4-mini."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+            "long_factor": [9.0] * 4, "original_max_position_embeddings": 64}
+    folder = changed_folder(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    Phi3ForCausalLM(Phi3Config(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=64, max_position_embeddings=256,
+        original_max_position_embeddings=64, rope_parameters=rope, pad_token_id=0,
+        eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
+    policy, processor = model.load_policy(folder)
+    assert policy.context == 64
+    rows = [([5] * 9, [7] * 9), ([5] * 40, [7] * 24)]
+    alone, _ = policy(model.collate([[rows[0]]], policy.device))
+    beside, _ = policy(model.collate([[row] for row in rows], policy.device))
+    torch.testing.assert_close(beside[0, :9], alone[0], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="a dialogue of 65 tokens.* context of 64 .*longrope"):
+        policy(model.collate([[([5] * 40, [7] * 25)]], policy.device))
+    nested = LlamaConfig(max_position_embeddings=512)
+    nested.rope_parameters = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
+    assert loading.context_of(nested) == 64
 
 
 def test_the_first_token_of_a_prompt_may_mark_every_turn(tmp_path):
@@ -597,6 +724,12 @@ def broken_weights(folder, change):
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def template_in_config(folder, template):
+    (folder / "chat_template.jinja").unlink()
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+
+
 @pytest.mark.parametrize("prepare, told", [
     (lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
      "an adapter .PEFT. without its model: merge it"),
@@ -609,6 +742,8 @@ def broken_weights(folder, change):
      "not a causal language model shaped like Llama"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b""),
      "not a causal language model shaped like Llama"),
+    (lambda folder: template_in_config(folder, 5),
+     "\"chat_template\" of its tokenizer_config.json is 5, not a text"),
 ])
 def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, prepare, told):
     folder = changed_folder(tmp_path)
@@ -616,6 +751,13 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(tmp_path, prepare, told
     with pytest.raises(ValueError, match=told) as error:
         model.load_policy(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_config_that_asks_for_tuples_changes_nothing(tmp_path, tiny):
+    policy, processor = model.load_policy(changed_folder(tmp_path, config={"return_dict": False}))
+    prompts = some_prompts(processor)
+    assert policy.generate(prompts, torch.zeros(len(prompts), 4), 4, 0.0)
+    assert policy(model.collate([[(prompts[0], [5])]], policy.device))
 
 
 def test_a_quantized_model_is_refused(tmp_path):
@@ -653,7 +795,7 @@ def test_a_dialogue_longer_than_the_context_or_the_sliding_window_is_refused(tmp
     room = 60 - len(prompt)
     assert len(policy.generate([prompt], model.sampling_uniforms([0], room), room, 1.0)) == 1
     told = ("a dialogue of 61 tokens.* does not fit the model's context of 60 "
-            ".or its sliding window.")
+            ".or its sliding window, or the original length of longrope.")
     with pytest.raises(ValueError, match=told):
         policy.generate([prompt], model.sampling_uniforms([0], room + 1), room + 1, 1.0)
     with pytest.raises(ValueError, match="a dialogue of 61 tokens"):

@@ -260,6 +260,26 @@ def test_placeholders_of_pictures_and_videos_in_a_text_are_refused_and_never_sam
 
 
 @pytest.mark.parametrize("family", FOLDERS)
+def test_placeholders_are_never_sampled_though_a_folder_does_not_mark_them_as_special(
+        family, tmp_path):
+    folder = shutil.copytree(FOLDERS[family], tmp_path / "model")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    pads = ("<|image_pad|>", "<|video_pad|>")
+    for token in values["added_tokens"]:
+        token["special"] = token["content"] not in pads
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = [token for token in settings["extra_special_tokens"] if token not in pads]
+    settings["extra_special_tokens"] = kept
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    policy, processor = model.load_policy(str(folder), vision=True)
+    for token in pads:
+        i = processor.tokenizer.convert_tokens_to_ids(token)
+        assert not processor.tokenizer.added_tokens_decoder[i].special
+        assert policy.banned[i]
+
+
+@pytest.mark.parametrize("family", FOLDERS)
 @pytest.mark.parametrize("file, change, told", [
     ("chat_template.jinja", lambda text: text.replace("<|image_pad|>", ""),
      r"0 <\|image_pad\|> tokens in a dialogue with 1 pictures"),
@@ -267,6 +287,9 @@ def test_placeholders_of_pictures_and_videos_in_a_text_are_refused_and_never_sam
     ("preprocessor_config.json", None, "Can't load image processor"),
     ("preprocessor_config.json", lambda text: text.replace('"patch_size": 28', '"patch_size": 14'),
      "its processor cuts pictures with patch_size 14, the model takes 28"),
+    ("preprocessor_config.json",
+     lambda text: json.dumps(json.loads(text) | {"size": {"min_pixels": 3136}}),
+     '"size" of its preprocessor must have shortest_edge and longest_edge .* got 3136 and None'),
     ("config.json", lambda text: json.dumps(json.loads(text) | {"image_token_id": 10 ** 6}),
      "image_token_id 1000000 .* no token"),
 ])
@@ -295,10 +318,12 @@ CUT = {"patch_size": 28, "temporal_patch_size": 2, "merge_size": 2, "image_mean"
 EDGES = {"size": {"shortest_edge": 56 ** 2, "longest_edge": 5 * 56 ** 2}}
 
 
-@pytest.mark.parametrize("files", [                                # as downloaded, of three ages
+@pytest.mark.parametrize("files", [                                # as downloaded, of several ages
     {"preprocessor_config.json": {**CUT, "min_pixels": 56 ** 2, "max_pixels": 5 * 56 ** 2,
                                   "processor_class": "Qwen2_5_VLProcessor",
                                   "image_processor_type": "Qwen2VLImageProcessor"}},
+    {"preprocessor_config.json": {**CUT, "size": {"min_pixels": 56 ** 2,
+                                                  "max_pixels": 5 * 56 ** 2}}},
     {"preprocessor_config.json": {**CUT, **EDGES,
                                   "image_processor_type": "Qwen2VLImageProcessorFast"},
      "video_preprocessor_config.json": {"fps": 2}},

@@ -448,3 +448,39 @@ def test_a_part_of_the_optimizer_that_is_gone_is_noticed(run, tiny, gone):
     with pytest.raises(ValueError, match=r"resume: its 1 optimizer_\*.safetensors hold .* one is "
                                          "missing or of another run; move"):
         resume(run)
+
+
+@pytest.mark.parametrize("lost", ["step", "exp_avg", "exp_avg_sq"])
+def test_an_optimizer_file_that_lacks_a_tensor_is_named(run, lost):
+    path = run / "step_000002" / "resume" / "optimizer_00000.safetensors"
+    parts = load_file(path)
+    del parts[f"value_head.0.bias.{lost}"]
+    save_file(parts, path)
+    with pytest.raises(ValueError, match=f"optimizer_00000.safetensors: has no value_head.0.bias."
+                                         f"{lost}; move"):
+        resume(run)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"conversations": [[0]]}, r"number 0 of 'conversations' is \[0\], not \[episode, replies\]"),
+    ({"conversations": [[0, [[10 ** 6]]]]}, r"is \[0, \[\[1000000\]\]\], not .* ids from 0 to"),
+    ({"conversations": [[0, [[-1]]]]}, "number 0 of 'conversations'"),
+    ({"conversations": [[0, [["5"]]]]}, "number 0 of 'conversations'"),
+    ({"conversations": [[-1, []]]}, "number 0 of 'conversations'"),
+    ({"conversations": [[0, 5]]}, "number 0 of 'conversations'"),
+    ({"conversations": []}, r"'conversations' is \[\], no list of 1"),
+    ({"conversations": {}}, "'conversations' is {}, no list of 1"),
+    ({"seconds": "3"}, "'seconds' is '3', no number from 0 on"),
+    ({"seconds": None}, "'seconds' is None, no number from 0 on"),
+])
+def test_a_state_with_odd_values_is_named_by_file_and_key(run, tiny, change, told):
+    newest, policy = run / "step_000002", tiny[0]
+    path = newest / "resume" / "state.json"
+    state = {"step": 2, "seconds": 1.5, "conversations": [[3, [[1, 2], []]]]}
+    first = {"step": 0, "seconds": 0.0, "conversations": [[0, []]]}
+    path.write_text(json.dumps(state))
+    optimizer = torch.optim.Adam(policy.parameters())
+    assert run_folder.load_resume(newest, policy, optimizer, first) == state
+    path.write_text(json.dumps(state | change))
+    with pytest.raises(ValueError, match=f"state.json: .*{told}.*; move .*step_000002 away"):
+        run_folder.load_resume(newest, policy, optimizer, first)
