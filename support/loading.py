@@ -85,7 +85,7 @@ def template_alarm():
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 def render(processor, messages, **kwargs):

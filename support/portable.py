@@ -23,8 +23,10 @@ def older_rope(config):
     """
     rope = config["rope_parameters"]
     older = {}
-    if "full_attention" in rope:               # one rope for each kind of layer
-        local = rope.get("sliding_attention") or rope["full_attention"]
+    if "full_attention" in rope:               # one for each kind of layer
+        if None in rope.values():
+            raise ValueError("a kind of layer without a rotary embedding")
+        local = rope.get("sliding_attention", rope["full_attention"])
         rope = rope["full_attention"]
         if config["model_type"] in ONE_ROPE_A_KIND:
             older["rope_local_base_freq"] = local["rope_theta"]
@@ -55,9 +57,10 @@ def with_older_names(config):
         return both
     if isinstance(config.get("rope_parameters"), dict):
         both |= older_rope(config)
-    for older, name in CONFIG_MAPPING[config["model_type"]].attribute_map.items():
-        if name in config:                     # as num_experts of Qwen3-MoE
-            both[older] = config[name]
+    if config["model_type"] in CONFIG_MAPPING:
+        for older, name in CONFIG_MAPPING[config["model_type"]].attribute_map.items():
+            if name in config:                 # as num_experts of Qwen3-MoE
+                both[older] = config[name]
     return both
 
 
@@ -92,6 +95,7 @@ def older_tokenizer(config, tokenizer):
 
 
 def rewrite(path, change):
+    """Write a JSON file anew, as change(...) of what it holds."""
     config = json.loads(path.read_text())
     path.write_text(json.dumps(change(config), indent=2, sort_keys=True) + "\n")
 

@@ -146,8 +146,8 @@ READER = """
 import json, os, sys, torch
 from pathlib import Path
 from PIL import Image
-from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor,
-                          AutoTokenizer)
+from transformers import (AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          AutoProcessor, AutoTokenizer)
 found = {}
 for folder in sorted(Path(sys.argv[1]).glob("*/step_000001")):
     rows = json.loads((folder.parent / "asked.json").read_text())
@@ -155,8 +155,10 @@ for folder in sorted(Path(sys.argv[1]).glob("*/step_000001")):
     kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # The other kind of image processor resizes pictures by torchvision, a little otherwise.
-    processor = AutoProcessor.from_pretrained(folder, use_fast=False) if vision else tokenizer
+    processor = AutoProcessor.from_pretrained(folder) if vision else tokenizer
+    if vision:
+        # The other kind resizes pictures by torchvision, a little otherwise.
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
     num_rows = model.get_output_embeddings().weight.shape[0]
     special = [i for i, token in tokenizer.added_tokens_decoder.items()
                if token.special and i < num_rows and i != tokenizer.eos_token_id]
