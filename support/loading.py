@@ -104,15 +104,13 @@ def as_shown(processor, reply):
 
     So a model learns a reply as it will see it in the dialogue.
     """
-    if reply == reply.strip():
-        return reply
-
     def shown(text):
         return render(processor, [user_message("1"), {"role": "assistant", "content": text}])
 
-    for bare in (reply.lstrip(), reply.rstrip(), reply.strip()):
-        if shown(bare) == shown(reply):
-            reply = bare
+    while reply[:1].isspace() and shown(reply[1:]) == shown(reply):
+        reply = reply[1:]
+    while reply[-1:].isspace() and shown(reply[:-1]) == shown(reply):
+        reply = reply[:-1]
     return reply
 
 
@@ -242,7 +240,7 @@ def load_folder(path, vision, dtype, on_meta):
             backbone, faults = load_backbone(folder, config, dtype, on_meta)
             # Else a model returns tuples without names.
             backbone.config.return_dict = True
-            for name in config.sub_configs:
+            for name in backbone.config.sub_configs:
                 getattr(backbone.config, name).return_dict = True
             if family:
                 processor = family.load_processor(folder, config)

@@ -581,12 +581,13 @@ def test_a_reply_is_learnt_as_the_template_will_show_it(tmp_path, reply, trimmed
                                      model.encode(processor, messages[:1]) + ids)
 
 
-@pytest.mark.parametrize("only_left", [True, False])
-def test_of_a_reply_only_the_blanks_go_that_the_template_cuts_off(tmp_path, only_left):
-    cut = "{{ m['content'].lstrip('\n') }}" if only_left else "{{ m['content'].rstrip() }}"
-    _, processor = model.load_policy(changed_folder(tmp_path, TURNS.replace("REPLY", cut)))
-    learnt = model.decode_reply(processor, model.encode_reply(processor, "\nyes \n"))
-    assert learnt == ("yes \n" if only_left else "\nyes")
+@pytest.mark.parametrize("cut, learnt", [
+    ("lstrip('\\n')", " yes \n"), ("rstrip()", "\n yes"), ("rstrip('\\n')", "\n yes ")])
+def test_of_a_reply_only_the_blanks_go_that_the_template_cuts_off(tmp_path, cut, learnt):
+    template = TURNS.replace("REPLY", "{{ m['content']." + cut + " }}")
+    _, processor = model.load_policy(changed_folder(tmp_path, template))
+    ids = model.encode_reply(processor, "\n yes \n")
+    assert model.decode_reply(processor, ids) == learnt
 
 
 def test_a_tokenizer_that_would_cut_control_tokens_into_letters_is_told_not_to(tmp_path, capsys):
