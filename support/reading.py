@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
 MAX_SCALARS = 500   # words and numbers that are read in an object that is not JSON
+MAX_DEPTH = 100     # lists and objects that lie in each other in an object that is JSON
 MAX_NAME = 1000     # characters of an observation or an action that are compared
 MAX_ECHO = 100      # characters of what a reply states, when a verdict repeats it
 
@@ -136,14 +137,33 @@ def read_relaxed(text, position):
     return found, num_read
 
 
+def is_deep(value):
+    """Whether lists and objects lie in each other more than MAX_DEPTH deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        within = []
+        for part in level:
+            if isinstance(part, dict):
+                within += part.values()
+            elif isinstance(part, list):
+                within += part
+        level = within
+    return bool(level)
+
+
 def read_json(text, position):
     """Read one JSON object at its brace: (the dict, or None; where reading stopped)."""
     try:
-        return DECODER.raw_decode(text, position)
+        found, end = DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
         return None, error.pos
     except (ValueError, RecursionError):    # an integer of thousands of digits; as many brackets
         return None, len(text)
+    # Versions of Python differ in how many brackets their JSON reader takes: hundreds, or any.
+    brackets = text.count("[", position, end) + text.count("{", position, end)
+    if brackets > MAX_DEPTH and is_deep(found):
+        return None, len(text)
+    return found, end
 
 
 # ---- The object that counts ----------------------------------------------------------------------

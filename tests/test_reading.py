@@ -55,6 +55,18 @@ def test_an_object_that_is_not_json_is_read_up_to_a_number_of_scalars(num_items,
     assert num_read <= reading.MAX_SCALARS + 1
 
 
+@pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a": ', "}")])
+def test_an_object_is_read_up_to_a_depth_that_is_the_same_in_every_python(opening, closing):
+    for depth in (reading.MAX_DEPTH - 1, reading.MAX_DEPTH, 300, 5_000):
+        reply = '{"formula": "3*8", "cards": ' + opening * depth + "1" + closing * depth + "}"
+        found, _ = reading.read_json(reply, 0)
+        assert (found is not None) == (depth < reading.MAX_DEPTH)
+        # What stands before the deep list is read in any case.
+        assert reading.read_reply(reply, ("formula", "cards")).values["formula"] == "3*8"
+    wide = '{"formula": "3*8", "cards": [' + "[1]," * 300 + "[1]]}"
+    assert reading.read_json(wide, 0)[0]["cards"] == [[1]] * 301
+
+
 def test_after_its_work_is_spent_the_search_ends_with_what_it_has():
     noise = "{" * 10 * reading.MAX_WORK
     assert reading.last_object(noise + "formula", "formula")[0] is None
