@@ -235,7 +235,8 @@ def read_rows(run, metrics):
     ValueError if there are none, or one lacks a metric that its task has today.
     """
     rows = {}
-    for row in running.read_jsonl(run / "eval.jsonl", "step", "split", "seed", "settings"):
+    keys = ("step", "split", "seed", "settings", "gflops")
+    for row in running.read_jsonl(run / "eval.jsonl", *keys):
         rows[row["step"], row["split"], row["seed"]] = row
     if not rows:
         raise ValueError(f"run {str(run)!r}: no eval.jsonl; run evaluate.py --run-folder {run} "

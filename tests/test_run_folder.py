@@ -304,7 +304,7 @@ def test_a_run_does_not_go_on_with_a_log_that_lacks_a_step(run, log, lost):
 
 def test_a_step_in_the_log_that_is_no_number_is_named(run):
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": [2]}\n')
-    told = r"metrics.jsonl: a row has step \[2\], which is no whole number"
+    told = r"metrics.jsonl, line 2: key 'step' is '\[2\]', must be a whole number"
     with pytest.raises(ValueError, match=told):
         run_folder.newest_checkpoint(make_run(run.parent))
 

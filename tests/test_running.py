@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import model
 from conftest import ROOT
-from support import command_line, running
+from support import command_line, compare, evaluation, running
 from support.tiny import train_tokenizer
 
 
@@ -247,6 +247,19 @@ def test_garbage_in_a_log_is_named_with_file_and_line_and_blank_lines_are_none(
     with pytest.raises(ValueError, match=f"eval.jsonl, line 3: .*{told}"):
         running.read_jsonl(path, "step", "split")
     assert running.read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_a_row_of_a_log_without_the_compute_is_named(tmp_path):
+    (tmp_path / "step_000001").mkdir()
+    running.write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "gflops": 2.0}])
+    with pytest.raises(ValueError, match="metrics.jsonl: the row of step 1 has no gflops_paper"):
+        evaluation.list_checkpoints(tmp_path, "", with_start=False)
+    row = {"step": 1, "split": "id", "seed": 0, "settings": {"task": "gp-l"}}
+    running.write_jsonl(tmp_path / "eval.jsonl", [row])
+    with pytest.raises(ValueError, match="eval.jsonl, line 1: expected a JSON object with .*gflops"):
+        compare.read_rows(tmp_path, {"gp-l": ()})
+    running.write_jsonl(tmp_path / "eval.jsonl", [row | {"gflops": 1}])
+    assert len(compare.read_rows(tmp_path, {"gp-l": ()})) == 1
 
 
 @contextlib.contextmanager
