@@ -25,8 +25,8 @@ How --compare makes means, errors and p values stands in support/compare.py.
 Left out: smoothing (the paper's curves are Savitzky-Golay filtered).
 """
 if __name__ == "__main__":
-    from support import command_line
-    command_line.begin(__file__)         # a mistyped flag is answered before torch is imported
+    from support import startup
+    startup.begin(__file__)     # Ctrl-C and a mistyped flag are answered before torch is imported
 
 import json
 import math

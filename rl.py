@@ -24,8 +24,8 @@ Under torchrun every process plays a part of the environments and trains on its 
 samples and minibatches do not depend on their number; weights differ by rounding alone.
 """
 if __name__ == "__main__":
-    from support import command_line
-    command_line.begin(__file__)         # a mistyped flag is answered before torch is imported
+    from support import startup
+    startup.begin(__file__)     # Ctrl-C and a mistyped flag are answered before torch is imported
 
 import math
 import time

@@ -18,8 +18,8 @@ A V-IRL sample is one position of a route; with `--balance` the kind of position
 Left out: packing (samples of like length share a micro-batch instead), LoRA.
 """
 if __name__ == "__main__":
-    from support import command_line
-    command_line.begin(__file__)         # a mistyped flag is answered before torch is imported
+    from support import startup
+    startup.begin(__file__)     # Ctrl-C and a mistyped flag are answered before torch is imported
 
 import math
 import random

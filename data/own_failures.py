@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 if __name__ == "__main__":
-    from support import command_line
-    command_line.begin(__file__)         # a mistyped flag is answered before torch is imported
+    from support import startup
+    startup.begin(__file__)     # Ctrl-C and a mistyped flag are answered before torch is imported
 
 import envs
 from model import (SAMPLES, RolloutMemory, decode_reply, encode, load_policy, picture_of,

@@ -1,9 +1,4 @@
-"""A script's command line: its flags, errors of one line, and an answer before torch is imported.
-
-torch and transformers take seconds to import. A script that is started calls `begin` before that. A
-mistyped flag, a value that is not allowed and --help are then answered at once, and Ctrl-C ends the
-script with one line.
-"""
+"""A script's command line: its flags, errors of one line, an answer before torch is imported."""
 import argparse
 import ast
 import dataclasses
@@ -11,7 +6,6 @@ import difflib
 import math
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -108,15 +102,11 @@ def fault_of(value, help, low, high, choices):
 
 # ---- Before torch is imported --------------------------------------------------------------------
 
-def begin(path):
-    """The first call of a script that is started: see to its signals and its command line.
+def check(path):
+    """Answer what is wrong with the command line of the script at this path, and --help.
 
-    What is wrong with the command line, and --help, ends the program here. `running.run` reads it
-    again, by the real Config, and takes the signals over.
+    `running.run` reads it again, by the real Config.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:       # as for a job in the background
-            signal.signal(number, stop_early)
     try:
         sketch = sketch_config(Path(path), "Config")
     except (OSError, ValueError, LookupError):   # a Config that cannot be read without running it
@@ -125,13 +115,6 @@ def begin(path):
         parse_config(sketch)
     finally:
         flush_console()                  # --help into `| head`
-
-
-def stop_early(number, _):
-    """Ctrl-C or SIGTERM before the script has begun: one line, and no traceback of an import."""
-    if RANK == 0:
-        os.write(2, b"\nstopped before it began\n")
-    os._exit(128 + number)
 
 
 def sketch_config(path, name):

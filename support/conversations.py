@@ -1,7 +1,8 @@
 """Conversations in a file: the released shape of the SFT data and what is close to it (`--data`,
 `--dump`).
 
-    [{"image": "000123.png",                      a file beside this one, in tasks with pictures
+    [{"image": "000123.png",                      a file beside this one or in a folder below; only
+                                                  in tasks with pictures (--pictures: elsewhere)
       "conversations": [{"from": "human", "value": "<image>\\nPROMPT"},
                         {"from": "gpt", "value": "REPLY"}, ...]}, ...]
 
@@ -83,11 +84,11 @@ def read_picture(record, folder, vision):
     if not names:
         return None, None
     path = folder / names[0]
-    # What a file from elsewhere names is not read from anywhere on the disk.
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"key {key!r}: {names[0]!r} is not below the pictures' folder {folder}, "
-                         "links followed; --pictures names another")
     try:
+        # What a file from elsewhere names is not read from anywhere on the disk.
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{names[0]!r} is not below the pictures' folder {folder}, links "
+                             "followed; --pictures names another")
         return path, open_picture(path).size
     except ValueError as error:
         raise ValueError(f"key {key!r}: {error}") from None

@@ -1,4 +1,4 @@
-"""What a run needs and the paper does not mention: options, errors, files, memory, processes.
+"""What a run needs and the paper does not mention: errors, files, memory, processes.
 
 The scripts are written as if there were one process. torchrun starts one per device. What the
 processes have to agree on goes through `gather` and `total`. Every process calls these at the same
@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 # Scripts find these here as well: running.flag, running.read_jsonl.
 from support.command_line import (RANK, OneLineParser, fail, flag,  # noqa: F401
-                                  flush_console, parse_config, stop_early)
+                                  flush_console, parse_config)
 from support.logs import read_jsonl, read_object, read_run_config  # noqa: F401
+from support.startup import stop_early
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -84,7 +85,7 @@ def run(main, config_class):
         raise KeyboardInterrupt("terminated")
 
     signal.signal(signal.SIGTERM, terminate)
-    if signal.getsignal(signal.SIGINT) == stop_early:
+    if signal.getsignal(signal.SIGINT) == stop_early:        # it is not ignored, as for a job
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # A daemon may have no output at all.
     sys.stdout = sys.stdout or open(os.devnull, "w")

@@ -15,8 +15,8 @@ from pathlib import Path
 # This script stands in a folder of the repository, whose files it imports.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
-    from support import command_line
-    command_line.begin(__file__)         # a mistyped flag is answered before torch is imported
+    from support import startup
+    startup.begin(__file__)     # Ctrl-C and a mistyped flag are answered before torch is imported
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

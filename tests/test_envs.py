@@ -477,6 +477,8 @@ def test_an_empty_prompt_file_changes_nothing_and_loading_never_changes_the_defa
     ({"gp_task": "Make {goal}"}, ["gp_task", "goal", "target"]),
     ({"feedback_plain": "{value}"}, ["feedback_plain", "value", "none"]),
     ({"gp_task": 24}, ["gp_task", "int"]),
+    ({"gp_task": "Make \ud800"}, ["gp_task", "half a character", "'\\ud800'"]),
+    ({"gp_task": {"10,10,10": "\udfff"}}, ["gp_task", "half a character"]),
     ({"gp_task": None}, ["gp_task", "NoneType"]), (["gp_task"], ["list", "object"]),
     ("{", ["line 1"]), ("", ["line 1"]), ('{"gp_task": "x",}', ["line 1"])])
 def test_a_prompt_file_with_a_fault_is_an_error_that_names_file_and_fault(tmp_path, content, named):

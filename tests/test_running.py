@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import model
 from conftest import ROOT
-from support import command_line, compare, evaluation, running
+from support import command_line, compare, evaluation, running, startup
 from support.tiny import train_tokenizer
 
 
@@ -124,7 +124,7 @@ def test_a_config_that_cannot_be_read_without_running_it_is_read_later(tmp_path)
     path.write_text("class Config:\n    steps: int = flag(len('ab'), 'some')\n")
     with pytest.raises(ValueError):
         command_line.sketch_config(path, "Config")
-    command_line.begin(path)
+    command_line.check(path)
 
 
 # ---- Numbers
@@ -155,7 +155,7 @@ def test_a_signal_outside_of_training_ends_a_script_with_its_status_and_one_line
     monkeypatch.setattr(running.os, "_exit", sys.exit)
     monkeypatch.setattr(sys, "argv", ["script.py"])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)       # so that a script without a handler goes on
-    signal.signal(signal.SIGINT, command_line.stop_early)
+    signal.signal(signal.SIGINT, startup.stop_early)
     with pytest.raises((SystemExit, KeyboardInterrupt)) as exit:
         running.run(main, Example)
     assert exit.value.code == status and capsys.readouterr().err == told
@@ -256,7 +256,7 @@ def test_a_row_of_a_log_without_the_compute_is_named(tmp_path):
         evaluation.list_checkpoints(tmp_path, "", with_start=False)
     row = {"step": 1, "split": "id", "seed": 0, "settings": {"task": "gp-l"}}
     running.write_jsonl(tmp_path / "eval.jsonl", [row])
-    with pytest.raises(ValueError, match="eval.jsonl, line 1: expected a JSON object with .*gflops"):
+    with pytest.raises(ValueError, match="eval.jsonl, line 1: expected a JSON .*, gflops"):
         compare.read_rows(tmp_path, {"gp-l": ()})
     running.write_jsonl(tmp_path / "eval.jsonl", [row | {"gflops": 1}])
     assert len(compare.read_rows(tmp_path, {"gp-l": ()})) == 1
