@@ -50,7 +50,9 @@ def one_line_errors(where=None, out=None):
     begun = "" if where is None else f"{where}: "
 
     def has_checkpoint():
-        return begun and any(re.fullmatch("step_[0-9]+", path.name) for path in Path(out).iterdir())
+        names = [path.name for path in Path(out).glob("step_*")] if begun else []
+        return any(re.fullmatch("step_[0-9]+", name) for name in names)
+
     try:
         yield
     except FloatingPointError as error:      # in every process: they share the gradient's norm

@@ -129,7 +129,8 @@ def check_sft(config):
 
 
 def check_samples(config, splits, environments):
-    """sft.py: ValueError if --data, --mix, --failed-tries and --balance do not fit each other."""
+    """sft.py: ValueError if --data, --pictures, --mix, --failed-tries and --balance do not fit each
+    other."""
     for split, env in zip(splits, environments):
         if env.verify_iter <= config.failed_tries:
             raise ValueError(f"--mix {split.label}: verify_iter {env.verify_iter} must be above "
@@ -138,6 +139,9 @@ def check_samples(config, splits, environments):
     if config.data and (config.failed_tries or config.balance or mixed):
         raise ValueError("--data: --mix, --failed-tries and --balance are for samples that are "
                          "made on the fly")
+    if config.pictures and not config.data:
+        raise ValueError(f"--pictures {config.pictures}: is the folder of the pictures that --data "
+                         "names, so it needs --data")
     if config.balance and len(environments[0].kinds) == 1:
         raise ValueError(f"--balance: {config.task} has one kind of position only")
 

@@ -354,6 +354,8 @@ BAD = [
     ("sft.py", dict(model=tiny_folder(), out="new", steps="many"),
      "--steps: invalid int value: 'many'"),
     ("sft.py", dict(model=tiny_folder(), out="new", data="none.json"), "data file none.json"),
+    ("sft.py", dict(model=tiny_folder(), out="new", pictures="folder"),
+     "--pictures folder: is the folder of the pictures that --data names, so it needs --data"),
     ("sft.py", dict(model=tiny_folder(), out="new", lr=0), "--lr 0.0: must be at least 1e-12"),
     ("sft.py", dict(model=tiny_folder(), out=tiny_folder()),
      "has a config.json that is none of a run, such as a model's"),
