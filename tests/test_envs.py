@@ -2,6 +2,7 @@
 import ast
 import copy
 import itertools
+import inspect
 import json
 import os
 import random
@@ -587,7 +588,7 @@ def test_an_environment_that_lacks_a_member_cannot_be_made(missing):
 @pytest.fixture
 def echo(monkeypatch):
     """The task that the example in Environment's docstring adds, word for word."""
-    code = re.search(r"( {8}class Echo.*?)\n\n", envs.Environment.__doc__, re.S)[1]
+    code = re.search(r"( {4}class Echo.*?)\n\n", inspect.getdoc(envs.Environment), re.S)[1]
     monkeypatch.setattr(envs, "TASKS", dict(envs.TASKS))
     names = dict(vars(envs))
     exec(textwrap.dedent(code), names)
@@ -615,7 +616,7 @@ def readme_example():
 
 
 def test_the_readme_has_the_same_example():
-    assert textwrap.indent(readme_example(), " " * 8) in envs.Environment.__doc__
+    assert textwrap.indent(readme_example(), " " * 4) in inspect.getdoc(envs.Environment)
 
 
 @pytest.mark.parametrize("words, typed", [
