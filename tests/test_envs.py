@@ -1,8 +1,8 @@
 """envs.py: GeneralPoints is dealt, told and judged as its settings say, and can be replayed."""
 import ast
 import copy
-import itertools
 import inspect
+import itertools
 import json
 import os
 import random
