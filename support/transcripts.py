@@ -86,10 +86,13 @@ def check_conversation(row, where, keys=SHOWN):
     if lacking := [key for key in keys if key not in row]:
         raise ValueError(f"{where}: has no {lacking[0]!r}")
     for message in row["messages"]:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"{where}: a message must be an object with a text 'content', got "
-                             f"{str(message)[:40]}")
-    replies = [message for message in row["messages"] if message.get("role") == "assistant"]
+        texts = []
+        if isinstance(message, dict):
+            texts = [message.get("role"), message.get("content")]
+        if [type(text) for text in texts] != [str, str]:
+            raise ValueError(f"{where}: a message must be an object with the texts 'role' and "
+                             f"'content', got {str(message)[:40]}")
+    replies = [message for message in row["messages"] if message["role"] == "assistant"]
     for verdict in row["verdicts"]:
         if not isinstance(verdict, list) or [type(part) for part in verdict] not in (
                 [str, int], [str, float]):
