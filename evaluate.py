@@ -13,7 +13,7 @@ within every smaller number of tries. Curves are drawn against `gflops` of metri
     python evaluate.py --model runs/sft/step_000400     # one checkpoint, printed only
     python evaluate.py --run-folder runs/rl             # all checkpoints of a run, and its start
     python evaluate.py --run-folder runs/rl --splits id rule_ood id rule=11,11,11  # and your rule
-    python evaluate.py --compare runs/sft,runs/rl --figure fig.png    # table beside the paper's
+    python evaluate.py --compare runs/sft runs/rl --html page.html    # tables, what each arm says
     API_KEY=... python evaluate.py --api-url https://host/v1 --api-model NAME --out runs/api
 
 Rows go to eval.jsonl of the run, one per checkpoint, split and seed. Rows that are there already
@@ -82,13 +82,8 @@ def summarise(episodes, verify_iter, kinds=()):
                          official code lets a solved hand go on until the cards are read, too.
                          Ours ends at once, so this is a lower bound of their success.
 
-    Further entries:
-    success_within       the success within 1, 2, ... tries
-    success_by_city      V-IRL, visual_ood: success on the two routes of each city, in file order;
-                         the first is the training city, or looks like it
-    endings              replies by how they ended: "stop", "length" if cut, or a word of an API;
-                         "failed: ..." if an API gave none, which counts as a wrong reply
-    replies_empty        replies of the model without any text
+    Further entries, explained in docs/metrics.md: success_within, success_by_city, reward,
+    numbers_right, statuses, endings, replies_empty.
     """
     replies = [info for episode in episodes for info in episode]
     row = {"episodes": len(episodes), "replies": len(replies)}
@@ -186,7 +181,7 @@ class Config:
     model: str = flag("", "evaluate this one checkpoint")
     run_folder: str = flag("", "evaluate all checkpoints of this run, and its start")
     start: bool = flag(True, "with --run-folder: evaluate the model that the run started from, too")
-    compare: str = flag("", "print the table of these evaluated run folders, comma-separated")
+    compare: tuple = flag((), "print the tables of these evaluated run folders: runs/sft runs/rl")
     figure: str = flag("", "with --compare: draw the curves into this file (needs matplotlib)")
     html: str = flag("", "with --compare: write a page with what every arm says, such as page.html")
     api_url: str = flag("", "evaluate a model behind this OpenAI-style API; API_KEY holds its key")
@@ -410,7 +405,7 @@ def compare_runs(config):
     """Print the tables of evaluated runs beside the paper's numbers; write figure and page."""
     metrics = {name: task.metrics for name, task in envs.TASKS.items()}
     reference = compare.Reference(PAPER, SIGNS, metrics)
-    study = compare.compare(config.compare.split(","), config.figure, reference)
+    study = compare.compare(evaluation.list_runs(config.compare), config.figure, reference)
     if config.html:
         report.write(config.html, study, reference, envs.make_env)
 

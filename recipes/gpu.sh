@@ -30,7 +30,7 @@ export MORE_SFT=${MORE_SFT:---steps 700 --save-every 175} SFT_SETTINGS=${SFT_SET
 export MORE_TEST=${MORE_TEST:---episodes 1000}
 mkdir -p "$OUT"
 check_numbers SEEDS
-runs="" jobs=()
+runs=() jobs=()
 for seed in $SEEDS; do
     printf -v start %q "$OUT/start_$seed"
     printf -v making %q "$OUT/making_$seed"
@@ -38,11 +38,12 @@ for seed in $SEEDS; do
     make="env SEED=$seed BASE=$start OUT=$making bash recipes/base.sh"$'\t'
     [ ! -d "$OUT/start_$seed" ] || make=
     jobs+=("seed_$seed"$'\t'"${make}env MODEL=$start SEEDS=$seed OUT=$out bash recipes/tiny.sh")
-    runs="$runs,$OUT/sft_0_$seed,$OUT/rl_0_$seed"
+    runs+=("$OUT/sft_0_$seed" "$OUT/rl_0_$seed")
 done
 attended python recipes/runs.py --logs "$OUT" --side-by-side ${#jobs[@]} --title "$TASK" \
     <<<"$(printf '%s\n' "${jobs[@]}")"
-python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png" --html "$OUT/report.html"
+python evaluate.py --compare "${runs[@]}" --figure "$OUT/figure.png" \
+    --html "$OUT/report.html"
 echo "== done; open $OUT/report.html; the log of each seed is $OUT/log_seed_SEED"
 [ -z "${SMOKE:-}" ] ||
     echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

@@ -7,7 +7,7 @@
 # Settings, as environment variables:
 #   MODEL=PATH   the model folder; the paper has Llama-3.2-11B-Vision-Instruct for all four tasks
 #   DATA=PATH    V-IRL: the folder with train/ and mini/ (envs.py says what is in them)
-#   OUT=PATH     where the runs go, no comma in it [runs/TASK]
+#   OUT=PATH     where the runs go [runs/TASK]
 #   SEED=0       of the runs
 #   NPROC=8      GPUs; 1 is plain python
 #   SMOKE=1      the same script in a minute or two, on a CPU, in a separate folder. Without MODEL
@@ -88,7 +88,8 @@ stage "5 of 6, testing SFT's checkpoints"
 attended "${run[@]}" evaluate.py --run-folder "$OUT/sft" --no-start \
     --splits "${splits[@]}" "${sample[@]}" "${test[@]}"
 stage "6 of 6, table, figure and page"
-python evaluate.py --compare "$OUT/sft,$OUT/rl" --figure "$OUT/figure.png" --html "$OUT/report.html"
+python evaluate.py --compare "$OUT/sft" "$OUT/rl" --figure "$OUT/figure.png" \
+    --html "$OUT/report.html"
 stage "done; open $OUT/report.html; the results are $OUT/sft/eval.jsonl and $OUT/rl/eval.jsonl"
 [ -z "${SMOKE:-}" ] ||
     echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."

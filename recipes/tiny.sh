@@ -106,7 +106,7 @@ mkdir -p "$OUT"
 say() { echo "== $TASK: $1 ($((SECONDS / 60)) minutes so far)"; }
 [ "$TASK" != virl-l ] || [ -d "$DATA" ] ||
     python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
-jobs=() runs=""
+jobs=() runs=()
 # One run, trained and then tested, is a line for runs.py: NAME SCRIPT TEST-OPTION, then the options
 # of the training.
 job() {
@@ -117,7 +117,7 @@ job() {
     training="python $script $options"
     testing="python evaluate.py --run-folder $folder --seeds $number $test $sample $option"
     jobs+=("$name"$'\t'"$training"$'\t'"$testing")
-    runs="$runs,$OUT/$name"
+    runs+=("$OUT/$name")
 }
 for start in $STARTS; do
     model=$OUT/start_$start
@@ -151,7 +151,8 @@ attended python recipes/runs.py --logs "$OUT" --side-by-side "$JOBS" --title "$T
     <<<"$(printf '%s\n' "${jobs[@]}")"
 if [ ${#rl_settings[@]} != 0 ] && [ ${#sft_settings[@]} != 0 ]; then
     say "table, figure and page"
-    python evaluate.py --compare "${runs#,}" --figure "$OUT/figure.png" --html "$OUT/report.html"
+    python evaluate.py --compare "${runs[@]}" --figure "$OUT/figure.png" \
+        --html "$OUT/report.html"
     say "done; open $OUT/report.html to see what each arm says"
 fi
 [ -z "${SMOKE:-}" ] ||

@@ -239,8 +239,10 @@ def read_rows(run, metrics):
     for row in running.read_jsonl(run / "eval.jsonl", *keys):
         rows[row["step"], row["split"], row["seed"]] = row
     if not rows:
-        raise ValueError(f"run {str(run)!r}: no eval.jsonl; run evaluate.py --run-folder {run} "
-                         "first")
+        advice = f"run evaluate.py --run-folder {run} first"
+        if not (Path(run) / "config.json").is_file():
+            advice = "it is no run folder" + run_folder.runs_inside(run)
+        raise ValueError(f"run {str(run)!r}: no eval.jsonl; {advice}")
     for row in rows.values():
         if lacking := set(metrics[row["settings"]["task"]]) - row.keys():
             raise ValueError(f"run {str(run)!r}: its eval.jsonl is from an earlier version, "

@@ -38,6 +38,14 @@ def check_options(config):
 
 # ---- A run and its checkpoints -----------------------------------------------------------------
 
+def list_runs(words):
+    """The run folders of --compare, each a word, or several in one word with commas."""
+    runs = []
+    for word in words:
+        runs += [word] if Path(word).is_dir() else word.split(",")
+    return runs
+
+
 class Checkpoint(NamedTuple):
     """A checkpoint of a run, or its start as step 0, and the compute since the start."""
     step: int
@@ -55,7 +63,7 @@ def read_trained(run):
     trained = running.read_run_config(run)
     if not {"task", "model"} <= trained.keys():
         raise ValueError(f"run {str(run)!r}: no run folder (it would have a config.json that names "
-                         "task and model)")
+                         f"task and model){run_folder.runs_inside(run)}")
     return trained
 
 

@@ -27,7 +27,7 @@ def write_run(folder, step, length):
 def test_a_bound_of_the_papers_measure_is_named_one_wherever_it_stands_beside_it(tmp_path, capsys):
     write_run(tmp_path / "sft", 5, {"steps": 5})
     write_run(tmp_path / "rl", 5, {"updates": 5})
-    evaluate.compare_runs(evaluate.Config(compare=f"{tmp_path / 'sft'},{tmp_path / 'rl'}"))
+    evaluate.compare_runs(evaluate.Config(compare=(f"{tmp_path}/sft,{tmp_path}/rl",)))
     told = capsys.readouterr().out
     assert "hands solved and read (lower bound of the paper's measure)\n" in told
     assert "  start             60.0 ± 1.0\n" in told

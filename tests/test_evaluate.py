@@ -255,7 +255,7 @@ def load_arms(folders):
 
 
 def compare_runs(folders, figure=""):
-    evaluate.compare_runs(evaluate.Config(compare=",".join(folders), figure=figure))
+    evaluate.compare_runs(evaluate.Config(compare=tuple(folders), figure=figure))
 
 
 def write_run(folder, arm, points, start="start", episodes=100, knobs={}, **env):
@@ -371,9 +371,14 @@ def test_a_checkpoint_that_one_run_lacks_is_left_out_of_the_curve(tmp_path):
 
 
 def test_comparing_what_was_not_evaluated_says_what_to_run(tmp_path):
-    (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match="run evaluate.py --run"):
-        compare_runs([str(tmp_path / "run")])
+    for name in ("sft", "rl"):
+        write_run(tmp_path / name, name.upper(), [(0, 0.0, 0.1)])
+    (tmp_path / "rl" / "eval.jsonl").unlink()
+    with pytest.raises(ValueError, match="run 'rl'|run evaluate.py --run-folder .*rl first"):
+        compare_runs([str(tmp_path / "sft"), str(tmp_path / "rl")])
+    (tmp_path / "rl" / "config.json").write_text('{"out": "rl"}')
+    with pytest.raises(ValueError, match=rf"is no run folder; run folders in it: {tmp_path}/rl$"):
+        compare_runs([str(tmp_path)])
 
 
 TRAINED = {"model": "x", "task": "gp-vl", "env": ["resolution=112", "verify_iter=4"],

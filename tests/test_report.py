@@ -61,8 +61,8 @@ def test_the_dialogues_of_the_first_episodes_are_kept_the_same_hands_for_all(tmp
     assert len(rows) == 2 * 2 * 3                       # steps, splits, episodes
     prompts = {}
     for row in rows:
-        of = row["split"], row["episode"]
-        assert prompts.setdefault(of, row["messages"][0]["content"]) == row["messages"][0]["content"]
+        prompt = row["messages"][0]["content"]
+        assert prompts.setdefault((row["split"], row["episode"]), prompt) == prompt
         env = envs.make_env("gp-l", row["split"], verify_iter=2)
         messages, _ = env.reset(f"0/evaluate/{row['episode']}", row["episode"])
         assert messages[0] == row["messages"][0] and row["expert"] == env.expert_reply()
@@ -80,8 +80,10 @@ def test_what_is_kept_changes_no_number(tmp_path, city):
     for folder, num in ("kept", 2), ("not", 0):
         recorder = evaluation.Recorder(num)
         watched = [recorder.watch(envs.make_env("virl-l", "id", root=city)) for _ in range(2)]
-        found = evaluate.play_episodes(
-            lambda turn, pending: [(watched[i].expert_reply(), "stop") for i in pending], watched, 0)
+
+        def reply(turn, pending):
+            return [(watched[i].expert_reply(), "stop") for i in pending]
+        found = evaluate.play_episodes(reply, watched, 0)
         if num:
             kept, rows = found, recorder.rows()
     assert kept == found and recorder.rows() == []
@@ -139,7 +141,7 @@ def test_a_number_a_card_and_an_action_that_are_not_right_are_marked(reply, expe
 def test_a_page_of_pictures_shows_them(tmp_path):
     run_of(tmp_path / "sft", [2], ["no"], task="gp-vl", resolution=48, splits=("id",))
     run_of(tmp_path / "rl", [2], [{}], task="gp-vl", resolution=48, splits=("id",))
-    evaluate.compare_runs(evaluate.Config(compare=f"{tmp_path}/sft,{tmp_path}/rl",
+    evaluate.compare_runs(evaluate.Config(compare=(f"{tmp_path}/sft,{tmp_path}/rl",),
                                           html=str(tmp_path / "page.html")))
     assert (tmp_path / "page.html").read_text().count("<img alt=") == 3
 

@@ -86,7 +86,7 @@ def test_the_same_chain_in_a_city(city, tmp_path, device, capsys):
     rows = {name: running.read_jsonl(tmp_path / name / "eval.jsonl") for name in out}
     assert [row["step"] for row in rows["sft"]] == [2] * 3 + [4] * 3 and len(rows["rl"]) == 9
     with pytest.raises(SystemExit) as ending:
-        evaluate.main(evaluate.Config(compare=f"{out['sft']},{out['rl']}"))
+        evaluate.main(evaluate.Config(compare=(f"{out['sft']},{out['rl']}",)))
     assert ending.value.code == 2 and "these started from" in capsys.readouterr().err
 
 
