@@ -532,7 +532,7 @@ def compare(folders, figure, paper):
     study = study_runs(folders, paper)
     print_study(study, paper)
     if figure:
-        draw(study.arms, study.task, study.splits, figure, paper)
+        draw(study, figure, paper)
     return study
 
 
@@ -559,51 +559,71 @@ def legend_below(fig, axes, **options):
     fig.legend(labels.values(), labels, loc="outside lower center", fontsize=8, **options)
 
 
-def draw(arms, task, splits, figure, paper):
-    """Draw at most two metrics against GFLOPs: a panel per metric and split, a curve per arm."""
+def draw(study, figure, paper):
+    """Draw the paper's measure and first tries against GFLOPs: a panel per measure and split.
+
+    A method with one or two settings has a curve for each. With more it has one curve, their mean,
+    and their range is shaded. All panels of a measure have one axis, so they can be compared.
+    """
     plt = import_pyplot()
     if plt is None:
         return
-    metrics = paper.metrics[task][:2]
-    colours = {}
-    for method, shades in (("SFT", plt.cm.Oranges), ("RL", plt.cm.Blues)):
-        alike = [arm for arm in arms if arm.split()[0] == method]
-        for i, arm in enumerate(alike):
-            colours[arm] = shades(0.75 - 0.45 * i / len(alike))
-    size = (4.5 * len(splits), 3.6 * len(metrics))
-    fig, axes = plt.subplots(len(metrics), len(splits), figsize=size, squeeze=False,
-                             layout="constrained")
+    metrics = list(dict.fromkeys([study.metrics[0], "first_try"]))
+    size = (4.5 * len(study.splits), 3.6 * len(metrics))
+    fig, axes = plt.subplots(len(metrics), len(study.splits), figsize=size, squeeze=False,
+                             sharex=True, sharey="row", layout="constrained")
+    tries = study.arms["start"][0]["settings"]["env"]["verify_iter"]
     for panels, metric in zip(axes, metrics):
-        for axis, split in zip(panels, splits):
-            draw_curves(axis, arms, colours, metric, split)
-            draw_paper(axis, paper.numbers.get((task, split, metric), ()))
-            axis.margins(0.06, 0.12)   # no curve on the frame
-            axis.set(title=f"{task.upper()}: {TITLES.get(split, split)}",
-                     xlabel="GFLOPs of post-training", ylabel=f"{in_words(metric)} %")
-    legend_below(fig, axes, ncol=3)
+        for axis, split in zip(panels, study.splits):
+            for method, colours in (("SFT", ("tab:orange", "goldenrod")),
+                                    ("RL", ("tab:blue", "tab:cyan"))):
+                draw_method(axis, study, method, colours, metric, split)
+            start = study.cells[metric, split, "start"].value
+            axis.plot([0], [start], "k*", markersize=11, label="start", zorder=3)
+            draw_paper(axis, paper.numbers.get((study.task, split, metric), ()))
+            axis.set(title=f"{study.task.upper()}: {TITLES.get(split, split)}",
+                     xlabel="GFLOPs of post-training")
+        panels[0].set_ylim(bottom=-0.03 * panels[0].get_ylim()[1])   # no curve on the frame
+        panels[0].set_ylabel(textwrap.fill("% of " + what_is_counted(metric, study.task, tries),
+                                           34))
+    legend_below(fig, axes, ncol=4)
     fig.savefig(figure, dpi=150)
     print(f"\nfigure: {figure}")
 
 
-def draw_curves(axis, arms, colours, metric, split):
-    """A curve with error bars for each arm, from the start, and a star for the start."""
-    start_rows = [row for row in arms["start"] if row["split"] == split]
-    start, start_error = metric_and_error(start_rows, metric)
-    for arm, colour in colours.items():
-        gflops, values, errors = [0.0], [start], [start_error]
-        for point, rows in common_checkpoints(arms[arm], split):
-            value, error = metric_and_error(rows, metric)
-            gflops.append(point)
-            values.append(value)
-            errors.append(error)
-        axis.errorbar(gflops, values, errors, label=arm, color=colour, marker="o", markersize=3,
-                      capsize=2)
-    axis.plot([0], [start], "k*", markersize=11, label="start")
+def curve_of(study, arm, metric, split):
+    """The points (GFLOPs, %, error) of an arm, from the start on."""
+    start = study.cells[metric, split, "start"]
+    points = [(0.0, start.value, start.error)]
+    for gflops, rows in common_checkpoints(study.arms[arm], split):
+        points.append((gflops, *metric_and_error(rows, metric)))
+    return points
+
+
+def draw_method(axis, study, method, colours, metric, split):
+    """The curves of all arms of a method, or their mean and range if they are more than two."""
+    arms = [arm for arm in study.tried if arm.split()[0] == method]
+    curves = [curve_of(study, arm, metric, split) for arm in arms]
+    if len(arms) <= 2:
+        for arm, points, colour in zip(arms, curves, colours):
+            gflops, values, errors = zip(*points)
+            axis.errorbar(gflops, values, errors, label=arm, color=colour, marker="o", markersize=3,
+                          capsize=2)
+        return
+    # The checkpoints of one method are at nearly the same GFLOPs in all settings.
+    columns = list(zip(*curves))
+    gflops = [mean([point[0] for point in column]) for column in columns]
+    values = [[point[1] for point in column] for column in columns]
+    axis.plot(gflops, [mean(some) for some in values], color=colours[0], marker="o", markersize=3,
+              label=f"{method}, {len(arms)} settings: mean and range")
+    axis.fill_between(gflops, [min(some) for some in values], [max(some) for some in values],
+                      color=colours[0], alpha=0.2)
 
 
 def draw_paper(axis, numbers):
-    """The paper's values at the right edge of a panel, where it has some."""
-    for colour, value in zip(("black", "tab:orange", "tab:blue"), numbers):
-        label = "paper: start, SFT, RL" if colour == "black" else None
-        axis.plot([1.04], [value], "<", color=colour, transform=axis.get_yaxis_transform(),
-                  clip_on=False, label=label)
+    """The paper's values, where it has some: dotted lines with their names inside the frame."""
+    for name, colour, value in zip(("start", "SFT", "RL"), ("black", "tab:orange", "tab:blue"),
+                                   numbers):
+        axis.axhline(value, color=colour, linestyle=":", linewidth=1, zorder=0)
+        axis.text(0.99, value, f"paper: {name} {value:g}", color=colour, fontsize=7, ha="right",
+                  va="bottom", transform=axis.get_yaxis_transform())

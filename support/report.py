@@ -125,13 +125,7 @@ def nice_top(value):
 
 def panel(study, split, metric, colours, numbers):
     """One panel as SVG: curves of a metric, in %, against GFLOPs. `numbers`: the paper's three."""
-    start = study.cells[metric, split, "start"]
-    curves = {}
-    for arm in study.tried:
-        points = [(0.0, start.value, start.error)]
-        for gflops, rows in compare.common_checkpoints(study.arms[arm], split):
-            points.append((gflops, *compare.metric_and_error(rows, metric)))
-        curves[arm] = points
+    curves = {arm: compare.curve_of(study, arm, metric, split) for arm in study.tried}
     values = [value + error for points in curves.values() for _, value, error in points]
     top = nice_top(max([*values, *numbers]))
     longest = max(points[-1][0] for points in curves.values())
