@@ -1,5 +1,6 @@
 """Play an episode of an environment yourself, or look at one: what `python envs.py` does."""
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -94,13 +95,15 @@ def play_episode(env, seed, pictures):
         if reply is None:
             print(f"A right reply would have been: {solution}")
             return False
-        message = env.judge(reply).message
+        verdict = env.judge(reply)
         messages, reward, _, truncated, info = env.step(reply)
         reward_sum += reward
         left = ""
         if info["status"] != "correct":
             left = f", tries left: {env.verify_iter - info['try']}"
-        print(f"{message}   [{info['status']}, reward {reward:+g}{left}]")
+        if truncated and reward != verdict.reward:
+            left += f"; {reward - verdict.reward:+g} of it because the last try failed"
+        print(f"{verdict.message}   [{info['status']}, reward {reward:+g}{left}]")
         if truncated:
             print(f"A right reply would have been: {solution}")
     ending = "Solved" if info["success"] else "Not solved"
@@ -112,15 +115,17 @@ def play_episode(env, seed, pictures):
 def play(env, seed=None):
     """Episodes until the player leaves; with a seed, that one only."""
     once = seed is not None
-    pictures = tempfile.mkdtemp(prefix="envs_") if env.vision else ""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401      input() then has a history, and lines can be edited
     print("You are the model. Type the answer alone or the whole JSON object.\n"
           '"help", "prompt" and "quit" cost no try.')
-    while True:
-        if not once:
-            seed = random.SystemRandom().randrange(10 ** 6)
-        print(f"\n---- episode {seed} (--seed {seed} plays it again) ----")
-        if not play_episode(env, seed, pictures) or once:
-            return
+    with tempfile.TemporaryDirectory(prefix="envs_") as pictures:
+        while True:
+            if not once:
+                seed = random.SystemRandom().randrange(10 ** 6)
+            print(f"\n---- episode {seed} (--seed {seed} plays it again) ----")
+            if not play_episode(env, seed, pictures) or once:
+                return
 
 
 def run(args, tasks, make_env):
