@@ -32,6 +32,8 @@ def older_rope(config):
             older["rope_local_base_freq"] = local["rope_theta"]
         elif local["rope_theta"] != rope["rope_theta"]:
             raise ValueError("one rotary base for each kind of layer")
+        elif local != rope and config["model_type"] != "olmo3":
+            raise ValueError("one rotary embedding for each kind of layer")
         if local.get("rope_type", "default") != "default":
             raise ValueError("a scaled rotary embedding in layers with a sliding window")
     scaling = dict(rope)

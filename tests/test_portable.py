@@ -83,6 +83,20 @@ def test_each_kind_of_rotary_embedding_has_its_old_words(config, older):
     assert json.dumps(config) == before
 
 
+@pytest.mark.parametrize("model_type, full, sliding, told", [
+    ("ministral", {"rope_type": "linear", "factor": 8.0}, {"rope_type": "default"},
+     "one rotary embedding for each kind of layer"),
+    ("olmo3", {"rope_type": "default"}, {"rope_type": "linear", "factor": 8.0},
+     "a scaled rotary embedding in layers with a sliding window"),
+    ("gemma3_text", {"rope_type": "default"}, None,
+     "a kind of layer without a rotary embedding")])
+def test_a_rotary_embedding_without_old_words_is_named(model_type, full, sliding, told):
+    rope = {"full_attention": full | {"rope_theta": 1e4},
+            "sliding_attention": sliding and sliding | {"rope_theta": 1e4}}
+    with pytest.raises(ValueError, match=told):
+        portable.older_rope({"model_type": model_type, "rope_parameters": rope})
+
+
 def test_what_version_4_cannot_say_is_told_once_and_is_whole_in_version_5(tmp_path, capsys):
     rope = {"full_attention": {"rope_type": "default", "rope_theta": 5e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
