@@ -228,8 +228,11 @@ def load_folder(path, vision, dtype, on_meta):
         if (folder / "adapter_config.json").is_file():
             raise ValueError(f"model {path!r}: an adapter (PEFT) without its model: "
                              "merge it into the model first")
+        advice = "support/tiny.py writes a tiny one"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.exists():
+            advice = f"to get it from the hub: hf download {path} --local-dir FOLDER"
         raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "
-                         "support/tiny.py writes a tiny one")
+                         f"{advice}")
     try:
         with warnings_passed_on(path):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

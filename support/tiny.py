@@ -30,8 +30,9 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import envs
-from support import running
+from support import portable, running
 from support.chat import read_text
+from support.loading import tokenizer_of
 from support.settings import read_settings
 from support.vision import FAMILIES, QwenProcessor
 
@@ -217,6 +218,7 @@ def main(config):
     transformers_logging.disable_progress_bar()
     backbone.save_pretrained(config.out)
     processor.save_pretrained(config.out)
+    portable.make_portable(config.out, tokenizer_of(processor))
     size = sum(p.numel() for p in backbone.parameters())
     print(f"{config.out}: a {type(backbone).__name__} of {size:,} parameters")
 

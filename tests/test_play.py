@@ -76,7 +76,8 @@ def test_the_tries_that_are_left_are_counted_down_and_a_solution_is_shown_after_
     lost = played(env, *["1"] * 9)
     assert verdicts(lost) == [("wrong_numbers", "-2", str(left))
                               for left in (4, 3, 2, 1)] + [("wrong_numbers", "-3", "0")]
-    assert lost.endswith(f"tries left: 0]\nA right reply would have been: {right}\n"
+    assert lost.endswith("tries left: 0; -1 of it because the last try failed]\n"
+                         f"A right reply would have been: {right}\n"
                          "Not solved after 5 replies, total reward -11.\n")
     assert lost.count("A right reply") == 1
 
