@@ -338,7 +338,7 @@ def broken(data, tmp_path, change):
 
 @pytest.mark.parametrize("change, told", [
     (lambda r: r[1].update(image="data/none.png"), "record 1: key 'image'.*none.png"),
-    (lambda r: r[1].update(image="data.json"), "record 1: key 'image'.*cannot identify"),
+    (lambda r: r[1].update(image="data.json"), "record 1: key 'image'.*it is none of PNG"),
     (lambda r: r[1].update(image="data/cut.png"), "record 1: key 'image'"),
     (lambda r: r[1].pop("image"), "record 1: key 'image': a task with pictures needs one"),
     (lambda r: r[1].update(image=["data/000000.png"] * 2),
