@@ -112,9 +112,41 @@ def check(path):
     except (OSError, ValueError, LookupError):   # a Config that cannot be read without running it
         return
     try:
-        parse_config(sketch)
+        check_needed(parse_config(sketch))
+    except ValueError as error:
+        fail(error)
     finally:
         flush_console()                  # --help into `| head`
+
+
+def check_needed(config):
+    """ValueError if a folder that the script needs is not named, or a model is not there."""
+    if hasattr(config, "keep_resume") and not getattr(config, "dump", ""):       # sft.py and rl.py
+        check_folders(config)
+    # A run that goes on reads its own checkpoint.
+    if getattr(config, "model", "") and not Path(config.out).exists():
+        check_model(config.model)
+
+
+def check_folders(config):
+    """ValueError unless the folders of a run are named."""
+    if not config.out or not config.model:
+        raise ValueError("--out and --model are required; --model is a folder, such as a "
+                         "checkpoint of sft.py or a tiny model of support/tiny.py")
+
+
+def check_model(path):
+    """ValueError unless this is a model folder, by its config; says how to get one."""
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"model {path!r}: an adapter (PEFT) without its model: merge it into the "
+                         "model first")
+    if not (folder / "config.json").is_file():
+        advice = "support/tiny.py writes a tiny one"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.exists():
+            advice = f"to get it from the hub: hf download {path} --local-dir FOLDER"
+        raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "
+                         f"{advice}")
 
 
 def sketch_config(path, name):

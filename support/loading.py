@@ -25,7 +25,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTex
                           AutoTokenizer, DynamicCache)
 from transformers import logging as transformers_logging
 
-from support import running
+from support import command_line, running
 from support.chat import user_message
 from support.vision import FAMILIES
 
@@ -224,15 +224,7 @@ def load_folder(path, vision, dtype, on_meta):
     no values. ValueError says why the folder cannot be used.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(f"model {path!r}: an adapter (PEFT) without its model: "
-                             "merge it into the model first")
-        advice = "support/tiny.py writes a tiny one"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.exists():
-            advice = f"to get it from the hub: hf download {path} --local-dir FOLDER"
-        raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "
-                         f"{advice}")
+    command_line.check_model(path)
     try:
         with warnings_passed_on(path):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from support import run_folder, running, settings
+from support.command_line import check_folders
 from support.running import flag, print0
 
 TYPES = ("float32", "bfloat16")
@@ -112,13 +113,6 @@ class Run:
 
 
 # ---- Options that contradict each other ----------------------------------------------------------
-
-def check_folders(config):
-    """ValueError unless both folders are named."""
-    if not config.out or not config.model:
-        raise ValueError("--out and --model are required; --model is a folder, such as a "
-                         "checkpoint of sft.py or a tiny model of support/tiny.py")
-
 
 def check_sft(config):
     """ValueError unless both folders are named and every process has a sample of each step."""

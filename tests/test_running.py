@@ -87,6 +87,13 @@ def without_torch(tmp_path, then):
     return {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONUNBUFFERED": "1"}
 
 
+DATA_BASE = str(ROOT / "data/base/gp-l")
+NEEDED = ("{name}: error: --out and --model are required; --model is a folder, such as a "
+          "checkpoint of sft.py or a tiny model of support/tiny.py\n")
+HUB = ("{name}: error: model 'of/hub': no such model folder (it would have a config.json); to get "
+       "it from the hub: hf download of/hub --local-dir FOLDER\n")
+
+
 @pytest.mark.parametrize("path", SCRIPTS)
 def test_a_command_line_is_answered_before_torch_is_imported(tmp_path, path):
     env = without_torch(tmp_path, "raise SystemExit('torch was imported')")
@@ -95,7 +102,13 @@ def test_a_command_line_is_answered_before_torch_is_imported(tmp_path, path):
                                  "you mean --out? --help lists them all\n"),
                                 (["--device"], 2, f"{name}: error: argument --device: expected one "
                                  "argument\n"), (["--help"], 0, ""),
-                                (["--device", "cpu"], 1, "torch was imported\n")):
+                                (["--model", "of/hub", "--out", "x"], 2, HUB.format(name=name)),
+                                (["--model", DATA_BASE, "--out", "x"], 1, "torch was imported\n"),
+                                (["--out", "x"], 2, NEEDED.format(name=name))):
+        if path not in ("sft.py", "rl.py") and words == ["--out", "x"]:
+            continue                                         # the others need no model
+        if path == "support/tiny.py" and "--out" in words:
+            continue                                         # it needs no model
         if path == "support/tiny.py" and "--device" in words:
             continue                                         # it has none
         done = subprocess.run([sys.executable, str(ROOT / path), *words], env=env,
@@ -114,8 +127,8 @@ def test_a_signal_while_torch_is_imported_ends_a_script_with_one_line(tmp_path, 
 
     def ignore():
         signal.signal(number, signal.SIG_IGN)                # as a shell does for `script &`
-    done = subprocess.run([sys.executable, str(ROOT / "sft.py")], env=env, capture_output=True,
-                          text=True, timeout=60, preexec_fn=ignore if ignored else None)
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py")], env=env,
+                          capture_output=True, text=True, timeout=60, preexec_fn=ignore if ignored else None)
     assert (done.returncode, done.stderr) == (status, told)
 
 
