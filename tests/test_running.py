@@ -128,7 +128,8 @@ def test_a_signal_while_torch_is_imported_ends_a_script_with_one_line(tmp_path, 
     def ignore():
         signal.signal(number, signal.SIG_IGN)                # as a shell does for `script &`
     done = subprocess.run([sys.executable, str(ROOT / "evaluate.py")], env=env,
-                          capture_output=True, text=True, timeout=60, preexec_fn=ignore if ignored else None)
+                          capture_output=True, text=True, timeout=60,
+                          preexec_fn=ignore if ignored else None)
     assert (done.returncode, done.stderr) == (status, told)
 
 
