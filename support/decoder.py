@@ -12,6 +12,7 @@ A decoder reads of the policy: backbone, dtype, autocast() and, for pictures, vi
     B  rows, each a prompt and its reply   P  columns of the prompts   T  tokens of a dialogue
     D  hidden size   V  vocabulary         F  numbers of a token in keys and values of all layers
 """
+import inspect
 import math
 import os
 
@@ -137,6 +138,11 @@ class BufferLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :self.end] for buffer in self.buffers)
 
 
+def cache_argument(model):
+    """What a model calls the argument for its cache, which transformers renamed in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class CacheDecoder:
     """Decode any causal LM over the Hugging Face cache.
 
@@ -150,6 +156,7 @@ class CacheDecoder:
 
     def __init__(self, policy, memory):
         self.policy, self.memory, self.model = policy, memory, policy.backbone
+        self.cache_name = cache_argument(self.model.model)
         weight = self.model.lm_head.weight.to(policy.dtype)
         # Cast once, as `wide_product` needs it.
         self.lm_head = weight if weight.is_cuda else weight.float()
@@ -210,7 +217,7 @@ class CacheDecoder:
             self.cache = self.make_cache([], 0, common)
             with self.policy.autocast():
                 ids = torch.tensor([prompts[0][:common]], device=self.policy.device)
-                self.model.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+                self.model.model(input_ids=ids, use_cache=True, **{self.cache_name: self.cache})
             beginning = self.flat([0])[0]
         else:
             beginning = pasts[lacking.index(False)][:common]
@@ -274,8 +281,8 @@ class CacheDecoder:
             vision["cross_attention_mask"] = self.cross_mask
         with self.policy.autocast():
             out = self.model.model(input_ids=input_ids, attention_mask=self.mask,
-                                   position_ids=position_ids, past_key_values=self.cache,
-                                   use_cache=True, **vision)
+                                   position_ids=position_ids, use_cache=True,
+                                   **{self.cache_name: self.cache}, **vision)
         last = out.last_hidden_state[:, -1].to(self.policy.dtype)              # (B, D)
         return wide_product(last, self.lm_head) / self.policy.logits_scaling
 

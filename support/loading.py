@@ -14,6 +14,7 @@ import logging
 import re
 import signal
 import threading
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from transformers import logging as transformers_logging
 
 from support import command_line, running
 from support.chat import user_message
+from support.decoder import cache_argument
 from support.vision import FAMILIES
 
 transformers_logging.set_verbosity_error()     # no bars and no hints of the library among our lines
@@ -125,10 +127,16 @@ def check_text(tokenizer, text):
     The name of a landmark, a prompt file and a data file may hold one. A verdict that repeats a
     reply holds none, since `reading.plain` replaces its characters.
     """
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and token.content in text:
-            raise ValueError(f"the text {text[:60]!r}... holds {token.content}, "
-                             "a control token of the model")
+    for token in control_tokens(tokenizer):
+        if token in text:
+            raise ValueError(f"the text {text[:60]!r}... holds {token}, a control token of the "
+                             "model")
+
+
+@lru_cache(maxsize=4)      # the tokenizer builds its table anew each time that it is asked
+def control_tokens(tokenizer):
+    """The texts of a tokenizer's control tokens."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
 def never_sampled(tokenizer, config, num_rows):
@@ -338,7 +346,7 @@ def check_model(path, backbone, processor, vision, encode, encode_reply):
         # Sampling drops the rows of replies that have ended.
         try:
             cache = DynamicCache(config=backbone.config.get_text_config())
-            backbone.model(input_ids=text, past_key_values=cache, use_cache=True)
+            backbone.model(input_ids=text, use_cache=True, **{cache_argument(backbone.model): cache})
             cache.reorder_cache(torch.tensor([0]))
         except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
             raise ValueError(f"model {path!r}: rows of its cache cannot be dropped "
