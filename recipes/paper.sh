@@ -17,6 +17,7 @@
 # Relative paths are relative to the repository. A script that was stopped goes on with the same
 # command.
 cd "$(dirname "$0")/.."
+source recipes/common.sh
 OUT=${OUT:-runs/$task${SMOKE:+-smoke${MODEL:+-$(basename "$MODEL")}}}
 SEED=${SEED:-0}
 [[ $task == *-vl ]] && vision=1 || vision=""
