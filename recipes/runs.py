@@ -8,7 +8,7 @@ terminal a line for each run shows its stage, its step and the time left. Elsewh
 printed each minute.
 
 Ctrl-C and SIGTERM are passed on to the commands, which save. This script waits for them and exits
-with 130 or 143. When a run fails, its error is printed and no other run begins.
+with 130 or 143. When a run fails, its error is printed, and the others save and stop.
 """
 import argparse
 import re
@@ -132,43 +132,55 @@ class Stop:
         if self.number is None:
             return
         number, self.number = self.number, None
-        for run in running:
-            run.process.send_signal(number)
+        send_all(running, number)
         if not self.status:
             self.status = 128 + number
-            screen.say(f"stopping, {' and '.join(run.name for run in running)} saving first")
+            screen.say(f"stopping, {names_of(running)} saving first")
+
+
+def send_all(running, number):
+    for run in running:
+        run.process.send_signal(number)
+
+
+def names_of(running):
+    return " and ".join(run.name for run in running) or "nothing"
 
 
 def run_all(waiting, side_by_side, screen):
     """Run them all; returns the exit status."""
-    num_runs, num_done, running, failed = len(waiting), 0, [], 0
-    stop = Stop()
-    while running or waiting and not (failed or stop.status):
-        while waiting and len(running) < side_by_side and not (failed or stop.status):
+    num_runs, num_done, running = len(waiting), 0, []
+    stop, ending = Stop(), 0             # `ending`: the exit status, once no other run begins
+    while running or waiting and not ending:
+        while waiting and len(running) < side_by_side and not ending:
             run = waiting.pop(0)
             run.begin_next()
             running.append(run)
             if not screen.live:
                 screen.say(f"{run.name} begins")
         stop.pass_on(running, screen)
+        ending = ending or stop.status
         for run in list(running):
-            run.go_on(bool(stop.status))
+            run.go_on(stopping=bool(ending))
             if run.status is None:
                 continue
             running.remove(run)
-            if run.status == 0:
+            if run.status == 0 and not run.commands:
                 num_done += 1
                 screen.say(f"{run.name} is done ({num_done} of {num_runs})")
-            elif not stop.status:
-                failed = run.status
+            elif run.status and not ending:
+                ending = run.status
                 screen.say("\n   ".join([f"{run.name} ended early:", *run.fault()]))
+                if running:
+                    screen.say(f"stopping, {names_of(running)} saving first")
+                    send_all(running, signal.SIGTERM)
         if running:
             screen.show(running, num_done, num_runs)
             time.sleep(0.2)
     screen.clear()
-    if stop.status:
+    if ending:
         screen.say("stopped; the same command goes on")
-    return stop.status or failed
+    return ending
 
 
 def main():

@@ -346,7 +346,8 @@ def check_model(path, backbone, processor, vision, encode, encode_reply):
         # Sampling drops the rows of replies that have ended.
         try:
             cache = DynamicCache(config=backbone.config.get_text_config())
-            backbone.model(input_ids=text, use_cache=True, **{cache_argument(backbone.model): cache})
+            backbone.model(input_ids=text, use_cache=True,
+                           **{cache_argument(backbone.model): cache})
             cache.reorder_cache(torch.tensor([0]))
         except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
             raise ValueError(f"model {path!r}: rows of its cache cannot be dropped "

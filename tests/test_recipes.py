@@ -33,16 +33,28 @@ def sh(script):
 
 def test_the_commands_of_a_run_follow_each_other_and_a_fault_of_this_attempt_is_shown(tmp_path):
     (tmp_path / "log_bad").write_text("rl.py: error: of an earlier attempt\n")
-    jobs = {"good": [sh("echo one; sleep 0.6"), sh("echo two")],
-            "bad": [sh("echo begins; echo 'sft.py: error: no such model' >&2; exit 2")],
-            "later": [sh("echo never")]}
+    jobs = {"good": [sh("echo one"), sh("echo two")],
+            "bad": [sh("sleep 1.5; echo 'sft.py: error: no such model' >&2; exit 2")]}
     process = started(jobs, tmp_path)
     said, _ = process.communicate(timeout=30)
     assert process.returncode == 2
     assert (tmp_path / "log_good").read_text() == "one\ntwo\n"
     assert "bad ended early:\n   sft.py: error: no such model\n" in said
-    assert "earlier attempt" not in said and "good is done (1 of 3)" in said
+    assert "earlier attempt" not in said and "good is done (1 of 2)" in said
+    assert said.endswith("== gp-l: stopped; the same command goes on\n")
+
+
+def test_a_fault_stops_the_others_which_save(tmp_path):
+    saving = SAVES + "while true; do sleep 0.1; done"
+    process = started({"long": [sh(saving), sh("echo second")],
+                       "bad": [sh("sleep 1; echo 'rl.py: error: no'; exit 2")],
+                       "later": [sh("echo never")]}, tmp_path)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 2 and (tmp_path / "log_long").read_text() == "saved\n"
     assert not (tmp_path / "log_later").exists()
+    assert said.endswith("bad ended early:\n   rl.py: error: no\n"
+                         "== gp-l: stopping, long saving first\n"
+                         "== gp-l: stopped; the same command goes on\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
