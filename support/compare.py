@@ -394,6 +394,27 @@ def study_runs(folders, paper):
     return study
 
 
+def difference(study, one, other, metric, split):
+    """The paired difference of two arms on a split: (mean, standard error, number of starts).
+
+    Both are compared at their checkpoints nearest to the budget. With several starts the difference
+    is that of each start, and the error is over starts. With one it is over runs or episodes, as if
+    the arms had nothing in common.
+    """
+    means = []
+    rows_of = [study.nearest(arm, split) for arm in (one, other)]
+    for rows in rows_of:
+        by_start = {}
+        for row in rows:
+            by_start.setdefault(row["start"], []).append(100 * row[metric])
+        means.append({start: mean(values) for start, values in by_start.items()})
+    differences = [value - means[1][start] for start, value in means[0].items()]
+    if len(differences) > 1:
+        return *mean_and_standard_error(differences), len(differences)
+    errors = [metric_and_error(rows, metric)[1] for rows in rows_of]
+    return differences[0], math.hypot(*errors), 1
+
+
 # ---- In words ------------------------------------------------------------------------------------
 
 def in_words(metric):
@@ -476,7 +497,26 @@ def judged_by(study, paper):
     return " and ".join(dict.fromkeys(names))
 
 
-def findings(study):
+def contrasts(study, paper):
+    """What RL has more than SFT from the same starts, a sentence for each pair and split."""
+    sentences = []
+    methods = {arm: arm.split()[0] for arm in study.tried}
+    pairs = [(one, other) for one in study.tried for other in study.tried
+             if (methods[one], methods[other]) == ("RL", "SFT")]
+    for one, other in pairs:
+        for split in study.splits:
+            told = []
+            measures = {paper.metric(study.task, split): "", "first_try": "first tries "}
+            for metric, words in measures.items():
+                value, error, num = difference(study, one, other, metric, split)
+                over = f" ({num} starts, p = {p_value(value, error, num):.2g})" if num > 1 else ""
+                told.append(f"{words}{value:+.1f} ± {error:.1f} points{over}")
+            sentences.append(f"{one} minus {other} on {TITLES.get(split, split)}: "
+                             f"{'; '.join(told)}.")
+    return sentences
+
+
+def findings(study, paper):
     """What was found, a sentence each."""
     sentences = []
     for sign in study.signs:
@@ -490,7 +530,7 @@ def findings(study):
     sentences.append(f"Of the paper's {len(study.signs)} signs {counts['met']} met, "
                      f"{counts['not met']} not met, {counts['undecided']} undecided: within two "
                      "standard errors.")
-    return sentences
+    return sentences + contrasts(study, paper)
 
 
 def how_many(study):
@@ -519,7 +559,7 @@ def print_study(study, paper):
     if any(metric in LOWER_BOUNDS for metric in study.metrics):
         print(f"\n{textwrap.fill(BOUND, 80)}")
     print(f"\nFound, in points of {judged_by(study, paper)}:")
-    for sentence in findings(study):
+    for sentence in findings(study, paper):
         print(textwrap.fill(sentence, 80, subsequent_indent="  "))
 
 

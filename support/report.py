@@ -374,7 +374,7 @@ def claim(study, paper):
 def page(study, paper, make_env):
     """The whole page as HTML."""
     colours = colours_of(study.tried)
-    sentences = [f"<li>{text(sentence)}</li>" for sentence in compare.findings(study)]
+    sentences = [f"<li>{text(sentence)}</li>" for sentence in compare.findings(study, paper)]
     shown = hands(study, make_env)
     options = "".join(f'<option value="{text(split)}">{text(compare.TITLES.get(split, split))}'
                       "</option>" for split in study.splits)

@@ -338,6 +338,21 @@ def test_errors_are_over_starts_where_every_seed_has_its_own(tmp_path, capsys):
             "  is undecided.") in out
 
 
+def test_what_rl_has_more_than_sft_is_paired_by_start(tmp_path, capsys):
+    for number, (sft, rl) in enumerate(((0.08, 0.12), (0.20, 0.28))):
+        write_run(tmp_path / f"sft{number}", "SFT", [(0, 0.0, 0.1), (5, 50.0, sft)],
+                  start=f"start{number}")
+        write_run(tmp_path / f"rl{number}", "RL", [(1, 60.0, rl)], start=f"start{number}")
+    one, two = [[str(tmp_path / f"{arm}{number}") for arm in ("sft", "rl")] for number in (0, 1)]
+    compare_runs(one + two)
+    # 4 and 8 points: t = 3 with one degree of freedom
+    assert ("RL minus SFT on the other rule: +6.0 ± 2.0 points (2 starts, p = 0.2); first\n"
+            "  tries +0.0 ± 0.0 points (2 starts, p = 1).") in capsys.readouterr().out
+    compare_runs(one)
+    assert ("RL minus SFT on the other rule: +4.0 ± 1.4 points; first tries +0.0 ± 2.8\n"
+            "  points.") in capsys.readouterr().out
+
+
 def test_one_start_and_one_run_under_several_spellings_are_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "city").mkdir()
