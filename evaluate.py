@@ -393,7 +393,7 @@ def evaluate_run(config):
     config = finish_config(evaluation.take_settings(config, run, trained, envs.TASKS))
     run_folder.hold(run, "evaluating")
     checkpoints = evaluation.list_checkpoints(run, trained["model"], config.start)
-    known = evaluation.open_log(run / "eval.jsonl", "step", "split", "seed", "settings")
+    known = evaluation.open_logs(run, "step")
     for point in running.progress(checkpoints, desc=f"checkpoints of {run}"):
         called = f"{run} step {point.step}" if point.step else f"start {point.path}"
         evaluate_model(point.path, called, [row for row in known if row["step"] == point.step],

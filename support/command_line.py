@@ -33,6 +33,11 @@ class OneLineParser(argparse.ArgumentParser):
         fail(message)
 
 
+class Console:
+    """Whether stderr, where it is a log, stands within a line, such as that of a progress bar."""
+    within_line = False
+
+
 def fail(message, alone=False):
     """Print one line and exit with 2, which is the ending for the user's mistakes.
 
@@ -41,6 +46,8 @@ def fail(message, alone=False):
     flush_console()
     if RANK == 0 or alone:
         message = " ".join(str(message).splitlines())    # a path may hold a line break
+        if Console.within_line:
+            print(file=sys.stderr)
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -124,7 +131,8 @@ def check_needed(config):
     if hasattr(config, "keep_resume") and not getattr(config, "dump", ""):       # sft.py and rl.py
         check_folders(config)
     # A run that goes on reads its own checkpoint.
-    if getattr(config, "model", "") and not Path(config.out).exists():
+    goes_on = config.out and Path(config.out).exists()
+    if getattr(config, "model", "") and not goes_on:
         check_model(config.model)
 
 

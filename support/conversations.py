@@ -63,6 +63,8 @@ def read_records(path):
         records = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"data file {path}: {error}") from None
+    if isinstance(records, dict):                # a file of lines that has a single one
+        records = [records]
     if not isinstance(records, list) or not records:
         raise ValueError(f"data file {path}: expected a non-empty list of records, got "
                          f"{type(records).__name__}")

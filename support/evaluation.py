@@ -257,21 +257,25 @@ def open_out(out, checkpoint):
     running.gather(None)   # all have looked
     Path(out).mkdir(parents=True, exist_ok=True)
     run_folder.hold(out, "evaluating")
-    return known_rows(out, checkpoint)
+    return known_rows(out, str(Path(checkpoint)))   # as rows name it, without a last slash
 
 
 def known_rows(folder, checkpoint):
     """The rows of eval.jsonl in a folder that are of this checkpoint."""
-    rows = open_log(Path(folder) / "eval.jsonl", "checkpoint", "split", "seed", "settings")
-    return [row for row in rows if row["checkpoint"] == checkpoint]
+    return [row for row in open_logs(folder) if row["checkpoint"] == checkpoint]
 
 
-def open_log(path, *keys):
-    """The rows of a log, with these keys. A file is written anew, without a torn last line."""
-    rows = running.read_jsonl(path, *keys)
-    if Path(path).exists():
-        running.write_jsonl(path, rows)
-    return rows
+def open_logs(folder, *more_keys):
+    """The rows of eval.jsonl in a folder; ValueError if it or dialogues.jsonl is damaged.
+
+    Both files are written anew, without a torn last line.
+    """
+    transcripts.read_dialogues(Path(folder) / "dialogues.jsonl")
+    for name in ("dialogues.jsonl", "eval.jsonl"):
+        if (Path(folder) / name).exists():
+            running.write_jsonl(Path(folder) / name, running.read_jsonl(Path(folder) / name))
+    return running.read_jsonl(Path(folder) / "eval.jsonl", "checkpoint", "split", "seed",
+                              "settings", *more_keys)
 
 
 def log_evaluation(folder, row, said, **point):
@@ -282,7 +286,6 @@ def log_evaluation(folder, row, said, **point):
     """
     if said:
         about = {name: row[name] for name in ("checkpoint", "split", "seed", "settings")}
-        open_log(Path(folder) / "dialogues.jsonl")
         running.log_jsonl(Path(folder) / "dialogues.jsonl", step=point.get("step", 0), **about,
                           dialogues=said)
     running.log_jsonl(Path(folder) / "eval.jsonl", **point, **row)

@@ -9,7 +9,8 @@ NUMBER = (int, float)
 # What a value is wherever a row of a log has it.
 KINDS = {"step": int, "seed": int, "env": int, "episode": int, "turn": int, "split": str, "of": str,
          "settings": dict, "replies": (dict, int), "endings": dict, "verdicts": list,
-         "messages": list, "gflops": NUMBER, "gflops_paper": NUMBER}
+         "messages": list, "gflops": NUMBER, "gflops_paper": NUMBER, "checkpoint": str,
+         "expert": str, "position": int, "dialogues": list}
 NAMES = {int: "a whole number", str: "a text", dict: "an object", list: "a list",
          NUMBER: "a number", (dict, int): "an object or a whole number"}
 

@@ -283,25 +283,30 @@ def hand(title, split, columns, picture):
 
 
 def dialogues_of(study):
-    """What was kept of the evaluations: (run folder, step, split, seed) -> its dialogues."""
+    """What was kept of the evaluations: which one (`transcripts.evaluation_of`) -> its dialogues.
+
+    Any run may have tested the start.
+    """
     runs = {row["run"] for arm in study.tried for row in study.arms[arm]}
     found = {}
     for run in sorted(runs):
+        of_run = {}
         for row in transcripts.read_dialogues(Path(run) / "dialogues.jsonl"):
-            # A start is looked up without its run: any of its runs may have tested it.
-            of = (run if row["step"] else None, row["step"], row["split"], row["seed"])
-            found.setdefault(of, []).append(row)
+            of_run.setdefault(transcripts.evaluation_of(row), []).append(row)
+        found |= of_run
     return found
 
 
 def same_hands(study, split):
-    """For the start and each arm (run folder or None, step, seed) of one start and one seed."""
+    """For the start and each arm a row of eval.jsonl, all of one start and one seed."""
     first = study.nearest(study.tried[0], split)[0]
-    chosen = {"start": (None, 0, first["seed"])}
-    for arm in study.tried:
-        for row in study.nearest(arm, split):
+    rows = {"start": [row for row in study.arms["start"] if row["split"] == split]}
+    rows |= {arm: study.nearest(arm, split) for arm in study.tried}
+    chosen = {}
+    for arm in rows:
+        for row in rows[arm]:
             if (row["start"], row["seed"]) == (first["start"], first["seed"]):
-                chosen[arm] = row["run"], row["step"], row["seed"]
+                chosen.setdefault(arm, row)
     return chosen
 
 
@@ -311,8 +316,8 @@ def hands(study, make_env):
     for split in study.splits:
         played = {}                          # (episode, position) -> arm -> dialogue
         chosen = same_hands(study, split)
-        for arm, (run, step, seed) in chosen.items():
-            for row in kept.get((run, step, split, seed), ()):
+        for arm, tested in chosen.items():
+            for row in kept.get(transcripts.evaluation_of(tested), ()):
                 played.setdefault((row["episode"], row["position"]), {})[arm] = row
         on_routes = len({position for _, position in played}) > 1
         for (episode, position), columns in sorted(played.items()):
@@ -378,7 +383,8 @@ def page(study, paper, make_env):
     shown = hands(study, make_env)
     options = "".join(f'<option value="{text(split)}">{text(compare.TITLES.get(split, split))}'
                       "</option>" for split in study.splits)
-    viewer = '<p class="soft">These runs hold no dialogues: evaluate them again to see some.</p>'
+    viewer = ('<p class="soft">These runs hold no dialogues. To see some, delete their eval.jsonl '
+              "and evaluate them again.</p>")
     if shown:
         viewer = f"""<div class="controls" hidden>
 <button id="before" type="button">← previous</button>

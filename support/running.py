@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # Scripts find these here as well: running.flag, running.read_jsonl.
+from support import command_line
 from support.command_line import (RANK, OneLineParser, fail, flag,  # noqa: F401
                                   flush_console, parse_config)
 from support.logs import read_jsonl, read_object, read_run_config  # noqa: F401
@@ -116,6 +117,7 @@ class LogStream:
     goes on."""
 
     def write(self, text):
+        command_line.Console.within_line = not text.endswith("\n")     # as a bar leaves it
         with contextlib.suppress(OSError):
             sys.stderr.write(text)
 

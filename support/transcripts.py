@@ -12,11 +12,12 @@ A page holds all that it shows; it loads nothing from elsewhere.
 import base64
 import html
 import io
+import json
 import re
 from pathlib import Path
 
 from support.chat import printable
-from support.logs import read_jsonl, read_run_config
+from support.logs import check_row, read_jsonl, read_run_config
 from support.settings import read_settings, read_splits
 
 STYLE = """
@@ -47,14 +48,18 @@ def read_dialogues(path):
     for number, row in enumerate(read_jsonl(path, "step", "checkpoint", "split", "seed", "settings",
                                             "dialogues"), 1):
         about = {key: value for key, value in row.items() if key != "dialogues"}
-        if not isinstance(row["dialogues"], list):
-            raise ValueError(f"{path}, line {number}: key 'dialogues' must be a list")
         found = []
         for dialogue in row["dialogues"]:
             check_conversation(dialogue, f"{path}, line {number}", SHOWN_TESTED)
             found.append(about | dialogue)
-        evaluations[row["checkpoint"], row["step"], row["split"], row["seed"]] = found
+        evaluations[evaluation_of(row)] = found
     return [dialogue for found in evaluations.values() for dialogue in found]
+
+
+def evaluation_of(row):
+    """What tells the evaluation of a row, of eval.jsonl or dialogues.jsonl, from all others."""
+    keys = ("checkpoint", "step", "split", "seed", "settings")
+    return json.dumps([row[key] for key in keys], sort_keys=True)
 
 
 def read_rows(run):
@@ -85,6 +90,10 @@ def check_conversation(row, where, keys=SHOWN):
         raise ValueError(f"{where}: a dialogue must be an object, got {str(row)[:40]}")
     if lacking := [key for key in keys if key not in row]:
         raise ValueError(f"{where}: has no {lacking[0]!r}")
+    try:
+        check_row(row, keys)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     for message in row["messages"]:
         texts = []
         if isinstance(message, dict):

@@ -681,3 +681,15 @@ def test_a_signal_ends_it_at_once_and_what_came_is_kept(
     assert len(running.read_jsonl(tmp_path / "api" / "replies.jsonl")) == 2
     mine = {thread for thread in threading.enumerate() if thread not in before}
     assert all(thread.daemon for thread in mine)
+
+
+@pytest.mark.parametrize("body", [
+    "x" * 960 + " sk-a/b+c\"123456789" + "x" * 100,                # a limit would cut the key
+    json.dumps({"odd": "sk-a/b+c\"123456789"}),                     # as JSON spells it
+    json.dumps({"odd": "sk-a/b+c\"123456789"}).replace("/", "\\/")])
+def test_a_key_is_hidden_however_it_is_cut_or_spelled(api, monkeypatch, capsys, body):
+    monkeypatch.setenv("API_KEY", "sk-a/b+c\"123456789")
+    with pytest.raises(SystemExit):
+        api([(401, body)] * 9, episodes=1)
+    err = capsys.readouterr().err
+    assert "HTTP 401" in err and "sk-a" not in err and "123456" not in err

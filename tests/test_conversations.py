@@ -70,7 +70,8 @@ def test_the_released_data_shape_is_read_one_sample_a_reply_in_seeded_order(tmp_
 
 
 @pytest.mark.parametrize("content, told", [
-    ("{", "data.json"), ("{}", "expected a non-empty list"), ("[]", "expected a non-empty list"),
+    ("{", "data.json"), ("{}", "record 0: key 'conversations'"),
+    ("[]", "expected a non-empty list"),
     (json.dumps([record("q", "a"), {"conversation": []}]), "record 1: key 'conversations'"),
     (json.dumps([record("q")]), "record 0: key 'conversations'"),
     (json.dumps([{"conversations": [{"from": "gpt", "value": "a"},

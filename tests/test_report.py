@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from support import compare, evaluation, report, running, transcripts
 HOSTILE = '</p><script>alert(1)</script>\x1b]0;owned\x07 "number": [<b>9</b>, 2]'
 
 
-def play(folder, step, replies, splits=("id", "rule_ood"), task="gp-l", **env):
+def play(folder, step, replies, splits=("id", "rule_ood"), task="gp-l", model="", **env):
     """Evaluate a model that says these replies in turn; {} stands for the expert's. As evaluate.py
     does it for a run."""
     for split in splits:
@@ -26,21 +27,21 @@ def play(folder, step, replies, splits=("id", "rule_ood"), task="gp-l", **env):
             return [(watched[i].expert_reply() if text == {} else text, "stop")
                     for i, text in zip(pending, texts)]
         episodes = evaluate.play_episodes(reply, watched, 0)
-        row = {"checkpoint": str(folder), "split": split, "seed": 0,
+        row = {"checkpoint": model or str(folder), "split": split, "seed": 0,
                **evaluate.summarise(episodes, 2, watched[0].kinds),
                "settings": {"task": task, "env": dict(watched[0].settings)}}
         evaluation.log_evaluation(folder, row, recorder.rows(), step=step, gflops=10.0 * step,
                                   gflops_paper=10.0 * step)
 
 
-def run_of(folder, steps, replies, **options):
-    """A run whose start fails every hand, and whose checkpoints say these replies."""
+def run_of(folder, steps, replies, begins="no", model="start", **options):
+    """A run whose start says `begins`, and whose checkpoints say these replies."""
     folder.mkdir()
     length = {"steps": 2} if "sft" in folder.name else {"updates": 2}
-    config = {"task": options.get("task", "gp-l"), "model": "start", "dtype": "float32", **length}
+    config = {"task": options.get("task", "gp-l"), "model": model, "dtype": "float32", **length}
     (folder / "config.json").write_text(json.dumps(config))
     running.log_jsonl(folder / "metrics.jsonl", step=2, seconds=90.0)
-    play(folder, 0, ["no"], **options)
+    play(folder, 0, [begins], model=model, **options)
     for step in steps:
         play(folder, step, replies, **options)
     return str(folder)
@@ -144,6 +145,62 @@ def test_a_page_of_pictures_shows_them(tmp_path):
     evaluate.compare_runs(evaluate.Config(compare=(f"{tmp_path}/sft,{tmp_path}/rl",),
                                           html=str(tmp_path / "page.html")))
     assert (tmp_path / "page.html").read_text().count("<img alt=") == 3
+
+
+def first_replies(page):
+    """{arm: its first reply at the first hand}."""
+    hand = page.split('<section class="hand"')[1]
+    said = r'<h3>([^<]+)</h3>\n<div class="said">.*?<p class="reply">(.*?)</p>'
+    return dict(re.findall(said, hand, re.S))
+
+
+def test_each_hand_shows_what_its_own_start_said_under_the_settings_of_the_table(tmp_path):
+    """Two starts that were tested on the same seed, and runs that were tested twice."""
+    metrics = {name: task.metrics for name, task in envs.TASKS.items()}
+    paper = compare.Reference(evaluate.PAPER, evaluate.SIGNS, metrics)
+    runs = []
+    for start in "mn":
+        for arm in ("sft", "rl"):
+            (tmp_path / start).mkdir(exist_ok=True)
+            folder = tmp_path / start / arm
+            runs.append(run_of(folder, [2], [f"{arm} from {start}"], begins=f"start {start}",
+                               model=start))
+    page = report.page(compare.study_runs(runs, paper), paper, envs.make_env)
+    assert first_replies(page) == {"start": "start m", "SFT": "sft from m", "RL": "rl from m"}
+    for folder in runs[:2]:
+        play(Path(folder), 0, ["again"], model="m", feedback="plain")
+        play(Path(folder), 2, ["again"], feedback="plain")
+    page = report.page(compare.study_runs(runs[:2], paper), paper, envs.make_env)
+    assert first_replies(page) == {"start": "again", "SFT": "again", "RL": "again"}
+    assert len(transcripts.read_dialogues(Path(runs[0]) / "dialogues.jsonl")) == 2 * 2 * 2 * 3
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"verdicts": None}, "key 'verdicts' is 'None', must be a list"),
+    ({"messages": 5}, "key 'messages' is '5', must be a list"),
+    ({"expert": None}, "key 'expert' is 'None', must be a text"),
+    ({"position": "1"}, "key 'position' is '1', must be a whole number"),
+    ({"verdicts": [["correct"]]}, "a verdict must be"), ("none", "a dialogue must be an object")])
+def test_a_damaged_file_of_dialogues_is_named_before_anything_is_played(tmp_path, change, told):
+    run_of(tmp_path / "rl", [1], [{}])
+    path = tmp_path / "rl" / "dialogues.jsonl"
+    rows = running.read_jsonl(path)
+    rows[0]["dialogues"][0] = change if change == "none" else rows[0]["dialogues"][0] | change
+    running.write_jsonl(path, rows)
+    with pytest.raises(ValueError, match=f"dialogues.jsonl, line 1.*{told}"):
+        transcripts.read_run(path, "", envs.make_env)
+    with pytest.raises(ValueError, match=told):
+        evaluation.open_logs(tmp_path / "rl")
+    (tmp_path / "rl" / "config.json").unlink()
+    with pytest.raises(ValueError, match=told):
+        evaluation.open_out(str(tmp_path / "rl"), "x")
+
+
+def test_a_checkpoint_is_the_same_with_a_slash_behind_it(tmp_path):
+    (tmp_path / "out").mkdir()
+    play(tmp_path / "out", 0, ["no"])
+    for name in (f"{tmp_path}/out", f"{tmp_path}/out/", f"{tmp_path}/./out"):
+        assert len(evaluation.open_out(str(tmp_path / "out"), name)) == 2
 
 
 PRESS = """<script>

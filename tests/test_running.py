@@ -60,6 +60,17 @@ def test_a_bad_option_ends_with_one_line_that_says_what_is_allowed(argv, told, c
     assert exit.value.code == 2 and told in err and err.count("\n") == 1
 
 
+def test_an_error_behind_a_bar_stands_on_a_line_of_its_own(capsys):
+    running.LogStream().write("\rsft:  45%|####5     | 90/200")
+    with pytest.raises(SystemExit):
+        running.fail("loss nan")
+    running.LogStream().write("done\n")
+    with pytest.raises(SystemExit):
+        running.fail("again")
+    err = capsys.readouterr().err
+    assert "90/200\n" in err and "error: loss nan\ndone\n" in err and err.count("\n") == 4
+
+
 # ---- Before torch is imported
 
 SCRIPTS = ("sft.py", "rl.py", "evaluate.py", "support/tiny.py", "data/own_failures.py")
@@ -104,7 +115,11 @@ def test_a_command_line_is_answered_before_torch_is_imported(tmp_path, path):
                                  "argument\n"), (["--help"], 0, ""),
                                 (["--model", "of/hub", "--out", "x"], 2, HUB.format(name=name)),
                                 (["--model", DATA_BASE, "--out", "x"], 1, "torch was imported\n"),
-                                (["--out", "x"], 2, NEEDED.format(name=name))):
+                                (["--out", "x"], 2, NEEDED.format(name=name)),
+                                (["--model", "of/hub"], 2, "")):
+        if path != "evaluate.py" and words == ["--model", "of/hub"]:
+            continue                                         # the others need --out, too
+        told = told or status == 2 and HUB.format(name=name) or ""
         if path not in ("sft.py", "rl.py") and words == ["--out", "x"]:
             continue                                         # the others need no model
         if path == "support/tiny.py" and "--out" in words:
