@@ -430,11 +430,17 @@ COUNTED = {
     "retries": "later tries that are right",
     "repeats": "later tries that are word for word an earlier one",
     "step_accuracy": "replies that are right",
+    "step_accuracy_turn": "replies that are right where a direction must be named",
     "paper_step_accuracy": "replies that are right, counted as the paper's code does",
     "recognition": "hands whose four cards the first reply names, in any order",
     "rank_accuracy": "cards that the first reply names in their place",
     "solved_and_read": "hands solved and read (lower bound of the paper's measure)",
 }
+
+
+def task_name(task):
+    """A task as the pages spell it: virl-l is V-IRL-L."""
+    return task.upper().replace("VIRL", "V-IRL")
 
 
 def what_is_counted(metric, task, tries):
@@ -550,7 +556,7 @@ BOUND = ("Lower bound: the official code plays on until one reply solves a hand 
 def print_study(study, paper):
     """Print tables of at most 80 columns for up to three splits, then what was found."""
     tries = study.arms["start"][0]["settings"]["env"]["verify_iter"]
-    print(f"\n{study.task}, after about {study.budget:,.0f} GFLOPs of post-training: values in %,"
+    print(f"\n{task_name(study.task)}, after about {study.budget:,.0f} GFLOPs of post-training: values in %,"
           "\nchanges since the start in points, ± standard errors")
     print(textwrap.fill(how_many(study), 80))
     for metric in study.metrics:
@@ -621,7 +627,7 @@ def draw(study, figure, paper):
             start = study.cells[metric, split, "start"].value
             axis.plot([0], [start], "k*", markersize=11, label="start", zorder=3)
             draw_paper(axis, paper.numbers.get((study.task, split, metric), ()))
-            axis.set(title=f"{study.task.upper()}: {TITLES.get(split, split)}",
+            axis.set(title=f"{task_name(study.task)}: {TITLES.get(split, split)}",
                      xlabel="GFLOPs of post-training")
         panels[0].set_ylim(bottom=-0.03 * panels[0].get_ylim()[1])   # no curve on the frame
         panels[0].set_ylabel(textwrap.fill("% of " + what_is_counted(metric, study.task, tries),

@@ -393,7 +393,7 @@ def page(study, paper, make_env):
 <label>rule <select id="split"><option value="">all</option>{options}</select></label>
 <label><input id="only" type="checkbox"> only where arms differ</label></div>
 {"".join(shown)}"""
-    name = f"{study.task}: what SFT and RL do to a rule they were not trained on"
+    name = f"{compare.task_name(study.task)}: what SFT and RL do to a rule they were not trained on"
     return "\n".join([
         '<!doctype html>', '<html lang="en">', '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
