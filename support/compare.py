@@ -556,8 +556,8 @@ BOUND = ("Lower bound: the official code plays on until one reply solves a hand 
 def print_study(study, paper):
     """Print tables of at most 80 columns for up to three splits, then what was found."""
     tries = study.arms["start"][0]["settings"]["env"]["verify_iter"]
-    print(f"\n{task_name(study.task)}, after about {study.budget:,.0f} GFLOPs of post-training: values in %,"
-          "\nchanges since the start in points, ± standard errors")
+    print(f"\n{task_name(study.task)}, after about {study.budget:,.0f} GFLOPs of post-training:")
+    print("values in %, changes since the start in points, ± standard errors")
     print(textwrap.fill(how_many(study), 80))
     for metric in study.metrics:
         print(f"\n{textwrap.fill(what_is_counted(metric, study.task, tries), 80)}")
