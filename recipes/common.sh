@@ -1,5 +1,11 @@
 # What the recipes share; each of them reads this file with `source`.
 
+# A recipe takes settings as environment variables, and no arguments. It then shows its first lines.
+[ $# = 0 ] || {
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0" >&2
+    exit 2
+}
+
 # attended COMMAND...: run it and await its end. A stop (Ctrl-C, SIGTERM, a closed terminal) lets it
 # save, and then ends the recipe with 130, 143 or 129.
 attended() {

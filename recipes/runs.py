@@ -70,7 +70,7 @@ class Run:
                 stage, done, total, left = bar.groups()
                 left = "" if left == "?" else f", {left} left"
                 return f"{STAGES.get(stage, stage)} {done} of {total}{left}"
-        return "begins"
+        return "loading"
 
     def fault(self):
         """The line in which a command says why it ended; without one, the last five lines."""
@@ -88,7 +88,7 @@ class Screen:
         self.drawn, self.due = 0, EVERY
 
     def minutes(self):
-        return (time.monotonic() - self.began) / 60
+        return int(time.monotonic() - self.began) // 60
 
     def clear(self):
         """Take the live lines away."""
@@ -98,7 +98,7 @@ class Screen:
 
     def say(self, text):
         self.clear()
-        self.write(f"== {self.title}: {text}\n")
+        self.write("\r" * self.live + f"== {self.title}: {text}\n")     # ^C may stand there
 
     def write(self, text):
         with contextlib.suppress(OSError):     # the terminal may be closed; the runs still save
@@ -107,14 +107,14 @@ class Screen:
 
     def show(self, running, num_done, num_runs):
         if not self.live:
-            if self.minutes() * 60 >= self.due:
+            if time.monotonic() - self.began >= self.due:
                 self.due += EVERY
                 stands = "; ".join(f"{run.name}: {run.where()}" for run in running)
-                self.say(f"{self.minutes():.0f} min; {stands}")
+                self.say(f"{self.minutes()} min; {stands}")
             return
         self.clear()
         lines = [f"   {self.title}: {num_done} of {num_runs} runs done, "
-                 f"{self.minutes():.0f} minutes so far"]
+                 f"{self.minutes()} min so far"]
         width = max(len(run.name) for run in running)
         lines += [f"   {run.name:{width}}  {run.where()}" for run in running]
         columns = shutil.get_terminal_size().columns - 1

@@ -61,7 +61,7 @@ gp-l | gp-vl)
     tied=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5"
           "--temperature 0.5 --lr 3e-5 --lr-final 3e-5"
           "--temperature 0.5 --lr 5e-5 --lr-final 5e-5")
-    test="--episodes 500 --dtype float32"
+    test="--episodes 500 --dtype float32 --dialogues 64"
     if [ "$TASK" = gp-vl ]; then
         env=(resolution=224) test="--episodes 300 --dtype float32 --splits id rule_ood visual_ood"
         rl_settings=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5")
@@ -104,7 +104,7 @@ check_jobs
 check_numbers STARTS SEEDS
 [ ! -e "$OUT" ] || [ -d "$OUT" ] || { echo "OUT=$OUT: is a file, not a folder" >&2; exit 2; }
 mkdir -p "$OUT"
-say() { echo "== $TASK: $1 ($((SECONDS / 60)) minutes so far)"; }
+say() { echo "== $TASK: $1 ($((SECONDS / 60)) min so far)"; }
 [ "$TASK" != virl-l ] || [ -d "$DATA" ] ||
     python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
 jobs=() runs=()

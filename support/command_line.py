@@ -1,6 +1,7 @@
 """A script's command line: its flags, errors of one line, an answer before torch is imported."""
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -38,6 +39,14 @@ class Console:
     within_line = False
 
 
+def end_line():
+    """What is printed next begins a line."""
+    if Console.within_line:
+        Console.within_line = False
+        with contextlib.suppress(OSError):       # nobody reads the log any more
+            print(file=sys.stderr, flush=True)
+
+
 def fail(message, alone=False):
     """Print one line and exit with 2, which is the ending for the user's mistakes.
 
@@ -46,8 +55,7 @@ def fail(message, alone=False):
     flush_console()
     if RANK == 0 or alone:
         message = " ".join(str(message).splitlines())    # a path may hold a line break
-        if Console.within_line:
-            print(file=sys.stderr)
+        end_line()
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -151,6 +159,8 @@ def check_model(path):
                          "model first")
     if not (folder / "config.json").is_file():
         advice = "support/tiny.py writes a tiny one"
+        if inside := sorted(str(path.parent) for path in folder.glob("*/config.json")):
+            advice = f"model folders in it: {', '.join(inside)}"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.exists():
             advice = f"to get it from the hub: hf download {path} --local-dir FOLDER"
         raise ValueError(f"model {path!r}: no such model folder (it would have a config.json); "

@@ -298,6 +298,10 @@ def load_arms(folders, metrics):
 
 def check_every_start_has_all_arms(arms_of, arms):
     """ValueError unless each start was evaluated and has a run of SFT, of RL and of every arm."""
+    given = {arm.split()[0] for arm in arms} - {"start"}
+    if given != {"SFT", "RL"}:
+        lacking = " and no ".join({"SFT", "RL"} - given)
+        raise ValueError(f"--compare needs runs of SFT and of RL; no {lacking} run was given")
     for start, found in arms_of.items():
         methods = {arm.split()[0] for arm in found}
         if methods != {"start", "SFT", "RL"} or len(found) < len(arms):
@@ -533,9 +537,9 @@ def findings(study, paper):
                          f"{sign.cell.change_error:.1f} points{p}; the paper's sign, "
                          f"{sign.expected}, is {sign.verdict}.")
     counts = Counter(sign.verdict for sign in study.signs)
-    sentences.append(f"Of the paper's {len(study.signs)} signs {counts['met']} met, "
-                     f"{counts['not met']} not met, {counts['undecided']} undecided: within two "
-                     "standard errors.")
+    sentences.append(f"Of these {len(study.signs)} changes {counts['met']} have the paper's sign, "
+                     f"{counts['not met']} have not, {counts['undecided']} are undecided: within "
+                     "two standard errors.")
     return sentences + contrasts(study, paper)
 
 

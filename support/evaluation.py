@@ -296,7 +296,7 @@ def print_one(row, said):
     running.print0(json.dumps(row))
     failed = [each for each in said if not each["success"]]
     for each in (failed or said)[:1]:
-        about = {"step": 0, "split": row["split"], "seed": row["seed"]}
+        about = {name: row[name] for name in ("split", "seed", "settings")}
         running.print0(transcripts.as_text(about | each))
         running.print0("One of its dialogues; --out FOLDER keeps some of each split, for "
                        "python envs.py --read FOLDER")

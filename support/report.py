@@ -13,12 +13,22 @@ hands that are not looked at. What a model wrote is escaped, and holds no contro
 import html
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 from support import compare, running, transcripts
 from support.chat import printable
 
-SHOWN_KEYS = ("number", "cards", "action")       # of a reply: there is one right value
+SHOWN_KEYS = ("number", "cards", "action", "formula")    # of a reply: what is compared
+# What the two rules are, by how a task begins.
+RULES = {
+    "gp": "Four cards make 24. Under the training rule J, Q and K count ten. Under the other rule, "
+          "which no arm is trained on, they count 11, 12 and 13. The prompt states the rule.",
+    "virl": "Instructions lead through a city. Under the training rule directions are compass "
+            "words. Under the other rule, which no arm is trained on, they are left and right.",
+}
+WORDS = ("SFT imitates an expert. RL tries, and a verifier pays for right replies. Both go on from "
+         "the same start. The paper is Chu et al., arXiv 2501.17161. GFLOPs measure the compute.")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 420, 260, 44, 40, 14, 14      # of a panel, in pixels
 
 STYLE = """
@@ -30,7 +40,7 @@ STYLE = """
   --bad: #ff9d96; --bad-back: #2d1518; --mark: #9a6700; --link: #79c0ff } }
 * { box-sizing: border-box }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-  max-width: 76rem; margin: 0 auto; padding: 1rem }
+  max-width: 100rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
 h3 { font-size: 1rem; margin: 0 0 .5rem }
 .soft { color: var(--soft) } .scroll { overflow-x: auto }
@@ -55,7 +65,7 @@ button, select { font: inherit; color: inherit; background: var(--card); padding
   border-radius: 8px; padding: .6rem .8rem }
 .hand img { max-width: 20rem; width: 100%; border-radius: 6px }
 .columns { display: grid; gap: 1rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)) }
+  grid-template-columns: repeat(auto-fit, minmax(min(13rem, 100%), 1fr)) }
 .said { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; margin: .5rem 0 }
 .said p { margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .93rem }
 .reply { font-family: ui-monospace, monospace; font-size: .85rem !important }
@@ -65,7 +75,8 @@ button, select { font: inherit; color: inherit; background: var(--card); padding
 .wrong { color: var(--bad); background: var(--bad-back) }
 mark { background: var(--mark); color: inherit; border-radius: 3px; padding: 0 .15em }
 details { margin: .5rem 0 } pre { white-space: pre-wrap; overflow-wrap: anywhere }
-@media (max-width: 40rem) { .controls button { flex: 1 } }
+@media (max-width: 40rem) { .controls button { flex: 1 }
+  th, td { padding: .2rem .35rem; font-size: .8rem; white-space: normal } }
 """
 
 SCRIPT = """
@@ -95,6 +106,11 @@ document.addEventListener('keydown', event => {
 });
 only.onchange = split.onchange = choose;
 document.querySelector('.controls').hidden = false;
+// Open where the arms differ on the other rule, if they do.
+if (hands.some(hand => hand.dataset.split === 'rule_ood' && hand.dataset.differ === 'yes')) {
+  split.value = 'rule_ood';
+  only.checked = true;
+}
 choose();
 """
 
@@ -214,7 +230,8 @@ def table(study, paper):
 # ---- The hands -----------------------------------------------------------------------------------
 
 def marked(reply, expert):
-    """A reply as HTML; numbers, cards and actions that are not the expert's are marked."""
+    """A reply as HTML. Marked: an action that is not the expert's, and each number or card that the
+    expert has not, or not so often."""
     reply = printable(reply)
     try:
         right = json.loads(expert)
@@ -226,26 +243,29 @@ def marked(reply, expert):
         if key not in SHOWN_KEYS or key not in right:
             continue
         parts.append(html.escape(reply[end:found.start(2)]))
-        parts.append(mark_value(value, right[key]))
+        parts.append(mark_value(key, value, right))
         end = found.end(2)
     return "".join([*parts, html.escape(reply[end:])])
 
 
-def mark_value(value, right):
-    """A value in a reply, its parts marked where they differ from the expert's."""
-    if not isinstance(right, list):
-        same = value.strip('"').strip() == str(right)
+def mark_value(key, value, right):
+    """The value of a key in a reply as HTML; `right` is the expert's reply, a dict."""
+    if key == "action":
+        same = value.strip('"').strip() == str(right[key])
         return html.escape(value) if same else f"<mark>{html.escape(value)}</mark>"
-    words = re.split(r"([\[\],])", value)
-    place, parts = 0, []
-    for word in words:
-        if word.strip() and word not in "[],":
-            wanted = str(right[place]) if place < len(right) else ""
-            place += 1
-            if word.strip().strip('"') != wanted:
-                word = re.sub(r"\S+", lambda found: f"\0{found[0]}\1", word)
-        parts.append(html.escape(word).replace("\0", "<mark>").replace("\1", "</mark>"))
-    return "".join(parts)
+    left = Counter(map(str, right["number" if key == "formula" else key]))
+    told, parts = value, []
+    if key == "formula":                     # behind = stands what it should make
+        told, _, _ = value.partition("=")
+    pattern = r"\d+" if key == "formula" else r'[^\s\[\],"]+'
+    end = 0
+    for found in re.finditer(pattern, told):
+        parts.append(html.escape(value[end:found.start()]))
+        word, end = found[0], found.end()
+        shown = html.escape(word)
+        parts.append(shown if left[word] > 0 else f"<mark>{shown}</mark>")
+        left[word] -= 1
+    return "".join([*parts, html.escape(value[end:])])
 
 
 def chip(status, reward):
@@ -399,6 +419,7 @@ def page(study, paper, make_env):
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{text(name)}</title>", f"<style>{STYLE}</style>",
         f"<main><h1>{text(name)}</h1>",
+        f"<p>{RULES.get(study.task.partition('-')[0], '')} {WORDS}</p>",
         f'<p class="soft">{text(compare.how_many(study))}, compared after about '
         f"{study.budget:,.0f} GFLOPs of post-training.</p>",
         claim(study, paper), f"<ul>{''.join(sentences)}</ul>",
@@ -406,7 +427,7 @@ def page(study, paper, make_env):
         "<h2>The table</h2><p class=\"soft\">The value, and in brackets its change since the start "
         "in points, ± standard error.</p>", table(study, paper),
         "<h2>What each one says</h2><p class=\"soft\">The same hands for the start and every arm. "
-        "Marked: a number, a card or an action that is not the right one. The arrow keys go on."
+        "Marked: a number, a card or an action that is not right. The arrow keys go on."
         "</p>", viewer,
         "<h2>How it was made</h2><details><summary>Commands and settings</summary>"
         f"{how_it_was_made(study)}</details></main>",

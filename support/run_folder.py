@@ -48,8 +48,9 @@ def checkpoints(out):
 
 def runs_inside(folder):
     """In words, the run folders in a folder that is none itself; "" if there are none."""
-    found = [str(path.parent) for path in sorted(Path(folder).glob("*/config.json"))
-             if "out" in running.read_run_config(path.parent)]
+    paths = [*sorted(Path(folder).glob("*/config.json")),
+             *sorted(Path(folder).glob("*/*/config.json"))]
+    found = [str(path.parent) for path in paths if "out" in running.read_run_config(path.parent)]
     return f"; run folders in it: {', '.join(found)}" if found else ""
 
 
@@ -108,6 +109,10 @@ def check_owner(config):
         theirs = json.loads(json.dumps(asdict(type(config)()))) | theirs
         # An option that is gone, such as --dft of sft.py, does not count where it was off.
         theirs = {name: value for name, value in theirs.items() if value or name in ours}
+        if ("updates" in theirs) != ("updates" in ours):
+            script = "rl.py" if "updates" in theirs else "sft.py"
+            raise ValueError(f"out folder {config.out} holds a run of {script}: choose another "
+                             "--out (OUT= of a recipe)")
         if names := differing(theirs, ours):
             listed = ", ".join(f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
                                for name in names)

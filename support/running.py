@@ -138,6 +138,7 @@ def progress(iterable=None, nested=False, **kwargs):
 def print0(text):
     """Print a line, in the first process."""
     if RANK == 0:
+        command_line.end_line()
         tqdm.write(text)
 
 
@@ -307,7 +308,8 @@ class StopSignal:
         self.status = 130 if number == signal.SIGINT else 143
         if RANK == 0:
             with contextlib.suppress(OSError):   # Ctrl-C has ended a `| tee` as well
-                os.write(2, b"\nstopping: saves first; a second signal leaves at once\n")
+                os.write(2, b"\nstopping: ends this step or update and saves; a second signal "
+                            b"leaves at once\n")
 
     @property
     def requested(self):

@@ -66,8 +66,11 @@ def read_rows(run):
     """(config, rows of turns.jsonl); ValueError says what is missing or damaged."""
     path = Path(run) / "turns.jsonl"
     if not (Path(run) / "config.json").is_file() or not path.is_file():
+        inside = sorted({str(path.parent) for name in ("turns", "dialogues")
+                         for path in Path(run).glob(f"*/{name}.jsonl")})
         raise ValueError(f"run {str(run)!r}: needs config.json and turns.jsonl, which rl.py "
-                         "writes, or dialogues.jsonl, which evaluate.py writes")
+                         "writes, or dialogues.jsonl, which evaluate.py writes"
+                         + (f"; folders in it: {', '.join(inside)}" if inside else ""))
     config, rows = read_run_config(run), read_jsonl(path)
     for key, kind in CONFIG.items():
         value = config.get(key)
@@ -114,8 +117,11 @@ def check_conversation(row, where, keys=SHOWN):
 def title(row):
     if "split" in row:
         ending = "solved" if row["success"] else "out of tries"
-        return (f"{row['split']}, step {row['step']}, seed {row['seed']}, episode "
-                f"{row['episode']}, position {row['position']}: {ending}")
+        step = f", step {row['step']}" if "step" in row else ""
+        on_route = row["settings"]["task"].startswith("virl")
+        place = f", position {row['position']}" if on_route else ""
+        return (f"{row['split']}{step}, seed {row['seed']}, episode {row['episode']}{place}: "
+                f"{ending}")
     ending = ("solved" if row["success"] else "out of tries") if row["done"] else "goes on"
     return f"update {row['step']}, environment {row['env']}, episode {row['episode']}: {ending}"
 
@@ -253,3 +259,5 @@ def read_run(run, file, make_env, only=()):
         return
     for row in rows:
         print(as_text(row))
+    if len(rows) > 20:
+        print(f"{len(rows)} dialogues; --only shows some of them, such as --only failed")

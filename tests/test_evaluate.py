@@ -561,7 +561,7 @@ def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
   RL                15.0 (+5.0 ± 1.4)    15.0 (+5.0 ± 1.4)
 """ in out
     assert "SFT lr 0.0001 on the other rule: +11.0 ± 1.0 points (p = 0.058);" in out
-    assert "Of the paper's 6 signs 4 met, 2 not met, 0 undecided" in out
+    assert "Of these 6 changes 4 have the paper's sign, 2 have not, 0 are undecided" in out
     write_run(tmp_path / "other", "RL", [(1, 50.0, 0.15)], start="other",
               knobs={"lr": 1e-5, "temperature": 0.2})
     told = (r"of each start all arms \(start, SFT lr 0.0001, SFT lr 0.001, RL\); "
@@ -600,7 +600,7 @@ RL on the training rule: +5.0 ± 1.4 points; the paper's sign, up, is met.
 SFT on the other rule: -5.0 ± 1.4 points; the paper's sign, down, is met.
 RL on the other rule: +5.0 ± 1.4 points; the paper's sign, up, is met.
 """)
-    assert "Of the paper's 4 signs 3 met, 1 not met, 0 undecided" in told
+    assert "Of these 4 changes 3 have the paper's sign, 1 have not, 0 are undecided" in told
 
 
 def test_only_the_replies_of_what_is_done_are_forgotten(tmp_path):

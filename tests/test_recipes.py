@@ -95,7 +95,8 @@ def test_a_recipe_awaits_the_end_of_its_command(number, everyone):
                "def save(*_): print('saved'); sys.exit(1)\n"
                "signal.signal(signal.SIGINT, save); signal.signal(signal.SIGTERM, save)\n"
                "print('ready', flush=True); time.sleep(60)")
-    script = 'source recipes/common.sh; attended "$@"; echo goes on'
+    script = ('command=("$@"); set --; source recipes/common.sh; attended "${command[@]}"; '
+              "echo goes on")
     process = subprocess.Popen(["bash", "-ec", script, "recipe", sys.executable, "-c", command],
                                cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout.readline() == "ready\n"
