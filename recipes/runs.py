@@ -129,8 +129,10 @@ class Stop:
     def __init__(self):
         self.status = 0              # later what a shell expects of a process that was stopped so
         self.came, self.number = -SAME_SIGNAL, None
-        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(each, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
+        signal.signal(signal.SIGTERM, self.handle)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # as for nohup
+            signal.signal(signal.SIGHUP, self.handle)
 
     def handle(self, number, _):
         if time.monotonic() - self.came >= SAME_SIGNAL:

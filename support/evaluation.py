@@ -271,11 +271,12 @@ def open_logs(folder, *more_keys):
     Both files are written anew, without a torn last line.
     """
     transcripts.read_dialogues(Path(folder) / "dialogues.jsonl")
+    rows = running.read_jsonl(Path(folder) / "eval.jsonl", *more_keys, "split", "seed", "settings",
+                              "checkpoint")
     for name in ("dialogues.jsonl", "eval.jsonl"):
         if (Path(folder) / name).exists():
             running.write_jsonl(Path(folder) / name, running.read_jsonl(Path(folder) / name))
-    return running.read_jsonl(Path(folder) / "eval.jsonl", "checkpoint", "split", "seed",
-                              "settings", *more_keys)
+    return rows
 
 
 def log_evaluation(folder, row, said, **point):

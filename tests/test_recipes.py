@@ -14,12 +14,18 @@ BAR = "\rsft:  45%|####5     | 90/200 [01:10<01:20,  1.28it/s, loss=0.2]"
 SAVES = "trap 'echo saved; exit 130' INT; trap 'echo saved; exit 143' TERM; "
 
 
+def hear_all():
+    """In a child: no signal is ignored, as SIGHUP is in tests that run under nohup."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(jobs, folder, **options):
     """recipes/runs.py with these jobs: {name: commands}."""
     lines = ["\t".join([name, *commands]) for name, commands in jobs.items()]
     process = subprocess.Popen([sys.executable, ROOT / "recipes/runs.py", "--logs", folder,
                                 "--title", "gp-l"], stdin=subprocess.PIPE, text=True,
-                               **{"stdout": subprocess.PIPE, **options})
+                               preexec_fn=hear_all, **{"stdout": subprocess.PIPE, **options})
     process.stdin.write("\n".join(lines))
     process.stdin.close()
     process.stdin = None
@@ -98,7 +104,8 @@ def test_a_recipe_awaits_the_end_of_its_command(number, everyone):
     script = ('command=("$@"); set --; source recipes/common.sh; attended "${command[@]}"; '
               "echo goes on")
     process = subprocess.Popen(["bash", "-ec", script, "recipe", sys.executable, "-c", command],
-                               cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               start_new_session=True, preexec_fn=hear_all)
     assert process.stdout.readline() == "ready\n"
     (os.killpg if everyone else os.kill)(process.pid, number)
     said, _ = process.communicate(timeout=30)

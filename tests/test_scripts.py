@@ -228,7 +228,7 @@ def test_an_interrupted_evaluation_goes_on_within_a_split(start, tmp_path, devic
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(config)
     kept, = run.glob("eval_unfinished_*.jsonl")
-    assert len(running.read_jsonl(kept)) == 2 and not (run / "eval.jsonl").read_text()
+    assert len(running.read_jsonl(kept)) == 2 and not (run / "eval.jsonl").exists()
     kept = kept.rename(run / "eval_unfinished_1.jsonl")            # as if from another process
     kept.write_text(kept.read_text() + '{"of": "x", "tu')
     asked[:], stop_at = [], 0
