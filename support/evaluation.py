@@ -268,14 +268,18 @@ def known_rows(folder, checkpoint):
 def open_logs(folder, *more_keys):
     """The rows of eval.jsonl in a folder; ValueError if it or dialogues.jsonl is damaged.
 
-    Both files are written anew, without a torn last line.
+    Both files are written anew: without a torn last line, and without dialogues of an evaluation
+    whose row was never written. It will be played again.
     """
-    transcripts.read_dialogues(Path(folder) / "dialogues.jsonl")
-    rows = running.read_jsonl(Path(folder) / "eval.jsonl", *more_keys, "split", "seed", "settings",
-                              "checkpoint")
-    for name in ("dialogues.jsonl", "eval.jsonl"):
-        if (Path(folder) / name).exists():
-            running.write_jsonl(Path(folder) / name, running.read_jsonl(Path(folder) / name))
+    dialogues, log = Path(folder) / "dialogues.jsonl", Path(folder) / "eval.jsonl"
+    transcripts.read_dialogues(dialogues)
+    rows = running.read_jsonl(log, *more_keys, "split", "seed", "settings", "checkpoint")
+    finished = {transcripts.evaluation_of(row) for row in rows}
+    if log.exists():
+        running.write_jsonl(log, rows)
+    if dialogues.exists():
+        running.write_jsonl(dialogues, [row for row in running.read_jsonl(dialogues)
+                                        if transcripts.evaluation_of(row) in finished])
     return rows
 
 

@@ -58,8 +58,8 @@ def read_dialogues(path):
 
 def evaluation_of(row):
     """What tells the evaluation of a row, of eval.jsonl or dialogues.jsonl, from all others."""
-    keys = ("checkpoint", "step", "split", "seed", "settings")
-    return json.dumps([row[key] for key in keys], sort_keys=True)
+    keys = ("checkpoint", "split", "seed", "settings")
+    return json.dumps([row.get("step", 0), *[row[key] for key in keys]], sort_keys=True)
 
 
 def read_rows(run):

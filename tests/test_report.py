@@ -208,6 +208,16 @@ def test_a_checkpoint_is_the_same_with_a_slash_behind_it(tmp_path):
         assert len(evaluation.open_out(str(tmp_path / "out"), name)) == 2
 
 
+def test_dialogues_of_an_evaluation_that_was_not_finished_are_dropped(tmp_path):
+    run_of(tmp_path / "rl", [1], [{}])
+    log = tmp_path / "rl" / "eval.jsonl"
+    rows = running.read_jsonl(log)
+    running.write_jsonl(log, rows[:-1])
+    before = (tmp_path / "rl" / "dialogues.jsonl").read_text().splitlines()
+    evaluation.open_logs(tmp_path / "rl")
+    assert (tmp_path / "rl" / "dialogues.jsonl").read_text().splitlines() == before[:-1]
+
+
 PRESS = """<script>
 const shown = () => hands.map(hand => hand.hidden ? '-' : 'x').join('');
 const seen = [shown()];

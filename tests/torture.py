@@ -334,6 +334,8 @@ def limit_trial(folder, case, pattern, begun):
              else path.stat().st_size - 1 if path else 100)
     named = next((name for name in ("city", "step_", "data", "run/eval") if name in pattern),
                  path.name if path else Path(pattern).name)
+    if named == "run/eval":            # the file of dialogues is larger, and meets the limit first
+        named = "run/(eval|dialogues)"
 
     def before():
         # With the signal ignored the write is an error, and not the end of the process.
