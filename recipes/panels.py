@@ -274,7 +274,7 @@ def draw_change(axis, row, height):
     axis.errorbar([row.change], [height], xerr=[row.change_error], fmt=MARKS.get(row.split, "x"),
                   color=colour, markersize=5, capsize=2,
                   markerfacecolor="white" if row.split == "unseen" else colour,
-                  label=compare.TITLES.get(row.split, row.split))
+                  label=compare.title_of(row.split))
 
 
 def draw_paths(plt, panels):

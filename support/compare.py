@@ -55,6 +55,44 @@ class Reference(NamedTuple):
         return self.metrics[task][0]
 
 
+# ---- Names -------------------------------------------------------------------------------------
+
+def title_of(split):
+    """What a split is called."""
+    return TITLES.get(split, split)
+
+
+def method_of(arm):
+    """"start", "SFT" or "RL"."""
+    return arm.split()[0]
+
+
+def in_words(metric):
+    """A metric as a reader is shown it, which says if it is a bound of the paper's measure."""
+    words = metric.replace("_", " ")
+    return f"{words} (lower bound)" if metric in LOWER_BOUNDS else words
+
+
+# What is counted, by metric; the others are named by `in_words`.
+COUNTED = {
+    "success": "{episodes} solved within {tries} tries{each}",
+    "first_try": "{places} solved at the first try",
+    "retries": "later tries that are right",
+    "repeats": "later tries that are word for word an earlier one",
+    "step_accuracy": "replies that are right",
+    "step_accuracy_turn": "replies that are right where a direction must be named",
+    "paper_step_accuracy": "replies that are right, counted as the paper's code does",
+    "recognition": "hands whose four cards the first reply names, in any order",
+    "rank_accuracy": "cards that the first reply names in their place",
+    "solved_and_read": "hands solved and read (lower bound of the paper's measure)",
+}
+
+
+def task_name(task):
+    """A task as the pages spell it: virl-l is V-IRL-L."""
+    return task.upper().replace("VIRL", "V-IRL")
+
+
 # ---- Means and errors --------------------------------------------------------------------------
 
 def mean(values):
@@ -298,12 +336,12 @@ def load_arms(folders, metrics):
 
 def check_every_start_has_all_arms(arms_of, arms):
     """ValueError unless each start was evaluated and has a run of SFT, of RL and of every arm."""
-    given = {arm.split()[0] for arm in arms} - {"start"}
+    given = {method_of(arm) for arm in arms} - {"start"}
     if given != {"SFT", "RL"}:
         lacking = " and no ".join({"SFT", "RL"} - given)
         raise ValueError(f"--compare needs runs of SFT and of RL; no {lacking} run was given")
     for start, found in arms_of.items():
-        methods = {arm.split()[0] for arm in found}
+        methods = {method_of(arm) for arm in found}
         if methods != {"start", "SFT", "RL"} or len(found) < len(arms):
             raise ValueError("--compare needs an SFT run, an RL run and an evaluation of the start "
                              f"they go on from, and of each start all arms ({', '.join(arms)}); of "
@@ -363,6 +401,15 @@ class Study(NamedTuple):
         points = common_checkpoints(self.arms[arm], split)
         return min(points, key=lambda point: abs(point[0] - self.budget))[1]
 
+    def counted(self, metric):
+        """A metric in words: what it is a share of."""
+        on_routes = self.task.startswith("virl")
+        return COUNTED.get(metric, in_words(metric)).format(
+            tries=self.arms["start"][0]["settings"]["env"]["verify_iter"],
+            episodes="routes" if on_routes else "hands",
+            each=" at each position" if on_routes else "",
+            places="positions" if on_routes else "hands")
+
 
 def study_runs(folders, paper):
     """The Study of run folders, of SFT and of RL; `paper` is a Reference."""
@@ -371,7 +418,6 @@ def study_runs(folders, paper):
     tried = [arm for arm in arms if arm != "start"]
     splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
     metrics = [*paper.metrics[task], "first_try", "retries", "repeats"]
-    metrics = list(dict.fromkeys(metrics))
 
     # The compute that every arm has reached on every split.
     budget = math.inf
@@ -391,7 +437,7 @@ def study_runs(folders, paper):
                             *change_and_error(rows, start_rows, metric))
                 study.cells[metric, split, arm] = cell
                 if split in paper.signs and metric == paper.metric(task, split):
-                    expected = paper.signs[split][arm.split()[0]]
+                    expected = paper.signs[split][method_of(arm)]
                     verdict = judge_sign(expected, cell.change, cell.change_error)
                     study.signs.append(Sign(arm, split, cell, len(clusters(rows)), expected,
                                             verdict))
@@ -421,41 +467,6 @@ def difference(study, one, other, metric, split):
 
 # ---- In words ------------------------------------------------------------------------------------
 
-def in_words(metric):
-    """A metric as a reader is shown it, which says if it is a bound of the paper's measure."""
-    words = metric.replace("_", " ")
-    return f"{words} (lower bound)" if metric in LOWER_BOUNDS else words
-
-
-# What is counted, by metric; the others are named by `in_words`.
-COUNTED = {
-    "success": "{episodes} solved within {tries} tries{each}",
-    "first_try": "{places} solved at the first try",
-    "retries": "later tries that are right",
-    "repeats": "later tries that are word for word an earlier one",
-    "step_accuracy": "replies that are right",
-    "step_accuracy_turn": "replies that are right where a direction must be named",
-    "paper_step_accuracy": "replies that are right, counted as the paper's code does",
-    "recognition": "hands whose four cards the first reply names, in any order",
-    "rank_accuracy": "cards that the first reply names in their place",
-    "solved_and_read": "hands solved and read (lower bound of the paper's measure)",
-}
-
-
-def task_name(task):
-    """A task as the pages spell it: virl-l is V-IRL-L."""
-    return task.upper().replace("VIRL", "V-IRL")
-
-
-def what_is_counted(metric, task, tries):
-    """A metric in words: what it is a share of."""
-    on_routes = task.startswith("virl")
-    return COUNTED.get(metric, in_words(metric)).format(
-        tries=tries, episodes="routes" if on_routes else "hands",
-        each=" at each position" if on_routes else "",
-        places="positions" if on_routes else "hands")
-
-
 def beside_paper(task, row, numbers):
     """In words, a row beside the paper's numbers (as in Reference); "" where the paper has none."""
     found = []
@@ -474,13 +485,10 @@ def change_in_words(cell):
     return f"{cell.value:5.1f} ({cell.change:+.1f} ± {cell.change_error:.1f})"
 
 
-def table_of(study, metric, paper):
-    """The lines of one metric: a line an arm, a column a split, and the paper's values below."""
-    titles = [TITLES.get(split, split) for split in study.splits]
-    width = max(20, *map(len, titles))
-    rows = [("", titles)]
+def metric_rows(study, metric, paper):
+    """The rows of one metric, (name, a cell for each split): the start, the arms, the paper."""
     starts = [study.cells[metric, split, "start"] for split in study.splits]
-    rows.append(("start", [f"{cell.value:5.1f} ± {cell.error:.1f}" for cell in starts]))
+    rows = [("start", [f"{cell.value:5.1f} ± {cell.error:.1f}" for cell in starts])]
     for arm in study.tried:
         cells = [study.cells[metric, split, arm] for split in study.splits]
         rows.append((arm, [change_in_words(cell) for cell in cells]))
@@ -489,9 +497,15 @@ def table_of(study, metric, paper):
         for i, name in enumerate(("start", "SFT", "RL")):
             values = [f"{of_split[i]:5.1f}" if of_split else "" for of_split in numbers]
             rows.append((f"paper: {name}", values))
+    return rows
 
+
+def table_of(study, metric, paper):
+    """The lines of one metric: a line an arm, a column a split, and the paper's values below."""
+    titles = [title_of(split) for split in study.splits]
+    width = max(20, *map(len, titles))
     lines = []
-    for name, cells in rows:
+    for name, cells in [("", titles), *metric_rows(study, metric, paper)]:
         # A long name has a line for itself.
         if len(name) > 16:
             lines.append(f"  {name}")
@@ -510,9 +524,8 @@ def judged_by(study, paper):
 def contrasts(study, paper):
     """What RL has more than SFT from the same starts, a sentence for each pair and split."""
     sentences = []
-    methods = {arm: arm.split()[0] for arm in study.tried}
     pairs = [(one, other) for one in study.tried for other in study.tried
-             if (methods[one], methods[other]) == ("RL", "SFT")]
+             if (method_of(one), method_of(other)) == ("RL", "SFT")]
     for one, other in pairs:
         for split in study.splits:
             told = []
@@ -521,7 +534,7 @@ def contrasts(study, paper):
                 value, error, num = difference(study, one, other, metric, split)
                 over = f" ({num} starts, p = {p_value(value, error, num):.2g})" if num > 1 else ""
                 told.append(f"{words}{value:+.1f} ± {error:.1f} points{over}")
-            sentences.append(f"{one} minus {other} on {TITLES.get(split, split)}: "
+            sentences.append(f"{one} minus {other} on {title_of(split)}: "
                              f"{'; '.join(told)}.")
     return sentences
 
@@ -533,7 +546,7 @@ def findings(study, paper):
         p = ""
         if sign.num > 1:
             p = f" (p = {p_value(sign.cell.change, sign.cell.change_error, sign.num):.2g})"
-        sentences.append(f"{sign.arm} on {TITLES[sign.split]}: {sign.cell.change:+.1f} ± "
+        sentences.append(f"{sign.arm} on {title_of(sign.split)}: {sign.cell.change:+.1f} ± "
                          f"{sign.cell.change_error:.1f} points{p}; the paper's sign, "
                          f"{sign.expected}, is {sign.verdict}.")
     counts = Counter(sign.verdict for sign in study.signs)
@@ -559,12 +572,11 @@ BOUND = ("Lower bound: the official code plays on until one reply solves a hand 
 
 def print_study(study, paper):
     """Print tables of at most 80 columns for up to three splits, then what was found."""
-    tries = study.arms["start"][0]["settings"]["env"]["verify_iter"]
     print(f"\n{task_name(study.task)}, after about {study.budget:,.0f} GFLOPs of post-training:")
     print("values in %, changes since the start in points, ± standard errors")
     print(textwrap.fill(how_many(study), 80))
     for metric in study.metrics:
-        print(f"\n{textwrap.fill(what_is_counted(metric, study.task, tries), 80)}")
+        print(f"\n{textwrap.fill(study.counted(metric), 80)}")
         print("\n".join(table_of(study, metric, paper)))
     if any(metric in LOWER_BOUNDS for metric in study.metrics):
         print(f"\n{textwrap.fill(BOUND, 80)}")
@@ -622,7 +634,6 @@ def draw(study, figure, paper):
     size = (4.5 * len(study.splits), 3.6 * len(metrics))
     fig, axes = plt.subplots(len(metrics), len(study.splits), figsize=size, squeeze=False,
                              sharex=True, sharey="row", layout="constrained")
-    tries = study.arms["start"][0]["settings"]["env"]["verify_iter"]
     for panels, metric in zip(axes, metrics):
         for axis, split in zip(panels, study.splits):
             for method, colours in (("SFT", ("tab:orange", "goldenrod")),
@@ -631,11 +642,10 @@ def draw(study, figure, paper):
             start = study.cells[metric, split, "start"].value
             axis.plot([0], [start], "k*", markersize=11, label="start", zorder=3)
             draw_paper(axis, paper.numbers.get((study.task, split, metric), ()))
-            axis.set(title=f"{task_name(study.task)}: {TITLES.get(split, split)}",
+            axis.set(title=f"{task_name(study.task)}: {title_of(split)}",
                      xlabel="GFLOPs of post-training")
         panels[0].set_ylim(bottom=-0.03 * panels[0].get_ylim()[1])   # no curve on the frame
-        panels[0].set_ylabel(textwrap.fill("% of " + what_is_counted(metric, study.task, tries),
-                                           34))
+        panels[0].set_ylabel(textwrap.fill("% of " + study.counted(metric), 34))
     legend_below(fig, axes, ncol=4)
     fig.savefig(figure, dpi=150)
     print(f"\nfigure: {figure}")
@@ -652,7 +662,7 @@ def curve_of(study, arm, metric, split):
 
 def draw_method(axis, study, method, colours, metric, split):
     """The curves of all arms of a method, or their mean and range if they are more than two."""
-    arms = [arm for arm in study.tried if arm.split()[0] == method]
+    arms = [arm for arm in study.tried if method_of(arm) == method]
     curves = [curve_of(study, arm, metric, split) for arm in arms]
     if len(arms) <= 2:
         for arm, points, colour in zip(arms, curves, colours):

@@ -25,12 +25,13 @@ def check_options(config):
     for flag, file in ("--figure", config.figure), ("--html", config.html):
         if file and not config.compare:
             raise ValueError(f"{flag} {file}: needs --compare")
-        if file and not Path(file).parent.is_dir():
-            raise ValueError(f"{flag} {file}: there is no folder {Path(file).parent}")
-    if config.api_url and not (config.api_model and config.out):
-        raise ValueError("--api-url needs --api-model and --out")
+    if config.figure and not Path(config.figure).parent.is_dir():
+        raise ValueError(f"--figure {config.figure}: there is no folder "
+                         f"{Path(config.figure).parent}")
     if config.html:
         transcripts.check_page(config.html)
+    if config.api_url and not (config.api_model and config.out):
+        raise ValueError("--api-url needs --api-model and --out")
     if config.out and (config.run_folder or config.compare):
         raise ValueError(f"--out {config.out}: is for --model and --api-url; a run's rows go to "
                          "its folder")

@@ -128,7 +128,7 @@ def colours_of(arms):
               "RL": ("#0a69da", "#4aa3df", "#6f7fd8", "#1f7a8c")}
     colours, seen = {"start": "var(--start)"}, {"SFT": 0, "RL": 0}
     for arm in arms:
-        method = arm.split()[0]
+        method = compare.method_of(arm)
         colours[arm] = shades[method][seen[method] % 4]
         seen[method] += 1
     return colours
@@ -152,8 +152,8 @@ def panel(study, split, metric, colours, numbers):
     def y(value):
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * min(value, top) / top
 
-    title = compare.TITLES.get(split, split)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-label="{text(title)}">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="group" '
+             f'aria-label="{text(compare.title_of(split))}">']
     for tick in (0, top / 2, top):
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" '
                      f'y2="{y(tick):.1f}"/><text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" '
@@ -166,7 +166,7 @@ def panel(study, split, metric, colours, numbers):
     for name, value in zip(("start", "SFT", "RL"), numbers):
         colour = colours["start"]
         if name != "start":
-            colour = next(colours[arm] for arm in study.tried if arm.split()[0] == name)
+            colour = next(colours[arm] for arm in study.tried if compare.method_of(arm) == name)
         parts.append(f'<line class="paper" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" '
                      f'y2="{y(value):.1f}" stroke="{colour}"/><text x="{WIDTH - RIGHT}" '
                      f'y="{y(value) - 3:.1f}" text-anchor="end">paper: {name} {value:g}</text>')
@@ -190,8 +190,8 @@ def figure(study, paper, colours):
     for split in study.splits:
         metric = paper.metric(study.task, split)
         numbers = paper.numbers.get((study.task, split, metric), ())
-        parts.append(f"<figure><figcaption>{text(compare.TITLES.get(split, split))}, % "
-                     f"{text(counted(study, metric))}</figcaption>"
+        parts.append(f"<figure><figcaption>{text(compare.title_of(split))}, % "
+                     f"{text(study.counted(metric))}</figcaption>"
                      f"{panel(study, split, metric, colours, numbers)}</figure>")
     legend = "".join(f'<span><i style="color: {colours[arm]}"></i>{text(arm)}</span>'
                      for arm in study.tried)
@@ -200,28 +200,14 @@ def figure(study, paper, colours):
 
 # ---- The table -----------------------------------------------------------------------------------
 
-def counted(study, metric):
-    tries = study.arms["start"][0]["settings"]["env"]["verify_iter"]
-    return compare.what_is_counted(metric, study.task, tries)
-
-
 def table(study, paper):
-    """The first measures of the task on every split, an arm a line."""
-    names = [text(compare.TITLES.get(split, split)) for split in study.splits]
+    """All measures on every split, an arm a line."""
+    names = [text(compare.title_of(split)) for split in study.splits]
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
     parts = ['<div class="scroll"><table>']
     for metric in study.metrics:
-        head = "".join(f'<th scope="col">{name}</th>' for name in names)
-        parts.append(f'<tr><th scope="col">{text(counted(study, metric))}, %</th>{head}</tr>')
-        starts = [study.cells[metric, split, "start"] for split in study.splits]
-        rows = [("start", [f"{cell.value:.1f} ± {cell.error:.1f}" for cell in starts])]
-        for arm in study.tried:
-            rows.append((arm, [compare.change_in_words(study.cells[metric, split, arm])
-                               for split in study.splits]))
-        numbers = [paper.numbers.get((study.task, split, metric)) for split in study.splits]
-        if any(numbers):
-            rows.append(("paper: start, SFT, RL", [", ".join(map(str, three or ())) or "-"
-                                                   for three in numbers]))
-        for name, cells in rows:
+        parts.append(f'<tr><th scope="col">{text(study.counted(metric))}, %</th>{head}</tr>')
+        for name, cells in compare.metric_rows(study, metric, paper):
             values = "".join(f"<td>{text(cell)}</td>" for cell in cells)
             parts.append(f'<tr><th scope="row">{text(name)}</th>{values}</tr>')
     return "\n".join([*parts, "</table></div>"])
@@ -341,7 +327,7 @@ def hands(study, make_env):
                 played.setdefault((row["episode"], row["position"]), {})[arm] = row
         on_routes = len({position for _, position in played}) > 1
         for (episode, position), columns in sorted(played.items()):
-            title = f"{compare.TITLES.get(split, split)}, {'route' if on_routes else 'hand'} "
+            title = f"{compare.title_of(split)}, {'route' if on_routes else 'hand'} "
             title += f"{episode + 1}" + (f", position {position + 1}" if on_routes else "")
             row = next(iter(columns.values()))
             parts.append(hand(title, split, {arm: columns.get(arm) for arm in chosen},
@@ -391,8 +377,8 @@ def claim(study, paper):
         start = study.cells[metric, split, "start"].value
         ends = [f"{arm} from {start:.1f} to {study.cells[metric, split, arm].value:.1f}"
                 for arm in study.tried]
-        sentences.append(f"On {compare.TITLES.get(split, split)}, in % of "
-                         f"{counted(study, metric)}: {', '.join(ends)}.")
+        sentences.append(f"On {compare.title_of(split)}, in % of {study.counted(metric)}: "
+                         f"{', '.join(ends)}.")
     return "".join(f"<p>{text(sentence)}</p>" for sentence in sentences)
 
 
@@ -401,8 +387,8 @@ def page(study, paper, make_env):
     colours = colours_of(study.tried)
     sentences = [f"<li>{text(sentence)}</li>" for sentence in compare.findings(study, paper)]
     shown = hands(study, make_env)
-    options = "".join(f'<option value="{text(split)}">{text(compare.TITLES.get(split, split))}'
-                      "</option>" for split in study.splits)
+    options = "".join(f'<option value="{text(split)}">{text(compare.title_of(split))}</option>'
+                      for split in study.splits)
     viewer = ('<p class="soft">These runs hold no dialogues. To see some, delete their eval.jsonl '
               "and evaluate them again.</p>")
     if shown:
