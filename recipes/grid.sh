@@ -17,6 +17,7 @@
 #   JOBS=2, SMOKE=1    as in recipes/tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source recipes/common.sh
 export TASK=${TASK:-gp-l}
 export OUT=${OUT:-runs/grid-$TASK${SMOKE:+-smoke}}
 case $TASK in

@@ -1,6 +1,7 @@
 """recipes/runs.py and recipes/common.sh: runs side by side, where they stand, and a stop."""
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -110,3 +111,13 @@ def test_a_recipe_awaits_the_end_of_its_command(number, everyone):
     (os.killpg if everyone else os.kill)(process.pid, number)
     said, _ = process.communicate(timeout=30)
     assert said == "saved\n" and process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes").glob("*.sh")))
+def test_a_recipe_reads_what_it_calls(name):
+    """bash meets a name that is not there only when it comes to that line."""
+    shared = re.findall(r"^(\w+)\(\) \{", (ROOT / "recipes/common.sh").read_text(), re.M)
+    assert "attended" in shared
+    text = (ROOT / "recipes" / name).read_text()
+    calls = [each for each in shared if re.search(rf"^[^#\n]*\b{each}\b", text, re.M)]
+    assert not calls or name == "common.sh" or "\nsource recipes/common.sh\n" in text
