@@ -1,10 +1,10 @@
 """Success inside and outside the training distribution (paper Sections 4 and 5, appendix C.3).
 
-An episode of GeneralPoints succeeds when the hand is solved within its tries. An
-episode of V-IRL succeeds when every position of the route is solved, up to the stop. The paper
-reports V-IRL by replies: the share of all replies that are correct, retries included. Most of them
-are moves that are the same under both rules. So `summarise` also counts the positions where a
-direction must be named (kind "turn"), and first tries.
+An episode of GeneralPoints succeeds when the hand is solved within its tries. An episode of V-IRL
+succeeds when every position of the route is solved, up to the stop. The paper reports V-IRL by
+replies: the share of all replies that are correct, retries included. Most of them are moves that
+are the same under both rules. So `summarise` also counts the positions where a direction must be
+named (kind "turn"), and first tries.
 
 Every episode is played until it is solved or out of tries. So one evaluation also gives the success
 within every smaller number of tries. Curves are drawn against `gflops` of metrics.jsonl, which is
@@ -16,11 +16,11 @@ within every smaller number of tries. Curves are drawn against `gflops` of metri
     python evaluate.py --compare runs/sft runs/rl --html page.html    # tables, what each arm says
     API_KEY=... python evaluate.py --api-url https://host/v1 --api-model NAME --out runs/api
 
-Rows go to eval.jsonl of the run, one per checkpoint, split and seed. Rows that are there already
-are not played again, and a stopped evaluation goes on where it was. Task and `--env` are those of
-the run unless a flag says otherwise. Settings that stood behind the split's name in training, as
-in `--split id rule=11,11,11`, are not taken: repeat them in --splits.
-How --compare makes means, errors and p values stands in support/compare.py.
+Rows go to eval.jsonl of the run, one per checkpoint, split, seed and settings. Rows that are there
+already are not played again, and a stopped evaluation goes on where it was. Task and `--env` are
+those of the run unless a flag says otherwise. Settings that stood behind the split's name in
+training, as in `--split id rule=11,11,11`, are not taken: repeat them in --splits. How --compare
+makes means, errors and p values stands in support/compare.py.
 
 Left out: smoothing (the paper's curves are Savitzky-Golay filtered).
 """

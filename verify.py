@@ -74,10 +74,11 @@ FEEDBACK = {
 class Verdict:
     """What the verifier found in one reply.
 
-    `answer_at` is the index of the answer's key in the reply; without an answer, the reply's
-    length. rl.py weighs the text before it differently. `cards_read` and `numbers_right` say
-    whether "cards" and "number" list the deal, in any order. `ranks_right` counts the "cards" that
-    are right in their place. Of these only `cards_read` is paid for, and only with pictures.
+    `answer_at` is the character of the reply at which the answer's key begins; without an answer,
+    the reply's length. rl.py weighs the text before it differently. `cards_read` and
+    `numbers_right` say whether "cards" and "number" list the deal, in any order. `ranks_right`
+    counts the "cards" that are right in their place. Of these only `cards_read` is paid for, and
+    only with pictures.
     """
     status: str
     reward: float

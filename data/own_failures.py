@@ -27,7 +27,7 @@ import envs
 from model import (SAMPLES, RolloutMemory, decode_reply, encode, load_policy, picture_of,
                    sampling_uniforms)
 from support import running, settings
-from support.conversations import write_conversations
+from support.conversations import unwritable_texts, without_loss, write_conversations
 from support.running import flag
 
 
@@ -63,8 +63,7 @@ def play(policy, processor, environments, numbers, config):
         found[number] = env.skip_ahead(rng, config.balance)
         going[number] = env, rng.randint(0, config.failed_tries)
         prompts[number] = encode(processor, found[number])
-    tokenizer = getattr(processor, "tokenizer", processor)
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    texts = unwritable_texts(processor)
     for turn in range(config.failed_tries):
         going = {number: (env, tries) for number, (env, tries) in going.items() if tries > turn}
         if not going:
@@ -77,18 +76,13 @@ def play(policy, processor, environments, numbers, config):
                                   memory=memory, owners=list(going))
         for (number, (env, _)), (ids, _) in zip(list(going.items()), replies):
             reply = decode_reply(processor, ids)
-            unwritable = any(token in reply for token in ["<image>", *control])
+            unwritable = any(text in reply for text in texts)
             if env.judge(reply).status == "correct" or unwritable:
                 del going[number]
                 continue
             found[number], *_ = env.step(reply)
             prompts[number] = encode(processor, found[number], prompts[number] + ids)
     return [found[number] for number in numbers]
-
-
-def without_loss(message):
-    """The message; a reply is marked as one that is not learnt."""
-    return message | {"loss": False} if message["role"] == "assistant" else message
 
 
 def dialogues(policy, processor, kinds, weights, config):

@@ -24,7 +24,8 @@ from pathlib import Path
 # A progress bar in a log, such as "sft:  45%|####     | 90/200 [01:10<01:20,  1.2it/s]".
 BAR = re.compile(r"([a-z]+)[^:\r\n]*: +\d+%\|[^|]*\| (\d+)/(\d+) \[[^<\]]*<([0-9:]+|\?)")
 ERROR = re.compile(r"\w+\.py: error: .*")
-STAGES = {"sft": "training, step", "rl": "training, update", "checkpoints": "testing, checkpoint"}
+STAGES = {"own": "sampling, part", "sft": "training, step", "rl": "training, update",
+          "checkpoints": "testing, checkpoint"}
 SAME_SIGNAL = 1.0              # a Ctrl-C reaches us from the terminal and from the recipe
 EVERY = 60                     # seconds between lines where nobody watches
 

@@ -26,6 +26,8 @@
 #   BAND=1             all settings of PPO that tied on the training rule, not the best one alone
 #   RL_SETTINGS=...    options of rl.py in place of those below, one run for each, separated by ";"
 #   SFT_SETTINGS=...   the same for sft.py; "none" leaves that arm out
+#   RFT_SETTINGS=...   the same for recipes/rft.py, an arm that is left out unless this is set:
+#                      "--temperature 0.7"
 #   MORE_RL=...        further options for every PPO run; MORE_SFT and MORE_TEST likewise
 #
 # What the starts know. No start of gp-l or gp-vl has seen either rule of the paper: the test asks
@@ -56,6 +58,7 @@ gp-l | gp-vl)
     rl="--updates 24 --save-every 4 --num-envs 128 --turns-per-env 5 --minibatch-turns 128"
     rl="$rl --epochs 1 --lr-warmup 2 --lr-horizon 24 --thought-coef 1.0"
     sft="--steps 200 --save-every 40"
+    rft="--rounds 8 --episodes 512 --steps 15"
     rl_settings=("--temperature 0.2 --lr 5e-5 --lr-final 5e-5")
     sft_settings=("--lr 1e-3" "--lr 3e-4")
     tied=("--temperature 0.2 --lr 3e-5 --lr-final 3e-5"
@@ -74,6 +77,7 @@ virl-l)
     rl="--updates 10 --save-every 2 --num-envs 128 --turns-per-env 4 --minibatch-turns 128"
     rl="$rl --epochs 1 --lr-warmup 1 --lr-horizon 10 --thought-coef 1.0"
     sft="--steps 50 --save-every 10"
+    rft="--rounds 8 --episodes 128 --steps 5"
     rl_settings=("--temperature 1.0 --lr 1e-4 --lr-final 1e-4"
                  "--temperature 1.0 --lr 3e-4 --lr-final 3e-4"
                  "--temperature 0.2 --lr 1e-4 --lr-final 1e-4"
@@ -89,6 +93,7 @@ more_rl=${MORE_RL:-} more_sft=${MORE_SFT:-} test="$test ${MORE_TEST:-}"
 if [ -n "${SMOKE:-}" ]; then
     rl="--updates 2 --save-every 1 --num-envs 16 --turns-per-env 2 --minibatch-turns 16 --epochs 1"
     sft="--steps 4 --save-every 2 --batch-size 16"
+    rft="--rounds 2 --episodes 64 --steps 2 --batch-size 16"
     rl_settings=("${rl_settings[0]}") sft_settings=("${sft_settings[0]}") more_rl= more_sft=
     test=$(echo "$test" | sed "s/--episodes [0-9]*/--episodes 32/g")
 fi
@@ -96,6 +101,8 @@ fi
 [ -z "${SFT_SETTINGS:-}" ] || IFS=';' read -ra sft_settings <<<"$SFT_SETTINGS"
 [ "${RL_SETTINGS:-}" != none ] || rl_settings=()
 [ "${SFT_SETTINGS:-}" != none ] || sft_settings=()
+rft_settings=()
+[ -z "${RFT_SETTINGS:-}" ] || IFS=';' read -ra rft_settings <<<"$RFT_SETTINGS"
 
 # ---- The starts and the list of runs ----
 
@@ -141,6 +148,11 @@ for start in $STARTS; do
         for i in "${!sft_settings[@]}"; do
             job "sft_${i}_$number" sft.py "$start_too" "${common[@]}" --mix $train \
                 $sft ${sft_settings[i]} $more_sft
+            start_too=--no-start
+        done
+        for i in "${!rft_settings[@]}"; do
+            job "rft_${i}_$number" recipes/rft.py "$start_too" "${common[@]}" --split $train \
+                --max-new-tokens $max_new_tokens $rft ${rft_settings[i]}
             start_too=--no-start
         done
     done

@@ -4,7 +4,8 @@ Words used here:
 
     row      one line of eval.jsonl: a checkpoint, played on one split with one seed
     start    the model that a run goes on from; its rows have step 0
-    arm      all runs of one method with one setting, such as "RL" or "SFT lr 0.001"
+    arm      all runs of one method with one setting, such as "RL" or "SFT lr 0.001"; besides the
+             paper's two methods there may be RFT (recipes/rft.py)
     hands    what is played with one seed; for V-IRL these are routes
 
 Runs of one arm are averaged. The error is over starts, or over runs if there is one start, or over
@@ -63,7 +64,7 @@ def title_of(split):
 
 
 def method_of(arm):
-    """"start", "SFT" or "RL"."""
+    """"start", "SFT", "RL" or "RFT" (recipes/rft.py)."""
     return arm.split()[0]
 
 
@@ -240,7 +241,10 @@ def name_arms(configs):
     """
     methods = {}
     for run, config in configs.items():
-        methods[run] = "RL" if "updates" in config else "SFT"   # sft.py has steps instead
+        methods[run] = "SFT"
+        for name, method in ("updates", "RL"), ("rounds", "RFT"):   # sft.py has neither
+            if name in config:
+                methods[run] = method
     names = {}
     for run, config in configs.items():
         alike = [configs[other] for other in configs if methods[other] == methods[run]]
@@ -336,13 +340,13 @@ def load_arms(folders, metrics):
 
 def check_every_start_has_all_arms(arms_of, arms):
     """ValueError unless each start was evaluated and has a run of SFT, of RL and of every arm."""
-    given = {method_of(arm) for arm in arms} - {"start"}
-    if given != {"SFT", "RL"}:
-        lacking = " and no ".join({"SFT", "RL"} - given)
+    given = {method_of(arm) for arm in arms}
+    if lacking := sorted({"SFT", "RL"} - given):
+        lacking = " and no ".join(lacking)
         raise ValueError(f"--compare needs runs of SFT and of RL; no {lacking} run was given")
     for start, found in arms_of.items():
         methods = {method_of(arm) for arm in found}
-        if methods != {"start", "SFT", "RL"} or len(found) < len(arms):
+        if not methods >= {"start", "SFT", "RL"} or len(found) < len(arms):
             raise ValueError("--compare needs an SFT run, an RL run and an evaluation of the start "
                              f"they go on from, and of each start all arms ({', '.join(arms)}); of "
                              f"{start} it found {', '.join(sorted(found))}; these started from "
@@ -436,8 +440,8 @@ def study_runs(folders, paper):
                 cell = Cell(*metric_and_error(rows, metric),
                             *change_and_error(rows, start_rows, metric))
                 study.cells[metric, split, arm] = cell
-                if split in paper.signs and metric == paper.metric(task, split):
-                    expected = paper.signs[split][method_of(arm)]
+                expected = paper.signs.get(split, {}).get(method_of(arm))
+                if expected and metric == paper.metric(task, split):
                     verdict = judge_sign(expected, cell.change, cell.change_error)
                     study.signs.append(Sign(arm, split, cell, len(clusters(rows)), expected,
                                             verdict))
@@ -522,10 +526,13 @@ def judged_by(study, paper):
 
 
 def contrasts(study, paper):
-    """What RL has more than SFT from the same starts, a sentence for each pair and split."""
+    """What one method has more than another from the same starts, a sentence for each pair of arms
+    and split."""
     sentences = []
-    pairs = [(one, other) for one in study.tried for other in study.tried
-             if (method_of(one), method_of(other)) == ("RL", "SFT")]
+    pairs = []
+    for methods in ("RL", "SFT"), ("RL", "RFT"), ("RFT", "SFT"):
+        pairs += [(one, other) for one in study.tried for other in study.tried
+                  if (method_of(one), method_of(other)) == methods]
     for one, other in pairs:
         for split in study.splits:
             told = []
@@ -637,6 +644,7 @@ def draw(study, figure, paper):
     for panels, metric in zip(axes, metrics):
         for axis, split in zip(panels, study.splits):
             for method, colours in (("SFT", ("tab:orange", "goldenrod")),
+                                    ("RFT", ("tab:green", "yellowgreen")),
                                     ("RL", ("tab:blue", "tab:cyan"))):
                 draw_method(axis, study, method, colours, metric, split)
             start = study.cells[metric, split, "start"].value

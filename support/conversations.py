@@ -300,6 +300,18 @@ def write_conversations(path, option, dialogues):
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def unwritable_texts(processor):
+    """Texts that no reply in a file may hold: the mark of a picture, and control tokens."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return ["<image>", *control]
+
+
+def without_loss(message):
+    """The message; a reply is marked as one that is not learnt."""
+    return message | {"loss": False} if message["role"] == "assistant" else message
+
+
 def dump(samples, config):
     """Write the first `num` samples of sft.py."""
     if config.failed_tries:

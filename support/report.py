@@ -123,10 +123,11 @@ def text(value):
 # ---- The figure ----------------------------------------------------------------------------------
 
 def colours_of(arms):
-    """A colour for each arm: grey for the start, warm for SFT, cold for RL, apart in lightness."""
+    """A colour for each arm: grey for the start, warm for SFT, green for RFT, blue for RL."""
     shades = {"SFT": ("#d1570a", "#e8912d", "#b3803e", "#8a5a1a"),
+              "RFT": ("#2e8b3d", "#74b84e", "#4f7f58", "#93a33c"),
               "RL": ("#0a69da", "#4aa3df", "#6f7fd8", "#1f7a8c")}
-    colours, seen = {"start": "var(--start)"}, {"SFT": 0, "RL": 0}
+    colours, seen = {"start": "var(--start)"}, dict.fromkeys(shades, 0)
     for arm in arms:
         method = compare.method_of(arm)
         colours[arm] = shades[method][seen[method] % 4]

@@ -1,0 +1,165 @@
+"""data/own_successes.py and recipes/rft.py: a model learns its own replies that were right."""
+import json
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+
+import evaluate
+import sft
+from conftest import ROOT
+from support import evaluation
+from support.command_line import parse_config
+from verify import judge_general_points
+
+sys.path[:0] = [str(ROOT / "data"), str(ROOT / "recipes")]
+import own_successes  # noqa: E402
+import rft  # noqa: E402
+
+GP_L = str(ROOT / "data/base/gp-l")
+
+
+def read_dialogues(path):
+    """The dialogues of a file, each a list of turns."""
+    return [record["conversations"] for record in json.loads(path.read_text())]
+
+
+@pytest.fixture
+def config(tmp_path):
+    return own_successes.Config(model=GP_L, out=str(tmp_path / "own.json"), episodes=16,
+                                side_by_side=9, max_new_tokens=40, dtype="float32", device="cpu",
+                                log=str(tmp_path / "log"))
+
+
+def test_only_right_replies_are_kept_and_only_the_last_is_learnt(config, tmp_path):
+    config = replace(config, episodes=24)
+    own_successes.main(config)
+    dialogues = read_dialogues(tmp_path / "own.json")
+    counts = json.loads((tmp_path / "log").read_text())
+    assert counts["kept"] == len(dialogues) == round(24 * counts["success"]) > 1
+    assert len(dialogues) < counts["turns"] <= 5 * 24
+    for prompt, *turns in dialogues:
+        *earlier, last = turns
+        assert "loss" not in last
+        assert all(turn["loss"] is False for turn in earlier if turn["from"] == "gpt")
+        cards = json.loads(re.search(r"Cards: (\[.*\])", prompt["value"])[1])
+        values = [{"A": 1, "J": 10, "Q": 10, "K": 10}.get(card) or int(card) for card in cards]
+        for turn in turns[::2]:
+            verdict = judge_general_points(turn["value"], cards, values, 24)
+            assert (verdict.status == "correct") == (turn is last)
+    # The same command writes the same; dialogues with a failed try can be left out.
+    own_successes.main(replace(config, out=str(tmp_path / "again.json"), side_by_side=24))
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "own.json").read_text()
+    own_successes.main(replace(config, out=str(tmp_path / "first.json"), first_tries=True))
+    assert (read_dialogues(tmp_path / "first.json")
+            == [dialogue for dialogue in dialogues if len(dialogue) == 2])
+
+
+def test_what_is_read_and_sampled_is_counted_once(config, tmp_path, monkeypatch):
+    seen = []
+    count = own_successes.training.count_sampled
+    monkeypatch.setattr(own_successes.training, "count_sampled",
+                        lambda policy, turns, dialogues: seen.extend(turns) or
+                        count(policy, turns, dialogues))
+    own_successes.main(config)
+    # All tries at a hand are one dialogue: its last turn holds the earlier ones.
+    whole = {turn.dialogue_key: len(turn.prompt_ids) + len(turn.response_ids) for turn in seen}
+    counts = json.loads((tmp_path / "log").read_text())
+    assert len(whole) == 16 and len(seen) == counts["turns"]
+    # A retry's prompt holds the sampled ids of the earlier replies, so nothing is read twice.
+    assert counts["tokens_rollout"] == sum(whole.values())
+
+
+def test_each_position_of_a_route_is_a_dialogue_of_its_own(config, tmp_path, city):
+    own_successes.main(replace(config, task="virl-l", model=str(ROOT / "data/base/virl-l"),
+                               env=(f"root={city}",), episodes=4, max_new_tokens=48))
+    dialogues = read_dialogues(tmp_path / "own.json")
+    counts = json.loads((tmp_path / "log").read_text())
+    assert counts["kept"] == len(dialogues) > 4
+    assert {len(dialogue) for dialogue in dialogues} <= {2, 4}     # two tries at a position
+
+
+def test_a_model_without_a_right_reply_and_two_splits_are_refused(config, capsys):
+    from conftest import tiny_folder
+    with pytest.raises(SystemExit):
+        own_successes.main(replace(config, model=tiny_folder()))
+    assert "none of 80 replies is right" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        own_successes.main(replace(config, split=("id", "rule_ood")))
+    assert "one split only, not rule_ood" in capsys.readouterr().err
+
+
+# ---- Rounds --------------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    pass
+
+
+def rounds(monkeypatch, out, *more, stop_before=None):
+    """recipes/rft.py in this process; stops before its script of this number."""
+    scripts = []
+
+    def run(command):
+        if len(scripts) == stop_before:
+            raise Stopped
+        script, *options = map(str, command)
+        scripts.append(script)
+        module = own_successes if script == "data/own_successes.py" else sft
+        module.main(parse_config(module.Config, options))
+
+    monkeypatch.setattr(rft, "run", run)
+    monkeypatch.setattr(sys, "argv", [
+        "rft.py", "--model", GP_L, "--out", str(out), "--rounds", "2", "--episodes", "16",
+        "--steps", "1", "--batch-size", "4", "--save-every", "1", "--max-new-tokens", "40", "--dtype", "float32", *more])
+    rft.main()
+    return scripts
+
+
+def test_rounds_go_on_after_a_stop_as_if_there_had_been_none(tmp_path, monkeypatch, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert rounds(monkeypatch, whole) == ["data/own_successes.py", "sft.py"] * 2
+    for stop_before in (1, 1, 1):
+        with pytest.raises(Stopped):
+            rounds(monkeypatch, stopped, stop_before=stop_before)
+    (stopped / "round_2.json").unlink()                   # as after a kill
+    (stopped / "round_2.log").unlink()
+    rounds(monkeypatch, stopped)
+    for number in (1, 2):
+        name = f"step_{number:06d}/model.safetensors"
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+    rows = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            for out in (whole, stopped)]
+    assert [row["step"] for row in rows[0]] == [1, 2]
+    for one, other in zip(*rows):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    first, second = rows[0]
+    assert second["gflops"] > 1.5 * first["gflops"] and second["kept"] > first["kept"] / 3
+
+    # evaluate.py takes it as a run.
+    found = evaluation.list_checkpoints(whole, GP_L, with_start=True)
+    assert [(each.step, each.gflops) for each in found] == [(0, 0.0), (1, first["gflops"]),
+                                                            (2, second["gflops"])]
+    assert evaluation.read_trained(whole)["task"] == "gp-l"
+
+
+def test_the_start_may_play_in_all_rounds(tmp_path, monkeypatch):
+    played = []
+    monkeypatch.setattr(own_successes, "load_policy",
+                        lambda path, *args, load=own_successes.load_policy, **kwargs:
+                        played.append(path) or load(path, *args, **kwargs))
+    rounds(monkeypatch, tmp_path / "run", "--sampler", "start", "--save-every", "2")
+    assert played == [GP_L, GP_L]
+    # Of the checkpoints that are not asked for only the last one stays.
+    assert sorted(path.name for path in (tmp_path / "run").glob("step_*")) == ["step_000002"]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"lr": 1}')
+    with pytest.raises(SystemExit, match="belongs to another config"):
+        rounds(monkeypatch, tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(SystemExit, match="holds something else"):
+        rounds(monkeypatch, tmp_path)
+    assert (tmp_path / "notes").read_text() == "mine"
