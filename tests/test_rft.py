@@ -111,7 +111,8 @@ def rounds(monkeypatch, out, *more, stop_before=None):
     monkeypatch.setattr(rft, "run", run)
     monkeypatch.setattr(sys, "argv", [
         "rft.py", "--model", GP_L, "--out", str(out), "--rounds", "2", "--episodes", "16",
-        "--steps", "1", "--batch-size", "4", "--save-every", "1", "--max-new-tokens", "40", "--dtype", "float32", *more])
+        "--steps", "1", "--batch-size", "4", "--save-every", "1", "--max-new-tokens", "40",
+        "--dtype", "float32", *more])
     rft.main()
     return scripts
 
