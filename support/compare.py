@@ -448,8 +448,15 @@ def study_runs(folders, paper):
     return study
 
 
+class Difference(NamedTuple):
+    """What one arm has more than another, in points."""
+    value: float
+    error: float
+    by_start: dict     # start -> the difference of the runs from it
+
+
 def difference(study, one, other, metric, split):
-    """The paired difference of two arms on a split: (mean, standard error, number of starts).
+    """The paired Difference of two arms on a split.
 
     Both are compared at their checkpoints nearest to the budget. With several starts the difference
     is that of each start, and the error is over starts. With one it is over runs or episodes, as if
@@ -462,11 +469,12 @@ def difference(study, one, other, metric, split):
         for row in rows:
             by_start.setdefault(row["start"], []).append(100 * row[metric])
         means.append({start: mean(values) for start, values in by_start.items()})
-    differences = [value - means[1][start] for start, value in means[0].items()]
+    by_start = {start: value - means[1][start] for start, value in means[0].items()}
+    differences = list(by_start.values())
     if len(differences) > 1:
-        return *mean_and_standard_error(differences), len(differences)
+        return Difference(*mean_and_standard_error(differences), by_start)
     errors = [metric_and_error(rows, metric)[1] for rows in rows_of]
-    return differences[0], math.hypot(*errors), 1
+    return Difference(differences[0], math.hypot(*errors), by_start)
 
 
 # ---- In words ------------------------------------------------------------------------------------
@@ -525,6 +533,16 @@ def judged_by(study, paper):
     return " and ".join(dict.fromkeys(names))
 
 
+def difference_in_words(found):
+    """Such as "+6.0 ± 2.0 points (2 starts: +4.0, +8.0; p = 0.2)"."""
+    words = f"{found.value:+.1f} ± {found.error:.1f} points"
+    num = len(found.by_start)
+    if num == 1:
+        return words
+    each = ", ".join(f"{value:+.1f}" for value in found.by_start.values())
+    return f"{words} ({num} starts: {each}; p = {p_value(found.value, found.error, num):.2g})"
+
+
 def contrasts(study, paper):
     """What one method has more than another from the same starts, a sentence for each pair of arms
     and split."""
@@ -538,9 +556,8 @@ def contrasts(study, paper):
             told = []
             measures = {paper.metric(study.task, split): "", "first_try": "first tries "}
             for metric, words in measures.items():
-                value, error, num = difference(study, one, other, metric, split)
-                over = f" ({num} starts, p = {p_value(value, error, num):.2g})" if num > 1 else ""
-                told.append(f"{words}{value:+.1f} ± {error:.1f} points{over}")
+                found = difference(study, one, other, metric, split)
+                told.append(f"{words}{difference_in_words(found)}")
             sentences.append(f"{one} minus {other} on {title_of(split)}: "
                              f"{'; '.join(told)}.")
     return sentences

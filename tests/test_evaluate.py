@@ -260,7 +260,7 @@ def compare_runs(folders, figure=""):
 
 def write_run(folder, arm, points, start="start", episodes=100, knobs={}, **env):
     folder.mkdir()
-    length = {"updates": 1} if arm == "RL" else {"steps": 1}
+    length = {"RL": {"updates": 1}, "RFT": {"rounds": 2, "steps": 1}}.get(arm, {"steps": 1})
     (folder / "config.json").write_text(json.dumps({"model": start, **length, **knobs}))
     settings = {"task": "gp-l", "episodes": episodes,
                 "env": {"verify_iter": 5, "target": 24, **env}}
@@ -346,11 +346,26 @@ def test_what_rl_has_more_than_sft_is_paired_by_start(tmp_path, capsys):
     one, two = [[str(tmp_path / f"{arm}{number}") for arm in ("sft", "rl")] for number in (0, 1)]
     compare_runs(one + two)
     # 4 and 8 points: t = 3 with one degree of freedom
-    assert ("RL minus SFT on the other rule: +6.0 ± 2.0 points (2 starts, p = 0.2); first\n"
-            "  tries +0.0 ± 0.0 points (2 starts, p = 1).") in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("RL minus SFT on the other rule: +6.0 ± 2.0 points (2 starts: +4.0, +8.0; p = 0.2); "
+            "first tries +0.0 ± 0.0 points (2 starts: +0.0, +0.0; p = 1).") in out
     compare_runs(one)
     assert ("RL minus SFT on the other rule: +4.0 ± 1.4 points; first tries +0.0 ± 2.8\n"
             "  points.") in capsys.readouterr().out
+
+
+def test_a_third_arm_stands_beside_the_two(tmp_path, capsys):
+    write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.02)])
+    write_run(tmp_path / "rl", "RL", [(1, 60.0, 0.12)])
+    write_run(tmp_path / "rft", "RFT", [(2, 55.0, 0.07)])
+    compare_runs([str(tmp_path / arm) for arm in ("sft", "rl", "rft")],
+                 str(tmp_path / "fig.png"))
+    out = capsys.readouterr().out
+    assert "  RFT                7.0 (-3.0 ± 1.4) " in out
+    assert "\nRFT on the" not in out            # the paper has no sign for it
+    for pair, points in (("RL minus SFT", 10), ("RL minus RFT", 5), ("RFT minus SFT", 5)):
+        assert f"{pair} on the other rule: +{points}.0 ± 1.4 points; first tries" in out
+    assert "Of these 4 changes" in out
 
 
 def test_one_start_and_one_run_under_several_spellings_are_one(tmp_path, monkeypatch, capsys):
