@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 from support import compare, running
 
+COLOURS = {"SFT": "tab:orange", "RFT": "tab:green", "RL": "tab:blue"}
 MARKS = {"id": "o", "unseen": "s", "rule_ood": "D"}   # of a split in a picture; others: a cross
 # The share of mix-ups in the start's training -> the panel of arms that go on from there.
 GATE = {0: "two_by_two/fault_alone", 0.05: "gate/share_0.05", 0.15: "two_by_two/both",
@@ -243,7 +244,8 @@ def write_every(path, folders, study):
 # ---- Pictures ----------------------------------------------------------------------------------
 
 def draw_rows(plt, rows):
-    """A line for each arm, a mark for each split; SFT orange, RL blue, the training rule grey."""
+    """A line for each arm, a mark for each split; the training rule grey, another rule in the
+    colour of the method."""
     panels = {}   # panel -> its arms
     for row in rows:
         arms = panels.setdefault(row.panel, [])
@@ -268,9 +270,7 @@ def draw_rows(plt, rows):
 
 def draw_change(axis, row, height):
     """The mark of one row."""
-    colour = "tab:orange" if row.arm.startswith("SFT") else "tab:blue"
-    if row.split in ("id", "unseen"):
-        colour = "grey"
+    colour = "grey" if row.split in ("id", "unseen") else COLOURS[compare.method_of(row.arm)]
     axis.errorbar([row.change], [height], xerr=[row.change_error], fmt=MARKS.get(row.split, "x"),
                   color=colour, markersize=5, capsize=2,
                   markerfacecolor="white" if row.split == "unseen" else colour,
@@ -285,8 +285,9 @@ def draw_paths(plt, panels):
     fig, axes = plt.subplots(len(panels), 1, figsize=(8, 6.5 * len(panels)), squeeze=False,
                              layout="constrained")
     for axis, (name, panel) in zip(axes.flat, panels.items()):
-        for kind, shades in (("SFT", plt.cm.Oranges), ("RL", plt.cm.Blues)):
-            arms = [arm for arm in panel if arm.startswith(kind)]
+        for kind, shades in (("SFT", plt.cm.Oranges), ("RFT", plt.cm.Greens),
+                             ("RL", plt.cm.Blues)):
+            arms = [arm for arm in panel if compare.method_of(arm) == kind]
             for i, arm in enumerate(arms):
                 draw_path(axis, arm, panel[arm], color=shades(0.9 - 0.6 * i / len(arms)),
                           marker="os^vDPX*<>"[i % 10])
@@ -321,10 +322,10 @@ def draw_gate(plt, rows):
     """
     found = {}   # (panel, method, split) -> row
     for row in rows:
-        found[row.panel, row.arm.split()[0], row.split] = row
+        found[row.panel, compare.method_of(row.arm), row.split] = row
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), squeeze=False, layout="constrained")
     for axis, split in zip(axes.flat, ("id", "rule_ood")):
-        for kind, colour in (("SFT", "tab:orange"), ("RL", "tab:blue")):
+        for kind, colour in COLOURS.items():
             shares, changes, errors = [], [], []
             for share, panel in GATE.items():
                 if row := found.get((panel, kind, split)):

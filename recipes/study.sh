@@ -26,6 +26,10 @@
 #   overfit     V-IRL-L: PPO from the end of SFT (Fig. 19); needs the panel virl
 #   cards       GP-L: SFT on one rule, at two rates, and on many; PPO. Tested on hands never trained
 #               on, and on a fake prompt: it states the other rule, the training rule is scored
+#   arms        GP-L: what does a gain on the other rule take? PPO; RFT (recipes/rft.py) on all right
+#               tries, on right first tries, and on replies of the start alone; SFT at three rates,
+#               on varied solutions, with a tenth of the start's many rules, and on many rules alone.
+#               Tested as cards, and on a third rule that nobody was trained on (J, Q, K count 11)
 #   frozen      GP-VL: SFT of the whole model, of all but the vision encoder, and of the language
 #               model alone (Fig. 16)
 #
@@ -41,7 +45,7 @@ source recipes/common.sh
 OUT=${OUT:-runs/study${SMOKE:+-smoke}}
 STARTS=${STARTS:-0 1 2}
 [ -z "${SMOKE:-}" ] || STARTS=0
-PANELS=${PANELS:-virl two_by_two gate long no_start overfit cards frozen}
+PANELS=${PANELS:-virl two_by_two gate long no_start overfit cards arms frozen}
 export DATA=${DATA:-$OUT/city} SEEDS=0
 mkdir -p "$OUT"
 [ -d "$DATA" ] ||
@@ -69,7 +73,7 @@ panel() {
 ppo="--temperature 0.2 --lr 3e-5 --lr-final 3e-5"
 warm="--lr 1e-4 --lr-final 1e-4 --temperature"
 for name in $PANELS; do
-    case $name in cards) task=gp-l ;; frozen) task=gp-vl ;; *) task=virl-l ;; esac
+    case $name in cards | arms) task=gp-l ;; frozen) task=gp-vl ;; *) task=virl-l ;; esac
     for start in $STARTS; do
         start_of $task "$start"
     done
@@ -118,23 +122,30 @@ feedback=informative reward=verdict" panel virl virl-l ;;
         done
         begin overfit "$OUT/virl-l/overfit_@"
         RL_SETTINGS=$ppo SFT_SETTINGS=none MORE_RL="--save-every 10" panel overfit virl-l ;;
-    cards)
-        begin cards "$OUT/gp-l/@"
+    cards | arms)
+        begin $name "$OUT/gp-l/@"
         told="Make {target} from four cards. Combine their values with + - * / and parentheses,"
         told="$told and use every card exactly once. An ace counts as 1, J counts as 11, Q counts"
         told="$told as 12 and K counts as 13."
         echo "{\"gp_task\": \"$told\"}" >"$OUT/fake.json"
         fake="id face_card=true id face_card=true prompt_file=$OUT/fake.json"
-        RL_SETTINGS="--temperature 0.2 --lr 5e-5 --lr-final 5e-5" \
-            SFT_SETTINGS="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train;--lr 1e-4" \
-            MORE_RL="--save-every 8" MORE_TEST="--splits id rule_ood unseen $fake" \
-            panel cards gp-l ;;
+        sft="--lr 3e-4;--lr 3e-4 --mix rule_family fold=train;--lr 1e-4" rft= third=
+        if [ "$name" = arms ]; then
+            sft="$sft;--lr 1e-3;--lr 3e-4 --env solution=random"
+            sft="$sft;--lr 3e-4 --mix id:0.9 fold=train rule_family:0.1 fold=train"
+            rft="--temperature 0.7;--temperature 0.7 --first-tries --rounds 11"
+            rft="$rft;--temperature 0.7 --sampler start"
+            third="rule_ood rule=11,11,11"
+        fi
+        RL_SETTINGS="--temperature 0.2 --lr 5e-5 --lr-final 5e-5" SFT_SETTINGS=$sft \
+            RFT_SETTINGS=$rft MORE_RL="--save-every 8" \
+            MORE_TEST="--splits id rule_ood unseen $third $fake" panel $name gp-l ;;
     frozen)
         begin frozen "$OUT/gp-vl/@"
         freezing="--lr 1e-3 --freeze vision;--lr 1e-3 --freeze vision,projector"
         RL_SETTINGS=none SFT_SETTINGS="--lr 1e-3;$freezing" panel frozen gp-vl ;;
     *)
-        allowed="virl, two_by_two, gate, long, no_start, overfit, cards and frozen"
+        allowed="virl, two_by_two, gate, long, no_start, overfit, cards, arms and frozen"
         echo "PANELS=$name: allowed are $allowed" >&2
         exit 2 ;;
     esac
