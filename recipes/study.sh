@@ -26,9 +26,9 @@
 #   overfit     V-IRL-L: PPO from the end of SFT (Fig. 19); needs the panel virl
 #   cards       GP-L: SFT on one rule, at two rates, and on many; PPO. Tested on hands never trained
 #               on, and on a fake prompt: it states the other rule, the training rule is scored
-#   arms        GP-L: what does a gain on the other rule take? PPO; RFT (recipes/rft.py) on all right
+#   arms        GP-L: what does a gain on the other rule take? PPO; RFT (recipes/rft.py) on right
 #               tries, on right first tries, and on replies of the start alone; SFT at three rates,
-#               on varied solutions, with a tenth of the start's many rules, and on many rules alone.
+#               on varied solutions, with a tenth of many rules mixed in, and on many rules alone.
 #               Tested as cards, and on a third rule that nobody was trained on (J, Q, K count 11)
 #   frozen      GP-VL: SFT of the whole model, of all but the vision encoder, and of the language
 #               model alone (Fig. 16)
