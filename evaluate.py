@@ -327,11 +327,13 @@ def evaluate_model(path, called, known, config, write, kept=None):
         make_env = partial(envs.make_env, config.task, split.name, common, **split.settings)
         env = make_env()
         chosen = evaluation.chosen_settings(config, env)
-        done = evaluation.finished_seeds(known, split, chosen, metrics)
+        done = evaluation.finished_rows(known, split, chosen, metrics)
         for seed in dict.fromkeys(int(seed) for seed in config.seeds.split(",")):
             label = f"{called}, {split.label}, seed {seed}"
             if seed in done:
                 running.print0(f"{label}: already evaluated")
+                if evaluation.is_hidden(done[seed], known):    # of several rows the last one counts
+                    write(done[seed], [])
                 continue
             # The model is loaded when the first seed has to be played, not before.
             if model is None and config.api_url:
@@ -371,11 +373,11 @@ def finish_config(config):
 
 def evaluate_checkpoint(config):
     """Evaluate one checkpoint. Its rows go to eval.jsonl in --out, or are printed."""
+    config = finish_config(config)
     known, write = [], evaluation.print_one
     if config.out:
-        known = evaluation.open_out(config.out, config.model)
-        write = partial(evaluation.log_evaluation, config.out)
-    evaluate_model(Path(config.model), config.model, known, finish_config(config), write)
+        known, write = evaluation.open_out(config.out, config.model)
+    evaluate_model(Path(config.model), config.model, known, config, write)
 
 
 def evaluate_api(config):

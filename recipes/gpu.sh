@@ -30,6 +30,7 @@ export MORE_SFT=${MORE_SFT:---steps 700 --save-every 175} SFT_SETTINGS=${SFT_SET
 export MORE_TEST=${MORE_TEST:---episodes 1000}
 mkdir -p "$OUT"
 check_numbers SEEDS
+IFS=';' read -ra sft_settings <<<"$SFT_SETTINGS"
 runs=() jobs=()
 for seed in $SEEDS; do
     printf -v start %q "$OUT/start_$seed"
@@ -38,7 +39,10 @@ for seed in $SEEDS; do
     make="env SEED=$seed BASE=$start OUT=$making bash recipes/base.sh"$'\t'
     [ ! -d "$OUT/start_$seed" ] || make=
     jobs+=("seed_$seed"$'\t'"${make}env MODEL=$start SEEDS=$seed OUT=$out bash recipes/tiny.sh")
-    runs+=("$OUT/sft_0_$seed" "$OUT/rl_0_$seed")
+    runs+=("$OUT/rl_0_$seed")
+    for i in "${!sft_settings[@]}"; do
+        runs+=("$OUT/sft_${i}_$seed")
+    done
 done
 attended python recipes/runs.py --logs "$OUT" --side-by-side ${#jobs[@]} --title "$TASK" \
     <<<"$(printf '%s\n' "${jobs[@]}")"

@@ -65,12 +65,14 @@ class Run:
             return re.split("[\r\n]+", log.read().decode(errors="replace").strip())
 
     def where(self):
-        """Its stage, step and time left in words."""
+        """Its stage, step and time left in words; of a recipe in a recipe its last line."""
         for line in reversed(self.printed()):
             if bar := BAR.search(line):
                 stage, done, total, left = bar.groups()
                 left = "" if left == "?" else f", {left} left"
                 return f"{STAGES.get(stage, stage)} {done} of {total}{left}"
+            if line.startswith("== "):
+                return line.removeprefix("== ")
         return "loading"
 
     def fault(self):

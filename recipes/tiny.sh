@@ -19,10 +19,10 @@
 #   OUT=folder         where the runs and the logs go [runs/tiny-TASK]
 #   JOBS=2             runs side by side, one core each
 #   STARTS=0           numbers of the starts; 0 is data/base/TASK, recipes/base.sh makes the others
-#   SEEDS=0            seeds of the runs from each start
+#   SEEDS=0            seeds of the runs from each start, from 0 to 9
 #   MODEL=folder       another model as start 0
 #   DATA=folder        V-IRL: the city to walk in; a synthetic one is made if there is none
-#   SMOKE=1            a few steps of everything, in a separate folder
+#   SMOKE=1            a few steps of everything, in a separate folder; without MORE_RL and MORE_SFT
 #   BAND=1             all settings of PPO that tied on the training rule, not the best one alone
 #   RL_SETTINGS=...    options of rl.py in place of those below, one run for each, separated by ";"
 #   SFT_SETTINGS=...   the same for sft.py; "none" leaves that arm out
@@ -109,6 +109,7 @@ rft_settings=()
 check_model
 check_jobs
 check_numbers STARTS SEEDS
+[[ ! $SEEDS =~ [0-9][0-9] ]] || { echo "SEEDS=$SEEDS: each must be from 0 to 9" >&2; exit 2; }
 [ ! -e "$OUT" ] || [ -d "$OUT" ] || { echo "OUT=$OUT: is a file, not a folder" >&2; exit 2; }
 mkdir -p "$OUT"
 say() { echo "== $TASK: $1 ($((SECONDS / 60)) min so far)"; }
@@ -123,7 +124,7 @@ job() {
     printf -v options '%q ' --out "$OUT/$name" --task "$TASK" --micro-batch-tokens 8192 "$@"
     printf -v folder %q "$OUT/$name"
     training="python $script $options"
-    testing="python evaluate.py --run-folder $folder --seeds $number $test $sample $option"
+    testing="python evaluate.py --run-folder $folder --seeds $number $sample $test $option"
     jobs+=("$name"$'\t'"$training"$'\t'"$testing")
     runs+=("$OUT/$name")
 }

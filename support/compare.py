@@ -15,6 +15,7 @@ of hands as well. A change is that of each run since the start it went on from, 
 What the paper found is handed in (`Reference`), so this file imports none of the six.
 recipes/panels.py names arms and computes errors with the functions of this file as well.
 """
+import json
 import math
 import os
 import textwrap
@@ -37,7 +38,7 @@ LOWER_BOUNDS = ("solved_and_read",)
 
 # Settings that say how a run is executed. Runs that differ only in these are one arm.
 NOT_OF_THE_METHOD = {
-    "out", "model", "seed", "steps", "updates", "save_every", "keep_resume", "micro_batch_tokens",
+    "out", "model", "seed", "updates", "rounds", "save_every", "keep_resume", "micro_batch_tokens",
     "generate_tokens", "kept_gib", "gradient_checkpointing", "dtype", "param_dtype", "device",
 }
 
@@ -136,26 +137,49 @@ def metric_and_error(rows, metric):
     return means[0], 100 * math.sqrt(squares) / len(rows)
 
 
-def rows_before(run_rows, start_rows):
-    """The rows of the start of one run, on the same hands where it was played on them."""
-    rows = [row for row in start_rows if row["start"] == run_rows[0]["start"]]
-    seeds = {row["seed"] for row in run_rows}
-    same_hands = [row for row in rows if row["seed"] in seeds]
-    return same_hands or rows
+def error_over_episodes(rows, metric):
+    """The standard error of the mean of a metric over the episodes of these rows, in %.
+
+    Rows of one seed have the same hands. They are no independent samples, so their errors are
+    averaged. nan where rows of an earlier version hold no error.
+    """
+    by_seed = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).append(row.get(f"{metric}_stderr", math.nan))
+    squares = sum((100 * mean(errors)) ** 2 for errors in by_seed.values())
+    return math.sqrt(squares) / len(by_seed)
+
+
+def on_the_same_hands(run_rows, start_rows):
+    """(rows of one run, rows of its start) on the hands that both have played.
+
+    ValueError if there are none.
+    """
+    start, split = run_rows[0]["start"], run_rows[0]["split"]
+    rows = [row for row in start_rows if row["start"] == start]
+    seeds = {row["seed"] for row in run_rows} & {row["seed"] for row in rows}
+    if not seeds:
+        first = sorted({row["seed"] for row in run_rows})[0]
+        raise ValueError(f"{run_rows[0]['run']} was tested on {split} with seed {first}, but its "
+                         f"start {start} never was, so both have no hands in common: run "
+                         f"evaluate.py --run-folder {run_rows[0]['run']} --seeds {first}")
+    return [[row for row in each if row["seed"] in seeds] for each in (run_rows, rows)]
 
 
 def change_and_error(rows, start_rows, metric):
     """The mean change of a metric since the start and its standard error, both in points.
 
-    Each run is compared with the start that it went on from. The error is over starts or runs, but
-    never below the error over the episodes of the runs: a few runs may agree by chance.
+    Each run is compared with the start that it went on from, on the same hands. The error is over
+    starts or runs, but never below the error over the episodes of the runs: a few runs may agree by
+    chance. With one start it is never below that of the start's own score, either.
     """
     # The change of each run is written as a row, in shares as all rows are. So `metric_and_error`
     # averages changes as it averages scores.
-    changes = []
+    changes, played = [], []
     for run in dict.fromkeys(row["run"] for row in rows):
         after = [row for row in rows if row["run"] == run]
-        before = rows_before(after, start_rows)
+        after, before = on_the_same_hands(after, start_rows)
+        played += before
         change = mean([row[metric] for row in after]) - mean([row[metric] for row in before])
         _, error_after = metric_and_error(after, metric)
         _, error_before = metric_and_error(before, metric)
@@ -164,12 +188,12 @@ def change_and_error(rows, start_rows, metric):
         changes.append({"run": run, "start": start, metric: change, f"{metric}_stderr": error})
     change, error = metric_and_error(changes, metric)
 
-    # The bound: the error over the episodes that the trained runs played.
-    squares = sum((100 * row.get(f"{metric}_stderr", math.nan)) ** 2 for row in rows)
-    over_episodes = math.sqrt(squares) / len(rows)
-    if math.isnan(error) or math.isnan(over_episodes):   # rows of an earlier version: no bound
+    bound = error_over_episodes(rows, metric)
+    if len({row["start"] for row in rows}) == 1:
+        bound = math.hypot(bound, error_over_episodes(played, metric))
+    if math.isnan(error) or math.isnan(bound):   # rows of an earlier version: no bound
         return change, error
-    return change, max(error, over_episodes)
+    return change, max(error, bound)
 
 
 def p_value(change, error, num):
@@ -203,12 +227,24 @@ def p_value(change, error, num):
 
 def judge_sign(expected, change, error):
     """Whether a change goes the paper's way by more than two standard errors."""
-    if abs(change) <= 2 * error:
+    if not abs(change) > 2 * error:      # an error that is not known (nan) decides nothing
         return "undecided"
     return "met" if (change > 0) == (expected == "up") else "not met"
 
 
 # ---- Arms --------------------------------------------------------------------------------------
+
+def own_words(value, values):
+    """The words of a setting that not all `values` have, as one text.
+
+    ["root=city", "reward=random"] beside ["root=city"] is "reward=random".
+    """
+    words = []
+    for word in value or ():
+        if not all(word in (other or ()) for other in values):
+            words.append(word)
+    return " ".join(words)
+
 
 def name_setting(key, value, values):
     """A setting as part of an arm's name; `values` are those of all runs of the same method.
@@ -218,12 +254,11 @@ def name_setting(key, value, values):
     if all(other == value for other in values):
         return ""
     if isinstance(value, list):
-        # Words that all have say nothing: ["root=city", "reward=random"] -> "reward=random".
-        words = []
-        for word in value:
-            if not all(word in (other or ()) for other in values):
-                words.append(word)
-        value = " ".join(words)
+        # The order of words counts: in `id fold=train rule_ood` the fold is of id alone. Where the
+        # words that differ would name two settings alike, all words do.
+        named = own_words(value, values)
+        alike = any(own_words(other, values) == named for other in values if other != value)
+        value = " ".join(value) if alike else named
     if not value:
         return ""
     if value is True:
@@ -323,6 +358,11 @@ def load_arms(folders, metrics):
         start = spellings.setdefault(os.path.realpath(model), os.path.normpath(model))
         for row in rows:
             split = row["split"]
+            first_rows.setdefault("", (run, row["settings"]))
+            first_run, first = first_rows[""]
+            if row["settings"]["task"] != first["task"]:
+                raise ValueError(f"--compare needs runs of one task: {first_run} was tested on "
+                                 f"{first['task']}, {run} on {row['settings']['task']}")
             first_run, first = first_rows.setdefault(split, (run, row["settings"]))
             if differing := differing_settings(first, row["settings"]):
                 raise ValueError("--compare needs one set of settings for a split; on "
@@ -335,6 +375,8 @@ def load_arms(folders, metrics):
                 starts_seen.add((start, split, row["seed"]))
                 arms["start"].append({**row, "start": start, "run": (start, row["seed"])})
     check_every_start_has_all_arms(arms_of, arms)
+    check_every_start_has_all_splits(arms)
+    check_no_run_is_there_twice(arms)
     return arms
 
 
@@ -351,6 +393,29 @@ def check_every_start_has_all_arms(arms_of, arms):
                              f"they go on from, and of each start all arms ({', '.join(arms)}); of "
                              f"{start} it found {', '.join(sorted(found))}; these started from "
                              f"{', '.join(arms_of)}")
+
+
+def check_every_start_has_all_splits(arms):
+    """ValueError unless each start was tested on every split that another one was tested on."""
+    splits = {row["split"] for row in arms["start"]}
+    for start in {row["start"] for row in arms["start"]}:
+        found = {row["split"] for row in arms["start"] if row["start"] == start}
+        if lacking := sorted(splits - found):
+            raise ValueError(f"--compare: the start {start} was not tested on {lacking[0]}, as "
+                             "others were: run evaluate.py --run-folder on a run from it")
+
+
+def check_no_run_is_there_twice(arms):
+    """ValueError if two runs of an arm have the same rows, as a copied folder has: they would
+    count as two."""
+    for arm in arms.keys() - {"start"}:
+        seen = {}      # the rows of a run -> its folder
+        for run in dict.fromkeys(row["run"] for row in arms[arm]):
+            rows = [{**row, "run": "", "checkpoint": ""} for row in arms[arm] if row["run"] == run]
+            twin = seen.setdefault(json.dumps(rows, sort_keys=True), run)
+            if twin != run:
+                raise ValueError(f"--compare: {twin} and {run} have the same rows, so they are one "
+                                 "run twice: leave one out")
 
 
 def common_checkpoints(rows, split):
@@ -408,8 +473,9 @@ class Study(NamedTuple):
     def counted(self, metric):
         """A metric in words: what it is a share of."""
         on_routes = self.task.startswith("virl")
+        tries = dict.fromkeys(row["settings"]["env"]["verify_iter"] for row in self.arms["start"])
         return COUNTED.get(metric, in_words(metric)).format(
-            tries=self.arms["start"][0]["settings"]["env"]["verify_iter"],
+            tries=" or ".join(map(str, tries)),
             episodes="routes" if on_routes else "hands",
             each=" at each position" if on_routes else "",
             places="positions" if on_routes else "hands")
@@ -460,7 +526,7 @@ def difference(study, one, other, metric, split):
 
     Both are compared at their checkpoints nearest to the budget. With several starts the difference
     is that of each start, and the error is over starts. With one it is over runs or episodes, as if
-    the arms had nothing in common.
+    the arms had nothing in common. It is never below the error over episodes.
     """
     means = []
     rows_of = [study.nearest(arm, split) for arm in (one, other)]
@@ -471,10 +537,13 @@ def difference(study, one, other, metric, split):
         means.append({start: mean(values) for start, values in by_start.items()})
     by_start = {start: value - means[1][start] for start, value in means[0].items()}
     differences = list(by_start.values())
+    value, error = differences[0], 0.0
     if len(differences) > 1:
-        return Difference(*mean_and_standard_error(differences), by_start)
-    errors = [metric_and_error(rows, metric)[1] for rows in rows_of]
-    return Difference(differences[0], math.hypot(*errors), by_start)
+        value, error = mean_and_standard_error(differences)
+    else:
+        error = math.hypot(*[metric_and_error(rows, metric)[1] for rows in rows_of])
+    bound = math.hypot(*[error_over_episodes(rows, metric) for rows in rows_of])
+    return Difference(value, error if math.isnan(bound) else max(error, bound), by_start)
 
 
 # ---- In words ------------------------------------------------------------------------------------
@@ -581,12 +650,32 @@ def findings(study, paper):
 
 
 def how_many(study):
-    """Such as "2 SFT and 1 RL runs from 1 start"."""
+    """Such as "2 SFT and 1 RL runs from 1 start, tested on 500 hands"."""
     counts = []
     for arm in study.tried:
         counts.append(f"{len({row['run'] for row in study.arms[arm]})} {arm}")
     num_starts = len({row["start"] for row in study.arms["start"]})
-    return f"{' and '.join(counts)} runs from {num_starts} start{'s' * (num_starts > 1)}"
+    episodes = dict.fromkeys(str(row["episodes"]) for row in study.arms["start"])
+    played = "routes" if study.task.startswith("virl") else "hands"
+    return (f"{' and '.join(counts)} runs from {num_starts} start{'s' * (num_starts > 1)}, each "
+            f"tested on {' or '.join(episodes)} {played}")
+
+
+def compared_at(study):
+    """Such as "SFT at 13,926 and RL at 14,101 GFLOPs": the checkpoints in the tables."""
+    words = []
+    for arm in study.tried:
+        points = dict.fromkeys(f"{mean([row['gflops'] for row in study.nearest(arm, split)]):,.0f}"
+                               for split in study.splits)
+        words.append(f"{arm} at {' or '.join(points)}")
+    return f"{' and '.join(words)} GFLOPs"
+
+
+def left_out(study):
+    """The splits that were tested but are not shown, in words; "" if there are none."""
+    tested = {row["split"] for arm in study.tried for row in study.arms[arm]}
+    lost = ", ".join(sorted(tested - set(study.splits)))
+    return f"Not shown: {lost}, on which the start was not tested." if lost else ""
 
 
 BOUND = ("Lower bound: the official code plays on until one reply solves a hand and names its "
@@ -598,7 +687,9 @@ def print_study(study, paper):
     """Print tables of at most 80 columns for up to three splits, then what was found."""
     print(f"\n{task_name(study.task)}, after about {study.budget:,.0f} GFLOPs of post-training:")
     print("values in %, changes since the start in points, ± standard errors")
-    print(textwrap.fill(how_many(study), 80))
+    for words in (how_many(study), f"compared: {compared_at(study)}", left_out(study)):
+        if words:
+            print(textwrap.fill(words, 80))
     for metric in study.metrics:
         print(f"\n{textwrap.fill(study.counted(metric), 80)}")
         print("\n".join(table_of(study, metric, paper)))
@@ -676,26 +767,36 @@ def draw(study, figure, paper):
     print(f"\nfigure: {figure}")
 
 
-def curve_of(study, arm, metric, split):
-    """The points (GFLOPs, %, error) of an arm, from the start on."""
+def curve_of(study, arm, metric, split, steps=None):
+    """The points (GFLOPs, %, error) of an arm, from the start on; at these steps, or at all."""
     start = study.cells[metric, split, "start"]
     points = [(0.0, start.value, start.error)]
     for gflops, rows in common_checkpoints(study.arms[arm], split):
-        points.append((gflops, *metric_and_error(rows, metric)))
+        if steps is None or rows[0]["step"] in steps:
+            points.append((gflops, *metric_and_error(rows, metric)))
     return points
+
+
+def steps_of(study, arm, split):
+    """The steps of the checkpoints that all runs of an arm have."""
+    return {rows[0]["step"] for _, rows in common_checkpoints(study.arms[arm], split)}
 
 
 def draw_method(axis, study, method, colours, metric, split):
     """The curves of all arms of a method, or their mean and range if they are more than two."""
     arms = [arm for arm in study.tried if method_of(arm) == method]
-    curves = [curve_of(study, arm, metric, split) for arm in arms]
+    steps = None
+    if len(arms) > 2:
+        steps = set.intersection(*[steps_of(study, arm, split) for arm in arms])
+    curves = [curve_of(study, arm, metric, split, steps) for arm in arms]
     if len(arms) <= 2:
         for arm, points, colour in zip(arms, curves, colours):
             gflops, values, errors = zip(*points)
             axis.errorbar(gflops, values, errors, label=arm, color=colour, marker="o", markersize=3,
                           capsize=2)
         return
-    # The checkpoints of one method are at nearly the same GFLOPs in all settings.
+    # The checkpoints of one method are at nearly the same GFLOPs in all settings. A run that was
+    # stopped has one more, which is left out.
     columns = list(zip(*curves))
     gflops = [mean([point[0] for point in column]) for column in columns]
     values = [[point[1] for point in column] for column in columns]

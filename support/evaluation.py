@@ -3,14 +3,17 @@
 It checks options against each other, and takes task and settings from a run. It knows which rows
 are there already, and keeps the replies of a stopped evaluation. It prints what a row says.
 """
+import hashlib
 import json
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from support import api, run_folder, running, settings, transcripts
 from support.chat import read_text
+from support.command_line import flag_of
 from support.demonstrator import Wrapper
 
 
@@ -35,6 +38,28 @@ def check_options(config):
     if config.out and (config.run_folder or config.compare):
         raise ValueError(f"--out {config.out}: is for --model and --api-url; a run's rows go to "
                          "its folder")
+    check_used(config)
+
+
+def check_used(config):
+    """ValueError if an option was given that has no effect beside the others."""
+    if config.compare:
+        way, unused = "--compare", {each.name for each in fields(config)}
+        unused -= {"compare", "figure", "html"}
+    elif config.api_url:
+        way, unused = "--api-url", {"start", "generate_tokens", "kept_gib", "dtype"}
+    else:
+        way = "--run-folder" if config.run_folder else "--model"
+        unused = {"api_model", "api_extra", "api_header", "api_timeout", "api_workers"}
+        unused |= set() if config.run_folder else {"start"}
+    if config.paper:
+        way, unused = f"{way} and --paper", unused | {"episodes"}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.name in unused and value != each.default:
+            words = " ".join(value) if isinstance(value, tuple) else value
+            given = f"{flag_of(each)} {words}" if value is not False else f"--no-{each.name}"
+            raise ValueError(f"{given}: has no effect with {way}")
 
 
 # ---- A run and its checkpoints -----------------------------------------------------------------
@@ -141,14 +166,21 @@ def chosen_settings(config, env):
     return chosen
 
 
-def finished_seeds(known, split, chosen, metrics):
-    """The seeds that the rows `known` cover for a split, with these settings and all metrics."""
-    seeds = set()
+def finished_rows(known, split, chosen, metrics):
+    """{seed: its row} of those rows that are of a split, with these settings and all metrics."""
+    found = {}
     for row in known:
         same = row["split"] == split.label and row["settings"] == chosen
         if same and row.keys() >= set(metrics):   # else it is from an earlier version
-            seeds.add(row["seed"])
-    return seeds
+            found[row["seed"]] = row
+    return found
+
+
+def is_hidden(row, known):
+    """Whether a later row of the same split and seed, with other settings, is the one that counts
+    in tables."""
+    alike = [each for each in known if (each["split"], each["seed"]) == (row["split"], row["seed"])]
+    return alike[-1] is not row
 
 
 class KeptReplies:
@@ -252,13 +284,34 @@ def check_out(out):
                          f"{'a run folder' if out.is_dir() else 'a file'}")
 
 
+def weights_of(checkpoint):
+    """What tells the weights of a checkpoint from others: a digest of their files' sizes and ends.
+
+    The files are too large to be read whole.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 65536))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()[:16]
+
+
 def open_out(out, checkpoint):
-    """Make the folder --out if it is not there; the rows of this checkpoint that it holds."""
+    """Make the folder --out if it is not there.
+
+    Returns the rows that it holds of this checkpoint with these weights, and a function that writes
+    a row with its dialogues.
+    """
     check_out(out)
     running.gather(None)   # all have looked
     Path(out).mkdir(parents=True, exist_ok=True)
     run_folder.hold(out, "evaluating")
-    return known_rows(out, str(Path(checkpoint)))   # as rows name it, without a last slash
+    weights = weights_of(checkpoint)
+    known = known_rows(out, str(Path(checkpoint)))   # as rows name it, without a last slash
+    known = [row for row in known if row.get("weights", weights) == weights]
+    return known, partial(log_evaluation, out, weights=weights)
 
 
 def known_rows(folder, checkpoint):
@@ -294,7 +347,7 @@ def log_evaluation(folder, row, said, **point):
         about = {name: row[name] for name in ("checkpoint", "split", "seed", "settings")}
         running.log_jsonl(Path(folder) / "dialogues.jsonl", step=point.get("step", 0), **about,
                           dialogues=said)
-    running.log_jsonl(Path(folder) / "eval.jsonl", **point, **row)
+    running.log_jsonl(Path(folder) / "eval.jsonl", **{**point, **row})
 
 
 def print_one(row, said):

@@ -12,7 +12,9 @@ hands that are not looked at. What a model wrote is escaped, and holds no contro
 """
 import html
 import json
+import math
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -22,10 +24,10 @@ from support.chat import printable
 SHOWN_KEYS = ("number", "cards", "action", "formula")    # of a reply: what is compared
 # What the two rules are, by how a task begins.
 RULES = {
-    "gp": "Four cards make 24. Under the training rule J, Q and K count ten. Under the other rule, "
-          "which no arm is trained on, they count 11, 12 and 13. The prompt states the rule.",
+    "gp": "Four cards make 24. Under the training rule J, Q and K count ten. Under the other rule "
+          "they count 11, 12 and 13. The prompt states the rule.",
     "virl": "Instructions lead through a city. Under the training rule directions are compass "
-            "words. Under the other rule, which no arm is trained on, they are left and right.",
+            "words. Under the other rule they are left and right.",
 }
 WORDS = ("SFT imitates an expert. RL tries, and a verifier pays for right replies. Both go on from "
          "the same start. The paper is Chu et al., arXiv 2501.17161. GFLOPs measure the compute.")
@@ -143,7 +145,9 @@ def nice_top(value):
 def panel(study, split, metric, colours, numbers):
     """One panel as SVG: curves of a metric, in %, against GFLOPs. `numbers`: the paper's three."""
     curves = {arm: compare.curve_of(study, arm, metric, split) for arm in study.tried}
-    values = [value + error for points in curves.values() for _, value, error in points]
+    values = []
+    for points in curves.values():
+        values += [value if math.isnan(error) else value + error for _, value, error in points]
     top = nice_top(max([*values, *numbers]))
     longest = max(points[-1][0] for points in curves.values())
 
@@ -176,9 +180,10 @@ def panel(study, split, metric, colours, numbers):
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[arm]}" '
                      'stroke-width="2"/>')
         for gflops, value, error in points:
-            parts.append(f'<line x1="{x(gflops):.1f}" x2="{x(gflops):.1f}" '
-                         f'y1="{y(max(0, value - error)):.1f}" y2="{y(value + error):.1f}" '
-                         f'stroke="{colours[arm]}"/>')
+            if not math.isnan(error):
+                parts.append(f'<line x1="{x(gflops):.1f}" x2="{x(gflops):.1f}" '
+                             f'y1="{y(max(0, value - error)):.1f}" y2="{y(value + error):.1f}" '
+                             f'stroke="{colours[arm]}"/>')
             said = f"{arm}, {gflops:,.0f} GFLOPs: {value:.1f} ± {error:.1f} %"
             parts.append(f'<a tabindex="0" role="img" aria-label="{text(said)}"><title>'
                          f'{text(said)}</title><circle cx="{x(gflops):.1f}" '
@@ -263,8 +268,8 @@ def chip(status, reward):
 def column(arm, row):
     """What one arm said at a hand, and what the verifier answered."""
     parts = [f"<div><h3>{text(arm)}</h3>"]
-    if row is None:
-        return f"{parts[0]}<p class=\"soft\">did not get here</p></div>"
+    if isinstance(row, str):                 # why there is none
+        return f"{parts[0]}<p class=\"soft\">{row}</p></div>"
     verdicts = iter(row["verdicts"])
     for message in row["messages"][1:]:
         if message["role"] == "assistant":
@@ -277,11 +282,16 @@ def column(arm, row):
 
 
 def hand(title, split, columns, picture):
-    """A hand or a position as every arm played it; `columns`: arm -> dialogue or None."""
-    rows = [row for row in columns.values() if row is not None]
-    endings = {row and row["verdicts"][-1][0] == "correct" for row in columns.values()}
-    firsts = {row and row["verdicts"][0][0] == "correct" for row in columns.values()}
-    differ = "yes" if len(endings) > 1 or len(firsts) > 1 else "no"
+    """A hand or a position as every arm played it; `columns`: arm -> dialogue, or in words why
+    there is none."""
+    rows = [row for row in columns.values() if not isinstance(row, str)]
+    outcomes = set()                         # of each arm whether its first and last try are right
+    for row in columns.values():
+        if row == "did not get here":
+            outcomes.add(None)
+        elif not isinstance(row, str):
+            outcomes.add((row["verdicts"][0][0] == "correct", row["verdicts"][-1][0] == "correct"))
+    differ = "yes" if len(outcomes) > 1 else "no"
     said = "\n".join(column(arm, row) for arm, row in columns.items())
     prompt = text(rows[0]["messages"][0]["content"])
     return (f'<section class="hand" data-split="{text(split)}" data-differ="{differ}">'
@@ -290,17 +300,18 @@ def hand(title, split, columns, picture):
 
 
 def dialogues_of(study):
-    """What was kept of the evaluations: which one (`transcripts.evaluation_of`) -> its dialogues.
+    """What was kept: {run: {evaluation (`transcripts.evaluation_of`): {place: dialogue}}}.
 
-    Any run may have tested the start.
+    The start's are under "start", as any run may have tested it. Two runs may have checkpoints of
+    one path, if one of their folders has been moved.
     """
-    runs = {row["run"] for arm in study.tried for row in study.arms[arm]}
-    found = {}
-    for run in sorted(runs):
-        of_run = {}
+    found = {"start": {}}
+    for run in sorted({row["run"] for arm in study.tried for row in study.arms[arm]}):
         for row in transcripts.read_dialogues(Path(run) / "dialogues.jsonl"):
-            of_run.setdefault(transcripts.evaluation_of(row), []).append(row)
-        found |= of_run
+            of = "start" if row["step"] == 0 else run
+            evaluation = transcripts.evaluation_of(row)
+            found.setdefault(of, {}).setdefault(evaluation, {})[row["episode"],
+                                                                row["position"]] = row
     return found
 
 
@@ -317,22 +328,38 @@ def same_hands(study, split):
     return chosen
 
 
+def on_other_hands(study):
+    """In words, which arms were tested on other hands than the first one; "" if none was."""
+    lost = []
+    for split in study.splits:
+        shown = same_hands(study, split)
+        lost += [arm for arm in ("start", *study.tried) if arm not in shown and arm not in lost]
+    return f" {' and '.join(lost)} played other hands, which are not shown." if lost else ""
+
+
 def hands(study, make_env):
     """The hands of every split that were kept, as every arm played them: HTML."""
     kept, parts = dialogues_of(study), []
     for split in study.splits:
         played = {}                          # (episode, position) -> arm -> dialogue
         chosen = same_hands(study, split)
+        episodes = {}                        # arm -> episodes whose dialogues were kept
         for arm, tested in chosen.items():
-            for row in kept.get(transcripts.evaluation_of(tested), ()):
-                played.setdefault((row["episode"], row["position"]), {})[arm] = row
+            of = kept.get("start" if arm == "start" else tested["run"], {})
+            dialogues = of.get(transcripts.evaluation_of(tested), {})
+            episodes[arm] = {episode for episode, _ in dialogues}
+            for place, row in dialogues.items():
+                played.setdefault(place, {})[arm] = row
         on_routes = len({position for _, position in played}) > 1
         for (episode, position), columns in sorted(played.items()):
             title = f"{compare.title_of(split)}, {'route' if on_routes else 'hand'} "
             title += f"{episode + 1}" + (f", position {position + 1}" if on_routes else "")
             row = next(iter(columns.values()))
-            parts.append(hand(title, split, {arm: columns.get(arm) for arm in chosen},
-                              transcripts.picture_of_row(row, make_env)))
+            shown = {}
+            for arm in chosen:
+                lost = "did not get here" if episode in episodes[arm] else "was not kept"
+                shown[arm] = columns.get(arm, lost)
+            parts.append(hand(title, split, shown, transcripts.picture_of_row(row, make_env)))
     return parts
 
 
@@ -340,13 +367,16 @@ def hands(study, make_env):
 
 def command_of(config):
     """The command line of a run, from its config.json."""
-    script, words = "rl.py" if "updates" in config else "sft.py", []
+    script, words = "sft.py", []
+    for name, other in ("updates", "rl.py"), ("rounds", "recipes/rft.py"):
+        script = other if name in config else script
     for name, value in config.items():
-        if isinstance(value, list):
-            value = " ".join(map(str, value))
-        if value in ("", False, None):
+        values = value if isinstance(value, list) else [value]
+        if value is False or value is None or values in ([], [""]):
             continue
-        words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += [shlex.quote(str(each)) for each in values]
     return f"python {script} {' '.join(words)}"
 
 
@@ -365,9 +395,22 @@ def how_it_was_made(study):
         parts.append(f"<h3>{text(arm)}</h3><p>{minutes_of(run):.1f} minutes of training for "
                      f"{text(run)}, computed in {text(config.get('dtype', '?'))}.</p>"
                      f"<pre>{text(command_of(config))}</pre>")
-    tested = study.arms["start"][0]["settings"]
-    parts.append(f"<h3>Tests</h3><pre>{text(json.dumps(tested, indent=2))}</pre>")
+    for split in study.splits:
+        tested = [row["settings"] for row in study.arms["start"] if row["split"] == split][0]
+        parts.append(f"<h3>Tests on {text(split)}</h3>"
+                     f"<pre>{text(json.dumps(tested, indent=2))}</pre>")
     return "\n".join(parts)
+
+
+def trained_on(study):
+    """A sentence on whether any arm was trained on another rule than that of the split `id`."""
+    for arm in study.tried:
+        config = running.read_run_config(study.arms[arm][0]["run"])
+        words = [*config.get("mix", ()), *config.get("split", ()), *config.get("env", ())]
+        others = [word for word in words if re.match("rule|action_space", word)]
+        if others:
+            return f"{text(arm)} was trained on {text(' '.join(words))}."
+    return "No arm is trained on the other rule."
 
 
 def claim(study, paper):
@@ -406,14 +449,15 @@ def page(study, paper, make_env):
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{text(name)}</title>", f"<style>{STYLE}</style>",
         f"<main><h1>{text(name)}</h1>",
-        f"<p>{RULES.get(study.task.partition('-')[0], '')} {WORDS}</p>",
-        f'<p class="soft">{text(compare.how_many(study))}, compared after about '
-        f"{study.budget:,.0f} GFLOPs of post-training.</p>",
+        f"<p>{RULES.get(study.task.partition('-')[0], '')} {trained_on(study)} {WORDS}</p>",
+        f'<p class="soft">{text(compare.how_many(study))}; compared: '
+        f"{text(compare.compared_at(study))}. {text(compare.left_out(study))}</p>",
         claim(study, paper), f"<ul>{''.join(sentences)}</ul>",
         "<h2>As training goes on</h2>", figure(study, paper, colours),
         "<h2>The table</h2><p class=\"soft\">The value, and in brackets its change since the start "
         "in points, ± standard error.</p>", table(study, paper),
-        "<h2>What each one says</h2><p class=\"soft\">The same hands for the start and every arm. "
+        "<h2>What each one says</h2><p class=\"soft\">The same hands for the start and every arm."
+        f"{text(on_other_hands(study))} "
         "Marked: a number, a card or an action that is not right. The arrow keys go on."
         "</p>", viewer,
         "<h2>How it was made</h2><details><summary>Commands and settings</summary>"

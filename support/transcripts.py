@@ -4,6 +4,7 @@
     dialogues.jsonl    of evaluate.py: the first episodes of each checkpoint, split and seed
 
     python envs.py --read runs/rl                      # turns.jsonl, where there is one
+    python envs.py --read runs/rl --only split=id      # dialogues.jsonl: only tests have a split
     python envs.py --read runs/rl/dialogues.jsonl --only failed split=rule_ood
     python envs.py --read runs/rl --html rl.html       # draws the pictures again from their seeds
 
@@ -191,7 +192,7 @@ def wanted(row, words):
     for word in words:
         name, _, value = word.partition("=")
         if word == "failed":
-            fits = row["verdicts"][-1][0] != "correct"
+            fits = row["done"] and row["verdicts"][-1][0] != "correct"
         elif word == "solved":
             fits = row["verdicts"][-1][0] == "correct"
         elif word == "face_card":
@@ -243,7 +244,9 @@ def read_run(run, file, make_env, only=()):
     run: a run folder, or a file dialogues.jsonl. only: words that say which dialogues (`wanted`).
     """
     path, config = Path(run), None
-    if path.is_dir() and not (path / "turns.jsonl").is_file():
+    # Only tests have a split and a seed. Without such a word what was said in training is read.
+    of_tests = any(word.startswith(("split=", "seed=")) for word in only)
+    if of_tests or not (path / "turns.jsonl").is_file():
         path = path / "dialogues.jsonl" if (path / "dialogues.jsonl").is_file() else path
     if path.is_file():
         rows = read_dialogues(path)

@@ -561,6 +561,13 @@ def test_a_header_holds_a_secret_that_stands_in_no_file_and_no_message(
     assert "0123456789" not in err
 
 
+def test_a_word_for_a_server_that_asks_for_no_key_is_left_in_replies(monkeypatch):
+    for key, hidden in (("observation", False), ("lm-studio", False), ("sk-0123456789", True)):
+        client = SimpleNamespace(secrets=[key])
+        text = f'{{"current {key}": 1}}'
+        assert (api_file.ApiModel.hide_key(client, text) != text) == hidden
+
+
 @pytest.mark.parametrize("header, told", [
     ("api-key: sk-0123456789", "write '$API_KEY' there, in single quotes"),
     ("api-key: $NOT_SET", "--api-header 'api-key': the environment variable NOT_SET is empty"),

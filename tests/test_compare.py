@@ -21,7 +21,8 @@ def write_run(folder, step, length):
     settings = {"task": "gp-vl", "episodes": 100, "env": {"verify_iter": 5}}
     for at in {0, step}:
         running.log_jsonl(folder / "eval.jsonl", step=at, gflops=10.0 * at, split="rule_ood",
-                          seed=0, settings=settings, statuses={}, **measures, **errors)
+                          seed=0, episodes=100, settings=settings, statuses={},
+                          **measures, **errors)
 
 
 def test_a_bound_of_the_papers_measure_is_named_one_wherever_it_stands_beside_it(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Evaluation: what is counted, error bars, the comparison."""
 import json
 import math
+import shutil
 import sys
 import weakref
 from dataclasses import replace
@@ -13,7 +14,7 @@ import envs
 import evaluate
 import model
 from conftest import tiny_folder
-from support import compare, evaluation, running
+from support import compare, evaluation, running, settings
 from support.settings import Split
 
 SMALL = tiny_folder()
@@ -229,7 +230,7 @@ def test_error_bars_are_binomial_for_one_run_and_over_runs_for_several():
 def test_a_change_is_that_of_each_run_from_its_own_start_on_the_same_hands():
     def row(start, seed, success, run=None):
         return {"start": start, "seed": seed, "run": run or (start, seed), "success": success,
-                "success_stderr": 0.03}
+                "success_stderr": 0.03, "split": "id"}
 
     def change(rows):
         return compare.change_and_error(rows, starts, "success")
@@ -237,11 +238,17 @@ def test_a_change_is_that_of_each_run_from_its_own_start_on_the_same_hands():
     one = [row("s", 0, 0.25, "a")]
     assert change(one) == pytest.approx((5.0, 100 * math.hypot(0.03, 0.03)))
     seeds = [*one, row("s", 1, 0.47, "b")]                               # +5 and +7
-    assert change(seeds) == pytest.approx((6.0, math.hypot(3, 3) / 2))   # over runs it is 1
+    assert change(seeds) == pytest.approx((6.0, 3.0))    # over episodes; over runs it is 1
+    # On the hands of seed 0 both runs share the error of the start, and of their hands.
+    twice = [*one, row("s", 0, 0.27, "b")]                               # +5 and +7
+    assert change(twice) == pytest.approx((6.0, math.hypot(3, 3)))
     seeds = [row("s", 0, 0.25, "a"), row("s", 1, 0.61, "b")]             # +5 and +21
     assert change(seeds) == pytest.approx((13.0, 8.0))
-    assert change([*seeds, row("t", 0, 0.2, "c")]) == pytest.approx((11.5, math.sqrt(3)))
-    assert change([row("s", 9, 0.25, "a")])[0] == pytest.approx(-5.0)    # on other hands
+    assert change([*seeds, row("t", 0, 0.2, "c")]) == pytest.approx((11.5, math.hypot(3, 3) / 2))
+    # A seed that the start was not tested with is left out.
+    assert change([*one, row("s", 9, 0.9, "a")])[0] == pytest.approx(5.0)
+    with pytest.raises(ValueError, match="a was tested on id with seed 9, but its start s never"):
+        change([row("s", 9, 0.25, "a")])
     del seeds[0]["success_stderr"]                                       # of an earlier version
     assert change(seeds) == pytest.approx((13.0, 8.0)) and math.isnan(change(seeds[:1])[1])
 
@@ -268,6 +275,7 @@ def write_run(folder, arm, points, start="start", episodes=100, knobs={}, **env)
         for split in ("id", "rule_ood"):
             running.log_jsonl(
                 folder / "eval.jsonl", step=step, gflops=gflops, split=split, seed=0,
+                episodes=episodes,
                 success=success, success_stderr=0.01, first_try=0.05, first_try_stderr=0.02,
                 retries=0.0, retries_stderr=0.0, repeats=0.5,
                 statuses={"correct": 5, "wrong_value": 95}, settings=settings)
@@ -348,10 +356,127 @@ def test_what_rl_has_more_than_sft_is_paired_by_start(tmp_path, capsys):
     # 4 and 8 points: t = 3 with one degree of freedom
     out = " ".join(capsys.readouterr().out.split())
     assert ("RL minus SFT on the other rule: +6.0 ± 2.0 points (2 starts: +4.0, +8.0; p = 0.2); "
-            "first tries +0.0 ± 0.0 points (2 starts: +0.0, +0.0; p = 1).") in out
+            "first tries +0.0 ± 2.8 points (2 starts: +0.0, +0.0; p = 1).") in out
     compare_runs(one)
     assert ("RL minus SFT on the other rule: +4.0 ± 1.4 points; first tries +0.0 ± 2.8\n"
             "  points.") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"settings": {"task": "gp-vl", "episodes": 100, "env": {}}}, "tested on gp-l, .*rl on gp-vl"),
+    ({"split": "unseen"}, None)])
+def test_rows_of_another_task_are_refused_and_a_split_without_its_start_is_named(
+        tmp_path, capsys, change, told):
+    write_run(tmp_path / "sft", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.02)])
+    write_run(tmp_path / "rl", "RL", [(1, 60.0, 0.12)])
+    row = {**running.read_jsonl(tmp_path / "rl/eval.jsonl")[0], **change}
+    if told:
+        row["solved_and_read"] = row["recognition"] = row["rank_accuracy"] = 0.5
+    running.append_line(tmp_path / "rl/eval.jsonl", row)
+    if told:
+        with pytest.raises(ValueError, match=told):
+            load_arms([tmp_path / "sft", tmp_path / "rl"])
+        return
+    compare_runs([str(tmp_path / "sft"), str(tmp_path / "rl")])
+    assert ("Not shown: unseen, on which the start was not tested."
+            in " ".join(capsys.readouterr().out.split()))
+
+
+def test_a_start_that_lacks_a_split_and_a_run_that_was_copied_are_refused(tmp_path):
+    for start in "st":
+        write_run(tmp_path / f"sft_{start}", "SFT", [(0, 0.0, 0.1), (5, 50.0, 0.02)], start=start)
+        write_run(tmp_path / f"rl_{start}", "RL", [(1, 60.0, 0.12)], start=start)
+    runs = sorted(tmp_path.iterdir())
+    load_arms(runs)
+    shutil.copytree(tmp_path / "rl_s", tmp_path / "rl_copy")
+    with pytest.raises(ValueError, match="rl_copy have the same rows, so they are one run twice"):
+        load_arms([*runs, tmp_path / "rl_copy"])
+    log = tmp_path / "sft_t/eval.jsonl"
+    rows = running.read_jsonl(log)
+    running.write_jsonl(log, [row for row in rows if row["step"] or row["split"] == "id"])
+    with pytest.raises(ValueError, match="the start t was not tested on rule_ood, as others were"):
+        load_arms(runs)
+
+
+def test_two_settings_never_have_one_name():
+    """The fold is of the split before it; and with a cosine schedule steps are part of the rate."""
+    mixes = (["id", "fold=train", "rule_ood"], ["id", "rule_ood", "fold=train"])
+    names = compare.name_arms({i: {"steps": 200, "mix": mix} for i, mix in enumerate(mixes)})
+    assert list(names.values()) == ["SFT mix id fold=train rule_ood",
+                                    "SFT mix id rule_ood fold=train"]
+    names = compare.name_arms({0: {"steps": 200}, 1: {"steps": 1000}, 2: {"updates": 5},
+                               3: {"updates": 9}})
+    assert list(names.values()) == ["SFT steps 200", "SFT steps 1000", "RL", "RL"]
+
+
+def test_a_curve_of_several_settings_has_the_checkpoints_that_all_of_them_have(tmp_path):
+    """A run that was stopped has one more."""
+    for lr, points in ((1, (2, 4)), (2, (2, 4)), (3, (2, 3, 4))):
+        write_run(tmp_path / f"sft{lr}", "SFT",
+                  [(0, 0.0, 0.1), *((step, 10.0 * step, 0.1 * step) for step in points)],
+                  knobs={"lr": lr})
+    write_run(tmp_path / "rl", "RL", [(1, 40.0, 0.12)])
+    paper = compare.Reference({}, {}, task_metrics())
+    study = compare.study_runs(sorted(tmp_path.iterdir()), paper)
+
+    class Axis:
+        def plot(self, gflops, values, **_):
+            self.points = list(zip(gflops, values))
+
+        def fill_between(self, *_, **__):
+            pass
+
+    axis = Axis()
+    compare.draw_method(axis, study, "SFT", ["orange"], "success", "id")
+    assert axis.points == [(0.0, 10.0), (20.0, pytest.approx(20)), (40.0, pytest.approx(40))]
+
+
+def test_no_error_decides_nothing():
+    assert compare.judge_sign("up", 5.0, math.nan) == "undecided"
+
+
+def test_the_evaluation_that_was_asked_for_last_counts_though_it_is_an_older_one(tmp_path):
+    def row(episodes):
+        return {"checkpoint": "c", "split": "id", "seed": 0, "step": 4,
+                "settings": {"episodes": episodes}}
+    for episodes in (32, 4):
+        evaluation.log_evaluation(tmp_path, row(episodes), [])
+    known = evaluation.open_logs(tmp_path, "step")
+    split = settings.read_splits(("id",))[0]
+    found = evaluation.finished_rows(known, split, {"episodes": 32}, ())
+    assert found[0]["settings"] == {"episodes": 32} and evaluation.is_hidden(found[0], known)
+    evaluation.log_evaluation(tmp_path, found[0], [], step=4)
+    known = evaluation.open_logs(tmp_path, "step")
+    assert [each["settings"]["episodes"] for each in known] == [32, 4, 32]
+    found = evaluation.finished_rows(known, split, {"episodes": 32}, ())
+    assert not evaluation.is_hidden(found[0], known)
+
+
+@pytest.mark.parametrize("options, told", [
+    ({"compare": ("a",), "splits": ("id",)}, "--splits id: has no effect with --compare"),
+    ({"compare": ("a",), "start": False}, "--no-start: has no effect with --compare"),
+    ({"model": "m", "start": False}, "--no-start: has no effect with --model"),
+    ({"model": "m", "api_model": "x"}, "--api-model x: has no effect with --model"),
+    ({"run_folder": "r", "api_timeout": 5.0}, "--api-timeout 5.0: has no effect with --run-folder"),
+    ({"run_folder": "r", "paper": True, "episodes": 5},
+     "--episodes 5: has no effect with --run-folder and --paper"),
+    ({"api_url": "u", "api_model": "m", "out": "o", "kept_gib": 1.0},
+     "--kept-gib 1.0: has no effect with --api-url")])
+def test_an_option_without_effect_is_refused(options, told):
+    with pytest.raises(ValueError, match=told):
+        evaluation.check_options(evaluate.Config(**options))
+
+
+def test_processes_are_started_before_the_folder_of_rows_is_opened(tmp_path, monkeypatch):
+    """Opening it makes them wait for each other."""
+    calls = []
+    monkeypatch.setattr(evaluate.running, "start_processes",
+                        lambda device: calls.append("start") or "cpu")
+    monkeypatch.setattr(evaluation, "open_out",
+                        lambda *_: calls.append("open") or ([], None))
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda *_: None)
+    evaluate.evaluate_checkpoint(evaluate.Config(model="m", out="o", dtype="float32"))
+    assert calls == ["start", "open"]
 
 
 def test_a_third_arm_stands_beside_the_two(tmp_path, capsys):
@@ -381,7 +506,7 @@ def test_one_start_and_one_run_under_several_spellings_are_one(tmp_path, monkeyp
     assert {arm: len(rows) for arm, rows in arms.items()} == {"start": 2, "SFT": 4, "RL": 2}
     assert {row["run"] for row in arms["start"]} == {("start/step_000004", 0)}
     compare_runs(["sft", "rl"])
-    assert "1 SFT and 1 RL runs from 1 start\n" in capsys.readouterr().out
+    assert "1 SFT and 1 RL runs from 1 start, each tested on 100 hands\n" in capsys.readouterr().out
     (tmp_path / "rl" / "config.json").unlink()
     with pytest.raises(ValueError, match="run 'rl': its config.json is gone, or names no model"):
         load_arms(["sft", "rl"])
@@ -455,7 +580,8 @@ def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "about 50 GFLOPs" in out
     assert "SFT                8.0 (-2.0 ± 1.4) " in out
-    assert "RL                13.0 (+3.0 ± 1.0) " in out
+    assert "RL                13.0 (+3.0 ± 1.4) " in out       # both on the same hands
+    assert "\ncompared: SFT at 50 and RL at 50 GFLOPs\n" in out
 
 
 def test_an_arm_is_named_by_what_is_on_in_it_and_not_in_all_of_its_kind():
@@ -568,14 +694,14 @@ def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)], knobs={"lr": 1e-5, "temperature": 0.2})
     compare_runs([str(tmp_path / name) for name in ("c", "rl", "a", "b", "d")])
     out = capsys.readouterr().out
-    assert "2 SFT lr 0.0001 and 2 SFT lr 0.001 and 1 RL runs from 1 start\n" in out
+    assert "2 SFT lr 0.0001 and 2 SFT lr 0.001 and 1 RL runs from 1 start, each" in out
     assert """
   start             10.0 ± 1.0           10.0 ± 1.0
-  SFT lr 0.0001     21.0 (+11.0 ± 1.0)   21.0 (+11.0 ± 1.0)
-  SFT lr 0.001       3.0 (-7.0 ± 1.0)     3.0 (-7.0 ± 1.0)
+  SFT lr 0.0001     21.0 (+11.0 ± 1.4)   21.0 (+11.0 ± 1.4)
+  SFT lr 0.001       3.0 (-7.0 ± 1.4)     3.0 (-7.0 ± 1.4)
   RL                15.0 (+5.0 ± 1.4)    15.0 (+5.0 ± 1.4)
 """ in out
-    assert "SFT lr 0.0001 on the other rule: +11.0 ± 1.0 points (p = 0.058);" in out
+    assert "SFT lr 0.0001 on the other rule: +11.0 ± 1.4 points (p = 0.081);" in out
     assert "Of these 6 changes 4 have the paper's sign, 2 have not, 0 are undecided" in out
     write_run(tmp_path / "other", "RL", [(1, 50.0, 0.15)], start="other",
               knobs={"lr": 1e-5, "temperature": 0.2})

@@ -205,7 +205,94 @@ def test_a_checkpoint_is_the_same_with_a_slash_behind_it(tmp_path):
     (tmp_path / "out").mkdir()
     play(tmp_path / "out", 0, ["no"])
     for name in (f"{tmp_path}/out", f"{tmp_path}/out/", f"{tmp_path}/./out"):
-        assert len(evaluation.open_out(str(tmp_path / "out"), name)) == 2
+        known, _ = evaluation.open_out(str(tmp_path / "out"), name)
+        assert len(known) == 2
+
+
+def test_other_weights_under_the_same_path_are_another_checkpoint(tmp_path):
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(b"0" * 100_000)
+    known, write = evaluation.open_out(str(tmp_path / "out"), tmp_path / "model")
+    row = {"checkpoint": str(tmp_path / "model"), "split": "id", "seed": 0, "settings": {}}
+    write(row, [])
+    known, _ = evaluation.open_out(str(tmp_path / "out"), tmp_path / "model")
+    assert [each["split"] for each in known] == ["id"]
+    weights.write_bytes(b"0" * 99_999 + b"1")
+    assert evaluation.open_out(str(tmp_path / "out"), tmp_path / "model")[0] == []
+
+
+def study_of(*runs):
+    metrics = {name: task.metrics for name, task in envs.TASKS.items()}
+    paper = compare.Reference(evaluate.PAPER, evaluate.SIGNS, metrics)
+    return compare.study_runs([str(run) for run in runs], paper), paper
+
+
+def page_of(*runs):
+    return report.page(*study_of(*runs), envs.make_env)
+
+
+def test_a_run_that_was_moved_keeps_its_own_dialogues(tmp_path):
+    """Another run has its name now, so both have checkpoints of one path."""
+    run_of(tmp_path / "sft", [2], ["first"])
+    (tmp_path / "sft").rename(tmp_path / "sft_moved")
+    config = json.loads((tmp_path / "sft_moved/config.json").read_text())
+    (tmp_path / "sft_moved/config.json").write_text(json.dumps({**config, "lr": 0.1}))
+    run_of(tmp_path / "sft", [2], ["second", {}])
+    run_of(tmp_path / "rl", [2], [{}])
+    for order in (("sft", "sft_moved"), ("sft_moved", "sft")):
+        said = first_replies(page_of(tmp_path / "rl", *[tmp_path / name for name in order]))
+        assert (said["SFT"], said["SFT lr 0.1"]) == ("second", "first")
+
+
+def test_a_hand_that_was_not_kept_is_no_hand_that_was_not_reached(tmp_path):
+    run_of(tmp_path / "sft", [2], ["no"])
+    run_of(tmp_path / "rl", [2], ["no"])
+    path = tmp_path / "sft/dialogues.jsonl"
+    rows = running.read_jsonl(path)
+    for row in rows:
+        row["dialogues"] = row["dialogues"][:1]
+    running.write_jsonl(path, rows)
+    page = page_of(tmp_path / "sft", tmp_path / "rl")
+    assert page.count("was not kept") == 2 * 2 and "did not get here" not in page
+    assert 'data-differ="yes"' not in page
+
+
+def test_the_command_of_a_run_has_its_zeros_and_its_quotes():
+    config = {"out": "runs/a b", "updates": 2, "gamma": 0, "warmup_ratio": 0.0, "freeze": "",
+              "gradient_checkpointing": False, "balance": True, "env": [],
+              "split": ["id", "rule=1,2,3"], "num": 1}
+    assert report.command_of(config) == (
+        "python rl.py --out 'runs/a b' --updates 2 --gamma 0 --warmup-ratio 0.0 --balance "
+        "--split id rule=1,2,3 --num 1")
+    assert report.command_of({"rounds": 8}) == "python recipes/rft.py --rounds 8"
+
+
+def test_a_page_can_be_made_of_rows_without_errors_and_says_what_arms_were_trained_on(tmp_path):
+    for name in ("sft", "rl"):
+        run_of(tmp_path / name, [2], ["no" if name == "sft" else {}])
+        path = tmp_path / name / "eval.jsonl"
+        rows = [{key: value for key, value in row.items() if not key.endswith("_stderr")}
+                for row in running.read_jsonl(path)]
+        running.write_jsonl(path, rows)
+    page = page_of(tmp_path / "sft", tmp_path / "rl")
+    assert "No arm is trained on the other rule." in page and "is met" not in page
+    config = json.loads((tmp_path / "sft/config.json").read_text())
+    (tmp_path / "sft/config.json").write_text(json.dumps({**config, "mix": ["id", "rule_ood"]}))
+    assert "SFT was trained on id rule_ood." in page_of(tmp_path / "sft", tmp_path / "rl")
+
+
+def test_an_arm_on_other_hands_is_named(tmp_path):
+    run_of(tmp_path / "sft", [2], ["no"])
+    run_of(tmp_path / "rl", [2], [{}])
+    for name, changed in (("sft", ("eval", "dialogues")), ("rl", ())):
+        for log in changed:
+            path = tmp_path / name / f"{log}.jsonl"
+            running.write_jsonl(path, [{**row, "seed": 1} for row in running.read_jsonl(path)])
+    page = page_of(tmp_path / "sft", tmp_path / "rl")
+    assert "RL played other hands, which are not shown." in page
+    # The start was tested on both.
+    assert set(first_replies(page)) == {"start", "SFT"}
 
 
 def test_dialogues_of_an_evaluation_that_was_not_finished_are_dropped(tmp_path):
