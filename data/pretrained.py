@@ -77,7 +77,8 @@ def convert(file, out):
     model.tie_weights()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    portable.make_portable(out, tokenizer)
+    if differs := portable.make_portable(out, tokenizer):
+        print(f"{out}: {differs}")
 
 
 def main(config):

@@ -14,6 +14,9 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerFast
 
 ONE_ROPE_A_KIND = ("gemma3", "gemma3_text")    # of layers: version 4 has a word for both bases
+# Models that rotate a part of each head. Version 5 passes over the factor in any other, such as a
+# Llama; version 4 would take it, and fail.
+PARTIAL_ROPE = ("glm", "glm4", "nemotron", "persimmon", "phi", "phi3", "stablelm")
 
 
 def older_rope(config):
@@ -38,8 +41,9 @@ def older_rope(config):
             raise ValueError("a scaled rotary embedding in layers with a sliding window")
     scaling = dict(rope)
     older["rope_theta"] = scaling.pop("rope_theta")
-    if "partial_rotary_factor" in scaling:
-        older["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    partial = scaling.pop("partial_rotary_factor", None)
+    if partial is not None and config["model_type"] in PARTIAL_ROPE:
+        older["partial_rotary_factor"] = partial
     if config["model_type"] == "phi3" and scaling["rope_type"] == "longrope":
         # Here version 4 takes these three and no others.
         scaling = {"type": "longrope", "short_factor": scaling["short_factor"],

@@ -70,6 +70,9 @@ def test_a_config_says_the_rotary_embedding_in_the_old_words_and_the_new(model_t
     ({"model_type": "glm4", "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
      {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    ({"model_type": "llama", "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+     {"rope_theta": 1e4}),
     ({"model_type": "mllama_text_model", "rope_parameters": {
         "rope_type": "default", "rope_theta": 5e5}},
      {"rope_theta": 5e5, "rope_scaling": {"rope_type": "default"}}),
