@@ -40,7 +40,8 @@ IMAGE_TOKEN = "<|image|>"
 def text_after_last_reply(processor, messages):
     """What the chat template writes after the last reply, its end-of-turn included.
 
-    The dialogue is rendered with a placeholder for that reply, and only what follows it is kept:
+    Sampled ids need not be encoded again, so only this text is. The dialogue is rendered with a
+    placeholder for that reply, and only what follows it is kept:
 
         <user>Make 24<end><assistant>(the last reply)<end><user>Wrong, again<end><assistant>
                                                      ^------------- kept -------------------

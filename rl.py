@@ -470,7 +470,7 @@ def set_up(config):
                     for _ in numbers]
     training.check_dialogue(config, environments[0].verify_iter)
     run = training.Run(config, device, load_policy, environments[0].vision)
-    # Trunk and value head have learning rates of their own.
+    # Two groups, since `set_learning_rates` gives trunk and value head rates of their own.
     groups = [{"params": run.policy.backbone.parameters()},
               {"params": run.policy.value_head.parameters()}]
     run.resume(torch.optim.Adam(groups, lr=config.lr, eps=1e-7),

@@ -232,7 +232,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
         formula = formula.split("=", 1)[0]
         status, values = check_formula(formula, numbers, target)
     else:
-        status, values = "illegal_formula", {"fault": "it is not text"}   # unread if there is none
+        status, values = "illegal_formula", {"fault": "it is not text"}   # told only of a formula
 
     # The reward follows from the status. With pictures, misread cards cost 1.5 more.
     # differs 2: one status; theirs adds up penalties
@@ -245,7 +245,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
         message = phrases["correct" if status == "correct" else "plain"]
     else:
         phrase = phrases[status if stated else "no_formula"]
-        if "{violations}" in phrase:
+        if "{violations}" in phrase:        # as in the official wording, never in ours
             found = violations.of_formula(formula, numbers, target, parse_formula)
             values = {**values, "violations": list_violations(found, phrases)}
         message = fill(phrase, **values)

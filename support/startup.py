@@ -1,4 +1,4 @@
-"""The first thing that a script does: see to its signals and its command line.
+"""The first thing that a script does: see to its signals, its threads and its command line.
 
 torch and transformers take seconds to import. From before that on, Ctrl-C ends the script with one
 line. A mistyped flag, a value that is not allowed and --help are answered before it.
@@ -12,6 +12,9 @@ def begin(path):
 
     `running.run` takes the signals over.
     """
+    # A thread that waits for others sleeps. By default it spins, and where another program takes a
+    # core, small models then run ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:       # as for a job in the background
             signal.signal(number, stop_early)
