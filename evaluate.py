@@ -38,7 +38,7 @@ from pathlib import Path
 import envs
 from model import (EVALUATION, RolloutMemory, decode_reply, encode, load_policy, picture_of,
                    sampling_uniforms)
-from support import api, compare, evaluation, report, run_folder, running, settings
+from support import api, compare, evaluation, logs, report, run_folder, running, settings
 from support.running import flag
 
 # ---- What counts -------------------------------------------------------------------------------
@@ -391,23 +391,24 @@ def evaluate_api(config):
 def evaluate_run(config):
     """Evaluate every checkpoint of a run; rows carry its step and the compute since the start."""
     run = Path(config.run_folder)
-    trained = evaluation.read_trained(run)
+    trained = logs.read_trained(run)
     config = finish_config(evaluation.take_settings(config, run, trained, envs.TASKS))
     run_folder.hold(run, "evaluating")
-    checkpoints = evaluation.list_checkpoints(run, trained["model"], config.start)
+    checkpoints = evaluation.list_checkpoints(run, trained, config.start)
     known = evaluation.open_logs(run, "step")
     for point in running.progress(checkpoints, desc=f"checkpoints of {run}"):
         called = f"{run} step {point.step}" if point.step else f"start {point.path}"
         evaluate_model(point.path, called, [row for row in known if row["step"] == point.step],
                        config, partial(evaluation.log_evaluation, run, **point.numbers()),
                        run / "eval_unfinished")
+    evaluation.print_path(run, envs.TASKS[config.task].metrics[0])
 
 
 def compare_runs(config):
     """Print the tables of evaluated runs beside the paper's numbers; write figure and page."""
     metrics = {name: task.metrics for name, task in envs.TASKS.items()}
     reference = compare.Reference(PAPER, SIGNS, metrics)
-    study = compare.compare(evaluation.list_runs(config.compare), config.figure, reference)
+    study = compare.compare(logs.list_runs(config.compare), config.figure, reference)
     if config.html:
         report.write(config.html, study, reference, envs.make_env)
 

@@ -99,9 +99,13 @@ class Screen:
             self.write(f"\033[{self.drawn}A\033[J")
             self.drawn = 0
 
-    def say(self, text):
+    def say(self, text, stopping=False):
+        """Print a line. What a stop brings goes to a terminal behind stderr, too: in `| tee log` it
+        has ended the tee."""
         self.clear()
         self.write("\r" * self.live + f"== {self.title}: {text}\n")     # ^C may stand there
+        if stopping and not self.live and sys.stderr.isatty():
+            sys.stderr.write(f"\r== {self.title}: {text}\n")
 
     def write(self, text):
         with contextlib.suppress(OSError):     # the terminal may be closed; the runs still save
@@ -149,7 +153,7 @@ class Stop:
         send_all(running, number)
         if not self.status:
             self.status = 128 + number
-            screen.say(f"stopping, {names_of(running)} saving first")
+            screen.say(f"stopping, {names_of(running)} saving first", stopping=True)
 
 
 def send_all(running, number):
@@ -195,7 +199,7 @@ def run_all(waiting, side_by_side, screen):
             time.sleep(0.2)
     screen.clear()
     if stop.status:
-        screen.say("stopped; the same command goes on")
+        screen.say("stopped; the same command goes on", stopping=True)
     return ending
 
 

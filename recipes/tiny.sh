@@ -161,6 +161,20 @@ done
 
 # ---- The runs, JOBS at a time, then the table and the figure ----
 
+# What the names of the runs mean: NAME SETTING...
+explain() {
+    name=$1 i=0
+    shift
+    for setting in "$@"; do
+        echo "   ${name}_${i}_...  $name with $setting"
+        i=$((i + 1))
+    done
+}
+[ -z "${SMOKE:-}" ] || echo "This is SMOKE=1: a few steps to see that everything runs."
+explain rl ${rl_settings[@]+"${rl_settings[@]}"}
+explain sft ${sft_settings[@]+"${sft_settings[@]}"}
+explain rft ${rft_settings[@]+"${rft_settings[@]}"}
+echo "   the last number of a run's name is 10 times its start, plus its seed"
 [ ${#jobs[@]} != 0 ] || { echo "RL_SETTINGS and SFT_SETTINGS: both are none" >&2; exit 2; }
 attended python recipes/runs.py --logs "$OUT" --side-by-side "$JOBS" --title "$TASK" \
     <<<"$(printf '%s\n' "${jobs[@]}")"

@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from support import logs
+
 RANK = int(os.environ.get("RANK", 0))        # of this process under torchrun
 KINDS = {kind.__name__: kind for kind in (str, int, float, bool, tuple)}
 
@@ -135,7 +137,11 @@ def check(path):
 
 
 def check_needed(config):
-    """ValueError if a folder that the script needs is not named, or a model is not there."""
+    """ValueError if a folder that the script needs is not named or not there."""
+    if getattr(config, "run_folder", ""):
+        logs.read_trained(config.run_folder)
+    for run in logs.list_runs(getattr(config, "compare", ())):
+        logs.check_evaluated(run)
     if hasattr(config, "keep_resume") and not getattr(config, "dump", ""):       # sft.py and rl.py
         check_folders(config)
     # A run that goes on reads its own checkpoint.

@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from support import run_folder, running
+from support import logs, run_folder, running
 
 # What a split is called in a figure.
 TITLES = {
@@ -309,17 +309,12 @@ def differing_settings(one, two):
 def read_rows(run, metrics):
     """The rows of a run's eval.jsonl, without those that a later row replaces.
 
-    ValueError if there are none, or one lacks a metric that its task has today.
+    ValueError if one lacks a metric that its task has today.
     """
     rows = {}
     keys = ("step", "split", "seed", "settings", "gflops")
     for row in running.read_jsonl(run / "eval.jsonl", *keys):
         rows[row["step"], row["split"], row["seed"]] = row
-    if not rows:
-        advice = f"run evaluate.py --run-folder {run} first"
-        if not (Path(run) / "config.json").is_file():
-            advice = "it is no run folder" + run_folder.runs_inside(run)
-        raise ValueError(f"run {str(run)!r}: no eval.jsonl; {advice}")
     for row in rows.values():
         if lacking := set(metrics[row["settings"]["task"]]) - row.keys():
             raise ValueError(f"run {str(run)!r}: its eval.jsonl is from an earlier version, "
@@ -337,9 +332,7 @@ def load_arms(folders, metrics):
     runs = {os.path.realpath(folder): Path(folder) for folder in folders}   # each run once
     runs = list(runs.values())
     for run in runs:
-        if not run.is_dir():
-            raise ValueError(f"run {str(run)!r}: there is no such folder; --compare takes run "
-                             "folders: SFT_RUN,RL_RUN")
+        logs.check_evaluated(run)
     configs = {run: running.read_run_config(run) for run in runs}
     names = name_arms(configs)
     runs.sort(key=lambda run: (not names[run].startswith("SFT"), names[run]))
@@ -639,26 +632,32 @@ def findings(study, paper):
         p = ""
         if sign.num > 1:
             p = f" (p = {p_value(sign.cell.change, sign.cell.change_error, sign.num):.2g})"
+        beside = {"met": "as in the paper, where it goes",
+                  "not met": "unlike the paper, where it goes",
+                  "undecided": "undecided; in the paper it goes"}[sign.verdict]
         sentences.append(f"{sign.arm} on {title_of(sign.split)}: {sign.cell.change:+.1f} ± "
-                         f"{sign.cell.change_error:.1f} points{p}; the paper's sign, "
-                         f"{sign.expected}, is {sign.verdict}.")
+                         f"{sign.cell.change_error:.1f} points{p}, {beside} {sign.expected}.")
     counts = Counter(sign.verdict for sign in study.signs)
-    sentences.append(f"Of these {len(study.signs)} changes {counts['met']} have the paper's sign, "
-                     f"{counts['not met']} have not, {counts['undecided']} are undecided: within "
-                     "two standard errors.")
+    sentences.append(f"Of these {len(study.signs)} changes {counts['met']} go as in the paper, "
+                     f"{counts['not met']} go the other way, {counts['undecided']} are undecided: "
+                     "within two standard errors.")
     return sentences + contrasts(study, paper)
 
 
 def how_many(study):
-    """Such as "2 SFT and 1 RL runs from 1 start, tested on 500 hands"."""
-    counts = []
+    """Such as "Runs from 1 start: SFT 2, RL 1. Each is tested on 500 hands; errors are over
+    hands"."""
+    counts, most = [], 0
     for arm in study.tried:
-        counts.append(f"{len({row['run'] for row in study.arms[arm]})} {arm}")
+        num = len({row["run"] for row in study.arms[arm]})
+        counts.append(f"{arm} {num}")
+        most = max(most, num)
     num_starts = len({row["start"] for row in study.arms["start"]})
     episodes = dict.fromkeys(str(row["episodes"]) for row in study.arms["start"])
     played = "routes" if study.task.startswith("virl") else "hands"
-    return (f"{' and '.join(counts)} runs from {num_starts} start{'s' * (num_starts > 1)}, each "
-            f"tested on {' or '.join(episodes)} {played}")
+    over = "starts" if num_starts > 1 else "runs" if most > 1 else played
+    return (f"Runs from {num_starts} start{'s' * (num_starts > 1)}: {', '.join(counts)}. Each is "
+            f"tested on {' or '.join(episodes)} {played}; errors are over {over}.")
 
 
 def compared_at(study):
@@ -687,7 +686,7 @@ def print_study(study, paper):
     """Print tables of at most 80 columns for up to three splits, then what was found."""
     print(f"\n{task_name(study.task)}, after about {study.budget:,.0f} GFLOPs of post-training:")
     print("values in %, changes since the start in points, ± standard errors")
-    for words in (how_many(study), f"compared: {compared_at(study)}", left_out(study)):
+    for words in (how_many(study), f"Compared: {compared_at(study)}.", left_out(study)):
         if words:
             print(textwrap.fill(words, 80))
     for metric in study.metrics:

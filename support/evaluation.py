@@ -64,14 +64,6 @@ def check_used(config):
 
 # ---- A run and its checkpoints -----------------------------------------------------------------
 
-def list_runs(words):
-    """The run folders of --compare, each a word, or several in one word with commas."""
-    runs = []
-    for word in words:
-        runs += [word] if Path(word).is_dir() else word.split(",")
-    return runs
-
-
 class Checkpoint(NamedTuple):
     """A checkpoint of a run, or its start as step 0, and the compute since the start."""
     step: int
@@ -84,18 +76,13 @@ class Checkpoint(NamedTuple):
         return {"step": self.step, "gflops": self.gflops, "gflops_paper": self.gflops_paper}
 
 
-def read_trained(run):
-    """config.json of a run; ValueError if the folder is that of no run."""
-    trained = running.read_run_config(run)
-    if not {"task", "model"} <= trained.keys():
-        raise ValueError(f"run {str(run)!r}: no run folder (it would have a config.json that names "
-                         f"task and model){run_folder.runs_inside(run)}")
-    return trained
+def list_checkpoints(run, trained, with_start):
+    """The checkpoints of a run, oldest first, and its start; `trained` is the run's config.json.
 
-
-def list_checkpoints(run, start, with_start):
-    """The checkpoints of a run, oldest first; `start` is the path of the model it started from."""
-    found = []
+    One that a stop has saved is left out, unless it is the last: its step is no multiple of
+    --save-every.
+    """
+    found, start, save_every = [], trained["model"], trained.get("save_every", 1)
     if with_start:
         if not Path(start).is_dir():
             raise ValueError(f"run {str(run)!r} started from {start!r}, which is no folder: use "
@@ -103,6 +90,8 @@ def list_checkpoints(run, start, with_start):
         found.append(Checkpoint(0, Path(start), 0.0, 0.0))
     paths = {run_folder.checkpoint_step(path): path for path in run_folder.checkpoints(run)}
     paths.pop(0, None)
+    paths = {step: path for step, path in paths.items()
+             if step % save_every == 0 or step == max(paths)}
     spent = run_folder.read_metrics(run, list(paths))
     for step, path in paths.items():
         row = spent[step]
@@ -379,6 +368,16 @@ def keep_lines(path, wanted):
 
 
 # ---- What is printed of a row ------------------------------------------------------------------
+
+def print_path(run, metric):
+    """Print a metric over the checkpoints of a run, a line for each split and seed."""
+    lines = {}
+    for row in run_folder.read_steps(run / "eval.jsonl"):
+        lines.setdefault((row["split"], row["seed"]), {})[row["step"]] = 100 * row[metric]
+    for (split, seed), values in lines.items():
+        path = ", ".join(f"{value:.1f} ({step})" for step, value in sorted(values.items()))
+        running.print0(f"{split}, seed {seed}: {metric.replace('_', ' ')} in % (step): {path}")
+
 
 def odd_replies(row):
     """In words, how many replies were cut, refused, filtered, empty or not had; "" if none."""

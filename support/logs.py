@@ -62,6 +62,53 @@ def read_object(path):
     return found
 
 
+# ---- Run folders: what can be said of one without torch ------------------------------------------
+
 def read_run_config(run):
     """config.json of a run folder, {} if there is none; ValueError if it is no JSON object."""
     return read_object(Path(run) / "config.json")
+
+
+def runs_inside(folder):
+    """In words, the run folders in a folder that is none itself; "" if there are none."""
+    paths = [*sorted(Path(folder).glob("*/config.json")),
+             *sorted(Path(folder).glob("*/*/config.json"))]
+    found = [str(path.parent) for path in paths if "out" in read_run_config(path.parent)]
+    return f"; run folders in it: {', '.join(found)}" if found else ""
+
+
+def read_trained(run):
+    """config.json of a run; ValueError if the folder is that of no run."""
+    trained = read_run_config(run)
+    if "model_type" in trained:
+        raise ValueError(f"run {str(run)!r}: is a model, not a run; to evaluate it: evaluate.py "
+                         f"--model {run}")
+    if not {"task", "model"} <= trained.keys():
+        raise ValueError(f"run {str(run)!r}: no run folder (it would have a config.json that names "
+                         f"task and model){runs_inside(run)}")
+    return trained
+
+
+def list_runs(words):
+    """The run folders of --compare, each a word, or several in one word with commas."""
+    runs = []
+    for word in words:
+        runs += [word] if Path(word).is_dir() else word.split(",")
+    return runs
+
+
+def check_evaluated(run):
+    """ValueError unless this is the folder of a run that was evaluated."""
+    if not Path(run).is_dir():
+        raise ValueError(f"run {str(run)!r}: there is no such folder; --compare takes run folders: "
+                         "SFT_RUN RL_RUN")
+    log = Path(run) / "eval.jsonl"
+    if log.is_file() and log.stat().st_size:
+        return
+    config = read_run_config(run)
+    advice = f"run evaluate.py --run-folder {run} first"
+    if "model_type" in config:
+        advice = "it is a model; --out of sft.py and rl.py names a run"
+    elif not config:
+        advice = f"it is no run folder{runs_inside(run)}"
+    raise ValueError(f"run {str(run)!r}: no eval.jsonl; {advice}")

@@ -450,7 +450,7 @@ def page(study, paper, make_env):
         f"<title>{text(name)}</title>", f"<style>{STYLE}</style>",
         f"<main><h1>{text(name)}</h1>",
         f"<p>{RULES.get(study.task.partition('-')[0], '')} {trained_on(study)} {WORDS}</p>",
-        f'<p class="soft">{text(compare.how_many(study))}; compared: '
+        f'<p class="soft">{text(compare.how_many(study))} Compared: '
         f"{text(compare.compared_at(study))}. {text(compare.left_out(study))}</p>",
         claim(study, paper), f"<ul>{''.join(sentences)}</ul>",
         "<h2>As training goes on</h2>", figure(study, paper, colours),

@@ -46,14 +46,6 @@ def checkpoints(out):
     return sorted(found, key=checkpoint_step)
 
 
-def runs_inside(folder):
-    """In words, the run folders in a folder that is none itself; "" if there are none."""
-    paths = [*sorted(Path(folder).glob("*/config.json")),
-             *sorted(Path(folder).glob("*/*/config.json"))]
-    found = [str(path.parent) for path in paths if "out" in running.read_run_config(path.parent)]
-    return f"; run folders in it: {', '.join(found)}" if found else ""
-
-
 def resolved(setting):
     """A setting in a form in which two spellings of a path are equal, also behind `root=`."""
     if isinstance(setting, (list, tuple)):

@@ -308,7 +308,7 @@ def find_folder(root, data):
         if Path(root, name).is_dir():
             return Path(root, name)
     raise ValueError(f"root {str(root)!r}: V-IRL needs a folder that holds {' or '.join(names)}; "
-                     "data/synthetic_city.py makes one")
+                     "to make one: python data/synthetic_city.py --out city")
 
 
 @lru_cache(maxsize=8)

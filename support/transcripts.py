@@ -69,8 +69,8 @@ def read_rows(run):
     if not (Path(run) / "config.json").is_file() or not path.is_file():
         inside = sorted({str(path.parent) for name in ("turns", "dialogues")
                          for path in Path(run).glob(f"*/{name}.jsonl")})
-        raise ValueError(f"run {str(run)!r}: needs config.json and turns.jsonl, which rl.py "
-                         "writes, or dialogues.jsonl, which evaluate.py writes"
+        raise ValueError(f"run {str(run)!r}: needs turns.jsonl, which rl.py writes, or "
+                         "dialogues.jsonl, which evaluate.py writes when it tests a run"
                          + (f"; folders in it: {', '.join(inside)}" if inside else ""))
     config, rows = read_run_config(run), read_jsonl(path)
     for key, kind in CONFIG.items():
@@ -187,8 +187,16 @@ def as_image(picture):
     return f'<img alt="what the model saw" src="data:image/png;base64,{data}">'
 
 
+def check_filter(word):
+    """ValueError unless --only knows this word."""
+    name, _, value = word.partition("=")
+    flags = ("failed", "solved", "face_card")
+    if word not in flags and not (name in ("step", "split", "seed", "episode") and value):
+        raise ValueError(f"--only {word}: allowed are {FILTERS}")
+
+
 def wanted(row, words):
-    """Whether a dialogue is one that the words of --only name; ValueError for any other word."""
+    """Whether a dialogue is one that the words of --only name."""
     for word in words:
         name, _, value = word.partition("=")
         if word == "failed":
@@ -198,10 +206,8 @@ def wanted(row, words):
         elif word == "face_card":
             # The expert names the cards; a row of turns.jsonl has the prompt alone.
             fits = re.search('"[JQK]"', row.get("expert") or row["messages"][0]["content"])
-        elif name in ("step", "split", "seed", "episode") and value:
-            fits = str(row.get(name)) == value
         else:
-            raise ValueError(f"--only {word}: allowed are {FILTERS}")
+            fits = str(row.get(name)) == value
         if not fits:
             return False
     return True
@@ -243,6 +249,8 @@ def read_run(run, file, make_env, only=()):
 
     run: a run folder, or a file dialogues.jsonl. only: words that say which dialogues (`wanted`).
     """
+    for word in only:
+        check_filter(word)
     path, config = Path(run), None
     # Only tests have a split and a seed. Without such a word what was said in training is read.
     of_tests = any(word.startswith(("split=", "seed=")) for word in only)
@@ -263,4 +271,4 @@ def read_run(run, file, make_env, only=()):
     for row in rows:
         print(as_text(row))
     if len(rows) > 20:
-        print(f"{len(rows)} dialogues; --only shows some of them, such as --only failed")
+        print(f"{len(rows)} dialogues; --only shows some of them: {FILTERS}")

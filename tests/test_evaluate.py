@@ -339,11 +339,12 @@ def test_errors_are_over_starts_where_every_seed_has_its_own(tmp_path, capsys):
         write_run(tmp_path / f"rl{number}", "RL", [(1, 60.0, 0.12)], start=f"start{number}")
     compare_runs([str(tmp_path / f"{arm}{number}") for number in (0, 1) for arm in ("sft", "rl")])
     out = capsys.readouterr().out
-    assert "from 2 starts" in out and "  start             20.0 ± 10.0 " in out
+    assert "from 2 starts: " in out and "errors are over\nstarts." in out
+    assert "  start             20.0 ± 10.0 " in out
     assert "  SFT                8.0 (-12.0 ± 10.0) " in out
     # t = 1.2
-    assert ("SFT on the training rule: -12.0 ± 10.0 points (p = 0.44); the paper's sign, up,\n"
-            "  is undecided.") in out
+    assert ("SFT on the training rule: -12.0 ± 10.0 points (p = 0.44), undecided; in the\n"
+            "  paper it goes up.") in out
 
 
 def test_what_rl_has_more_than_sft_is_paired_by_start(tmp_path, capsys):
@@ -506,7 +507,8 @@ def test_one_start_and_one_run_under_several_spellings_are_one(tmp_path, monkeyp
     assert {arm: len(rows) for arm, rows in arms.items()} == {"start": 2, "SFT": 4, "RL": 2}
     assert {row["run"] for row in arms["start"]} == {("start/step_000004", 0)}
     compare_runs(["sft", "rl"])
-    assert "1 SFT and 1 RL runs from 1 start, each tested on 100 hands\n" in capsys.readouterr().out
+    assert ("Runs from 1 start: SFT 1, RL 1. Each is tested on 100 hands; errors are over\nhands."
+            ) in capsys.readouterr().out
     (tmp_path / "rl" / "config.json").unlink()
     with pytest.raises(ValueError, match="run 'rl': its config.json is gone, or names no model"):
         load_arms(["sft", "rl"])
@@ -581,7 +583,7 @@ def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
     assert "about 50 GFLOPs" in out
     assert "SFT                8.0 (-2.0 ± 1.4) " in out
     assert "RL                13.0 (+3.0 ± 1.4) " in out       # both on the same hands
-    assert "\ncompared: SFT at 50 and RL at 50 GFLOPs\n" in out
+    assert "\nCompared: SFT at 50 and RL at 50 GFLOPs.\n" in out
 
 
 def test_an_arm_is_named_by_what_is_on_in_it_and_not_in_all_of_its_kind():
@@ -694,15 +696,15 @@ def test_several_settings_of_an_arm_stand_side_by_side(tmp_path, capsys):
     write_run(tmp_path / "rl", "RL", [(1, 50.0, 0.15)], knobs={"lr": 1e-5, "temperature": 0.2})
     compare_runs([str(tmp_path / name) for name in ("c", "rl", "a", "b", "d")])
     out = capsys.readouterr().out
-    assert "2 SFT lr 0.0001 and 2 SFT lr 0.001 and 1 RL runs from 1 start, each" in out
+    assert "Runs from 1 start: SFT lr 0.0001 2, SFT lr 0.001 2, RL 1. Each is tested" in out
     assert """
   start             10.0 ± 1.0           10.0 ± 1.0
   SFT lr 0.0001     21.0 (+11.0 ± 1.4)   21.0 (+11.0 ± 1.4)
   SFT lr 0.001       3.0 (-7.0 ± 1.4)     3.0 (-7.0 ± 1.4)
   RL                15.0 (+5.0 ± 1.4)    15.0 (+5.0 ± 1.4)
 """ in out
-    assert "SFT lr 0.0001 on the other rule: +11.0 ± 1.4 points (p = 0.081);" in out
-    assert "Of these 6 changes 4 have the paper's sign, 2 have not, 0 are undecided" in out
+    assert "SFT lr 0.0001 on the other rule: +11.0 ± 1.4 points (p = 0.081), " in out
+    assert "Of these 6 changes 4 go as in the paper, 2 go the other way, 0 are undecided" in out
     write_run(tmp_path / "other", "RL", [(1, 50.0, 0.15)], start="other",
               knobs={"lr": 1e-5, "temperature": 0.2})
     told = (r"of each start all arms \(start, SFT lr 0.0001, SFT lr 0.001, RL\); "
@@ -736,12 +738,12 @@ def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_sta
     compare_runs([str(tmp_path / "sft"), str(tmp_path / "rl")])
     told = capsys.readouterr().out.split("Found, in points of success:\n")[1]
     assert told.startswith("""\
-SFT on the training rule: -5.0 ± 1.4 points; the paper's sign, up, is not met.
-RL on the training rule: +5.0 ± 1.4 points; the paper's sign, up, is met.
-SFT on the other rule: -5.0 ± 1.4 points; the paper's sign, down, is met.
-RL on the other rule: +5.0 ± 1.4 points; the paper's sign, up, is met.
+SFT on the training rule: -5.0 ± 1.4 points, unlike the paper, where it goes up.
+RL on the training rule: +5.0 ± 1.4 points, as in the paper, where it goes up.
+SFT on the other rule: -5.0 ± 1.4 points, as in the paper, where it goes down.
+RL on the other rule: +5.0 ± 1.4 points, as in the paper, where it goes up.
 """)
-    assert "Of these 4 changes 3 have the paper's sign, 1 have not, 0 are undecided" in told
+    assert "Of these 4 changes 3 go as in the paper, 1 go the other way, 0 are undecided" in told
 
 
 def test_only_the_replies_of_what_is_done_are_forgotten(tmp_path):

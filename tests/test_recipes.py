@@ -94,6 +94,20 @@ def test_a_terminal_shows_stage_step_and_time_left(tmp_path):
     assert "0 of 1 runs done" in shown and "sft_0_0 is done (1 of 1)" in shown
 
 
+def test_a_stop_is_told_on_the_terminal_when_it_has_ended_the_tee_behind_the_recipe(tmp_path):
+    master, slave = pty.openpty()
+    process = started({"a": [f"bash -c \"{SAVES}echo ready; while true; do sleep 0.1; done\""]},
+                      tmp_path, stderr=slave)
+    while not (tmp_path / "log_a").exists() or "ready" not in (tmp_path / "log_a").read_text():
+        time.sleep(0.05)
+    process.stdout.close()                 # as when Ctrl-C ends the tee
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    os.close(slave)
+    told = os.read(master, 100_000).decode()
+    assert "stopping, a saving first" in told and "stopped; the same command goes on" in told
+
+
 @pytest.mark.parametrize("number, everyone", [(signal.SIGTERM, False), (signal.SIGINT, True),
                                               (signal.SIGHUP, True)])
 def test_a_recipe_awaits_the_end_of_its_command(number, everyone):

@@ -276,7 +276,8 @@ def test_a_page_can_be_made_of_rows_without_errors_and_says_what_arms_were_train
                 for row in running.read_jsonl(path)]
         running.write_jsonl(path, rows)
     page = page_of(tmp_path / "sft", tmp_path / "rl")
-    assert "No arm is trained on the other rule." in page and "is met" not in page
+    assert "No arm is trained on the other rule." in page
+    assert "0 go as in the paper, 0 go the other way, 4 are undecided" in page
     config = json.loads((tmp_path / "sft/config.json").read_text())
     (tmp_path / "sft/config.json").write_text(json.dumps({**config, "mix": ["id", "rule_ood"]}))
     assert "SFT was trained on id rule_ood." in page_of(tmp_path / "sft", tmp_path / "rl")

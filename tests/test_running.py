@@ -132,6 +132,21 @@ def test_a_command_line_is_answered_before_torch_is_imported(tmp_path, path):
         assert ("--seed" in done.stdout) == (status == 0)
 
 
+@pytest.mark.parametrize("words, told", [
+    (["--compare", DATA_BASE, "x"], "no eval.jsonl; it is a model; --out of sft.py and rl.py"),
+    (["--compare", "x"], "run 'x': there is no such folder; --compare takes run folders"),
+    (["--run-folder", DATA_BASE], "is a model, not a run; to evaluate it: evaluate.py --model"),
+    (["--run-folder", "."], "a config.json that names task and model); run folders in it: rl")
+])
+def test_a_folder_that_is_no_run_is_named_before_torch_is_imported(tmp_path, words, told):
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl/config.json").write_text('{"out": "rl"}')
+    env = without_torch(tmp_path, "raise SystemExit('torch was imported')")
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *words], env=env,
+                          cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("number, ignored, status, told", [
     (signal.SIGINT, False, 130, "\nstopped before it began\n"),
     (signal.SIGTERM, False, 143, "\nstopped before it began\n"),
@@ -278,11 +293,20 @@ def test_garbage_in_a_log_is_named_with_file_and_line_and_blank_lines_are_none(
     assert running.read_jsonl(tmp_path / "none.jsonl") == []
 
 
+def test_a_checkpoint_that_a_stop_has_saved_is_tested_only_as_the_last(tmp_path):
+    for step in (3, 4, 7):
+        (tmp_path / f"step_{step:06d}").mkdir()
+    rows = [{"step": step, "gflops": step, "gflops_paper": step} for step in range(1, 8)]
+    running.write_jsonl(tmp_path / "metrics.jsonl", rows)
+    found = evaluation.list_checkpoints(tmp_path, {"model": "", "save_every": 2}, False)
+    assert [each.step for each in found] == [4, 7]
+
+
 def test_a_row_of_a_log_without_the_compute_is_named(tmp_path):
     (tmp_path / "step_000001").mkdir()
     running.write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "gflops": 2.0}])
     with pytest.raises(ValueError, match="metrics.jsonl: the row of step 1 has no gflops_paper"):
-        evaluation.list_checkpoints(tmp_path, "", with_start=False)
+        evaluation.list_checkpoints(tmp_path, {"model": ""}, with_start=False)
     row = {"step": 1, "split": "id", "seed": 0, "settings": {"task": "gp-l"}}
     running.write_jsonl(tmp_path / "eval.jsonl", [row])
     with pytest.raises(ValueError, match="eval.jsonl, line 1: expected a JSON .*, gflops"):

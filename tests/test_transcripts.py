@@ -109,7 +109,7 @@ def test_what_a_model_writes_is_text_on_the_page_and_right_replies_stand_out(tmp
 
 def test_a_run_without_conversations_is_named(tmp_path):
     with pytest.raises(ValueError,
-                       match="nowhere.*needs config.json and turns.jsonl, which rl.py writes"):
+                       match="nowhere.*needs turns.jsonl, which rl.py writes"):
         transcripts.read_run(tmp_path / "nowhere", "", make_env)
     with pytest.raises(ValueError, match="turns.jsonl: holds no conversation yet"):
         transcripts.read_run(write_conversations(tmp_path / "run"), "", make_env)
