@@ -14,14 +14,16 @@ The paper trains on one setting of what J, Q and K are worth and tests on anothe
 have black suits.
 
 V-IRL gives written instructions through a city to a destination. They name each direction in both
-vocabularies; the rule says which of the two an action takes. The data are folders in the released
-format, and data/synthetic_city.py makes some:
+vocabularies of the paper, and the rule says which an action takes. By `rule_family` that is a third
+one, defined in the prompt. The data are folders in the released format, and data/synthetic_city.py
+makes some:
 
     split         turn_direction(x)   routes                   used for
     id            compass words       train/                   training and in-distribution tests
     rule_ood      left, right, ...    train/                   the rule never trained on
     unseen        compass words       unseen/                  new routes in the training city
     visual_ood    compass words       mini/, in file order     new cities (with pictures only)
+    rule_family   drawn anew          train/                   our stand-in for pre-training
 
 An environment is a conversation with the verifier (sequential revision, Section 3, Fig. 2-3).
 `messages` has the Hugging Face chat format; in turn two the model sees turn one and its verdict:
@@ -54,7 +56,7 @@ import re
 from dataclasses import dataclass
 from zlib import crc32
 
-from support import cards, demonstrator, play, prompts, settings, streets
+from support import cards, demonstrator, play, prompts, settings, streets, vocabularies
 from support.chat import user_message, within_quotes
 from support.solver import solutions
 from verify import (FEEDBACK, LAST_TRY_PENALTY, LISTING, Verdict, fill, judge_general_points,
@@ -347,21 +349,9 @@ class GeneralPoints(Environment):
 
 # ---- V-IRL ---------------------------------------------------------------------------------------
 
-COMPASS = streets.COMPASS
-RELATIVE = ("left", "right", "slightly left", "slightly right")
-ACTION_SPACES = {"absolute": COMPASS, "relative": RELATIVE}
 VIEW_HEADINGS = {"prompt": (0, 90, 180, 270),
                  "official": (-135, -45, 45, 135)}     # differs 18: theirs has these
 DROP_RATE = 0.5        # the chance that a place between two points is left out
-
-
-def relative_word(angle, wrapped=True):
-    """The word for a change of direction, in degrees; straight on counts as slightly left."""
-    if wrapped:                              # differs 17: theirs leaves this out
-        angle = (angle + 180) % 360 - 180    # -180 to 179
-    if abs(angle) > 45:
-        return "left" if angle < 0 else "right"
-    return "slightly left" if angle <= 0 else "slightly right"
 
 
 class Navigation(Environment):
@@ -372,7 +362,9 @@ class Navigation(Environment):
     root          a folder with the data sets, under the names in streets.FOLDERS
     data          the data set: "train", "unseen" or "mini"
     in_order      play route `episode` of the file instead of one that the seed draws
-    action_space  what turn_direction(x) takes: "absolute" compass words or "relative" ones
+    action_space  what turn_direction(x) takes: "absolute" compass words, "relative" ones, or other
+                  words, drawn for each route: "random", or some kinds of support/vocabularies.py
+                  such as "letters,clock"
     turn_words    whether angles are "wrapped" at 180 degrees before they become relative words,
                   or "unwrapped" (official; a quarter of the words name the wrong side)
     view_headings where the four views look, relative to the agent: "prompt" (front, right, back,
@@ -390,31 +382,34 @@ class Navigation(Environment):
                  turn_words="wrapped", view_headings="prompt", resolution=448, verify_iter=2,
                  **common):
         settings.check_choice("data", data, streets.FOLDERS)
-        settings.check_choice("action_space", action_space, ACTION_SPACES)
         settings.check_choice("turn_words", turn_words, ("wrapped", "unwrapped"))
         settings.check_choice("view_headings", view_headings, VIEW_HEADINGS)
         settings.check_whole("resolution", resolution, 1, cards.MAX_SIZE)
+        self.word_kinds = vocabularies.read_kinds(action_space)
         self.rule_name = action_space
         super().__init__(verify_iter=verify_iter, **common)
+        vocabularies.check_told(action_space, self.prompts)
         self.folder = streets.find_folder(root, data)
         self.routes = streets.load_routes(self.folder, self.vision)
         self.in_order = in_order
-        self.action_space = action_space
         self.wrapped = turn_words == "wrapped"
         self.view_headings = VIEW_HEADINGS[view_headings]
         self.resolution = resolution
-        turns = [f"turn_direction({word})" for word in ACTION_SPACES[action_space]]
-        self.actions = ["forward()", *turns, "stop()"]
 
     def lay_out(self, episode):
-        """Draw a route and lay its rail; the draws come in the official order."""
+        """Draw a route and its vocabulary, and lay its rail. The official draws come first."""
         self.number = episode % len(self.routes) if self.in_order else None
         route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
         heading = route.init_heading or self.rng.randint(0, 359)       # 0 in a file means: any
         before = (heading, *route.headings)
-        words = [relative_word(new - old, self.wrapped) for old, new in zip(before, route.headings)]
+        words = [vocabularies.relative_word(new - old, self.wrapped)
+                 for old, new in zip(before, route.headings)]
         self.sentences = self.instruct(route, words)
-        self.rail = list(self.lay_rail(route, heading, words))
+        kept = []
+        for leg in route.between:              # drawn even where the place is None
+            kept.append([place for place in leg if self.rng.random() >= DROP_RATE])
+        self.vocabulary = vocabularies.draw(self.word_kinds, self.rng)
+        self.rail = list(self.lay_rail(route, heading, words, kept))
 
     def instruct(self, route, words):
         """Two sentences for each leg: face a direction, named in both vocabularies, and go on."""
@@ -429,7 +424,7 @@ class Navigation(Environment):
                           fill(self.prompts[moving], landmarks=landmark)]
         return sentences
 
-    def lay_rail(self, route, heading, words):
+    def lay_rail(self, route, heading, words, kept):
         """The positions from the start to the destination, in the order in which one walks.
 
         A route of k legs has k + 1 points. Leg i goes from point i to i + 1, where landmark i is.
@@ -441,9 +436,8 @@ class Navigation(Environment):
                 heading = route.headings[i - 1]        # still that of the leg just walked
                 # differs 20: sentences are found by their leg; theirs counts them along the way,
                 # and a leg without places shifts the later ones
-                for place in route.between[i - 1]:
-                    kept = self.rng.random() >= DROP_RATE      # drawn even where place is None
-                    if kept and place is not None:
+                for place in kept[i - 1]:
+                    if place is not None:
                         yield streets.Position(kind="forward", action="forward()", pano=place,
                                                heading=heading, sentence=self.sentences[2 * i - 1])
             landmark = route.landmarks[i - 1] if i > 0 else ""
@@ -452,10 +446,9 @@ class Navigation(Environment):
                 yield streets.Position(kind="stop", action="stop()", sentence=self.sentences[-1],
                                        **here)
             else:
-                actions = [f"turn_direction({word})" for word in (route.directions[i], words[i])]
-                if self.action_space == "relative":
-                    actions.reverse()
-                yield streets.Position(kind="turn", action=actions[0], other_action=actions[1],
+                word, other = vocabularies.words_for(self.vocabulary, route.directions[i], words[i])
+                yield streets.Position(kind="turn", action=f"turn_direction({word})",
+                                       other_action=f"turn_direction({other})",
                                        intersection=i > 0, sentence=self.sentences[2 * i], **here)
 
     def picture(self):
@@ -484,10 +477,11 @@ class Navigation(Environment):
         prompts = self.prompts
         numbered = "".join(fill(prompts["nav_sentence"], n=n, sentence=sentence)
                            for n, sentence in enumerate(self.sentences, 1))
+        words = vocabularies.define(self.vocabulary, prompts["nav_word"])
         return (prompts["nav_task"]
                 + fill(prompts["nav_instruction"], instruction=numbered)
                 + prompts["nav_see_views" if self.vision else "nav_see_words"]
-                + fill(prompts["nav_actions"], words=", ".join(ACTION_SPACES[self.action_space]))
+                + fill(prompts["nav_actions"], words=words)
                 + fill(prompts["nav_history"], obs_act_seq=self.history())
                 + prompts["nav_output"])
 
@@ -512,7 +506,9 @@ class Navigation(Environment):
     def flawed_reply(self):
         """A wrong action; one reply in three tells what is seen at another position."""
         right = self.position.action
-        action = self.rng.choice([action for action in self.actions if action != right])
+        turns = [f"turn_direction({word})" for word in self.vocabulary.values()]
+        actions = ["forward()", *turns, "stop()"]
+        action = self.rng.choice([action for action in actions if action != right])
         seen_at = self.rng.choice(self.rail) if self.rng.random() < 1 / 3 else None
         return self.format_reply(action, seen_at)
 
@@ -543,6 +539,7 @@ NAVIGATION_SPLITS = {
     "id": dict(data="train"),
     "rule_ood": dict(data="train", action_space="relative"),
     "unseen": dict(data="unseen"),
+    "rule_family": dict(data="train", action_space="random"),
 }
 NAVIGATION_PICTURE_SPLITS = NAVIGATION_SPLITS | {"visual_ood": dict(data="mini", in_order=True)}
 PICTURE_SETTINGS = ("resolution", "card_dir", "view_headings")

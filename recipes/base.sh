@@ -53,11 +53,13 @@ SEED=${SEED:-0}
 mkdir -p "$OUT"
 newest() { ls -d "$1"/step_?????? | tail -1; }
 say() { echo "== $TASK start: $1 ($((SECONDS / 60)) minutes so far)"; }
-# OUT/blank, a random-init model, if it is not there: SIZE SEED.
+# OUT/blank, a random-init model, if it is not there: SIZE SEED, then further options.
 blank() {
+    size=$1 seed=$2
+    shift 2
     [ -d "$OUT/blank" ] ||
-        python support/tiny.py --task "$TASK" --out "$OUT/blank" --size "$1" --seed "$2" \
-            ${env[@]+--env "${env[@]}"}
+        python support/tiny.py --task "$TASK" --out "$OUT/blank" --size "$size" --seed "$seed" \
+            ${env[@]+--env "${env[@]}"} "$@"
 }
 # OUT/NAME, trained from a model folder: NAME MODEL STEPS SEED, then further options.
 train() {
@@ -107,7 +109,7 @@ virl-l)
     [ -d "$OUT/city" ] ||
         python data/synthetic_city.py --out "$OUT/city" --routes 1000 --most-legs 3 --no-pictures
     if [ -z "${AFTER:-}" ]; then
-        blank "${SIZE:-128x4}" $seed_1
+        blank "${SIZE:-128x4}" $seed_1 --splits id rule_ood
         train 1 "$OUT/blank" 400 $seed_1 --lr "$first" --mix $mix --balance --save-every 50
         own 2 "$(newest "$OUT/1")" 15360 $seed_2 --mix $mix --balance --failed-tries 1 \
             --env "${env[@]}"

@@ -8,7 +8,8 @@ faults         errors of an imperfect demonstrator, from whom SFT then learns. E
                ten           GeneralPoints: J, Q and K count as ten whatever the rule says
                walk_past     V-IRL: the agent walks on at an intersection where it should change
                              its direction (a route's first direction comes before any)
-               other_word    V-IRL: the direction is named in the vocabulary of the other rule
+               other_word    V-IRL: the direction is named in the vocabulary of the other rule of
+                             the paper; by a rule with words of its own, it is the compass word
 faulty_tries   how many tries at a position have faults (1: only the first)
 reward         "verdict" is the paper's; "random" is 1 or -1 whatever the reply says (a control)
 

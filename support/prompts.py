@@ -37,6 +37,7 @@ TEXTS = {
                      "front and right above, back and left below.",
     "nav_actions": "\nActions: forward(), stop() at the destination, "
                    "or turn_direction(x) where x is one of {words}.",
+    "nav_word": "{word} for {meaning}",
     "nav_history": "\nSo far:{obs_act_seq}",
     "nav_past": "\n{observation} -> {action}",
     "nav_between": "{landmark}",

@@ -184,7 +184,7 @@ class Position:
     sentence: str                # the current instruction
     landmark: str = ""           # "Aldo Cafe is on your left", or "" if there is none
     intersection: bool = False
-    other_action: str = ""       # the action by the other rule, where it is another
+    other_action: str = ""       # the action by another rule, where it is another
 
     @property
     def landmark_name(self):

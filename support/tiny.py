@@ -4,8 +4,10 @@
     python support/tiny.py --task gp-vl --out runs/blank --size 96x4           # sees: an Mllama
     python support/tiny.py --task gp-vl --out runs/blank --family qwen3_vl     # sees: a Qwen3-VL
     python support/tiny.py --task virl-l --out runs/blank --env root=city0
+    python support/tiny.py --task virl-l --out runs/blank --env root=city0 --splits id rule_ood
 
 Its tokenizer is trained on prompts, replies and verdicts of the task, so that a prompt is short.
+With `--splits` it learns the words of these splits alone: other words then cost more tokens.
 """
 import re
 import sys
@@ -30,7 +32,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import envs
-from support import portable, running
+from support import portable, running, vocabularies
 from support.chat import read_text
 from support.loading import tokenizer_of
 from support.settings import read_settings
@@ -55,6 +57,8 @@ class Config:
     task: str = running.flag("gp-l", "the task whose words the tokenizer learns; for a -vl task "
                              "the model sees pictures", choices=tuple(envs.TASKS))
     env: tuple = running.flag((), "settings of the task, such as root=city0 (envs.py lists them)")
+    splits: tuple = running.flag((), "the splits whose words the tokenizer learns; if not given, "
+                                 "all that are played with the training data")
     family: str = running.flag("", "the kind of vision model; if not given, mllama",
                                choices=("", *FAMILIES))
     size: str = running.flag("128x4", "WIDTHxLAYERS")
@@ -69,7 +73,8 @@ def hand_atoms(env):
 
 def route_atoms(env):
     """Directions and actions of V-IRL, and what may border on a name there."""
-    return [*envs.COMPASS, *envs.RELATIVE, "front", "behind", "turn_direction(", "forward()",
+    words = vocabularies.words_of(dict.fromkeys([*vocabularies.PAPER, *env.word_kinds]))
+    return [*words, "front", "behind", "turn_direction(", "forward()",
             "stop()", "\n", ", where ", "The destination ", " is on your ", "; ",
             '{"current observation": "', '", "current instruction": "']
 
@@ -82,11 +87,26 @@ def atoms_of(task, env):
     return ATOMS[task](env) if task in ATOMS else []
 
 
-def sample_texts(task, num=200, **settings):
-    """Prompts, replies and verdicts of all splits of a task in words, to train a tokenizer on."""
-    for split, chosen in envs.TASKS[task].splits.items():
-        if chosen.get("data", "train") != "train":     # the other data sets may not be there
-            continue
+def splits_in_training(task):
+    """The splits that are played with the training data: other data sets may not be there."""
+    return [split for split, chosen in envs.TASKS[task].splits.items()
+            if chosen.get("data", "train") == "train"]
+
+
+def atoms_of_splits(task, splits, **settings):
+    """The strings that a tokenizer for these splits keeps whole, some perhaps twice."""
+    atoms = []
+    for split in splits:
+        atoms += atoms_of(task, envs.make_env(task, split, **settings))
+    return atoms
+
+
+def sample_texts(task, num=200, splits=(), **settings):
+    """Prompts, replies and verdicts of a task in words, to train a tokenizer on.
+
+    They are of these splits, or of all that need only the training data.
+    """
+    for split in splits or splits_in_training(task):
         env = envs.make_env(task, split, **settings | {"verify_iter": 2})
         env.picture = lambda: None                     # only words are needed; drawing takes time
         yield " ".join(atoms_of(task, env) * 2)
@@ -213,8 +233,10 @@ def main(config):
         env = envs.make_env(config.task, **settings)
         torch.manual_seed(config.seed)
         family = config.family or ("mllama" if env.vision else "llama")
-        backbone, processor = make_tiny(config.size, family, sample_texts(config.task, **settings),
-                                        atoms_of(config.task, env))
+        splits = config.splits or splits_in_training(config.task)
+        texts = sample_texts(config.task, splits=splits, **settings)
+        atoms = atoms_of_splits(config.task, splits, **settings)
+        backbone, processor = make_tiny(config.size, family, texts, atoms)
     transformers_logging.disable_progress_bar()
     backbone.save_pretrained(config.out)
     processor.save_pretrained(config.out)

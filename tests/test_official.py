@@ -16,10 +16,11 @@ import pytest
 import model
 from conftest import ROOT
 from data.official_prompts import read_wording
-from envs import make_env, relative_word
+from envs import make_env
 from support import violations
 from support.chat import read_text
 from support.settings import read_splits
+from support.vocabularies import relative_word
 from verify import judge_general_points, parse_formula
 
 EPISODES, SEED = 40, 7

@@ -20,8 +20,8 @@ from PIL import ExifTags, Image
 
 import envs
 from conftest import ROOT, write_conversations
-from envs import Navigation, make_env, relative_word
-from support import streets, transcripts
+from envs import Navigation, make_env
+from support import streets, transcripts, vocabularies
 from support.chat import read_text
 from support.conversations import read_conversations
 from support.streets import Panoramas, crop_view, geodesic, parse_milestones, read_panorama
@@ -467,11 +467,14 @@ def test_relative_actions_are_the_same_rail_in_other_words(two_routes):
         for a, r in zip(absolute.rail, relative.rail):
             assert (a.kind, a.pano, a.heading, a.sentence) == (
                 r.kind, r.pano, r.heading, r.sentence)
-            assert a.action == r.action if a.kind != "turn" else r.action[15:-1] in envs.RELATIVE
+            if a.kind == "turn":
+                assert r.action[15:-1] in vocabularies.RELATIVE
+            else:
+                assert a.action == r.action
 
 
 def test_turns_are_named_modulo_360():
-    assert [relative_word(d)
+    assert [vocabularies.relative_word(d)
             for d in (0, 20, 45, 46, 179, -20, -45, -46, -179, 350, -350, 270, -270, 360)] == [
         "slightly left", "slightly right", "slightly right", "right", "right", "slightly left",
         "slightly left", "left",
@@ -571,8 +574,8 @@ def test_a_correct_action_begins_a_new_dialogue_that_tells_what_was_done_and_no_
 
 
 def test_the_prompt_names_the_words_that_an_action_takes_and_no_others(city):
-    for split, own, other in (("id", envs.COMPASS, envs.RELATIVE),
-                              ("rule_ood", envs.RELATIVE, envs.COMPASS)):
+    for split, own, other in (("id", vocabularies.COMPASS, vocabularies.RELATIVE),
+                              ("rule_ood", vocabularies.RELATIVE, vocabularies.COMPASS)):
         env = make_env("virl-l", split, root=city)
         prompt = env.reset(seed=0)[0][0]["content"]
         words = re.search(r"x is one of (.*)\.", prompt)[1].split(", ")
@@ -989,7 +992,7 @@ def test_an_imperfect_demonstrator_walks_past_intersections_and_takes_the_other_
                     assert following.kind != "forward" or reply[
                         "current instruction"] == following.sentence
                 else:
-                    assert reply["action"][15:-1] in envs.COMPASS
+                    assert reply["action"][15:-1] in vocabularies.COMPASS
                     assert env.format_reply(reply["action"]) == json.dumps(reply)
             elif here.intersection:
                 seen.append("right")
