@@ -3,11 +3,11 @@
 A vocabulary gives each direction a word of its own. It maps the eight compass words of the
 instructions, or the four words for turns, to what an action says:
 
-    read_kinds("relative")                        -> ("relative",)
-    draw(("relative",), rng)                      -> {"left": "left", "right": "right", ...}
-    draw(read_kinds("letters,clock"), rng)        -> {"north": "N", "northeast": "NE", ...}, or
-                                                     {"left": "9", "right": "3", ...}
-    draw(read_kinds("invented"), rng)             -> {"north": "lokor", "northeast": "gudop", ...}
+    read_kinds("letters,clock")           -> ("letters", "clock")
+    draw(("letters", "clock"), rng)       -> {"north": "N", "northeast": "NE", ...}, or
+                                             {"left": "9", "right": "3", ...}
+    draw(("invented",), rng)              -> {"north": "lokor", "northeast": "gudop", ...}
+    draw(("relative",), rng)              -> {"left": "left", "right": "right", ...}
 
 The setting `action_space` names one of the paper's two, or the kinds to draw from. A draw takes
 each kind equally often; "random" stands for all of them. To keep a kind for a test, name the others
@@ -98,8 +98,9 @@ def words_for(vocabulary, compass, relative):
     The other word is the one that a walker says who mixes the rules up. It is the compass word, on
     which the paper trains, unless that is right; then it is the relative word.
     """
-    word = vocabulary.get(compass) or vocabulary[relative]
-    return word, relative if word == compass else compass
+    word = vocabulary[compass] if compass in vocabulary else vocabulary[relative]
+    other = relative if word == compass else compass
+    return word, other
 
 
 def define(vocabulary, template):
