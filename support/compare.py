@@ -31,6 +31,7 @@ TITLES = {
     "rule_ood": "the other rule",
     "visual_ood": "the training rule, another look",
     "unseen": "the training rule, held out from training",
+    "rule_family": "a family of rules",
 }
 
 # Measures of ours that stand beside the paper's, and are never above it (docs/differences.md, 22).
