@@ -372,6 +372,7 @@ class Navigation(Environment):
     resolution    pixels of a view's side; the picture of all four is 2 * resolution + 5 wide
     verify_iter   judged replies per position (2 in the paper)
     vision, feedback, prompt_file, faults, faulty_tries, reward   as in GeneralPoints
+    guided        the expert goes on where all tries have failed: support/demonstrator.py
     Of all these action_space, turn_words, prompt_file and feedback change what the model is told.
     """
     kinds = ("turn", "forward", "stop")

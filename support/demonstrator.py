@@ -1,4 +1,4 @@
-"""Replies that are not the expert's, and settings that plant them or a random reward in a task.
+"""Replies that are not the expert's, and settings of ours that change how a task is played or paid.
 
 The paper has none of these settings. `envs.make_env` wraps the environment that has one:
 
@@ -12,6 +12,9 @@ faults         errors of an imperfect demonstrator, from whom SFT then learns. E
                              the paper; by a rule with words of its own, it is the compass word
 faulty_tries   how many tries at a position have faults (1: only the first)
 reward         "verdict" is the paper's; "random" is 1 or -1 whatever the reply says (a control)
+guided         V-IRL: after a failed last try the expert goes on in the agent's place. So every
+               position of a route is tried, and one early mistake does not hide the rest. Success
+               is still that of a route without a failed position
 
 The starts of the tiny run are made with such faults (recipes/base.sh).
 """
@@ -155,7 +158,26 @@ class RandomReward(Wrapper):
         return messages, reward, terminated, truncated, info
 
 
-def wrap(env, task, faults="", faulty_tries=1, reward="verdict"):
+class Guided(Wrapper):
+    """A route that goes on with the expert's action where all tries have failed."""
+
+    def reset(self, *args, **kwargs):
+        self.lost = False                      # whether a position has failed
+        return self.env.reset(*args, **kwargs)
+
+    def step(self, reply):
+        messages, reward, terminated, truncated, info = self.env.step(reply)
+        self.lost = self.lost or truncated
+        if truncated and self.at < len(self.rail) - 1:
+            self.at += 1
+            self.done = truncated = False
+            self.begin_dialogue()
+            messages, info = self.messages, {**info, "new_dialogue": True}
+        return messages, reward, terminated, truncated, {**info, "success": info["success"]
+                                                         and not self.lost}
+
+
+def wrap(env, task, faults="", faulty_tries=1, reward="verdict", guided=False):
     """The environment of a task with what these settings plant in it.
 
     ValueError names a setting that is not allowed.
@@ -166,4 +188,8 @@ def wrap(env, task, faults="", faulty_tries=1, reward="verdict"):
     shares = parse_faults(faults, allowed)
     if shares:
         env = ImperfectDemonstrator(env, faults=allowed, shares=shares, faulty_tries=faulty_tries)
+    if guided and len(env.kinds) == 1:
+        raise ValueError(f"guided: {task} has one position only, so nobody can go on")
+    if guided:
+        env = Guided(env)
     return RandomReward(env) if reward == "random" else env

@@ -150,6 +150,8 @@ def chosen_settings(config, env):
     chosen["env"] = dict(env.settings)
     for name in ("solution", "faults", "faulty_tries"):   # of the expert, who does not play
         chosen["env"].pop(name, None)
+    if not chosen["env"].get("guided"):   # rows of earlier versions do not name it
+        chosen["env"].pop("guided", None)
     if config.api_url and (extra := api.read_extra(config.api_extra)):
         chosen["api_extra"] = extra
     return chosen

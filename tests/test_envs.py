@@ -639,7 +639,7 @@ def test_the_planted_settings_work_for_a_task_of_ones_own_but_it_has_no_faults(e
     env.reset(seed=0)
     assert {env.step(env.flawed_reply())[1] for _ in range(5)} <= {1.0, -1.0}
     assert list(env.settings) == ["vision", "verify_iter", "feedback", "prompt_file", "faults",
-                                  "faulty_tries", "reward"]
+                                  "faulty_tries", "reward", "guided"]
     with pytest.raises(ValueError, match="faults 'ten:0.5': the task has none"):
         make_env("echo", faults="ten:0.5")
 

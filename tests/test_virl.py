@@ -1033,3 +1033,40 @@ def test_of_the_words_that_the_teacher_says_as_many_are_mixed_up_as_paper_md_say
         # Not 0.6: the first direction of a route is never passed.
         assert 0.32 < passed / (passed + words) < 0.39
         assert f"|{printed}|" in (ROOT / "results" / "paper.md").read_text()
+
+
+def test_a_guide_goes_on_where_all_tries_have_failed(city):
+    """One early mistake does not hide what comes later. Success still means the whole route."""
+    plain = make_env("virl-l", "id", root=city)
+    env = make_env("virl-l", "id", root=city, guided="true")
+    for seed in range(5):
+        plain.reset(seed)
+        env.reset(seed)
+        assert [place.action for place in env.rail] == [place.action for place in plain.rail]
+        wrong_at = {0, 2}
+        tried, ended = [], False
+        while not ended:
+            at = env.at
+            tried.append(at)
+            reply = env.format_reply("stop(x)") if at in wrong_at else env.expert_reply()
+            messages, reward, terminated, truncated, info = env.step(reply)
+            ended = terminated or truncated
+            if at in wrong_at and info["try"] == 2:
+                assert reward == -1.0 + LAST_TRY_PENALTY and info["new_dialogue"] == (not ended)
+                assert env.at == at + 1 and len(messages) == 1     # a prompt alone
+        positions = list(range(len(env.rail)))
+        assert sorted(tried) == sorted([*positions, *wrong_at]) and not info["success"]
+        assert terminated and env.done
+        # The prompt tells the expert's way, not what was said.
+        assert "stop(x)" not in messages[0]["content"]
+        # Without a failed position it is the environment as it is.
+        env.reset(seed)
+        plain.reset(seed)
+        while not env.done:
+            assert env.step(env.expert_reply()) == plain.step(plain.expert_reply())
+    with pytest.raises(ValueError, match="guided: gp-l has one position only"):
+        make_env("gp-l", "id", guided=True)
+    env.reset(0)
+    for _ in range(2 * len(env.rail)):
+        last = env.step("no")
+    assert last[3] and env.done and not last[4]["success"]
