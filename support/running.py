@@ -17,6 +17,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -236,9 +237,18 @@ def pick_dtype(name, device, run_folder=None):
     return dtype
 
 
-def memory_estimate(policy, config):
-    """A line on the memory that training needs on each device: what stays, and what one micro-batch
-    adds.
+class Memory(NamedTuple):
+    """Bytes that training needs on a device."""
+    weights: float         # master weights, its share
+    gradients: float       # its share
+    moments: float         # Adam's two, its share
+    computed_with: float   # whole weights in the type that the policy computes in
+    fused: float           # what sampling adds for a Llama
+    micro_batch: float     # what one micro-batch adds
+
+
+def memory_parts(policy, config):
+    """The `Memory` of a run.
 
     Weights, gradients and Adam's two moments are shared out over the processes. Beside them stand
     weights in the type that the policy computes in. A single process has these if its master
@@ -253,29 +263,63 @@ def memory_estimate(policy, config):
     text, tokens = policy.backbone.config.get_text_config(), config.micro_batch_tokens
     size, samples = policy.dtype.itemsize, hasattr(config, "generate_tokens")
     parts = dict(policy.backbone.named_parameters())
-    stays = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1)
-                for p in parts.values()) / WORLD
+    weights = sum(p.numel() * p.element_size() for p in parts.values()) / WORLD
+    gradients = sum(p.numel() * p.element_size() for p in parts.values() if p.requires_grad) / WORLD
     cast = WORLD == 1 and any(p.dtype != policy.dtype for p in parts.values())
-    copied = [name for name in parts if cast or samples and WORLD > 1]
-    if samples and not cast and not policy.vision:
-        copied += [name for name in parts if re.search(r"\.(q|k|v|gate|up)_proj\.", name)]
-    copies = size * sum(parts[name].numel() for name in copied)
+    computed_with = fused = 0
+    if cast or samples and WORLD > 1:
+        computed_with = size * sum(p.numel() for p in parts.values())
+    if samples and not cast and policy.backbone.config.model_type == "llama":
+        fused = size * sum(p.numel() for name, p in parts.items()
+                           if re.search(r"\.(q|k|v|gate|up)_proj\.", name))
     layers, kept = text.num_hidden_layers, 40 * text.hidden_size + 4 * size * text.intermediate_size
     of_layers = kept * layers
     if config.gradient_checkpointing:
         of_layers = kept + 4 * text.hidden_size * layers
-    activations = tokens * of_layers
     logits = tokens / 4 * policy.backbone.lm_head.weight.shape[0] * (4 + size)
+    return Memory(weights, gradients, 2 * gradients, computed_with, fused,
+                  tokens * of_layers + logits)
+
+
+def memory_estimate(policy, config):
+    """A line on the memory that training needs on each device: what stays, and what one micro-batch
+    adds."""
+    parts = memory_parts(policy, config)
+    stays = parts.weights + parts.gradients + parts.moments
     return (f"memory on each device: about {stays / 1e9:.1f} GB for weights, gradients and Adam, "
-            f"{copies / 1e9:.1f} GB for weights as computed with, "
-            f"{(activations + logits) / 1e9:.1f} GB for a micro-batch of {tokens} tokens; "
-            "a picture's tokens are counted as text, which takes more")
+            f"{(parts.computed_with + parts.fused) / 1e9:.1f} GB for weights as computed with, "
+            f"{parts.micro_batch / 1e9:.1f} GB for a micro-batch of {config.micro_batch_tokens} "
+            "tokens; a picture's tokens are counted as text, which takes more")
 
 
 def print_memory(policy, config):
     """Print the estimate where memory is short: on GPUs."""
     if policy.device.type == "cuda":
         print0(memory_estimate(policy, config))
+
+
+def check_memory(policy, config):
+    """ValueError if a GPU cannot hold what training must have on it at one time.
+
+    Only what is certain counts. Gradients and gathered weights are never there together. In a
+    vision model some weights may get no gradient, and so no moments.
+    """
+    if policy.device.type != "cuda":
+        return
+    parts = memory_parts(policy, config)
+    # The smallest of all GPUs, so that all processes stop together.
+    holds = min(gather(torch.cuda.get_device_properties(policy.device).total_memory))
+    trained = not policy.vision
+    shares = parts.weights + trained * parts.moments
+    beside = trained * parts.gradients, "gradients", "more GPUs, "
+    if WORLD > 1 and parts.computed_with > beside[0]:
+        beside = parts.computed_with, "the whole weights in sampling, on every GPU", ""
+    if shares + beside[0] > holds:
+        raise ValueError(
+            f"model {config.model!r}: training needs at least {(shares + beside[0]) / 1e9:.1f} GB "
+            f"on each of {WORLD} GPUs, which have {holds / 1e9:.1f}: "
+            f"{shares / 1e9:.1f} for weights and Adam, {beside[0] / 1e9:.1f} for {beside[1]}; "
+            f"take {beside[2]}--param-dtype bfloat16 or a smaller model")
 
 
 def learning_rate(step, steps, peak, warmup_ratio=0.0, final=0.0):

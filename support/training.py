@@ -72,7 +72,9 @@ class Run:
             self.state = run_folder.load_resume(self.newest, self.policy, optimizer, first_state)
 
     def open(self):
-        """Make the run folder, or cut its logs back to the checkpoint."""
+        """Make the run folder, or cut its logs back to the checkpoint. ValueError if a GPU is too
+        small."""
+        running.check_memory(self.policy, self.config)
         run_folder.open_run(self.config, self.newest)
 
     def steps(self, last_step, name):

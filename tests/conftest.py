@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,16 +202,21 @@ class PretendCalls(TorchFunctionMode):
 
 @pytest.fixture
 def pretend_cuda(monkeypatch):
-    """pretend_cuda() is a context in which device="cuda" works, until something asks the driver."""
+    """pretend_cuda() is a context in which device="cuda" works, until something asks the driver.
+
+    The GPU has `memory` bytes.
+    """
     class CpuAutocast(torch.autocast):
         def __init__(self, device_type, *args, **kwargs):
             super().__init__("cpu", *args, **kwargs)
 
     @contextlib.contextmanager
-    def pretend():
+    def pretend(memory=80e9):
         from support.decoder import LlamaDecoder
         monkeypatch.setattr(torch, "autocast", CpuAutocast)
         monkeypatch.setattr(LlamaDecoder, "graphs", False)
+        monkeypatch.setattr(torch.cuda, "get_device_properties",
+                            lambda device: SimpleNamespace(total_memory=memory))
         with PretendOperations(), PretendCalls():
             yield
     return pretend

@@ -264,6 +264,41 @@ def test_the_memory_estimate_counts_bytes_per_parameter(monkeypatch, param_dtype
     assert float(less[2]) < float(told[2]) / 2
 
 
+@pytest.mark.parametrize("script, world, memory, told", [
+    # Of 1.88 B weights 16 bytes each, shared out: weights, gradients and Adam.
+    ("sft", 1, 31, None),
+    ("sft", 1, 30, "needs at least 30.1 GB on each of 1 GPUs, which have 30.0: 22.6 for weights "
+                   "and Adam, 7.5 for gradients; take more GPUs, --param-dtype bfloat16 or a "
+                   "smaller model"),
+    ("rl", 1, 31, None),
+    ("sft", 16, 2, None),
+    # In sampling 12 bytes shared out, and 2 on every GPU.
+    ("rl", 16, 5.3, None),
+    ("rl", 16, 5.1, "needs at least 5.2 GB on each of 16 GPUs, which have 5.1: 1.4 for weights and "
+                    "Adam, 3.8 for the whole weights in sampling, on every GPU; take "
+                    "--param-dtype bfloat16 or a smaller model"),
+    ("rl", 10 ** 6, 3, "for the whole weights in sampling")])
+def test_a_gpu_that_is_too_small_is_refused_before_anything_is_written(
+        monkeypatch, pretend_cuda, script, world, memory, told):
+    monkeypatch.setattr(running, "WORLD", world)
+    # Another process has a larger GPU.
+    monkeypatch.setattr(running, "gather", lambda value: [value, 2 * value])
+    with torch.device("meta"):
+        backbone = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096,
+                                                num_hidden_layers=8, intermediate_size=11008))
+    policy = model.Policy(backbone, train_tokenizer(["abc"] * 3, ["1"]), "bfloat16")
+    config = SimpleNamespace(model="PATH", micro_batch_tokens=1000, gradient_checkpointing=True,
+                             **{"generate_tokens": 1} if script == "rl" else {})
+    running.check_memory(policy, config)       # a CPU is not asked
+    with pretend_cuda(memory * 1e9):
+        policy.banned = policy.banned.to("cuda")
+        if told is None:
+            return running.check_memory(policy, config)
+        with pytest.raises(ValueError, match="^model 'PATH': training needs") as error:
+            running.check_memory(policy, config)
+    assert told in str(error.value)
+
+
 # ---- Files and the console
 
 @pytest.mark.parametrize("line, told", [("garbage", "Expecting value"),

@@ -116,6 +116,17 @@ def test_nothing_in_the_chain_mixes_tensors_of_a_gpu_with_those_of_the_cpu(tmp_p
     assert len(running.read_jsonl(tmp_path / "rl/eval.jsonl")) == 2
 
 
+@pytest.mark.parametrize("script, settings", [(sft, SFT), (rl, RL)])
+def test_a_run_that_no_gpu_can_hold_ends_before_its_folder_is_made(tmp_path, pretend_cuda, capsys,
+                                                                   script, settings):
+    with pretend_cuda(memory=1e5), pytest.raises(SystemExit) as ending:
+        script.main(script.Config(out=str(tmp_path / "run"),
+                                  **{**settings, "model": tiny_folder(), "device": "cuda"}))
+    err = capsys.readouterr().err
+    assert ending.value.code == 2 and "training needs at least" in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_log_has_what_a_reader_of_a_run_needs(start, tmp_path, device):
     rl.main(rl.Config(model=str(start / "step_000004"), out=str(tmp_path / "rl"), device=device,
                       lr_warmup=1,
