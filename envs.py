@@ -112,7 +112,7 @@ class Environment:
     """
     REQUIRED = ("kinds", "retry_prompt", "lay_out", "prompt", "picture", "judge", "format_reply",
                 "expert_reply", "flawed_reply")
-    rule_name = ""       # names the rule in force; a prompt file may hold one text for each rule
+    rule_name = ""       # names the rule, before `__init__` below picks a prompt file's texts by it
     example = ""         # an answer as a player may type it
     rail = (None,)       # the positions of an episode; where there are several, each has a `kind`
     at = 0               # the index of the present one
@@ -184,8 +184,6 @@ class Environment:
         self.tries += 1
         correct = verdict.status == "correct"
         terminated = correct and self.at == len(self.rail) - 1
-        # differs 3: the last judged reply gets LAST_TRY_PENALTY; theirs samples one more reply,
-        # never judges it, and puts the penalty on that one
         truncated = not correct and self.tries == self.verify_iter
         self.done = terminated or truncated
         kind = self.position.kind if len(self.rail) > 1 else self.kinds[0]
@@ -201,11 +199,13 @@ class Environment:
                 told = fill(self.prompts[self.retry_prompt], verdict=told)
             self.messages = [*self.messages, {"role": "assistant", "content": reply},
                              {"role": "user", "content": told}]
+        # differs 3: the last judged reply gets LAST_TRY_PENALTY; theirs samples one more reply,
+        # never judges it, and puts the penalty on that one
         reward = verdict.reward + (LAST_TRY_PENALTY if truncated else 0.0)
         return self.messages, reward, terminated, truncated, info
 
     def skip_ahead(self, rng, balance):
-        """Go to a position that `rng` draws (with `balance` its kind first): the messages there."""
+        """For SFT: go to a position drawn by `rng`, its kind first with `balance`: the messages."""
         if len(self.rail) > 1:
             wanted = sorted({position.kind for position in self.rail})
             if balance:
@@ -257,7 +257,7 @@ class GeneralPoints(Environment):
         settings.check_whole("target", target, 0)
         settings.check_whole("resolution", resolution, cards.MIN_SIZE, cards.MAX_SIZE)
         self.rule_jqk = settings.read_rule(rule, RULES)      # None: drawn for each episode
-        self.rule_name = ",".join(map(str, self.rule_jqk or ("random",)))
+        self.rule_name = ",".join(map(str, self.rule_jqk)) if self.rule_jqk else "random"
         self.target = target
         self.face_card = face_card
         self.fold = fold
@@ -279,7 +279,7 @@ class GeneralPoints(Environment):
         """Four cards of the deck, each as (index of its rank, suit)."""
         if not self.face_card:
             return self.rng.sample(self.deck, 4)       # differs 4: theirs draws with replacement
-        face = self.rng.choice([card for card in self.deck if card[0] > 9])
+        face = self.rng.choice([card for card in self.deck if card[0] > 9])    # J, Q or K
         others = self.rng.sample([card for card in self.deck if card != face], 3)
         return self.rng.sample([face, *others], 4)     # shuffled: the face card may stand anywhere
 
@@ -287,11 +287,11 @@ class GeneralPoints(Environment):
         """Draw hands until one has a solution and is of the fold: [(rank, suit)], their values."""
         for _ in range(100_000):
             hand = self.draw_hand()
-            numbers = [self.jqk[rank - 10] if rank > 9 else rank + 1 for rank, _ in hand]
+            numbers = [self.jqk[index - 10] if index > 9 else index + 1 for index, _ in hand]
             if not solutions(numbers, self.target):
                 continue
             if self.fold == "all" or held_out(numbers) == (self.fold == "test"):
-                return [(RANKS[rank], suit) for rank, suit in hand], numbers
+                return [(RANKS[index], suit) for index, suit in hand], numbers
         raise ValueError(f"no hand makes {self.target} with J,Q,K = {self.jqk}, fold {self.fold}, "
                          "suits and face_card as given (100,000 deals tried): try another target")
 
@@ -327,7 +327,7 @@ class GeneralPoints(Environment):
                 "ranks_right": verdict.ranks_right}
 
     def format_reply(self, answer, numbers=None):
-        """`numbers`: other values than the cards have."""
+        """`numbers`, if given, are listed as the cards' values: a planted fault has wrong ones."""
         return fill(self.prompts["gp_reply"], cards=self.list_cards(),
                     numbers=json.dumps(numbers or self.numbers),
                     formula=within_quotes(f"{answer}={self.target}"))
@@ -578,7 +578,7 @@ def make_env(task, split="id", common=(), /, **own):
         raise ValueError(f"split {split!r}: {task} has {', '.join(row.splits)}")
     defaults = settings.defaults_of(Environment, demonstrator.wrap, row.environment)
     allowed = [name for name in defaults if name not in row.fixed]
-    pictures = () if row.fixed["vision"] else PICTURE_SETTINGS
+    pictures = () if row.fixed["vision"] else PICTURE_SETTINGS     # an error in a task in words
     settings.check_known(task, {**common, **own}, allowed, pictures)
     settings.check_open(split, row.splits[split], common, own)
     chosen = {**defaults, **row.splits[split], **common, **own, **row.fixed}

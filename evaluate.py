@@ -2,7 +2,7 @@
 
 An episode of GeneralPoints succeeds when the hand is solved within its tries. An episode of V-IRL
 succeeds when every position of the route is solved, up to the stop. The paper reports V-IRL by
-replies: the share of all replies that are correct, retries included. Most of them are moves that
+replies: the share of all replies that are correct, retries included. Most replies are moves that
 are the same under both rules. So `summarise` also counts the positions where a direction must be
 named (kind "turn"), and first tries.
 
@@ -44,7 +44,7 @@ from support.running import flag
 # ---- What counts -------------------------------------------------------------------------------
 
 def share(hits, counts):
-    """What share of the counts are hits, and its standard error; both lists are one per episode.
+    """The share of `hits` in `counts`, one number of each per episode, and its standard error.
 
         rate  = sum of hits / sum of counts
         error = sqrt(sum over episodes of (hits - rate * counts)^2) / sum of counts
@@ -112,7 +112,7 @@ def summarise(episodes, verify_iter, kinds=()):
     # solved_and_read, below.
     correct = [sum(1 for info in episode if is_correct(info)) for episode in episodes]
     # The official code adds an unread reply to each failed episode; it counts as wrong.
-    with_unread = [len(episode) + (0 if done else 1) for episode, done in zip(episodes, solved)]
+    with_unread = [len(episode) + (1 - success) for episode, success in zip(episodes, solved)]
     measure("paper_step_accuracy", correct, with_unread)
     measure_replies("first_try", lambda info: info["try"] == 1)
     measure_replies("retries", lambda info: info["try"] > 1)
@@ -133,7 +133,7 @@ def summarise(episodes, verify_iter, kinds=()):
 
     # A route is solved within as many tries as its hardest position took.
     tries_needed = [max(info["try"] for info in episode)
-                    for episode, done in zip(episodes, solved) if done]
+                    for episode, success in zip(episodes, solved) if success]
     row["success_within"] = []
     for tries in range(1, verify_iter + 1):
         within = [needed for needed in tries_needed if needed <= tries]
@@ -143,9 +143,9 @@ def summarise(episodes, verify_iter, kinds=()):
         row["numbers_right"] = sum(info["numbers_right"] for info in replies) / len(replies)
 
     cities = {}
-    for episode, done in zip(episodes, solved):
-        if episode[-1].get("route") is not None:   # routes that are played in file order
-            cities.setdefault(episode[-1]["route"] // 2, []).append(done)
+    for episode, success in zip(episodes, solved):
+        if episode[-1].get("route") is not None:   # visual_ood, whose file has two routes a city
+            cities.setdefault(episode[-1]["route"] // 2, []).append(success)
     if cities:
         row["success_by_city"] = [sum(city) / len(city) for _, city in sorted(cities.items())]
     row["statuses"] = dict(sorted(Counter(info["status"] for info in replies).items()))
@@ -317,8 +317,8 @@ def play_episodes(reply, environments, seed, first=0):
 def evaluate_model(path, called, known, config, write, kept=None):
     """Evaluate a checkpoint, or the API's model of this name, on every split and seed.
 
-    Those that the rows `known` cover are left out. `write` gets each new row, and what was said in
-    the first episodes. Printed lines name the model as `called`. `kept`: as in LocalModel.
+    What has a row in `known` is left out. `write` gets each new row, and what was said in the first
+    episodes. Printed lines name the model as `called`. `kept`: as in LocalModel.
     """
     model = None
     metrics = envs.TASKS[config.task].metrics
@@ -328,11 +328,11 @@ def evaluate_model(path, called, known, config, write, kept=None):
         env = make_env()
         chosen = evaluation.chosen_settings(config, env)
         done = evaluation.finished_rows(known, split, chosen, metrics)
-        for seed in dict.fromkeys(int(seed) for seed in config.seeds.split(",")):
+        for seed in dict.fromkeys(int(seed) for seed in config.seeds.split(",")):      # each once
             label = f"{called}, {split.label}, seed {seed}"
             if seed in done:
                 running.print0(f"{label}: already evaluated")
-                if evaluation.is_hidden(done[seed], known):    # of several rows the last one counts
+                if evaluation.is_hidden(done[seed], known):    # tables take the last: repeat it
                     write(done[seed], [])
                 continue
             # The model is loaded when the first seed has to be played, not before.
@@ -366,7 +366,7 @@ def finish_config(config):
         common = settings.read_settings(config.env)
         envs.make_env(config.task, split.name, common, **split.settings)
     if config.api_url:
-        return replace(config, dtype="")
+        return replace(config, dtype="")           # the server chooses it
     device = running.start_processes(config.device)
     return replace(config, dtype=running.pick_dtype(config.dtype, device))
 

@@ -54,7 +54,7 @@ def text_after_last_reply(processor, messages):
     marked[last] = messages[last] | {"content": placeholder}
     text = render(processor, marked, add_generation_prompt=True)
     _, found, after = text.partition(placeholder)
-    after, end_of_turn = after.lstrip(), tokenizer_of(processor).eos_token
+    after, end_of_turn = after.lstrip(), tokenizer_of(processor).eos_token     # "reply </s>"
     if not found or not after.startswith(end_of_turn):
         raise ValueError(f"the chat template must show the last reply and end it with "
                          f"{end_of_turn!r}, the \"eos_token\" of tokenizer_config.json: "
@@ -81,7 +81,7 @@ def encode(processor, messages, prior_ids=None):
     else:
         text, kept = render(processor, messages, add_generation_prompt=True), []
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    if processor is not tokenizer:
+    if processor is not tokenizer:       # a vision model: one image token becomes many
         ids = repeat_image_tokens(processor, kept, ids, picture_of(messages))
     # A text may not hold control tokens. A reply that is kept as ids may: it is not tokenized here.
     for message in messages:
@@ -145,15 +145,15 @@ def collate(dialogues: list[list[tuple[list[int], list[int]]]], device, pictures
 
 
 def longest_first(lengths):
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))         # indices
 
 
 def micro_batches(lengths: list[int], token_budget, group_cost=None) -> list[list[int]]:
     """Row indices in groups of like length, each of at most `token_budget` tokens with padding.
 
     The rows are sorted, longest first, and cut into groups so that the total cost is least. A group
-    costs rows x length of its first row, and `group_cost` (if not given, a sixteenth of the
-    budget). A row above the budget is a group by itself.
+    costs rows x length of its first row, plus `group_cost` for the pass (if not given, a
+    sixteenth of the budget). A row above the budget is a group by itself.
 
         lengths [9, 8, 2, 2], budget 20, group_cost 3    ->    [[0, 1], [2, 3]], 18 + 3 + 4 + 3
 
@@ -206,7 +206,7 @@ def aligned_micro_batches(lengths: list[int], token_budget) -> list[list[int]]:
 # ---- The policy ----------------------------------------------------------------------------------
 
 class TokenLogprobs(torch.autograd.Function):
-    """Log-probs (n,) of targets (n,) by hidden states (n, D) and the weight (V, D) of lm_head.
+    """Log-probs (n,) of targets (n,) from hidden states (n, D) and the weight (V, D) of lm_head.
 
         logits = hidden @ weight.T / temperature, with -inf at the ids in `ban`          (n, V)
         logprob = log_softmax(logits)[target]                                            (n,)
@@ -218,7 +218,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, ban, targets, temperature):
-        # differs 8: float32 from the product on; theirs round each log-prob to bfloat16, then sum
+        # differs 8: float32 from the product on; theirs rounds each log-prob to bfloat16
         logits = wide_product(hidden, weight)                              # (n, V), the one buffer
         logits.div_(temperature).index_fill_(1, ban, -math.inf)
         picked = logits.gather(1, targets[:, None])                        # (n, 1)
@@ -260,14 +260,14 @@ class Policy(nn.Module):
         self.value_head = nn.Sequential(nn.Linear(config.hidden_size, 1024), nn.ReLU(),
                                         nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1))
         self.eos_id = tokenizer.eos_token_id
-        num_rows = backbone.lm_head.weight.shape[0]
-        banned = loading.never_sampled(tokenizer, backbone.config, num_rows)               # (V,)
+        num_ids = backbone.lm_head.weight.shape[0]                                         # V
+        banned = loading.never_sampled(tokenizer, backbone.config, num_ids)                # (V,)
         self.register_buffer("banned", banned, persistent=False)
         # Granite divides its logits by this: here in token_logprobs, in sampling in the decoder.
         self.logits_scaling = getattr(config, "logits_scaling", 1.0)
         self.dtype, self.context = getattr(torch, dtype), loading.context_of(config)
         self.vision = None
-        if processor is not tokenizer:
+        if processor is not tokenizer:         # the model reads pictures
             self.vision = FAMILIES[backbone.config.model_type](backbone, processor)
         self.picture_tokens = self.vision.picture_tokens if self.vision else 0
 
@@ -378,8 +378,8 @@ class Policy(nn.Module):
         replies = [None] * len(prompts)
         # Weights are gathered and cast once around everything, not for each token.
         with running.unsharded(self), self.autocast():
-            # Encode all pictures first, each once.
             memory.forget_all_but(owners)
+            # Encode all pictures first, each once.
             seen = memory.see(pictures)
             uniforms = torch.as_tensor(uniforms, device=self.device)
             plain_llama = is_plain_llama(self.backbone.config)
@@ -395,7 +395,7 @@ class Policy(nn.Module):
                 logits = decoder.prefill(                                  # (B, V)
                     [prompts[row] for row in rows], [owners[row] for row in rows],
                     [pictures[row] for row in rows], max_new_tokens,
-                    seen and [seen[row] for row in rows])
+                    seen and [seen[row] for row in rows])                  # None without pictures
                 sampled = self.sample(decoder, logits, uniforms[rows], max_new_tokens,
                                       temperature, top_p)
                 for row, reply in zip(rows, sampled):
@@ -427,8 +427,8 @@ class Policy(nn.Module):
                 decoder.keep(kept)
                 reply_of_row, ids, going = reply_of_row[kept], ids[kept], going[kept]
             logits = decoder.append(ids)
-        # Drop all rows that are left: a dropped row's keys and values go to the memory.
-        decoder.keep(reply_of_row[:0])
+        # Keep no row: the RolloutMemory gets the keys and values of each row that is not kept.
+        decoder.keep(reply_of_row.new_empty(0))
         replies = []
         for ids, logprobs in zip(drawn_ids.tolist(), drawn_logprobs.tolist()):
             response_ids = [i for i in ids if i >= 0]

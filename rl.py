@@ -46,7 +46,6 @@ from support.running import flag
 
 # ---- The maths -----------------------------------------------------------------------------------
 
-
 def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     """Generalised advantage estimates A and returns R over turns, both (S, E).
 
@@ -61,7 +60,7 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
     advantages = torch.zeros_like(rewards)
     next_advantages = torch.zeros_like(next_values)
     for s in reversed(range(len(rewards))):
-        going = 1.0 - dones[s]         # differs 5: done also where truncated; theirs bootstraps on
+        going = 1.0 - dones[s]     # differs 5: 0 if truncated, too; theirs lets the next episode in
         delta = rewards[s] + gamma * next_values * going - values[s]
         next_advantages = delta + gamma * gae_lambda * going * next_advantages
         advantages[s] = next_advantages
@@ -87,7 +86,7 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, cl
         clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
         value_loss = torch.max(value_loss, 0.5 * (clipped - returns) ** 2)
     watched = {"policy_loss": policy_loss, "value_loss": value_loss, "ratio": ratio,
-               "approx_kl": ratio - 1 - log_ratio,
+               "approx_kl": ratio - 1 - log_ratio,       # its mean estimates KL(old || new)
                "clip_fraction": ((ratio - 1).abs() > clip).float()}
     return policy_loss, value_loss, {name: value.detach() for name, value in watched.items()}
 
@@ -143,8 +142,8 @@ class Turn:
     dialogue_key: tuple       # turns of one dialogue share it: (environment, episode, number in it)
     info: dict
     picture: object = None    # PIL; the one of the dialogue
-    number: int = 0           # of N, in the rollouts of all processes
-    sampled_logprob: float = 0.0     # of the reply, weighted, as seen while it was sampled
+    number: int = 0           # its place among the turns of all processes
+    sampled_logprob: float = 0.0     # of the reply, weighted, as seen in sampling; for logs alone
 
 
 class Conversation:
@@ -166,7 +165,7 @@ class Conversation:
         self.continue_with(messages, None)
 
     def continue_with(self, messages, prior_ids):
-        """Take the next prompt, of a new dialogue or behind `prior_ids`."""
+        """Take the next prompt: behind `prior_ids`, or of a new dialogue if they are None."""
         if prior_ids is None:
             self.dialogue_number += 1
             self.verdicts = []
@@ -224,6 +223,7 @@ def find_answer(processor, response_ids, answer_at):
 def collect_turns(policy, processor, conversations, update, config, stop) -> list[Turn] | None:
     """S turns of every conversation, sampled, ordered (S, E); None if a stop was asked for."""
     turns = []
+    # What was computed of prompts holds for these weights, so each rollout has a memory of its own.
     memory = RolloutMemory(policy, config.generate_tokens, config.kept_gib * 2 ** 30)
     for s in running.progress(range(config.turns_per_env), nested=True, desc="rollout"):
         if stop.requested:
@@ -316,7 +316,7 @@ def draw_minibatches(policy, turns, update, config) -> list[Minibatch]:
     numbers, lengths = np.array(sorted(all_dialogues)).T
     order = np.random.default_rng((SHUFFLES, config.seed, update, 0)).permutation(len(numbers))
     ends = np.cumsum(lengths[order])
-    # A process without a dialogue in a minibatch passes over this one, with weight 0.
+    # A process without a dialogue in a minibatch computes this one in its place, with weight 0.
     filler = [group_dialogues(turns)[0]]
     minibatches = []
     for start in range(0, lengths.sum(), config.minibatch_turns):
@@ -358,7 +358,7 @@ def score_turns(policy, turns, groups, config):
     logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
     for group, weight in groups:
         micro_logprobs, micro_values = turn_logprobs(policy, turns, group, config)
-        if weight:
+        if weight:         # else the pass is made for the other processes' sake
             indices = [i for dialogue in group for i in dialogue]
             logprobs[indices], values[indices] = micro_logprobs.cpu(), micro_values.cpu()
     return logprobs, values
@@ -382,7 +382,7 @@ def epoch_steps(minibatches, update, config):
     steps = []
     for epoch in range(config.epochs):
         rng = np.random.default_rng((SHUFFLES, config.seed, update, epoch))
-        # The first epoch takes them in the order in which they were drawn.
+        # The first epoch keeps the order in which they were drawn: it is random already.
         order = rng.permutation(len(minibatches)) if epoch else range(len(minibatches))
         steps += [(f"epoch {epoch}, {minibatches[i].name}", minibatches[i]) for i in order]
     return steps
@@ -447,8 +447,8 @@ def count_compute(policy, turns, upcoming, config):
         tokens_trained = epochs x tokens of the dialogues
         tokens_rollout = prompt tokens read + reply tokens sampled + tokens scored
 
-    `upcoming` are the prompts that come after the rollout. Scoring reads each dialogue and each of
-    these prompts once. `model.Policy.gflops` turns both counts into GFLOPs.
+    `upcoming` are the turns after the rollout, prompts without replies. Scoring reads each dialogue
+    and each of these prompts once. `model.Policy.gflops` turns both counts into GFLOPs.
     """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in group_dialogues(turns)]
     upcoming_lengths = [dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming))]
@@ -486,7 +486,7 @@ def set_up(config):
 
 
 def set_learning_rates(optimizer, update, config):
-    """Set the rates of trunk and value head for an update (from 0); returns the first.
+    """Set the rates of trunk and value head for an update (from 0); returns the trunk's.
 
         share = a cosine from 1 to lr_final / lr over lr_horizon updates
         trunk: share x lr x min(1, (update + 1) / (lr_warmup + 1))      value head: share x value_lr
@@ -520,7 +520,7 @@ def main(config):
             minibatches = draw_minibatches(policy, turns, update, config)
             groups = [group for minibatch in minibatches for group in minibatch.groups]
             old_logprobs, values = score_turns(policy, turns, groups, config)  # (N,), (N,)
-            # differs 10: nothing is generated for the bootstrap
+            # differs 10: the value after the last turn needs a prompt alone; theirs adds a reply
             upcoming = [conversation.next_turn() for conversation in conversations]
             groups = turn_batches(policy, upcoming, group_dialogues(upcoming), config)
             _, next_values = score_turns(policy, upcoming, groups, config)     # (E,)

@@ -53,11 +53,11 @@ def train_step(policy, optimizer, samples, config):
     loss = 0.0
     # All processes must make equally many passes: those with fewer add groups of weight 0.
     for rows, weight in running.pad_batches(groups):
-        dialogues = [[samples[row][:2]] for row in rows]
+        dialogues = [[samples[row][:2]] for row in rows]   # of one turn (prompt_ids, response_ids)
         pictures = [samples[row][2] for row in rows]
         logprobs, _ = policy(collate(dialogues, policy.device, pictures))   # (B, R), 0 at padding
         micro_loss = -weight * logprobs.sum() / num_targets
-        # The loss is a sum over processes, but their gradients get averaged: WORLD undoes that.
+        # The loss sums over processes, but gradients get averaged. WORLD, their number, undoes it.
         (micro_loss * running.WORLD).backward()
         loss += float(micro_loss.detach())
     loss = running.total(loss)
@@ -108,7 +108,7 @@ class Samples:
     a file in seeded order. ValueError says which settings contradict each other."""
 
     def __init__(self, config):
-        self.config, self.epoch = config, None
+        self.config, self.epoch = config, None         # the pass whose order `read` holds
         splits = settings.read_splits(config.mix, weighted=True)
         common = settings.read_settings(config.env)
         # Unless the user sets verify_iter, it allows the failed tries and one more: the expert's.
@@ -160,7 +160,7 @@ def set_up(config):
     device = running.start_processes(config.device)
     samples = Samples(config)
     run = training.Run(config, device, load_policy, envs.TASKS[config.task].fixed["vision"])
-    # A text that does not fit the model fails here.
+    # A text that does not fit the model fails here, not in the middle of the run.
     conversations.check_pairs(config.data, samples.pairs, run.policy, run.processor, encode_pair)
     encode_pair(run.processor, *samples[0])
     optimizer = torch.optim.AdamW(run.policy.backbone.parameters(), lr=config.lr, eps=1e-7,
@@ -192,7 +192,7 @@ def main(config):
                 messages, reply = samples[i]
                 batch.append((*encode_pair(processor, messages, reply), picture_of(messages)))
             loss, grad_norm = train_step(policy, run.optimizer, batch, config)
-        # Tokens are counted over all processes; the compute follows from them.
+        # Tokens of all processes give the compute. The paper's formula for SFT is the same as ours.
         tokens = state["tokens"] + running.total(sum(policy.num_tokens(*row) for row in batch))
         replies = running.total(sum(len(response_ids) for _, response_ids, _ in batch))
         gflops = policy.gflops(tokens)

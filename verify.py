@@ -23,7 +23,7 @@ V-IRL pays these (appendix B.3):
 A status is decided by checks in a fixed order: the first that fails gives it. Only the "added"
 lines come on top, and a formula that is partly right earns nothing. A formula is judged by the true
 cards. So it can be `correct` with a misread "cards" list: 5 - 1.5 with pictures, and the episode
-ends. One that fits only the misread cards has wrong numbers.
+ends. A formula that fits only the misread cards has wrong numbers.
 
 A formula holds integers, + - * / (or − × · ÷) and brackets. A division by zero is illegal. What
 follows the first = is not read. Values are exact fractions, so 8/(3-8/3) makes 24. No `eval` runs.
@@ -31,8 +31,8 @@ follows the first = is not read. Values are exact fractions, so 8/(3-8/3) makes 
 `reading.read_reply` (support/reading.py) finds the answer in the reply. It reads what a person
 would read, also where the JSON is damaged or stands within prose. Of several answers the last one
 counts. What the model thinks, up to </think>, is no answer. `read_reply` never raises an error, and
-its work on a hostile reply is bounded. This file knows neither torch nor the environments. Meet it
-with `python envs.py gp-l`.
+its work on a hostile reply is bounded. This file knows neither torch nor the environments. Try the
+verifier with `python envs.py gp-l`.
 """
 import re
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ def split_template(template):
 
 def fill(template, **values):
     """Put `values` into the {names} of `template`; all other braces (JSON skeletons) stay."""
-    parts = split_template(template).copy()
+    parts = split_template(template).copy()        # the cache keeps the original
     for i in range(1, len(parts), 2):
         name = parts[i][1:-1]
         if name in values:
@@ -205,7 +205,7 @@ def check_formula(text, numbers, target):
     if sorted(used) != sorted(numbers):
         return "wrong_numbers", {"used": ", ".join(map(str, used)),
                                  "numbers": ", ".join(map(str, numbers))}
-    if numerator != target * denominator:
+    if numerator != target * denominator:          # numerator / denominator != target, exactly
         return "wrong_value", {"value": Fraction(numerator, denominator), "target": target}
     return "correct", {}
 
@@ -218,11 +218,11 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     `feedback` "informative" names the fault and its values, "plain" only says that the try failed.
     The message is made of `phrases`.
     """
-    reply = reading.without_thought(reply)
+    reply = reading.without_thought(reply)         # blanks in its place, so positions stay
     # `stated` is {"formula": ..., "cards": ..., "number": ...}, or {} if there is no formula.
     stated, answer_at = reading.read_reply(reply, ("formula", "cards", "number"))
     named = stated.get("cards")
-    if vision and not stated:      # a reply that is cut before its formula may still name them
+    if vision and not stated:      # a reply that is cut before its formula may still list "cards"
         named, _ = reading.last_value(reply, "cards")
     cards_read = reading.same_multiset(named, cards)
 
@@ -231,8 +231,8 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     if isinstance(formula, str):
         formula = formula.split("=", 1)[0]
         status, values = check_formula(formula, numbers, target)
-    else:
-        status, values = "illegal_formula", {"fault": "it is not text"}   # told only of a formula
+    else:      # the formula is a list or a number; or there is none, and "no_formula" is told below
+        status, values = "illegal_formula", {"fault": "it is not text"}
 
     # The reward follows from the status. With pictures, misread cards cost 1.5 more.
     # differs 2: one status; theirs adds up penalties
@@ -269,7 +269,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     `feedback` "informative" says what was wrong, but never what would be right.
     `reading.names_intersection` decides whether an observation names or denies an intersection.
     """
-    reply = reading.without_thought(reply)
+    reply = reading.without_thought(reply)         # blanks in its place, so positions stay
     # `stated` is {"action": ..., "current observation": ...}, or {} if there is no action.
     stated, answer_at = reading.read_reply(reply, ("action", "current observation"))
     said = stated.get("action")
@@ -282,7 +282,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     remark = None
     if isinstance(said, str) and reading.plain_action(said) == reading.plain_action(action):
         status = "correct"
-    elif name not in observed:      # never if name is ""; differs 16: theirs seeks another word
+    elif name not in observed:      # false if name is ""; differs 16: theirs seeks "intersection"
         status, remark = "wrong_observation", "missed_landmark"
     elif intersection and not sees_intersection:
         status, remark = "wrong_observation", "missed_intersection"
@@ -299,7 +299,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     else:
         phrase = phrases["wrong_action" if stated else "no_action"]
         values = {"action": reading.plain(said)}
-        if "{violations}" in phrase:
+        if "{violations}" in phrase:        # as in the official wording, never in ours
             found = violations.of_step(reply, stated, landmark)
             values["violations"] = list_violations(found, phrases)
         message = fill(phrase, **values)
