@@ -276,9 +276,9 @@ def dialogue_length(policy, turns, dialogue):
 def turn_batches(policy, turns, dialogues, config, filler=None):
     """Micro-batches of whole dialogues: a list of (dialogues, weight).
 
-    The turns of a dialogue share one row. The example of `group_dialogues`, if two rows fit, gives
-    [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]. All processes must make equally many passes. One
-    with fewer micro-batches repeats its last with weight 0; one that has none takes `filler`.
+    The turns of a dialogue share one row; longest first. The example of `group_dialogues`, if two
+    rows fit, gives [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]. All processes must make equally many
+    passes. One with fewer repeats its last with weight 0; one that has none takes `filler`.
     """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
@@ -287,7 +287,7 @@ def turn_batches(policy, turns, dialogues, config, filler=None):
 
 class Minibatch(NamedTuple):
     """The turns of one optimizer step."""
-    name: str
+    name: str            # "minibatch from turn 1024", for the message of an error
     num_turns: int       # those of other processes included
     groups: list         # this process's micro-batches, as `turn_batches` returns them
 

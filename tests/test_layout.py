@@ -103,6 +103,15 @@ def test_the_readme_can_be_read_in_a_few_minutes():
     assert first_command <= 45
 
 
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_no_blank_line_cuts_a_table(path):
+    """What follows would be shown as text with bars."""
+    lines = path.read_text().splitlines()
+    for above, blank, row, below in zip(lines, lines[1:], lines[2:], lines[3:]):
+        if above.startswith("|") and not blank and row.startswith("|"):
+            assert re.match(r"\|[- :|]+$", below), row
+
+
 def test_the_results_can_be_read():
     words = {path.name: num_words(path.read_text()) for path in (ROOT / "results").glob("*.md")}
     assert max(words.values()) <= 2500, words
