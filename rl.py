@@ -109,12 +109,12 @@ class Config(training.RunConfig):
     # PPO; the paper prints no values
     updates: int = flag(20, "rollouts in all, each followed by an update", low=1)
     epochs: int = flag(4, "passes over a rollout", low=1)
-    minibatch_turns: int = flag(1024, "turns of an optimizer step, about: 128 x 8 GPUs", low=1)
+    minibatch_turns: int = flag(1024, "about so many turns a step: 128 x 8 GPUs", low=1)
     lr: float = flag(1e-6, "Adam learning rate", low=1e-12)
     value_lr: float = flag(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
     lr_warmup: int = flag(0, "updates over which --lr rises; --value-lr does not wait", low=0)
-    lr_final: float = flag(1e-9, "--lr at the end of the cosine", low=0)
-    lr_horizon: int = flag(100, "updates until that end (official: beyond the run)", low=1)
+    lr_final: float = flag(1e-9, "--lr at the end of its cosine; --value-lr falls in step", low=0)
+    lr_horizon: int = flag(100, "updates until that end: beyond the run, as official", low=1)
     gamma: float = flag(0.9, "discount per turn", low=0, high=1)
     gae_lambda: float = flag(0.95, "GAE lambda", low=0, high=1)
     clip: float = flag(0.1, "PPO ratio clip", low=0)
@@ -445,10 +445,11 @@ def count_compute(policy, turns, upcoming, config):
     """(tokens_trained, tokens_rollout) of an update, all processes together.
 
         tokens_trained = epochs x tokens of the dialogues
-        tokens_rollout = prompt tokens read + reply tokens sampled + tokens scored
+        tokens_rollout = new prompt tokens read + reply tokens sampled + tokens scored
 
-    `upcoming` are the turns after the rollout, prompts without replies. Scoring reads each dialogue
-    and each of these prompts once. `model.Policy.gflops` turns both counts into GFLOPs.
+    New are those that did not stand in the environment's last turn. `upcoming` are the turns after
+    the rollout, prompts without replies. Scoring reads each dialogue and each of these prompts
+    once. `model.Policy.gflops` turns both counts into GFLOPs.
     """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in group_dialogues(turns)]
     upcoming_lengths = [dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming))]

@@ -108,7 +108,8 @@ class Samples:
     a file in seeded order. ValueError says which settings contradict each other."""
 
     def __init__(self, config):
-        self.config, self.epoch = config, None         # the pass whose order `read` holds
+        self.config = config
+        self.epoch = None          # the pass over the file for which `self.order` was drawn
         splits = settings.read_splits(config.mix, weighted=True)
         common = settings.read_settings(config.env)
         # Unless the user sets verify_iter, it allows the failed tries and one more: the expert's.
