@@ -112,7 +112,7 @@ def summarise(episodes, verify_iter, kinds=()):
     # solved_and_read, below.
     correct = [sum(1 for info in episode if is_correct(info)) for episode in episodes]
     # The official code adds an unread reply to each failed episode; it counts as wrong.
-    with_unread = [len(episode) + (1 - success) for episode, success in zip(episodes, solved)]
+    with_unread = [len(episode) + (not is_correct(episode[-1])) for episode in episodes]
     measure("paper_step_accuracy", correct, with_unread)
     measure_replies("first_try", lambda info: info["try"] == 1)
     measure_replies("retries", lambda info: info["try"] > 1)

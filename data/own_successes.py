@@ -7,8 +7,9 @@
 The model plays whole episodes at a temperature. A reply that the verifier finds right is kept with
 its dialogue; all others are forgotten. In a kept dialogue the failed tries before the right one are
 marked "loss": false, so only the right reply is learnt. With `--first-tries` a dialogue with a
-failed try is not kept. A right reply that misread the cards is not kept either: PPO pays less for
-it. The last printed line says in JSON how much was sampled; `--log` appends it to a file.
+failed try is not kept. A right reply that names other cards than there are is not kept either. PPO
+pays less for it with pictures, and in full without them. The last printed line says in JSON how
+much was sampled; `--log` appends it to a file.
 
 recipes/rft.py goes round: it samples, trains by SFT, and samples from the new model. The paper has
 no such arm. It has PPO's own fresh and verified replies, without its advantages, ratios and values.

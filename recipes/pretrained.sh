@@ -107,7 +107,8 @@ for kind in $KINDS; do
     mkdir -p "$OUT/$kind"
     for start in $STARTS; do
         making=$OUT/making_${kind}_$start
-        [ -d "$OUT/$kind/start_$start" ] || {
+        # One that is there is gone through again: sft.py says if its settings were others.
+        [ -d "$OUT/$kind/start_$start" ] && [ ! -d "$making" ] || {
             say "making start $start of kind $kind: $START_STEPS steps of SFT"
             attended python sft.py --task "$TASK" --model "$model" --out "$making" --mix $mix \
                 --steps "$START_STEPS" --save-every "$START_STEPS" --lr 1e-4 --seed "$start" $sft \

@@ -17,7 +17,9 @@ compute of sampling is counted as that of PPO's rollout. Ctrl-C or SIGTERM stops
 command goes on.
 """
 import argparse
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -64,9 +66,25 @@ def newest_round(out):
                default=0)
 
 
+def write(path, text):
+    """Write a file as a whole: a kill leaves the old one or the new one."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
+
+
+def hold(out):
+    """Lock the run folder until this process ends."""
+    file = open(out / ".training.lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"rft.py: error: {out}: another process is training here")
+    return file
+
+
 def open_folder(args):
     """Make the run folder, or cut its log back to the rounds that are done."""
-    config = {**vars(args), "out": str(args.out)}
+    config = {**vars(args), "out": str(args.out), "model": os.path.normpath(args.model)}
     path, log = args.out / "config.json", args.out / "metrics.jsonl"
     if path.exists():
         theirs = json.loads(path.read_text())
@@ -78,10 +96,15 @@ def open_folder(args):
     elif args.out.exists() and any(args.out.iterdir()):
         sys.exit(f"rft.py: error: out folder {args.out} holds something else: choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config, indent=1) + "\n")
-    if log.exists():
-        rows = log.read_text().splitlines()[:newest_round(args.out)]
-        log.write_text("".join(f"{row}\n" for row in rows))
+    done = newest_round(args.out)
+    if args.rounds < done:
+        sys.exit(f"rft.py: error: --rounds {args.rounds}: {args.out} has {done} rounds already")
+    write(path, json.dumps(config, indent=1) + "\n")
+    if done or log.exists():
+        rows = log.read_text().splitlines()[:done] if log.exists() else []
+        if [json.loads(row)["step"] for row in rows] != list(range(1, done + 1)):
+            sys.exit(f"rft.py: error: {log} lacks a round of 1 to {done}: put it back from a copy")
+        write(log, "".join(f"{row}\n" for row in rows))
 
 
 def run(command):
@@ -89,8 +112,10 @@ def run(command):
     # In a session of its own the terminal's Ctrl-C reaches it through us alone, once.
     script, *options = map(str, command)
     child = subprocess.Popen([sys.executable, ROOT / script, *options], start_new_session=True)
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, lambda number, _: child.send_signal(number))
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A closed terminal would end the script at once; told to stop, it saves.
+        signal.signal(stop, lambda number, _: child.send_signal(
+            signal.SIGTERM if number == signal.SIGHUP else number))
     status = child.wait()
     if status:
         sys.exit(status if status > 0 else 128 - status)
@@ -131,7 +156,9 @@ def play_round(args, number, model):
 
 def main():
     args = parse()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     open_folder(args)
+    lock = hold(args.out)  # noqa: F841    it is lost with this name
     log = args.out / "metrics.jsonl"
     for number in range(newest_round(args.out) + 1, args.rounds + 1):
         print(f"round {number} of {args.rounds}", flush=True)
@@ -145,12 +172,12 @@ def main():
         row["gflops_paper"] = row["gflops"]
         with open(log, "a") as file:
             file.write(json.dumps(row) + "\n")
-        shutil.rmtree(step_folder(trained, args.steps) / "resume")
+        shutil.rmtree(step_folder(trained, args.steps) / "resume", ignore_errors=True)
         step_folder(trained, args.steps).rename(step_folder(args.out, number))
         shutil.rmtree(trained)
         if (number - 1) % args.save_every:
             shutil.rmtree(step_folder(args.out, number - 1), ignore_errors=True)
-        print(f"round {number}: {row['kept']} of {row['turns']} replies were right", flush=True)
+        print(f"round {number}: {row['kept']} of {row['turns']} replies were learnt", flush=True)
     print(f"{args.out}: {args.rounds} rounds are done")
 
 

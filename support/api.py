@@ -119,11 +119,11 @@ class ApiModel:
     def hide_key(self, text):
         """The text without the key and other secrets, which a server may repeat.
 
-        A secret of at most 7 characters, or without a digit, is a word for a server that asks for
-        none. It stays, since a reply may hold that word.
+        A secret of at most 7 characters, or of 20 without a digit, is a word for a server that asks
+        for none. It stays, since a reply may hold that word.
         """
         for secret in self.secrets:
-            if len(secret) > 7 and re.search(r"\d", secret):
+            if len(secret) > 20 or len(secret) > 7 and re.search(r"\d", secret):
                 # As it is, and as JSON may spell it.
                 spelled = json.dumps(secret)[1:-1]
                 for form in (secret, spelled, spelled.replace("/", "\\/")):

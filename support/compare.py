@@ -342,7 +342,7 @@ def load_arms(folders, metrics):
     arms_of = {}       # start -> the arms that were found of it
     spellings = {}     # real path of a start -> how the first run spells it
     first_rows = {}    # split -> the first run that was evaluated on it, and its settings
-    starts_seen = set()
+    starts_seen = {}   # (start, split, seed) -> the run that told of it first, and what
     for run in runs:
         rows = read_rows(run, metrics)
         if "model" not in configs[run]:
@@ -365,13 +365,21 @@ def load_arms(folders, metrics):
             arms_of.setdefault(start, set()).add(arm)
             if row["step"]:
                 arms.setdefault(arm, []).append({**row, "start": start, "run": str(run)})
-            elif (start, split, row["seed"]) not in starts_seen:   # several runs may hold it
-                starts_seen.add((start, split, row["seed"]))
+                continue
+            # Several runs may hold the start's row. It is one model only if the rows agree.
+            key = (start, split, row["seed"])
+            told = [row.get(name) for name in ("success", "replies", "statuses", "reward")]
+            earlier = starts_seen.setdefault(key, (run, told))
+            if earlier[1] != told:
+                raise ValueError(f"--compare: on {split} the start {start} has another result in "
+                                 f"{run} than in {earlier[0]}: it was made anew or played on "
+                                 "another machine in between. Evaluate both runs anew")
+            if earlier[0] == run:
                 arms["start"].append({**row, "start": start, "run": (start, row["seed"])})
     check_every_start_has_all_arms(arms_of, arms)
     check_every_start_has_all_splits(arms)
     check_no_run_is_there_twice(arms)
-    return arms
+    return on_common_hands(arms)
 
 
 def check_every_start_has_all_arms(arms_of, arms):
@@ -400,16 +408,41 @@ def check_every_start_has_all_splits(arms):
 
 
 def check_no_run_is_there_twice(arms):
-    """ValueError if two runs of an arm have the same rows, as a copied folder has: they would
-    count as two."""
+    """ValueError if two runs of an arm have a row in common, as a copied folder has, or a longer
+    run with the same settings: they would count as two."""
     for arm in arms.keys() - {"start"}:
-        seen = {}      # the rows of a run -> its folder
-        for run in dict.fromkeys(row["run"] for row in arms[arm]):
-            rows = [{**row, "run": "", "checkpoint": ""} for row in arms[arm] if row["run"] == run]
-            twin = seen.setdefault(json.dumps(rows, sort_keys=True), run)
-            if twin != run:
-                raise ValueError(f"--compare: {twin} and {run} have the same rows, so they are one "
-                                 "run twice: leave one out")
+        seen = {}      # a row -> the folder of its run
+        for row in arms[arm]:
+            told = json.dumps({**row, "run": "", "checkpoint": ""}, sort_keys=True)
+            twin = seen.setdefault(told, row["run"])
+            if twin != row["run"]:
+                raise ValueError(f"--compare: {twin} and {row['run']} have the same row of step "
+                                 f"{row['step']}, so they are one run twice: leave one out")
+
+
+def on_common_hands(arms):
+    """The arms without rows of seeds that another arm of the same start was not tested with.
+
+    So values and differences are taken on the same hands. Where there are none, all rows stay.
+    """
+    seeds = {}         # (start, split) -> arm -> seeds
+    for arm, rows in arms.items():
+        for row in rows:
+            of_arms = seeds.setdefault((row["start"], row["split"]), {})
+            of_arms.setdefault(arm, set()).add(row["seed"])
+    kept, dropped = {}, set()
+    for arm, rows in arms.items():
+        kept[arm] = []
+        for row in rows:
+            of_arms = seeds[row["start"], row["split"]]
+            common = set.intersection(*of_arms.values())
+            if row["seed"] in common or not common or len(of_arms) == 1:
+                kept[arm].append(row)
+            else:
+                dropped.add(f"{arm} on {row['split']}, seed {row['seed']}")
+    if dropped:
+        print(f"Left out, since not all arms were tested on these hands: {'; '.join(dropped)}")
+    return kept
 
 
 def common_checkpoints(rows, split):

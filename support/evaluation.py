@@ -52,13 +52,15 @@ def check_used(config):
         way = "--run-folder" if config.run_folder else "--model"
         unused = {"api_model", "api_extra", "api_header", "api_timeout", "api_workers"}
         unused |= set() if config.run_folder else {"start"}
-    if config.paper:
+    if config.paper and "paper" not in unused:
         way, unused = f"{way} and --paper", unused | {"episodes"}
     for each in fields(config):
         value = getattr(config, each.name)
         if each.name in unused and value != each.default:
             words = " ".join(value) if isinstance(value, tuple) else value
-            given = f"{flag_of(each)} {words}" if value is not False else f"--no-{each.name}"
+            given = f"{flag_of(each)} {words}"
+            if isinstance(value, bool):
+                given = flag_of(each) if value else f"--no-{each.name}"
             raise ValueError(f"{given}: has no effect with {way}")
 
 
@@ -90,8 +92,12 @@ def list_checkpoints(run, trained, with_start):
         found.append(Checkpoint(0, Path(start), 0.0, 0.0))
     paths = {run_folder.checkpoint_step(path): path for path in run_folder.checkpoints(run)}
     paths.pop(0, None)
-    paths = {step: path for step, path in paths.items()
-             if step % save_every == 0 or step == max(paths)}
+    passed_over = [step for step in paths if step % save_every and step != max(paths)]
+    if passed_over:
+        running.print0(f"{run}: not tested, since a stop saved them (or another --save-every): "
+                       f"step {', '.join(map(str, passed_over))}")
+    for step in passed_over:
+        del paths[step]
     spent = run_folder.read_metrics(run, list(paths))
     for step, path in paths.items():
         row = spent[step]
@@ -120,6 +126,17 @@ def take_settings(config, run, trained, tasks):
             if name in fixed:
                 fixed_by[name] = split.name
     taken = {name: value for name, value in theirs.items() if name not in fixed_by}
+    # What one split fixes holds for the other splits as it was in training.
+    splits = []
+    for split in settings.read_splits(config.splits):
+        words = split.label.split(" ")
+        for name in fixed_by:
+            own = name in split.settings or name in tasks[task].splits.get(split.name, ())
+            if not own and name not in given:
+                words.append(f"{name}={theirs[name]}")
+        splits += words
+    if fixed_by:
+        config = replace(config, splits=tuple(splits))
     env = tuple(f"{name}={value}" for name, value in {**taken, **given}.items())
 
     changed = []

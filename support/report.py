@@ -403,14 +403,16 @@ def how_it_was_made(study):
 
 
 def trained_on(study):
-    """A sentence on whether any arm was trained on another rule than that of the split `id`."""
+    """Sentences on the arms that were trained on another rule than that of the split `id`."""
+    sentences = []
     for arm in study.tried:
         config = running.read_run_config(study.arms[arm][0]["run"])
         words = [*config.get("mix", ()), *config.get("split", ()), *config.get("env", ())]
-        others = [word for word in words if re.match("rule|action_space", word)]
-        if others:
-            return f"{text(arm)} was trained on {text(' '.join(words))}."
-    return "No arm is trained on the other rule."
+        if config.get("data"):
+            sentences.append(f"{text(arm)} was trained on the file {text(config['data'])}.")
+        elif any(re.match("rule|action_space", word) for word in words):
+            sentences.append(f"{text(arm)} was trained on {text(' '.join(words))}.")
+    return " ".join(sentences) or "No arm is trained on the other rule."
 
 
 def claim(study, paper):

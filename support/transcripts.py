@@ -200,7 +200,9 @@ def wanted(row, words):
     for word in words:
         name, _, value = word.partition("=")
         if word == "failed":
-            fits = row["done"] and row["verdicts"][-1][0] != "correct"
+            # In turns.jsonl a dialogue may still go on.
+            ended = row["done"] or "position" in row
+            fits = ended and row["verdicts"][-1][0] != "correct"
         elif word == "solved":
             fits = row["verdicts"][-1][0] == "correct"
         elif word == "face_card":

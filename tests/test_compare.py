@@ -3,6 +3,9 @@ import csv
 import json
 import random
 
+import pytest
+
+import envs
 import evaluate
 from conftest import ROOT
 from envs import TASKS, make_env
@@ -75,3 +78,50 @@ def test_the_published_bound_is_as_tight_as_its_page_says():
     assert len(rows) > 200 and 0 <= min(apart) and 2.5 < max(apart) <= 3.001
     page = " ".join((ROOT / "results" / "gp_vl.md").read_text().split())
     assert "at most 3 points apart" in page
+
+
+# ---- Rows that do not fit each other -------------------------------------------------------------
+
+def write_rows(folder, length, rows, **config):
+    """A run on GP-L: rows of (step, seed, success)."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model": "start", **length, **config}))
+    settings = {"task": "gp-l", "episodes": 100, "env": {"verify_iter": 5}}
+    measures = {f"{name}{end}": 0.01 for name in ("success", "first_try", "retries", "repeats")
+                for end in ("", "_stderr")}
+    for step, seed, success in rows:
+        running.log_jsonl(folder / "eval.jsonl", step=step, gflops=10.0 * step, split="id",
+                          seed=seed, episodes=100, replies=100, settings=settings,
+                          statuses={"correct": round(100 * success)}, reward=success,
+                          **{**measures, "success": success})
+
+
+def study_of(*folders):
+    metrics = {name: task.metrics for name, task in envs.TASKS.items()}
+    return compare.study_runs(folders, compare.Reference({}, {}, metrics))
+
+
+def test_a_start_that_was_made_anew_between_two_runs_is_refused(tmp_path):
+    write_rows(tmp_path / "sft", {"steps": 1}, [(0, 0, 0.3), (1, 0, 0.33)])
+    write_rows(tmp_path / "rl", {"updates": 1}, [(0, 0, 0.48), (1, 0, 0.43)])
+    with pytest.raises(ValueError, match="the start start has another result in .*rl than in"):
+        study_of(tmp_path / "sft", tmp_path / "rl")
+
+
+def test_a_run_and_its_longer_twin_are_one(tmp_path):
+    write_rows(tmp_path / "sft", {"steps": 1}, [(0, 0, 0.3), (1, 0, 0.33)])
+    write_rows(tmp_path / "rl", {"updates": 2}, [(1, 0, 0.4), (2, 0, 0.5)])
+    write_rows(tmp_path / "rl3", {"updates": 3}, [(1, 0, 0.4), (2, 0, 0.5), (3, 0, 0.6)])
+    with pytest.raises(ValueError, match="have the same row of step 1, so they are one run twice"):
+        study_of(tmp_path / "sft", tmp_path / "rl", tmp_path / "rl3")
+
+
+def test_values_and_differences_are_taken_on_the_hands_that_all_arms_have_played(tmp_path, capsys):
+    write_rows(tmp_path / "sft", {"steps": 1}, [(0, 0, 0.3), (1, 0, 0.35), (1, 1, 0.85)])
+    write_rows(tmp_path / "rl", {"updates": 1}, [(1, 0, 0.3)])
+    study = study_of(tmp_path / "sft", tmp_path / "rl")
+    assert "Left out, since not all arms were tested on these hands: SFT on id, seed 1" in (
+        capsys.readouterr().out)
+    assert study.cells["success", "id", "SFT"].value == pytest.approx(35)
+    found = compare.difference(study, "RL", "SFT", "success", "id")
+    assert found.value == pytest.approx(-5)

@@ -390,7 +390,7 @@ def test_a_start_that_lacks_a_split_and_a_run_that_was_copied_are_refused(tmp_pa
     runs = sorted(tmp_path.iterdir())
     load_arms(runs)
     shutil.copytree(tmp_path / "rl_s", tmp_path / "rl_copy")
-    with pytest.raises(ValueError, match="rl_copy have the same rows, so they are one run twice"):
+    with pytest.raises(ValueError, match="rl_copy have the same row of step 1, so they are one"):
         load_arms([*runs, tmp_path / "rl_copy"])
     log = tmp_path / "sft_t/eval.jsonl"
     rows = running.read_jsonl(log)

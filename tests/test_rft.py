@@ -109,6 +109,7 @@ def rounds(monkeypatch, out, *more, stop_before=None):
         module.main(parse_config(module.Config, options))
 
     monkeypatch.setattr(rft, "run", run)
+    monkeypatch.setattr(rft, "hold", lambda out: None)     # a traceback keeps the lock
     monkeypatch.setattr(sys, "argv", [
         "rft.py", "--model", GP_L, "--out", str(out), "--rounds", "2", "--episodes", "16",
         "--steps", "1", "--batch-size", "4", "--save-every", "1", "--max-new-tokens", "40",
@@ -141,6 +142,26 @@ def test_rounds_go_on_after_a_stop_as_if_there_had_been_none(tmp_path, monkeypat
     found = evaluation.list_checkpoints(whole, logs.read_trained(whole), with_start=True)
     assert [(each.step, each.gflops) for each in found] == [(0, 0.0), (1, first["gflops"]),
                                                             (2, second["gflops"])]
+
+
+def test_a_folder_is_held_and_a_log_without_a_round_is_refused(tmp_path, monkeypatch):
+    lock = rft.hold(tmp_path)
+    with pytest.raises(SystemExit, match="another process is training here"):
+        rft.hold(tmp_path)
+    lock.close()
+    for number in (1, 2):
+        (tmp_path / "run" / f"step_{number:06d}").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
+    config = {"out": "run", "model": GP_L}
+    monkeypatch.setattr(sys, "argv", ["rft.py", "--model", GP_L + "/", "--out",
+                                      str(tmp_path / "run")])
+    args = rft.parse()
+    (tmp_path / "run/config.json").write_text(json.dumps({**vars(args), **config}, default=str))
+    with pytest.raises(SystemExit, match="metrics.jsonl lacks a round of 1 to 2"):
+        rft.open_folder(args)
+    args.rounds = 1
+    with pytest.raises(SystemExit, match="--rounds 1: .* has 2 rounds already"):
+        rft.open_folder(args)
 
 
 def test_the_start_may_play_in_all_rounds(tmp_path, monkeypatch):
