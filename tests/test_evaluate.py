@@ -571,6 +571,10 @@ def test_settings_of_a_run_give_way_to_a_split_that_has_them_of_its_own(capsys):
     assert config.env == ("verify_iter=3",)
     assert "but for fold, which split unseen has of its own" in capsys.readouterr().out
     assert "fold=train" in take_settings(evaluate.Config(splits=("id",)), trained).env
+    # The other splits are played as they were in training.
+    assert config.splits == ("id", "fold=train", "unseen")
+    given = take_settings(evaluate.Config(splits=("id fold=all".split() + ["unseen"])), trained)
+    assert given.splits == ("id", "fold=all", "unseen")
 
 
 def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
