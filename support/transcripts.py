@@ -264,7 +264,11 @@ def read_run(run, file, make_env, only=()):
         config, rows = read_rows(run)
     rows = [row for row in rows if wanted(row, only)]
     if not rows:
-        raise ValueError(f"{path}: holds no such dialogue")
+        where, hint = path, ""
+        if config:
+            where = path / "turns.jsonl"
+            hint = "; with split=NAME what was said in tests is read"
+        raise ValueError(f"{where}: holds no such dialogue{hint}")
     if file:
         check_page(file)
         Path(file).write_text(page(config, rows, str(run), make_env), encoding="utf-8")

@@ -393,7 +393,7 @@ BAD = [
     ("evaluate.py", dict(model="nowhere", env=("rule=random",)),
      "rule 'random': split id has a rule of its own"),
     ("evaluate.py", dict(run_folder=tiny_folder()),
-     "no run folder (it would have a config.json that names task and model)"),
+     "is a model, not a run; to evaluate it: evaluate.py --model"),
     ("sft.py", dict(model=tiny_folder(), out="new", mix=("id", "verify_iter=2"), failed_tries=2),
      "--mix id verify_iter=2: verify_iter 2 must be above --failed-tries 2"),
     ("evaluate.py", dict(model="nowhere"), "model 'nowhere': no such model folder"),
