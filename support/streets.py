@@ -308,8 +308,8 @@ def find_folder(root, data):
         if Path(root, name).is_dir():
             return Path(root, name)
     raise ValueError(f"root {str(root)!r}: V-IRL needs a folder that holds {' or '.join(names)}; "
-                     "to make one in words: python data/synthetic_city.py --out city --no-pictures; "
-                     "then name it: root=city")
+                     "to make one in words: python data/synthetic_city.py --out city "
+                     "--no-pictures; then name it: root=city")
 
 
 @lru_cache(maxsize=8)
