@@ -12,9 +12,10 @@ def begin(path):
 
     `running.run` takes the signals over.
     """
-    # A thread that waits for others sleeps. By default it spins, and where another program takes a
-    # core, small models then run ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A thread that waits for others spins only briefly, then sleeps. By default it spins long, and
+    # where another program takes a core, small models then run ten times slower.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:       # as for a job in the background
             signal.signal(number, stop_early)

@@ -13,7 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # read by torch; tiny models need no more
+import torch  # noqa: E402
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

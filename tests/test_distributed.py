@@ -187,8 +187,9 @@ def straight(tmp_path_factory):
     return knobs, run_rl(2, out=folder / "rl", **knobs), folder / "rl" / "step_000006"
 
 
-@pytest.mark.parametrize("when, everyone", [(lines(2), False), (saving, True)],
-                         ids=["training", "saving"])
+@pytest.mark.parametrize("when, everyone", [
+    pytest.param(lines(2), False, id="training"),
+    pytest.param(saving, True, id="saving", marks=pytest.mark.slow)])
 def test_a_killed_run_of_two_goes_on_to_the_same_numbers(tmp_path, straight, when, everyone):
     knobs, expected, weights = straight
     assert stopped("rl.py", 2, tmp_path / "run", when, signal.SIGKILL, everyone, **knobs) != 0

@@ -161,7 +161,8 @@ def interrupted(script, knobs, run, how, lines=2):
     return process.wait(timeout=60)
 
 
-STOPS = [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+STOPS = [(signal.SIGKILL, -9), (signal.SIGINT, 130),
+         pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 
 
 def assert_saved(run):
@@ -481,6 +482,7 @@ def test_a_loss_that_is_not_finite_ends_sft_with_one_line_that_names_the_samples
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_distance_of_a_run_from_its_start_is_0_at_first_and_grows(start, tmp_path, run_script):
     first, last = (path.name for path in run_folder.checkpoints(start))
     for checkpoint, began in (first, start / first), (last, tiny_folder()):
