@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The experiment on a real pretrained model, with nothing planted in it.
 #
-#   bash recipes/pretrained.sh                   V-IRL-L with SmolLM2-135M-Instruct: an afternoon on
-#                                                two cores for each kind of start
+#   bash recipes/pretrained.sh                   V-IRL-L with SmolLM2-135M-Instruct: we estimate an
+#                                                afternoon on two cores for each kind of start
 #   TASK=gp-l bash recipes/pretrained.sh         GP-L: a model of this size hardly solves a hand,
 #                                                but it may read the rule (numbers_right)
 #   SMOKE=1 bash recipes/pretrained.sh           everything once, a few steps; numbers mean nothing

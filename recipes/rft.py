@@ -27,6 +27,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCK = ".training.lock"
 MAY_DIFFER = ("out", "rounds", "save_every", "micro_batch_tokens")    # when a run goes on
 
 
@@ -74,7 +75,7 @@ def write(path, text):
 
 def hold(out):
     """Lock the run folder until this process ends."""
-    file = open(out / ".training.lock", "a")
+    file = open(out / LOCK, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -83,7 +84,7 @@ def hold(out):
 
 
 def open_folder(args):
-    """Make the run folder, or cut its log back to the rounds that are done."""
+    """Make the run folder, or cut its log back to the rounds that are done; returns its lock."""
     config = {**vars(args), "out": str(args.out), "model": os.path.normpath(args.model)}
     path, log = args.out / "config.json", args.out / "metrics.jsonl"
     if path.exists():
@@ -93,9 +94,10 @@ def open_folder(args):
         if differing:
             sys.exit(f"rft.py: error: out folder {args.out} belongs to another config "
                      f"({', '.join(differing)} differ): choose another --out")
-    elif args.out.exists() and any(args.out.iterdir()):
+    elif args.out.exists() and any(each.name != LOCK for each in args.out.iterdir()):
         sys.exit(f"rft.py: error: out folder {args.out} holds something else: choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
+    lock = hold(args.out)          # before anything is written
     done = newest_round(args.out)
     if args.rounds < done:
         sys.exit(f"rft.py: error: --rounds {args.rounds}: {args.out} has {done} rounds already")
@@ -105,6 +107,7 @@ def open_folder(args):
         if [json.loads(row)["step"] for row in rows] != list(range(1, done + 1)):
             sys.exit(f"rft.py: error: {log} lacks a round of 1 to {done}: put it back from a copy")
         write(log, "".join(f"{row}\n" for row in rows))
+    return lock
 
 
 def run(command):
@@ -156,9 +159,7 @@ def play_round(args, number, model):
 
 def main():
     args = parse()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    open_folder(args)
-    lock = hold(args.out)  # noqa: F841    it is lost with this name
+    lock = open_folder(args)  # noqa: F841    it is lost with this name
     log = args.out / "metrics.jsonl"
     for number in range(newest_round(args.out) + 1, args.rounds + 1):
         print(f"round {number} of {args.rounds}", flush=True)

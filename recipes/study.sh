@@ -8,7 +8,8 @@
 #   PANELS="two_by_two gate" bash recipes/study.sh
 #   SMOKE=1 bash recipes/study.sh          everything once, a few steps; the numbers mean nothing
 #
-# The times are sums over the parts. Ctrl-C stops the script at any time; the same command goes on.
+# The times are sums over the parts, without the panel arms, which was not timed. Ctrl-C stops the
+# script at any time; the same command goes on.
 # results/paper.md has the table and the figures, and says what they show.
 #
 # A panel is recipes/tiny.sh with other settings or other starts, in OUT/PANEL:

@@ -342,6 +342,7 @@ def load_arms(folders, metrics):
     arms_of = {}       # start -> the arms that were found of it
     spellings = {}     # real path of a start -> how the first run spells it
     first_rows = {}    # split -> the first run that was evaluated on it, and its settings
+    first_task = None  # the first run, and the task that it was tested on
     starts_seen = {}   # (start, split, seed) -> the run that told of it first, and what
     for run in runs:
         rows = read_rows(run, metrics)
@@ -352,11 +353,11 @@ def load_arms(folders, metrics):
         start = spellings.setdefault(os.path.realpath(model), os.path.normpath(model))
         for row in rows:
             split = row["split"]
-            first_rows.setdefault("", (run, row["settings"]))
-            first_run, first = first_rows[""]
-            if row["settings"]["task"] != first["task"]:
-                raise ValueError(f"--compare needs runs of one task: {first_run} was tested on "
-                                 f"{first['task']}, {run} on {row['settings']['task']}")
+            task = row["settings"]["task"]
+            first_task = first_task or (run, task)
+            if task != first_task[1]:
+                raise ValueError(f"--compare needs runs of one task: {first_task[0]} was tested on "
+                                 f"{first_task[1]}, {run} on {task}")
             first_run, first = first_rows.setdefault(split, (run, row["settings"]))
             if differing := differing_settings(first, row["settings"]):
                 raise ValueError("--compare needs one set of settings for a split; on "

@@ -127,15 +127,15 @@ def take_settings(config, run, trained, tasks):
                 fixed_by[name] = split.name
     taken = {name: value for name, value in theirs.items() if name not in fixed_by}
     # What one split fixes holds for the other splits as it was in training.
-    splits = []
-    for split in settings.read_splits(config.splits):
-        words = split.label.split(" ")
-        for name in fixed_by:
-            own = name in split.settings or name in tasks[task].splits.get(split.name, ())
-            if not own and name not in given:
-                words.append(f"{name}={theirs[name]}")
-        splits += words
     if fixed_by:
+        splits = []
+        for split in settings.read_splits(config.splits):
+            words = split.label.split(" ")
+            for name in fixed_by:
+                own = name in split.settings or name in tasks[task].splits.get(split.name, ())
+                if not own and name not in given:
+                    words.append(f"{name}={theirs[name]}")
+            splits += words
         config = replace(config, splits=tuple(splits))
     env = tuple(f"{name}={value}" for name, value in {**taken, **given}.items())
 

@@ -159,6 +159,14 @@ def test_a_folder_is_held_and_a_log_without_a_round_is_refused(tmp_path, monkeyp
     (tmp_path / "run/config.json").write_text(json.dumps({**vars(args), **config}, default=str))
     with pytest.raises(SystemExit, match="metrics.jsonl lacks a round of 1 to 2"):
         rft.open_folder(args)
+    # A second process cuts no log of the first: it is refused before it writes anything.
+    log = '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    (tmp_path / "run/metrics.jsonl").write_text(log)
+    lock = rft.hold(tmp_path / "run")
+    with pytest.raises(SystemExit, match="another process is training here"):
+        rft.open_folder(args)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == log
+    lock.close()
     args.rounds = 1
     with pytest.raises(SystemExit, match="--rounds 1: .* has 2 rounds already"):
         rft.open_folder(args)
