@@ -37,9 +37,9 @@ An environment is a conversation with the verifier (sequential revision, Section
 
 `GeneralPoints` and `Navigation` list their settings. All scripts take them as words KEY=VALUE:
 
-    --env root=city0 verify_iter=3                       all splits; can't change a table's value
+    --env root=city0 verify_iter=3                       all splits; can't change what a split sets
     --split id rule=11,11,11           (rl.py)           after a split's name: that split only,
-    --splits id rule_ood id target=36  (evaluate.py)     and can change a table's value
+    --splits id rule_ood id target=36  (evaluate.py)     and can change what it sets
     --mix id:0.7 suits=HD rule_ood:0.3 (sft.py)          the same, with the splits' weights
 
     python envs.py gp-l                              # play an episode yourself
@@ -65,7 +65,7 @@ from verify import (FEEDBACK, LAST_TRY_PENALTY, LISTING, Verdict, fill, judge_ge
 # All texts that the model is told. A prompt file is JSON, and replaces the texts that it names.
 PROMPTS = {            # differs 15: ours; theirs by a prompt file
     **prompts.TEXTS, **{f"feedback_{name}": text for name, text in FEEDBACK.items()}}
-MORE_VALUES = {        # a replaced text may use the {names} of ours, and these as well
+MORE_VALUES = {        # a text of a prompt file may use the {names} of ours, and these
     **prompts.MORE_VALUES, **{f"feedback_{name}": {"violations"} for name in LISTING}}
 
 

@@ -73,7 +73,7 @@ def summarise(episodes, verify_iter, kinds=()):
     first_try            correct first replies / first replies to a hand or at a position
     retries              correct later replies / later replies
     repeats              later replies that are word for word an earlier one / later replies
-    ..._turn and so on   the same for one kind of position, where there are several
+    step_accuracy_turn   step_accuracy at positions of kind "turn"; so for each kind and first_try
     recognition          first replies that name the four cards, in any order / episodes (paper
                          Fig. 8)
     rank_accuracy        cards that the first reply names in their place / 4 per episode; by chance
@@ -108,11 +108,11 @@ def summarise(episodes, verify_iter, kinds=()):
     solved = [int(episode[-1]["success"]) for episode in episodes]
     measure("success", solved, once)
     measure_replies("step_accuracy", lambda info: True)
-    # differs 22: theirs measures steps by paper_step_accuracy alone. Its success is at least
-    # solved_and_read, below.
-    correct = [sum(1 for info in episode if is_correct(info)) for episode in episodes]
-    # The official code adds an unread reply to each failed episode; it counts as wrong.
-    with_unread = [len(episode) + (not is_correct(episode[-1])) for episode in episodes]
+    # differs 22: theirs counts steps by this alone, and success on GP-VL as `solved_and_read` says.
+    # A guided route goes on behind its first failed position; this measure ends there.
+    unguided = [[info for info in episode if "guided" not in info] for episode in episodes]
+    correct = [sum(map(is_correct, episode)) for episode in unguided]
+    with_unread = [len(episode) + (not is_correct(episode[-1])) for episode in unguided]
     measure("paper_step_accuracy", correct, with_unread)
     measure_replies("first_try", lambda info: info["try"] == 1)
     measure_replies("retries", lambda info: info["try"] > 1)

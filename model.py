@@ -188,7 +188,7 @@ def aligned_micro_batches(lengths: list[int], token_budget) -> list[list[int]]:
 
         sorted lengths [9, 5] here, [7, 6, 3] in the other process    ->    cuts made for [9, 6, 3]
 
-    A process with fewer rows has fewer groups.
+    A process with fewer rows may have fewer groups.
     """
     order = longest_first(lengths)
     sorted_lengths = running.gather([lengths[i] for i in order])           # of every process

@@ -95,7 +95,7 @@ def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, cl
 
 @dataclass
 class Config(training.RunConfig):
-    """The official defaults (scripts/gp_training, rl/configs), but where a help text says so."""
+    """The official defaults (scripts/gp_training, rl/configs), unless a remark says otherwise."""
     out: str = flag("", "run folder, new or stopped half-way")
     model: str = flag("", "a model folder, usually one that sft.py wrote")
     task: str = flag("gp-l", "which environment", choices=tuple(envs.TASKS))
@@ -114,7 +114,7 @@ class Config(training.RunConfig):
     value_lr: float = flag(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
     lr_warmup: int = flag(0, "updates over which --lr rises; --value-lr does not wait", low=0)
     lr_final: float = flag(1e-9, "--lr at the end of its cosine; --value-lr falls in step", low=0)
-    lr_horizon: int = flag(100, "updates until that end: beyond the run, as official", low=1)
+    lr_horizon: int = flag(100, "updates until --lr is --lr-final; may exceed --updates", low=1)
     gamma: float = flag(0.9, "discount per turn", low=0, high=1)
     gae_lambda: float = flag(0.95, "GAE lambda", low=0, high=1)
     clip: float = flag(0.1, "PPO ratio clip", low=0)
@@ -122,9 +122,9 @@ class Config(training.RunConfig):
     value_coef: float = flag(0.5, "weight of the value loss", low=0)
     thought_coef: float = flag(0.5, "weight of the log-probs before the answer key", low=0)
     freeze: str = flag("", "parts of a vision model that stay as they are: vision, projector")
-    max_grad_norm: float = flag(1.0, "gradient norm limit (official: 0.01, no effect)", low=1e-12)
+    max_grad_norm: float = flag(1.0, "gradient norm limit (theirs, 0.01, had no effect)", low=1e-12)
     # running
-    generate_tokens: int = flag(65536, "padded tokens, with replies, sampled side by side", low=1)
+    generate_tokens: int = flag(65536, "tokens sampled at once, with prompts and padding", low=1)
     kept_gib: float = flag(4.0, "GiB of keys and values kept from turn to turn of a rollout", low=0)
     save_every: int = flag(1, "updates between checkpoints", low=1)
 
@@ -295,8 +295,8 @@ class Minibatch(NamedTuple):
 def draw_minibatches(policy, turns, update, config) -> list[Minibatch]:
     """The minibatches of an update. They are drawn and cut into micro-batches once.
 
-    A row's log-prob is rounded otherwise beside other rows, in bfloat16 by more than the clip. So
-    scores and all epochs see the same rows side by side. An epoch only shuffles the minibatches.
+    How a row's log-prob is rounded depends on the rows beside it, in bfloat16 by more than the
+    clip. So scores and all epochs see the same rows together. An epoch only shuffles minibatches.
 
     Whole dialogues are shuffled and laid end to end. A dialogue belongs to the minibatch in which
     its last turn falls. With minibatch_turns = 4 and dialogues a to d of 2, 1, 3 and 2 turns:

@@ -82,8 +82,8 @@ class Config(training.RunConfig):
     mix: tuple = flag(("id",), "splits, their weights and settings: id:0.7 fold=train rule_ood:0.3")
     balance: bool = flag(False, "V-IRL: draw every kind of position equally often")
     failed_tries: int = flag(0, "at most so many failed tries before the expert's", low=0, high=9)
-    data: str = flag("", "train on this file of conversations (--task and --env still count)")
-    pictures: str = flag("", "the folder of the pictures that --data names, if not the file's own")
+    data: str = flag("", "train on this file of conversations, which fit --task and --env")
+    pictures: str = flag("", "folder that picture paths in --data start from [the file's own]")
     dump: str = flag("", "write samples to this file, which --data can read, and train nothing")
     num: int = flag(1000, "number of samples that --dump writes", low=1)
     # optimisation

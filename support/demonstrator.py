@@ -14,7 +14,8 @@ faulty_tries   how many tries at a position have faults (1: only the first)
 reward         "verdict" is the paper's; "random" is 1 or -1 whatever the reply says (a control)
 guided         V-IRL: after a failed last try the expert goes on in the agent's place. So every
                position of a route is tried, and one early mistake does not hide the rest. Success
-               is still that of a route without a failed position
+               is still that of a route without a failed position. Replies behind such a position
+               have "guided" in their info
 
 The starts of the tiny run are made with such faults (recipes/base.sh).
 """
@@ -167,6 +168,8 @@ class Guided(Wrapper):
 
     def step(self, reply):
         messages, reward, terminated, truncated, info = self.env.step(reply)
+        if self.lost:
+            info = {**info, "guided": True}
         self.lost = self.lost or truncated
         if truncated and self.at < len(self.rail) - 1:
             self.at += 1

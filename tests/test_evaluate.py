@@ -96,6 +96,21 @@ def test_the_papers_step_accuracy_counts_a_wrong_reply_more_where_an_episode_was
     assert row["success"] == 0.5
 
 
+def test_a_guided_route_has_the_papers_measures_of_the_plain_one(city):
+    """What comes behind the first failed position is in the measures by position alone."""
+    rows = []
+    for guided in (False, True):
+        def fails_at_the_end(env):
+            last = env.at == len(env.rail) - 1 or env.at == 2
+            return env.format_reply("turn_direction(x)") if last else env.expert_reply()
+        rows.append(played("id", fails_at_the_end, verify_iter=2, task="virl-l", root=city,
+                           guided=guided))
+    plain, guided = rows
+    for name in ("success", "paper_step_accuracy", "paper_step_accuracy_stderr"):
+        assert plain[name] == guided[name]
+    assert guided["replies"] > plain["replies"] and guided["first_try"] > plain["first_try"]
+
+
 def test_a_hand_is_solved_and_read_only_if_the_solving_reply_names_its_cards():
     def choose(env):
         if env in seeing:

@@ -1051,6 +1051,7 @@ def test_a_guide_goes_on_where_all_tries_have_failed(city):
             reply = env.format_reply("stop(x)") if at in wrong_at else env.expert_reply()
             messages, reward, terminated, truncated, info = env.step(reply)
             ended = terminated or truncated
+            assert ("guided" in info) == (at > 0)      # the first position fails
             if at in wrong_at and info["try"] == 2:
                 assert reward == -1.0 + LAST_TRY_PENALTY and info["new_dialogue"] == (not ended)
                 assert env.at == at + 1 and len(messages) == 1     # a prompt alone
