@@ -17,7 +17,7 @@
 # From each start go five runs (recipes/tiny.sh): PPO at two temperatures; SFT on the training rule
 # and on many rules; RFT. All are tested on both rules. V-IRL-L is tested with guided=true: after a
 # failed position the expert goes on, so an early mistake does not hide what comes later. Success
-# and the paper's per-step accuracy are as without it. A page for each kind shows what each arm says.
+# and the paper's per-step accuracy are as without it. A page for each kind shows what arms say.
 # Ctrl-C stops the script at any time; the same command goes on.
 #
 # Settings, as environment variables:
