@@ -76,8 +76,8 @@ say() { echo "== pretrained, $TASK: $1 ($((SECONDS / 60)) min so far)"; }
 # Its first steps are the dangerous ones, so a fifth of all steps is warm-up.
 common="--micro-batch-tokens 2048"
 sft="--batch-size 16 --warmup-ratio 0.2 $balance $common"
-rl="--num-envs 24 --turns-per-env 4 --minibatch-turns 48 --clip 0.2 --value-coef 0.1"
-rl="$rl --lr 1.5e-5 --lr-final 1.5e-5 --value-lr 1e-3 --lr-warmup 4"
+rl="--num-envs 24 --turns-per-env 4 --minibatch-turns 24 --epochs 1 --clip 0.2 --value-coef 0.1"
+rl="$rl --lr 2e-5 --lr-final 2e-5 --value-lr 1e-3 --lr-warmup 2 --thought-coef 1.0"
 rl="$rl --max-new-tokens $max_new_tokens"
 rft="--batch-size 16 --lr 5e-5 --steps 10 --rounds 4 --save-every 1 $common"
 rft="$rft --max-new-tokens $max_new_tokens --episodes $episodes"
