@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/bench.py          # a Markdown table; the machine must be idle
     python tests/bench.py --only rollout,logprob --device cuda
+    python tests/bench.py --only rollout,turns,sft,trl --model models/smollm2 --dtype bfloat16
 
 A baseline does the same job as ours and is written here, in our words. Both sides run in one
 process with the same seed, weights and threads. They take turns (A, B, A, B, ...), and the median
@@ -29,6 +30,10 @@ their results are compared first; a difference ends the program.
     ranks      one process instead of two, a thread each
     virl       every point of a rail is looked up among all panoramas at every reset; every view
                computes its rays anew
+
+With --model a real model stands in these four sections for the random one: it has its vocabulary,
+depth and weights, and the tokens are random as before. With --dtype bfloat16 both sides compute in
+bfloat16. Then Hugging Face samples from weights in bfloat16, and trains under torch's autocast.
 
 A percentage says how fast the FLOPs of the job were done. It is a share of the float32 matrix
 rate, measured in the same run. The job needs 2 FLOPs for each weight and token, 6 with backward.
@@ -66,7 +71,8 @@ import envs
 import model
 import rl
 import verify
-from model import LlamaDecoder, Policy, RolloutMemory, collate, sampling_uniforms
+from model import (LlamaDecoder, Policy, RolloutMemory, collate, load_policy,
+                   sampling_uniforms)
 from sft import Config as SFTConfig
 from sft import train_step
 from support import solver, streets, tiny
@@ -140,8 +146,9 @@ def rows_with_caches(args, caches, what, functions, unit, amounts):
     yield row(f"{what}; caches full", (t_warm, t_baseline), unit, amounts)
 
 
-def expect_close(what, ours, baseline):
-    if not math.isclose(ours, baseline, rel_tol=1e-3):
+def expect_close(what, ours, baseline, dtype=torch.float32):
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2       # bfloat16 rounds
+    if not math.isclose(ours, baseline, rel_tol=tolerance):
         fail(f"{what}: ours is {ours}, the baseline's {baseline}")
 
 
@@ -155,8 +162,13 @@ def make_tokenizer():
 def make_policy(args, vocab_size, layers, dtype="float32", **shape):
     """A random-init Llama, 256 wide unless `shape` says otherwise.
 
-    It may sample every token, and none of them ends a reply.
+    With --model it is that one. It may sample every token, and none of them ends a reply.
     """
+    if args.model:
+        policy, _ = load_policy(args.model, args.dtype, args.device)
+        policy.banned.fill_(False)
+        policy.eos_id = -1
+        return policy
     shape = dict(hidden_size=256, num_attention_heads=8, num_key_value_heads=8,
                  intermediate_size=672) | shape
     torch.manual_seed(args.seed)
@@ -168,6 +180,16 @@ def make_policy(args, vocab_size, layers, dtype="float32", **shape):
     policy.banned.fill_(False)
     policy.eos_id = -1
     return policy
+
+
+def vocabulary_of(policy):
+    return policy.backbone.lm_head.weight.shape[0]
+
+
+def for_sampling(policy):
+    """What Hugging Face samples from: the weights in the type that ours computes in."""
+    return SimpleNamespace(backbone=copy.deepcopy(policy.backbone).to(policy.dtype),
+                           device=policy.device)
 
 
 def flops_needed(policy, flops_per_weight, tokens, predicted):
@@ -223,10 +245,11 @@ def baseline_logprobs(policy, samples, temperature=1.0, **vision):
 
 @torch.no_grad()
 def rollout(args, rates):
-    B, R, few, vocab_size = 32, 60, 4, 4096
-    policy = make_policy(args, vocab_size, layers=4)
+    B, R, few = 32, 60, 4
+    policy = make_policy(args, 4096, layers=4)
+    theirs = for_sampling(policy)
     prompts = [prompt for prompt, _ in random_samples(
-        args, vocab_size, [(150 - 20 * (i % 2), 0) for i in range(B)])]
+        args, vocabulary_of(policy), [(150 - 20 * (i % 2), 0) for i in range(B)])]
     uniforms = sampling_uniforms([(args.seed, i) for i in range(B)], R)
 
     def sample():
@@ -239,14 +262,14 @@ def rollout(args, rates):
 
     def official():
         for prompt in prompts[:few]:
-            made = baseline_generate(policy, [prompt], R, return_dict_in_generate=True,
+            made = baseline_generate(theirs, [prompt], R, return_dict_in_generate=True,
                                      output_scores=True, output_hidden_states=True)
-            baseline_logprobs(policy, [(prompt, made.sequences[0, len(prompt):].tolist())])
+            baseline_logprobs(theirs, [(prompt, made.sequences[0, len(prompt):].tolist())])
 
-    scored = baseline_logprobs(policy, [(prompts[0], sample()[0])])
-    expect_close("rollout log-prob", float(ours()[0]), float(scored))
+    scored = baseline_logprobs(theirs, [(prompts[0], sample()[0])])
+    expect_close("rollout log-prob", float(ours()[0]), float(scored), policy.dtype)
     t_ours, t_official, t_sampling, t_batched = medians(
-        args, ours, official, sample, lambda: baseline_generate(policy, prompts, R))
+        args, ours, official, sample, lambda: baseline_generate(theirs, prompts, R))
     tokens = (B * R, B * R)
     # FLOPs of one pass, for each new token.
     flops = flops_needed(policy, 2, sum(map(len, prompts)) + B * R, B * R) / (B * R)
@@ -264,7 +287,7 @@ def rollout(args, rates):
     uniforms[range(B), [length - 1 for length in lengths]] = 0
     policy.eos_id = 0
     assert [len(reply) for reply in sample()] == lengths
-    seconds = medians(args, sample, lambda: baseline_generate(policy, prompts, max(lengths)))
+    seconds = medians(args, sample, lambda: baseline_generate(theirs, prompts, max(lengths)))
     yield row(f"the same, ragged: {sum(lengths) / B:.0f} tokens to a reply, {max(lengths)} at most",
               seconds, "tok", (sum(lengths), sum(lengths)))
 
@@ -294,11 +317,10 @@ def turns_of(policy, args, E, first, going_on, R, vocab_size):
 
 @torch.no_grad()
 def rollout_in_turns(args, rates):
-    E, R, few, vocab_size, large = 32, 60, 2, 4096, args.device.type == "cuda"
-    policy = (make_policy(args, vocab_size, 16, "bfloat16", **LARGE) if large
-              else make_policy(args, vocab_size, layers=4))
-    theirs = SimpleNamespace(backbone=copy.deepcopy(policy.backbone).to(policy.dtype),
-                             device=policy.device)
+    E, R, few, large = 32, 60, 2, args.device.type == "cuda"
+    policy = (make_policy(args, 4096, 16, "bfloat16", **LARGE) if large
+              else make_policy(args, 4096, layers=4))
+    theirs, vocab_size = for_sampling(policy), vocabulary_of(policy)
     for what, first, going_on in (("GeneralPoints: 256 tokens, then 48 behind each reply", 256, 48),
                                   ("V-IRL: five prompts of 256 tokens, alike but for the last "
                                    "quarter", 256, 0)):
@@ -557,10 +579,11 @@ def vision(args, rates):
 
 # ---- Supervised fine-tuning ----------------------------------------------------------------------
 
-def baseline_train_step(model, optimizer, samples):
+def baseline_train_step(model, optimizer, samples, autocast):
     input_ids, mask, is_response = baseline_batch(samples, model.device)
-    loss = model(input_ids=input_ids, attention_mask=mask,
-                 labels=input_ids.masked_fill(~is_response, -100)).loss
+    with autocast():
+        loss = model(input_ids=input_ids, attention_mask=mask,
+                     labels=input_ids.masked_fill(~is_response, -100)).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -569,13 +592,13 @@ def baseline_train_step(model, optimizer, samples):
 
 
 def sft(args, rates):
-    vocab_size, rng = 32000, random.Random(args.seed)
-    policy = make_policy(args, vocab_size, layers=4)
-    model = copy.deepcopy(policy.backbone)
+    rng = random.Random(args.seed)
+    policy = make_policy(args, 32000, layers=4)
+    model, vocab_size = copy.deepcopy(policy.backbone), vocabulary_of(policy)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5) for m in (policy.backbone, model)]
     mixed = [rng.randint(64, 256) for _ in range(16)]
     for what, budget, lengths in [
-            ("training step, 16 x (192 prompt + 64 response), vocabulary 32000", 4096,
+            (f"training step, 16 x (192 prompt + 64 response), vocabulary {vocab_size}", 4096,
              [(192, 64)] * 16),
             (f"the same, 64 to 256 tokens each, a quarter response; ours: micro-batches of 2048, "
              f"baseline: padded to {max(mixed)}", 2048,
@@ -584,8 +607,8 @@ def sft(args, rates):
         config = SFTConfig(micro_batch_tokens=budget)
         ours = partial(train_step, policy, optimizers[0], [(*sample, None) for sample in samples],
                        config)
-        baseline = partial(baseline_train_step, model, optimizers[1], samples)
-        expect_close("training loss", ours()[0], baseline())
+        baseline = partial(baseline_train_step, model, optimizers[1], samples, policy.autocast)
+        expect_close("training loss", ours()[0], baseline(), policy.dtype)
         flops = flops_needed(policy, 6, sum(map(sum, lengths)),
                              sum(response for _, response in lengths))
         yield row(what, medians(args, ours, baseline), flops=flops, rates=rates)
@@ -602,8 +625,9 @@ def trl(args, rates):
     except ImportError as error:
         yield f"not measured: {error}", "", "", None
         return
-    vocab_size, rng = 32000, random.Random(args.seed)
-    policy = make_policy(args, vocab_size, layers=4)
+    rng = random.Random(args.seed)
+    policy = make_policy(args, 32000, layers=4)
+    vocab_size = vocabulary_of(policy)
     optimizer = torch.optim.AdamW(policy.backbone.parameters(), lr=1e-5, weight_decay=0.0)
     lengths = [(total - total // 4, total // 4)
                for total in (rng.randint(64, 256) for _ in range(16))]
@@ -633,7 +657,7 @@ def trl(args, rates):
             args=trl.SFTConfig(out, max_steps=args.rounds + 1,
                                per_device_train_batch_size=len(rows), learning_rate=1e-5,
                                lr_scheduler_type="constant", completion_only_loss=True,
-                               activation_checkpointing=False, bf16=False,
+                               activation_checkpointing=False, bf16=policy.dtype == torch.bfloat16,
                                train_sampling_strategy="sequential",
                                use_cpu=args.device.type == "cpu", logging_steps=1,
                                disable_tqdm=True, report_to="none", save_strategy="no",
@@ -643,7 +667,7 @@ def trl(args, rates):
     for ours_loss, logged in zip(
             losses, [step["loss"] for step in trainer.state.log_history if "loss" in step],
             strict=True):
-        expect_close("training loss", ours_loss, logged)
+        expect_close("training loss", ours_loss, logged, policy.dtype)
     yield row(f"the mixed lengths of `sft`; baseline: SFTTrainer of TRL {trl.__version__}, its "
               f"data loading left out",
               [statistics.median(column[1:]) for column in clocks.values()],
@@ -1090,12 +1114,18 @@ def parse_args():
     parser.add_argument("--rounds", type=int, default=5,
                         help="measured rounds, after one to warm up [5]")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and hands [0]")
+    parser.add_argument("--model", help="a real model folder, for rollout, turns, sft and trl")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="with --model: both sides compute in this type [float32]")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
     parser.add_argument("--peak", choices=("ours", "official"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.only = args.only.split(",")
     if set(args.only) - set(SECTIONS):
         parser.error(f"--only {','.join(args.only)}: allowed are {', '.join(SECTIONS)}")
+    others = set(args.only) - {"rollout", "turns", "sft", "trl"}
+    if args.model and others:
+        parser.error(f"--model: --only {sorted(others)[0]} has models of its own")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
     try:

@@ -32,12 +32,15 @@ RL = dict(num_envs=4, turns_per_env=3, minibatch_turns=6, epochs=2, lr=1e-3, max
           env=("verify_iter=4",), micro_batch_tokens=200, device="cpu", dtype="float32")
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def launcher(processes):
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(processes)]
 
 
 def command(script, processes, **knobs):
-    launcher = [sys.executable] if processes == 1 else TORCHRUN
-    return [*launcher, str(ROOT / script), *flags(**knobs)]
+    return [*launcher(processes), str(ROOT / script), *flags(**knobs)]
 
 
 SCRIPTS = {"sft": sft, "rl": rl, "evaluate": evaluate}
@@ -60,7 +63,7 @@ def run_all(processes, *jobs):
             "running.leave()")
     worker = Path(jobs[0][1].get("out") or jobs[0][1]["run_folder"]).parent / "worker.py"
     worker.write_text(code)
-    done = subprocess.run([*TORCHRUN, str(worker),
+    done = subprocess.run([*launcher(processes), str(worker),
                            json.dumps([(script, flags(**knobs)) for script, knobs in jobs])],
                           env={**ENV, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
                           timeout=200)
@@ -137,6 +140,21 @@ def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_w
                 for folder in (one, two)]
         assert rows[0] == rows[1]
         assert len(rows[0]) == (8 if run in ("rl_words", "rl_pictures") else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [4, 8])
+def test_more_processes_have_the_losses_gradients_weights_and_figures_of_one(tmp_path, processes):
+    for number in (1, processes):
+        (tmp_path / str(number)).mkdir()
+        of_sft = dict(SFT, out=tmp_path / str(number) / "sft", steps=3, task="gp-l")
+        of_rl = dict(RL, out=tmp_path / str(number) / "rl", updates=3, task="gp-l", num_envs=8,
+                     model=tmp_path / "1" / "sft" / "step_000003")
+        run_all(number, ("sft", of_sft), ("rl", of_rl))
+    for run in ("sft", "rl"):
+        one, more = tmp_path / "1" / run, tmp_path / str(processes) / run
+        assert_same(metrics(one), metrics(more))
+        assert_same_weights(one / "step_000003", more / "step_000003")
 
 
 @pytest.mark.slow

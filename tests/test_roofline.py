@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
 import model
 import rl
@@ -197,6 +198,9 @@ def test_a_micro_batch_gathers_and_reduces_each_unit_as_often_as_is_counted(
     units = sum(isinstance(module, running.FSDPModule) for module in policy.modules())
     assert units == 2 + 1                      # the layers of the tiny model, and what is left
     value_head = roofline.all_weights(policy.value_head)
+    # What stays here is an eighth of the weights.
+    kept = sum(p.to_local().numel() for p in policy.parameters())
+    assert kept == pytest.approx((shape.total + value_head) / 8, rel=0.01)
 
     def sent(what):
         """(gathers, reductions) of each unit, after a look at the bytes."""
@@ -219,6 +223,14 @@ def test_a_micro_batch_gathers_and_reduces_each_unit_as_often_as_is_counted(
         assert sent(lambda: policy(batch)) == (roofline.GATHERS_FORWARD, 0)
         uniforms = model.sampling_uniforms([(0,)], 4)
         assert sent(lambda: policy.generate([[1, 2, 3]], uniforms, 4, 1.0)) == (1, 0)
+
+
+@pytest.mark.parametrize("side, tiles", [(1200, 4), (2 * 560 + 5, 4), (560, 1), (224, 1)])
+def test_the_papers_pictures_leave_no_tile_of_the_tower_empty(side, tiles):
+    """A hand of gp-vl and the four views of virl-vl; smaller pictures would leave three of four."""
+    processor = MllamaImageProcessorPil(max_image_tiles=4, size={"height": 560, "width": 560})
+    inputs = processor(Image.new("RGB", (side, side)), return_tensors="np")
+    assert inputs["num_tiles"] == [[tiles]] and inputs["pixel_values"].shape[2] == 4
 
 
 # ---- The script ----------------------------------------------------------------------------------
