@@ -1,32 +1,31 @@
 """The tasks as conversations: GeneralPoints and V-IRL (paper Section 4, appendices A and B).
 
-GeneralPoints deals four cards and asks for an equation that makes a target, 24, from them.
-The paper trains on one setting of what J, Q and K are worth and tests on another:
+GeneralPoints deals four cards and asks for an equation that makes a target, 24, from them. A rule
+says what J, Q and K are worth. The paper trains on one rule and tests on another:
 
     split         J, Q, K        hands                   used for
     id            10, 10, 10     any solvable            training and in-distribution tests
     rule_ood      11, 12, 13     with a face card        the rule never trained on
-    unseen        10, 10, 10     a fixed tenth of all    unseen only if training had fold=train
+    unseen        10, 10, 10     a fixed tenth of all    new hands, if training had fold=train
     visual_ood    10, 10, 10     red suits               cards that look different (pictures only)
-    rule_family   drawn anew     any solvable            our stand-in for pre-training
+    rule_family   random         any solvable            our stand-in for pre-training
 
-`rule_family` never draws one of the two rules above. With pictures, all splits but `visual_ood`
-have black suits.
+`rule_family` never draws the two rules above. Pictures show black suits, except in `visual_ood`.
 
-V-IRL gives written instructions through a city to a destination. They name each direction in both
-vocabularies of the paper, and the rule says which an action takes. By `rule_family` that is a third
-one, defined in the prompt. The data are folders in the released format, and data/synthetic_city.py
-makes some:
+V-IRL gives written instructions through a city to a destination. They name each direction twice,
+as a compass word and as left or right; the rule says which of the two an action must use. With
+`rule_family` an action uses a third vocabulary, which the prompt defines. The data are folders in
+the released format. data/synthetic_city.py makes such folders:
 
-    split         turn_direction(x)   routes                   used for
+    split         an action uses      routes                   used for
     id            compass words       train/                   training and in-distribution tests
     rule_ood      left, right, ...    train/                   the rule never trained on
     unseen        compass words       unseen/                  new routes in the training city
     visual_ood    compass words       mini/, in file order     new cities (with pictures only)
-    rule_family   drawn anew          train/                   our stand-in for pre-training
+    rule_family   other words         train/                   our stand-in for pre-training
 
 An environment is a conversation with the verifier (sequential revision, Section 3, Fig. 2-3).
-`messages` has the Hugging Face chat format; in turn two the model sees turn one and its verdict:
+`messages` has the Hugging Face chat format; it grows by each reply and the verdict on it:
 
     messages, info = env.reset(seed=0)                                  # user: the prompt
     messages, reward, terminated, truncated, info = env.step(reply)     # + the reply, its verdict
@@ -37,10 +36,10 @@ An environment is a conversation with the verifier (sequential revision, Section
 
 `GeneralPoints` and `Navigation` list their settings. All scripts take them as words KEY=VALUE:
 
-    --env root=city0 verify_iter=3                       all splits; can't change what a split sets
-    --split id rule=11,11,11           (rl.py)           after a split's name: that split only,
-    --splits id rule_ood id target=36  (evaluate.py)     and can change what it sets
-    --mix id:0.7 suits=HD rule_ood:0.3 (sft.py)          the same, with the splits' weights
+    --env root=city0 verify_iter=3                       for all splits; can't change what they set
+    --split id rule=11,11,11           (rl.py)           behind a split's name: for it alone, and
+    --splits id rule_ood id target=36  (evaluate.py)     may change what the split sets
+    --mix id:0.7 suits=HD rule_ood:0.3 (sft.py)          likewise; 0.7 and 0.3 are weights
 
     python envs.py gp-l                              # play an episode yourself
     python envs.py gp-l rule=11,11,11 target=36      # by a rule of your choice
@@ -48,7 +47,7 @@ An environment is a conversation with the verifier (sequential revision, Section
     python envs.py virl-l root=city0 --show DIR      # write the views and prompts along a route
     python envs.py --read runs/rl                    # read a run's conversations; --html FILE
 
-Left out of V-IRL: the official mode off the rails, in which a wrong action also moves the agent.
+Left out of V-IRL: the official mode without rails, in which a wrong action, too, moves the agent.
 """
 import json
 import random
@@ -63,9 +62,9 @@ from verify import (FEEDBACK, LAST_TRY_PENALTY, LISTING, Verdict, fill, judge_ge
                     judge_navigation)
 
 # All texts that the model is told. A prompt file is JSON, and replaces the texts that it names.
-PROMPTS = {            # differs 15: ours; theirs by a prompt file
+PROMPTS = {            # differs 15: our words; a prompt file brings the official ones
     **prompts.TEXTS, **{f"feedback_{name}": text for name, text in FEEDBACK.items()}}
-MORE_VALUES = {        # a text of a prompt file may use the {names} of ours, and these
+MORE_VALUES = {        # {names} that a prompt file's texts may use in addition to those in ours
     **prompts.MORE_VALUES, **{f"feedback_{name}": {"violations"} for name in LISTING}}
 
 
@@ -74,23 +73,23 @@ MORE_VALUES = {        # a text of a prompt file may use the {names} of ours, an
 class Environment:
     """One conversation with the verifier at a time: what all environments share.
 
-    An episode is a sequence of positions: a route's, or in GeneralPoints the one hand. At each one
-    the model has `verify_iter` tries. A correct reply leads to the next position, where a new
-    dialogue begins; at the last position it terminates the episode. A wrong reply is answered
-    with its verdict. After the last try the episode is truncated, and LAST_TRY_PENALTY is added.
+    An episode is a sequence of positions: those of a route, or in GeneralPoints one hand. At each
+    position the model has `verify_iter` tries. A correct reply leads to the next position, where a
+    new dialogue begins; at the last position it terminates the episode. A wrong reply is answered
+    with its verdict. A wrong last try truncates the episode, and LAST_TRY_PENALTY is added.
 
-    A new environment is a class with these members and a row of TASKS, both before `main`:
+    A new environment is a subclass with these members and a row of TASKS; write both before `main`:
 
-    kinds                   the kinds of its positions; metrics are reported for each apart
-    retry_prompt            which of PROMPTS stands around a verdict that asks for another try
-    lay_out(episode)        draws an episode from `self.rng`; sets `self.rail`, its positions, if
-                            there are several; `episode` is the index if data are played in order
+    kinds                   the kinds of its positions; metrics are reported for each kind, too
+    retry_prompt            the key in PROMPTS of the text around a verdict that allows another try
+    lay_out(episode)        draws an episode by `self.rng`, and sets `self.rail` if it has several
+                            positions; `episode` is its number, for data that have an order
     prompt()                what the model is told at the present position
-    picture()               what it is shown there if `vision` (PIL); ValueError if it has none
-    judge(reply)            the `verify.Verdict` on a reply there; no state changes
-    format_reply(answer)    a reply in the right format with this answer, the rest of it right
+    picture()               the PIL picture shown there; ValueError if the environment has none
+    judge(reply)            the `verify.Verdict` on a reply there; changes no state
+    format_reply(answer)    a reply in the right format with this answer and all else right
     expert_reply()          a correct reply, as valid JSON
-    flawed_reply()          one in the right format that is not correct (appendix D, Fig. 15)
+    flawed_reply()          a wrong reply in the right format (appendix D, Fig. 15)
 
     An example that runs:
 
@@ -108,14 +107,14 @@ class Environment:
             def flawed_reply(self): return self.format_reply(0)
         TASKS["echo"] = Task(Echo, {"vision": False}, {"id": {}}, ("success",), 1.0, {"": 10})
 
-    Settings are the arguments of `__init__`, each with a default; `**common` goes to `super()`'s.
+    Its settings: arguments of its `__init__` with defaults; pass `**common` to `super().__init__`.
     """
     REQUIRED = ("kinds", "retry_prompt", "lay_out", "prompt", "picture", "judge", "format_reply",
                 "expert_reply", "flawed_reply")
-    rule_name = ""       # names the rule, before `__init__` below picks a prompt file's texts by it
+    rule_name = ""       # the rule's key in a prompt file; set it before calling super().__init__
     example = ""         # an answer as a player may type it
-    rail = (None,)       # the positions of an episode; where there are several, each has a `kind`
-    at = 0               # the index of the present one
+    rail = (None,)       # the positions of an episode; if there are several, each has a `kind`
+    at = 0               # the index in `rail` of the present position
 
     def __init_subclass__(cls):
         for name in cls.REQUIRED:
@@ -133,27 +132,27 @@ class Environment:
         self.rng = random.Random("0")
         self.done = True
 
-    # What an environment may change.
+    # What a subclass may override.
 
     def details(self, verdict):
-        """What `info` of a step says beside the common keys."""
+        """Entries of `info` that only this environment has."""
         return {}
 
     def demonstrate(self):
-        """What SFT learns from: the expert's reply. The setting `faults` plants errors in it: then
-        `make_env` returns a wrapper that overrides this method (support/demonstrator.py)."""
+        """The reply that SFT learns: the expert's. With the setting `faults` it may hold an error:
+        `make_env` then returns a wrapper that overrides this method (support/demonstrator.py)."""
         return self.expert_reply()
 
     def read_answer(self, typed):
-        """The answer in what a player typed; a ValueError tells the player what to type instead."""
+        """The answer in what a player typed; ValueError tells the player what to type instead."""
         return typed
 
     # The conversation.
 
     def reset(self, seed=None, episode=0):
-        """Begin an episode: that of `seed` (number or text), else the next: (messages, info)."""
+        """Begin an episode: (messages, info). A `seed` (number or text) restarts the draws."""
         if seed is not None:
-            self.rng = random.Random(str(seed))    # a text, because -1 as a number seeds like 1
+            self.rng = random.Random(str(seed))    # as text, since -1 as a number seeds like 1
         self.lay_out(episode)
         self.at = 0
         self.turn = 0
@@ -173,9 +172,9 @@ class Environment:
     def step(self, reply):
         """Judge one reply: (messages, reward, terminated, truncated, info).
 
-        In `info` "status" is the verdict's. "success": is the episode solved? "turn" counts the
-        episode's replies, "try" this position's. "kind" is the position's. "new_dialogue": the
-        next position begins. "answer_at": where the answer is in the reply. `details` adds more.
+        `info` has the verdict's "status" and "answer_at", and what `details` adds. "success": does
+        the reply solve the episode? "turn" is its number in the episode, "try" its number at this
+        position, "kind" this position's kind. "new_dialogue": does the next position begin now?
         """
         if self.done:
             raise RuntimeError("the episode is over: call reset() first")
@@ -199,18 +198,18 @@ class Environment:
                 told = fill(self.prompts[self.retry_prompt], verdict=told)
             self.messages = [*self.messages, {"role": "assistant", "content": reply},
                              {"role": "user", "content": told}]
-        # differs 3: the last judged reply gets LAST_TRY_PENALTY; theirs samples one more reply,
-        # never judges it, and puts the penalty on that one
+        # differs 3: the penalty is charged to the last judged reply; the official code samples one
+        # more reply, never judges it, and charges the penalty to that one
         reward = verdict.reward + (LAST_TRY_PENALTY if truncated else 0.0)
         return self.messages, reward, terminated, truncated, info
 
     def skip_ahead(self, rng, balance):
-        """For SFT: go to a position drawn by `rng`, its kind first with `balance`: the messages."""
+        """For SFT: the messages at a position drawn by `rng`. `balance`: a kind is drawn first."""
         if len(self.rail) > 1:
-            wanted = sorted({position.kind for position in self.rail})
+            kinds = sorted({position.kind for position in self.rail})
             if balance:
-                wanted = [rng.choice(wanted)]
-            self.at = rng.choice([at for at, there in enumerate(self.rail) if there.kind in wanted])
+                kinds = [rng.choice(kinds)]
+            self.at = rng.choice([i for i, there in enumerate(self.rail) if there.kind in kinds])
             self.begin_dialogue()
         return self.messages
 
@@ -223,7 +222,7 @@ RULES = {"face_cards_as_10": (10, 10, 10), "face_cards_as_11_12_13": (11, 12, 13
 
 
 def held_out(numbers):
-    """Whether a hand's multiset of values belongs to the test fold: a tenth of them, by hash."""
+    """Whether a hand is in the test fold: a tenth of all multisets of values, chosen by a hash."""
     return crc32(repr(sorted(numbers)).encode()) % 10 == 0
 
 
@@ -234,16 +233,16 @@ class GeneralPoints(Environment):
     target        what the formula must make
     face_card     at least one card is J, Q or K (the paper's OOD sampling)
     suits         the suits of the deck, a subset of "SHDC"
-    fold          multisets of values to deal: "all", the held-out tenth ("test"), or "train"
-    solution      the expert's formula: "fixed" (the shortest) or "random" (any of them, seeded)
+    fold          hands to deal: "all", the held-out tenth ("test"), or all but it ("train")
+    solution      the expert's formula: "fixed" (the shortest), or "random" (any, by the seed)
     resolution    pixels of the picture's side (1200 in the paper)
     card_dir      a folder with the official card pictures; "" draws ours
-    vision        whether cards come as a picture, and misreading them costs extra; set by the task
-    verify_iter   judged replies per episode (5 in the paper)
+    vision        cards are shown as a picture, and misreading them costs extra; set by the task
+    verify_iter   tries at a hand (5 in the paper)
     feedback      "informative" names the fault, "plain" only says that the try failed
-    prompt_file   a JSON object of texts that replace those of PROMPTS
+    prompt_file   a JSON file with texts that replace those of PROMPTS
     faults, faulty_tries, reward   an imperfect expert, a random reward: support/demonstrator.py
-    Of all these rule, target, prompt_file and feedback change what the model is told.
+    Prompts and verdicts change with rule, target, vision, prompt_file and feedback.
     """
     kinds = ("formula",)
     retry_prompt = "gp_retry"
@@ -264,7 +263,7 @@ class GeneralPoints(Environment):
         self.solution = solution
         self.resolution = resolution
         self.card_dir = card_dir
-        self.deck = [(rank, suit) for suit in suits for rank in range(13)]
+        self.deck = [(index, suit) for suit in suits for index in range(13)]    # index in RANKS
         cards.check_folder(card_dir, RANKS, suits)     # a bad file is an error before training
         super().__init__(**common)
 
@@ -276,15 +275,15 @@ class GeneralPoints(Environment):
                 return jqk
 
     def draw_hand(self):
-        """Four cards of the deck, each as (index of its rank, suit)."""
+        """Four cards of the deck, each as (index in RANKS, suit)."""
         if not self.face_card:
-            return self.rng.sample(self.deck, 4)       # differs 4: theirs draws with replacement
+            return self.rng.sample(self.deck, 4)       # differs 4: officially with replacement
         face = self.rng.choice([card for card in self.deck if card[0] > 9])    # J, Q or K
         others = self.rng.sample([card for card in self.deck if card != face], 3)
         return self.rng.sample([face, *others], 4)     # shuffled: the face card may stand anywhere
 
     def deal(self):
-        """Draw hands until one has a solution and is of the fold: [(rank, suit)], their values."""
+        """Draw hands until one is solvable and in the fold: its cards (rank, suit), its numbers."""
         for _ in range(100_000):
             hand = self.draw_hand()
             numbers = [self.jqk[index - 10] if index > 9 else index + 1 for index, _ in hand]
@@ -301,12 +300,13 @@ class GeneralPoints(Environment):
         self.hand, self.numbers = self.deal()
         self.cards = [rank for rank, _ in self.hand]
         found = solutions(self.numbers, self.target)
-        # differs 23: the shortest by default; theirs any
+        # differs 23: the shortest solution by default; in the official code any
         self.formula = found[0] if self.solution == "fixed" else self.rng.choice(found)
 
     def list_cards(self):
         """The cards as the prompt and a reply list them: '["Q", "10", "A", "3"]'."""
-        return f"[{', '.join(fill(self.prompts['gp_card'], card=card) for card in self.cards)}]"
+        listed = [fill(self.prompts["gp_card"], card=card) for card in self.cards]
+        return f"[{', '.join(listed)}]"
 
     def prompt(self):
         jack, queen, king = self.jqk
@@ -327,7 +327,7 @@ class GeneralPoints(Environment):
                 "ranks_right": verdict.ranks_right}
 
     def format_reply(self, answer, numbers=None):
-        """`numbers`, if given, are listed as the cards' values: a planted fault has wrong ones."""
+        """`numbers`, if given, replace the cards' values: a planted fault lists wrong ones."""
         return fill(self.prompts["gp_reply"], cards=self.list_cards(),
                     numbers=json.dumps(numbers or self.numbers),
                     formula=within_quotes(f"{answer}={self.target}"))
@@ -349,31 +349,31 @@ class GeneralPoints(Environment):
 
 # ---- V-IRL ---------------------------------------------------------------------------------------
 
-VIEW_HEADINGS = {"prompt": (0, 90, 180, 270),
-                 "official": (-135, -45, 45, 135)}     # differs 18: theirs has these
-DROP_RATE = 0.5        # the chance that a place between two points is left out
+VIEW_HEADINGS = {"prompt": (0, 90, 180, 270),          # degrees, relative to the agent
+                 "official": (-135, -45, 45, 135)}     # differs 18: the official code has these
+DROP_RATE = 0.5        # the chance that a place between two points of a route is left out
 
 
 class Navigation(Environment):
     """Walk a route on rails: only the expert's action moves the agent (Section 4.2, appendix B).
 
-    The prompt at a position tells what was seen and done at earlier ones, without failed tries.
+    The prompt at a position tells what was seen and done at the earlier ones, but no failed tries.
 
     root          a folder with the data sets, under the names in streets.FOLDERS
     data          the data set: "train", "unseen" or "mini"
-    in_order      play route `episode` of the file instead of one that the seed draws
-    action_space  what turn_direction(x) takes: "absolute" compass words, "relative" ones, or other
-                  words, drawn for each route: "random", or some kinds of support/vocabularies.py
-                  such as "letters,clock"
-    turn_words    whether angles are "wrapped" at 180 degrees before they become relative words,
-                  or "unwrapped" (official; a quarter of the words name the wrong side)
+    in_order      play route number `episode` of the file; else the seed draws a route
+    action_space  the words of turn_direction(x): "absolute" (compass words), "relative" (left,
+                  right, ...), or others, drawn for each route from all kinds ("random") or some
+                  (such as "letters,clock") of support/vocabularies.py
+    turn_words    whether angles are "wrapped" to at most 180 degrees before they become relative
+                  words, or "unwrapped" (official; a quarter of the words name the wrong side)
     view_headings where the four views look, relative to the agent: "prompt" (front, right, back,
                   left, as the prompt says) or "official" (what the official code crops)
     resolution    pixels of a view's side; the picture of all four is 2 * resolution + 5 wide
-    verify_iter   judged replies per position (2 in the paper)
+    verify_iter   tries at a position (2 in the paper)
     vision, feedback, prompt_file, faults, faulty_tries, reward   as in GeneralPoints
     guided        the expert goes on where all tries have failed: support/demonstrator.py
-    Of all these action_space, turn_words, prompt_file and feedback change what the model is told.
+    Prompts and verdicts change with action_space, turn_words, vision, prompt_file and feedback.
     """
     kinds = ("turn", "forward", "stop")
     retry_prompt = "nav_retry"
@@ -398,56 +398,57 @@ class Navigation(Environment):
         self.resolution = resolution
 
     def lay_out(self, episode):
-        """Draw a route and its vocabulary, and lay its rail. The official draws come first."""
+        """Draw a route and a vocabulary, and lay the rail. The official code's draws come first."""
         self.number = episode % len(self.routes) if self.in_order else None
         route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
         heading = route.init_heading or self.rng.randint(0, 359)       # 0 in a file means: any
-        before = (heading, *route.headings)
-        words = [vocabularies.relative_word(new - old, self.wrapped)
+        before = (heading, *route.headings)    # where the agent looks before each turn
+        sides = [vocabularies.relative_word(new - old, self.wrapped)   # left, right, ... per leg
                  for old, new in zip(before, route.headings)]
-        self.sentences = self.instruct(route, words)
+        self.sentences = self.instruct(route, sides)
         kept = []
-        for leg in route.between:              # drawn even where the place is None
-            kept.append([place for place in leg if self.rng.random() >= DROP_RATE])
+        for places in route.between:           # None, where no place fits, takes a draw, too
+            kept.append([place for place in places if self.rng.random() >= DROP_RATE])
         self.vocabulary = vocabularies.draw(self.word_kinds, self.rng)
-        self.rail = list(self.lay_rail(route, heading, words, kept))
+        self.rail = list(self.lay_rail(route, heading, sides, kept))
 
-    def instruct(self, route, words):
+    def instruct(self, route, sides):
         """Two sentences for each leg: face a direction, named in both vocabularies, and go on."""
         sentences = []
-        last = len(words) - 1
+        last = len(sides) - 1
         for leg, landmark in enumerate(route.landmarks):
             turning = "nav_first_turn" if leg == 0 and last > 0 else "nav_turn"
             moving = "nav_move_landmark" if landmark else "nav_move"
             if leg == last:
                 moving = "nav_last_move"
-            sentences += [fill(self.prompts[turning], rel=words[leg], dir=route.directions[leg]),
+            sentences += [fill(self.prompts[turning], rel=sides[leg], dir=route.directions[leg]),
                           fill(self.prompts[moving], landmarks=landmark)]
         return sentences
 
-    def lay_rail(self, route, heading, words, kept):
-        """The positions from the start to the destination, in the order in which one walks.
+    def lay_rail(self, route, heading, sides, kept):
+        """The positions from the start to the destination, in walking order.
 
-        A route of k legs has k + 1 points. Leg i goes from point i to i + 1, where landmark i is.
-        Each place kept between these points is a "forward". Sentence 2 i says how to turn at point
-        i, 2 i + 1 how to walk from there. Every point but the last is a "turn", the last a "stop".
+        A route of k legs has k + 1 points. Leg i goes from point i to point i + 1, and landmark i
+        is at its end. Sentence 2 i says how to turn at its beginning, the next one how to go on.
+        Every place kept on a leg is a "forward", every point a "turn", but the last a "stop".
         """
         for i, pano in enumerate(route.panos):
+            walked = i - 1                             # the leg that ends at point i
             if i > 0:
-                heading = route.headings[i - 1]        # still that of the leg just walked
-                # differs 20: sentences are found by their leg; theirs counts them along the way,
-                # and a leg without places shifts the later ones
-                for place in kept[i - 1]:
+                heading = route.headings[walked]       # the agent still looks along that leg
+                # differs 20: the leg's own; the official code counts, and a short leg shifts it
+                sentence = self.sentences[2 * walked + 1]
+                for place in kept[walked]:
                     if place is not None:
                         yield streets.Position(kind="forward", action="forward()", pano=place,
-                                               heading=heading, sentence=self.sentences[2 * i - 1])
-            landmark = route.landmarks[i - 1] if i > 0 else ""
+                                               heading=heading, sentence=sentence)
+            landmark = route.landmarks[walked] if i > 0 else ""
             here = dict(pano=pano, heading=heading, landmark=landmark)
-            if i == len(words):
+            if i == len(sides):
                 yield streets.Position(kind="stop", action="stop()", sentence=self.sentences[-1],
                                        **here)
             else:
-                word, other = vocabularies.words_for(self.vocabulary, route.directions[i], words[i])
+                word, other = vocabularies.words_for(self.vocabulary, route.directions[i], sides[i])
                 yield streets.Position(kind="turn", action=f"turn_direction({word})",
                                        other_action=f"turn_direction({other})",
                                        intersection=i > 0, sentence=self.sentences[2 * i], **here)
@@ -458,7 +459,7 @@ class Navigation(Environment):
         return streets.view_grid(path, self.position.heading, self.view_headings, self.resolution)
 
     def observation(self, position, seen=None):
-        """What is observed at a position, in words; `seen` stands for its landmark if given."""
+        """What is observed at a position, in words; `seen`, if given, replaces its landmark."""
         template, nothing = "nav_between", "nav_no_landmark"
         if position.intersection:
             template, nothing = "nav_at_intersection", "nav_no_landmark_at_intersection"
@@ -495,7 +496,7 @@ class Navigation(Environment):
         return {"route": self.number, "position": self.at}
 
     def format_reply(self, answer, position=None, sentence=None):
-        """A reply here; another `position` changes the observation, `sentence` the instruction."""
+        """A reply; `position` (of the observation) and `sentence` (instruction) default to here."""
         observation = self.observation(position or self.position)
         return fill(self.prompts["nav_reply"], observation=within_quotes(observation),
                     instruction=within_quotes(sentence or self.position.sentence),
@@ -505,11 +506,11 @@ class Navigation(Environment):
         return self.format_reply(self.position.action)
 
     def flawed_reply(self):
-        """A wrong action; one reply in three tells what is seen at another position."""
+        """A wrong action; in one reply of three the observation is that of a random position."""
         right = self.position.action
         turns = [f"turn_direction({word})" for word in self.vocabulary.values()]
         actions = ["forward()", *turns, "stop()"]
-        action = self.rng.choice([action for action in actions if action != right])
+        action = self.rng.choice([each for each in actions if each != right])
         seen_at = self.rng.choice(self.rail) if self.rng.random() < 1 / 3 else None
         return self.format_reply(action, seen_at)
 
@@ -522,9 +523,9 @@ class Task:
     environment: type
     fixed: dict             # settings that make it this task, and cannot be changed
     splits: dict            # name -> settings
-    metrics: tuple          # columns of tables (evaluate.summarise); the paper's measure first
+    metrics: tuple          # measures for tables (evaluate.summarise); the paper's comes first
     paper_lambda: float     # paper C.3: tokens of the rollout buffer per token trained
-    paper_episodes: dict    # test episodes of the paper by split; "" stands for all others
+    paper_episodes: dict    # how many episodes the paper tests, by split; "": on all other splits
 
 
 GP_SPLITS = {
@@ -546,7 +547,7 @@ NAVIGATION_PICTURE_SPLITS = NAVIGATION_SPLITS | {"visual_ood": dict(data="mini",
 PICTURE_SETTINGS = ("resolution", "card_dir", "view_headings")
 GP_PICTURE_METRICS = ("solved_and_read", "recognition", "success", "rank_accuracy")
 NAVIGATION_METRICS = ("paper_step_accuracy", "step_accuracy_turn", "step_accuracy", "success")
-WORDS, PICTURES = {"vision": False}, {"vision": True}
+WORDS, PICTURES = {"vision": False}, {"vision": True}          # what a task fixes
 TASKS = {
     "gp-l": Task(GeneralPoints, WORDS, GP_SPLITS, ("success",), 6.0, {"": 234}),
     "gp-vl": Task(GeneralPoints, PICTURES, GP_PICTURE_SPLITS, GP_PICTURE_METRICS, 6.0, {"": 234}),
@@ -563,12 +564,12 @@ def make_env(task, split="id", common=(), /, **own):
 
     1. the default in the constructor;
     2. the split;
-    3. `common`: settings for all splits; an error if the split has one too, unless 4 gives it;
+    3. `common`: settings for all splits; one that layer 2 has is an error unless 4 has it, too;
     4. `own`: keyword arguments, for this split alone;
     5. what the task fixes.
 
     Values may be texts; `env.settings` holds what was chosen. ValueError names what is not allowed.
-    The arguments of `demonstrator.wrap` are settings too: `planted` below.
+    The arguments of `demonstrator.wrap`, which plants errors, are settings, too: `planted` below.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r}: allowed are {', '.join(TASKS)}")
@@ -578,8 +579,8 @@ def make_env(task, split="id", common=(), /, **own):
         raise ValueError(f"split {split!r}: {task} has {', '.join(row.splits)}")
     defaults = settings.defaults_of(Environment, demonstrator.wrap, row.environment)
     allowed = [name for name in defaults if name not in row.fixed]
-    pictures = () if row.fixed["vision"] else PICTURE_SETTINGS     # an error in a task in words
-    settings.check_known(task, {**common, **own}, allowed, pictures)
+    useless = () if row.fixed["vision"] else PICTURE_SETTINGS      # without pictures
+    settings.check_known(task, {**common, **own}, allowed, useless)
     settings.check_open(split, row.splits[split], common, own)
     chosen = {**defaults, **row.splits[split], **common, **own, **row.fixed}
     for name, value in chosen.items():

@@ -1,10 +1,10 @@
 """Success inside and outside the training distribution (paper Sections 4 and 5, appendix C.3).
 
 An episode of GeneralPoints succeeds when the hand is solved within its tries. An episode of V-IRL
-succeeds when every position of the route is solved, up to the stop. The paper reports V-IRL by
-replies: the share of all replies that are correct, retries included. Most replies are moves that
-are the same under both rules. So `summarise` also counts the positions where a direction must be
-named (kind "turn"), and first tries.
+succeeds when every position of the route is solved, up to the stop. For V-IRL the paper reports
+another measure: the share of all replies that are correct, retries included. Most of these replies
+are moves that are the same under both rules. So `summarise` also has shares for first tries alone,
+and for the positions where a direction must be named (kind "turn").
 
 Every episode is played until it is solved or out of tries. So one evaluation also gives the success
 within every smaller number of tries. Curves are drawn against `gflops` of metrics.jsonl, which is
@@ -13,14 +13,14 @@ within every smaller number of tries. Curves are drawn against `gflops` of metri
     python evaluate.py --model runs/sft/step_000400     # one checkpoint, printed only
     python evaluate.py --run-folder runs/rl             # all checkpoints of a run, and its start
     python evaluate.py --run-folder runs/rl --splits id rule_ood id rule=11,11,11  # and your rule
-    python evaluate.py --compare runs/sft runs/rl --html page.html    # tables, what each arm says
+    python evaluate.py --compare runs/sft runs/rl --html page.html    # tables; page: what arms say
     API_KEY=... python evaluate.py --api-url https://host/v1 --api-model NAME --out runs/api
 
 Rows go to eval.jsonl of the run, one per checkpoint, split, seed and settings. Rows that are there
 already are not played again, and a stopped evaluation goes on where it was. Task and `--env` are
-those of the run unless a flag says otherwise. Settings that stood behind the split's name in
-training, as in `--split id rule=11,11,11`, are not taken: repeat them in --splits. How --compare
-makes means, errors and p values stands in support/compare.py.
+those of the run unless a flag changes them. Settings that stood behind the split's name in
+training, as in `--split id rule=11,11,11`, are not taken: repeat them in --splits.
+support/compare.py says how --compare makes means, errors and p values.
 
 Left out: smoothing (the paper's curves are Savitzky-Golay filtered).
 """
@@ -44,13 +44,13 @@ from support.running import flag
 # ---- What counts -------------------------------------------------------------------------------
 
 def share(hits, counts):
-    """The share of `hits` in `counts`, one number of each per episode, and its standard error.
+    """The share of `hits` in `counts`, lists with a number per episode, and its standard error.
 
         rate  = sum of hits / sum of counts
         error = sqrt(sum over episodes of (hits - rate * counts)^2) / sum of counts
 
-    The error is over episodes, since replies of one episode are no independent samples. With counts
-    of 1 it is the binomial sqrt(rate (1 - rate) / n).
+    The error is over episodes, since replies of one episode are no independent samples. If all
+    counts are 1, it is the binomial sqrt(rate (1 - rate) / n).
     """
     total = max(1, sum(counts))
     rate = sum(hits) / total
@@ -61,26 +61,25 @@ def share(hits, counts):
 def summarise(episodes, verify_iter, kinds=()):
     """One row of eval.jsonl, from played episodes; each is a list of infos, one per reply.
 
-    `kinds` are all kinds of position, as some may not have come up in these episodes. A measure is
-    hits / counts, both summed over episodes, with its standard error (`share`) under NAME_stderr:
+    `kinds` are all kinds of position, since these episodes may lack some. A measure is hits /
+    counts, both summed over episodes. Its standard error (`share`) is under NAME_stderr. A later
+    reply is one after the first to a hand or at a position.
 
     measure              hits / counts
     success              episodes solved / episodes
     step_accuracy        correct replies / replies, retries included (paper C.3)
-    paper_step_accuracy  correct replies / (replies + failed episodes). At the end of a failed
-                         episode the official code has the model write one more reply. Nobody
-                         reads that reply, and it counts as wrong.
+    paper_step_accuracy  correct replies / (replies + failed episodes): after a failed episode the
+                         official code asks for one more reply, and counts it, unread, as wrong
     first_try            correct first replies / first replies to a hand or at a position
     retries              correct later replies / later replies
     repeats              later replies that are word for word an earlier one / later replies
-    step_accuracy_turn   step_accuracy at positions of kind "turn"; so for each kind and first_try
-    recognition          first replies that name the four cards, in any order / episodes (paper
-                         Fig. 8)
-    rank_accuracy        cards that the first reply names in their place / 4 per episode; by chance
-                         one in thirteen
-    solved_and_read      episodes solved by a reply that also names the cards / episodes. The
-                         official code lets a solved hand go on until the cards are read, too.
-                         Ours ends at once, so this is a lower bound of their success.
+    step_accuracy_turn   V-IRL: step_accuracy at "turn" positions alone; likewise for the kinds
+                         "forward" and "stop", and for first_try
+    recognition          first replies that name the four cards, in any order / episodes (Fig. 8)
+    rank_accuracy        cards that first replies name in their place / 4 per episode
+    solved_and_read      hands solved by a reply that also names the cards / hands. The official
+                         code plays a solved hand on until its cards are named, too. Ours ends it
+                         at once, so this is a lower bound of the official success.
 
     Further entries, explained in docs/metrics.md: success_within, success_by_city, reward,
     numbers_right, statuses, endings, replies_empty.
@@ -95,28 +94,28 @@ def summarise(episodes, verify_iter, kinds=()):
     def is_correct(info):
         return info["status"] == "correct"
 
-    def measure_replies(name, counted, hit=is_correct):
-        """The share of hits among the replies that are counted."""
+    def measure_replies(name, is_counted, is_hit=is_correct):
+        """Put into the row the share of hits among the replies that are counted."""
         hits, counts = [], []
         for episode in episodes:
-            picked = [info for info in episode if counted(info)]
-            hits.append(sum(1 for info in picked if hit(info)))
-            counts.append(len(picked))
+            counted = [info for info in episode if is_counted(info)]
+            hits.append(sum(1 for info in counted if is_hit(info)))
+            counts.append(len(counted))
         measure(name, hits, counts)
 
-    once = [1] * len(episodes)
+    ones = [1] * len(episodes)
     solved = [int(episode[-1]["success"]) for episode in episodes]
-    measure("success", solved, once)
+    measure("success", solved, ones)
     measure_replies("step_accuracy", lambda info: True)
-    # differs 22: theirs counts steps by this alone, and success on GP-VL as `solved_and_read` says.
-    # A guided route goes on behind its first failed position; this measure ends there.
+    # differs 22: steps as in the official code; for success on GP-VL see `solved_and_read` above.
+    # Replies behind the first failed position of a guided route do not count in this measure.
     unguided = [[info for info in episode if "guided" not in info] for episode in episodes]
     correct = [sum(map(is_correct, episode)) for episode in unguided]
     with_unread = [len(episode) + (not is_correct(episode[-1])) for episode in unguided]
     measure("paper_step_accuracy", correct, with_unread)
     measure_replies("first_try", lambda info: info["try"] == 1)
     measure_replies("retries", lambda info: info["try"] > 1)
-    measure_replies("repeats", lambda info: info["try"] > 1, hit=lambda info: info["repeated"])
+    measure_replies("repeats", lambda info: info["try"] > 1, is_hit=lambda info: info["repeated"])
 
     kinds = sorted({*kinds, *(info["kind"] for info in replies)})
     if len(kinds) > 1:
@@ -124,12 +123,12 @@ def summarise(episodes, verify_iter, kinds=()):
             measure_replies(f"step_accuracy_{kind}", lambda info: info["kind"] == kind)
             measure_replies(f"first_try_{kind}",
                             lambda info: info["kind"] == kind and info["try"] == 1)
-    if "ranks_right" in replies[0]:   # the replies name cards
-        measure("recognition", [int(episode[0]["cards_read"]) for episode in episodes], once)
+    if "ranks_right" in replies[0]:   # in GeneralPoints
+        measure("recognition", [int(episode[0]["cards_read"]) for episode in episodes], ones)
         ranks_right = [episode[0]["ranks_right"] for episode in episodes]
         measure("rank_accuracy", ranks_right, [4] * len(episodes))
         both = [int(episode[-1]["success"] and episode[-1]["cards_read"]) for episode in episodes]
-        measure("solved_and_read", both, once)
+        measure("solved_and_read", both, ones)
 
     # A route is solved within as many tries as its hardest position took.
     tries_needed = [max(info["try"] for info in episode)
@@ -156,7 +155,7 @@ def summarise(episodes, verify_iter, kinds=()):
 
 # ---- Settings ----------------------------------------------------------------------------------
 
-# Paper Fig. 6 and 7, Section 5.1 and 5.2: % at the start, after SFT and after RL, at equal compute.
+# Paper Fig. 6 and 7, Sections 5.1, 5.2: % at the start, after SFT and after RL, at equal compute.
 PAPER = {
     ("gp-l", "rule_ood", "success"): (11.5, 3.4, 15.0),
     ("virl-l", "rule_ood", "paper_step_accuracy"): (80.8, 1.3, 91.8),
@@ -177,7 +176,7 @@ SIDE_BY_SIDE = 500   # episodes that a process plays at once: more of them need 
 @dataclass
 class Config:
     """Defaults are ours: the paper does not say how it decodes in its tests."""
-    # differs 25: greedy, theirs samples
+    # differs 25: greedy by default; the official code samples
     model: str = flag("", "evaluate this one checkpoint")
     run_folder: str = flag("", "evaluate all checkpoints of this run, and its start")
     start: bool = flag(True, "with --run-folder: evaluate the model that the run started from, too")
@@ -186,8 +185,8 @@ class Config:
     html: str = flag("", "with --compare: write a page with what every arm says, such as page.html")
     api_url: str = flag("", "evaluate a model behind this OpenAI-style API; API_KEY holds its key")
     api_model: str = flag("", "with --api-url: the name of the model there")
-    api_extra: str = flag("", "with --api-url: JSON with more fields for the request; null leaves "
-                          'one out: {"max_tokens": null, "max_completion_tokens": 4096}')
+    api_extra: str = flag("", "with --api-url: JSON with more fields for the request; null drops "
+                          'a field: {"max_tokens": null, "max_completion_tokens": 4096}')
     api_header: tuple = flag((), "with --api-url: more headers, such as 'api-key: $API_KEY'")
     api_timeout: float = flag(600.0, "with --api-url: seconds for one whole answer", low=1)
     api_workers: int = flag(8, "with --api-url: requests at the same time", low=1)
@@ -195,19 +194,19 @@ class Config:
                         "replies, new or stopped half-way")
     dialogues: int = flag(16, "episodes of each split and seed whose dialogues are kept for "
                               "envs.py --read and --html", low=0)
-    task: str = flag("", "empty: the run's, else gp-l", choices=("", *envs.TASKS))
-    splits: tuple = flag(("id", "rule_ood"), "with settings, such as: id rule_ood id target=36")
+    task: str = flag("", "which environment; empty: the run's or gp-l", choices=("", *envs.TASKS))
+    splits: tuple = flag(("id", "rule_ood"), "splits, with settings: id rule_ood id target=36")
     env: tuple = flag((), "settings on top of those of the run, such as: root=city0 verify_iter=3")
     episodes: int = flag(1000, "how many per split and seed", low=1)
-    paper: bool = flag(False, "the paper's sample instead: 234 hands, 48 routes, 18 on visual_ood")
-    seeds: str = flag("0", "comma-separated; never those of training, though a hand may come again")
+    paper: bool = flag(False, "as many as the paper: 234 hands, 48 routes, 18 on visual_ood")
+    seeds: str = flag("0", "comma-separated; no deal has a seed of training, but hands may recur")
     temperature: float = flag(0.0, "0 is greedy; the official code samples as the checkpoint says, "
                               "a stock Llama-3.2 at 0.6", low=0)
     top_p: float = flag(1.0, "sample from the likeliest tokens that have this share of the "
                         "probability (official: 0.9)", low=0.01, high=1)
-    max_new_tokens: int = flag(256, "a reply is cut here", low=1)
-    generate_tokens: int = flag(65536, "tokens sampled side by side, with padding", low=1)
-    kept_gib: float = flag(4.0, "GiB of keys and values that stay from turn to turn", low=0)
+    max_new_tokens: int = flag(256, "a reply is cut after so many tokens", low=1)
+    generate_tokens: int = flag(65536, "tokens sampled at once, with prompts and padding", low=1)
+    kept_gib: float = flag(4.0, "GiB of keys and values kept from turn to turn", low=0)
     dtype: str = flag("auto", "compute in this type; auto: the run's, else by the processor",
                       choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "cpu, cuda, or auto")
@@ -218,20 +217,20 @@ class Config:
 class LocalModel:
     """A checkpoint as a player. The ids of its dialogues, and what it saw, stay from turn to turn.
 
-    `kept` is the stem of the paths at which replies are kept (`evaluation.KeptReplies`), or None.
+    `stem` is how the paths of files with kept replies begin (`evaluation.KeptReplies`), or None.
     """
 
-    def __init__(self, path, vision, config, kept=None):
+    def __init__(self, path, vision, config, stem=None):
         device = running.start_processes(config.device)
         self.policy, self.processor = load_policy(str(path), config.dtype, device, vision=vision,
                                                   param_dtype=config.dtype)
         self.config = config
         self.memory = RolloutMemory(self.policy, config.generate_tokens, config.kept_gib * 2 ** 30)
         self.ids_so_far = {}   # episode -> ids of its dialogue
-        self.kept = evaluation.KeptReplies(kept)
+        self.kept = evaluation.KeptReplies(stem)
 
     def reply(self, of, split, seed, turn, pending):
-        """The next replies in dialogues, as pairs (text, ending), in their order.
+        """The next reply in each pending dialogue: pairs (text, ending), in the order of `pending`.
 
         pending: {episode: (messages, whether they begin a dialogue)}. ending: "stop", or "length"
         if the reply was cut. `of` is a text that names the checkpoint, split, seed and settings.
@@ -258,8 +257,8 @@ class LocalModel:
     def sample(self, seed, turn, episodes, prompts, pictures):
         """{episode: ids of its reply}; the draws depend on seed, episode and turn alone."""
         config = self.config
-        draws = [(EVALUATION, seed, i, turn) for i in episodes]
-        uniforms = sampling_uniforms(draws, config.max_new_tokens)
+        keys = [(EVALUATION, seed, i, turn) for i in episodes]
+        uniforms = sampling_uniforms(keys, config.max_new_tokens)
         with running.memory_advice("--generate-tokens or --kept-gib"):
             replies = self.policy.generate(prompts, uniforms, config.max_new_tokens,
                                            config.temperature, config.generate_tokens, pictures,
@@ -267,7 +266,7 @@ class LocalModel:
         return {i: ids for i, (ids, _) in zip(episodes, replies)}
 
     def forget(self, of):
-        """The row of this evaluation is written: its replies are kept no longer."""
+        """Drop the kept replies of an evaluation: its row is written."""
         self.kept.forget(of)
 
 
@@ -277,15 +276,15 @@ def num_episodes(config, split):
 
 
 def play_episodes(reply, environments, seed, first=0):
-    """Play episodes first, first + 1, ... in these environments, side by side: the infos of each.
+    """Play an episode in each environment, side by side: the infos of each episode.
 
-    reply(turn, {episode: (messages, whether they begin a dialogue)}) gives pairs (text, ending), as
-    `LocalModel.reply`. Every process plays its part, and gets the infos of all.
+    Episode numbers begin at `first`. reply(turn, pending) is `LocalModel.reply` with its other
+    arguments given. Every process plays its part, and gets the infos of all.
     """
     pending = {}
     environments = dict(enumerate(environments, first))
     for i in running.local_part(list(environments)):
-        # differs 13: never a seed of training
+        # differs 13: never a seed of training; on GeneralPoints the official code takes one
         messages, _ = environments[i].reset(seed=f"{seed}/evaluate/{i}", episode=i)
         pending[i] = (messages, True)
     infos = {i: [] for i in pending}
@@ -296,7 +295,7 @@ def play_episodes(reply, environments, seed, first=0):
         for i, (text, ending) in zip(pending, reply(turn, pending)):
             earlier, _ = pending[i]
             failed = ending.startswith(api.FAILED)   # then the text is not the model's
-            # Messages alternate user, assistant, ...: the odd ones are the model's earlier replies.
+            # Messages alternate user, assistant, ...: those at odd indices are earlier replies.
             repeated = not failed and any(message["content"] == text for message in earlier[1::2])
             messages, reward, _, _, info = environments[i].step(text)
             infos[i].append(info | {"reward": reward, "ending": ending, "repeated": repeated,
@@ -314,11 +313,11 @@ def play_episodes(reply, environments, seed, first=0):
     return [played[i] for i in sorted(played)]
 
 
-def evaluate_model(path, called, known, config, write, kept=None):
+def evaluate_model(path, called, known, config, write, stem=None):
     """Evaluate a checkpoint, or the API's model of this name, on every split and seed.
 
     What has a row in `known` is left out. `write` gets each new row, and what was said in the first
-    episodes. Printed lines name the model as `called`. `kept`: as in LocalModel.
+    episodes. Printed lines name the model as `called`. `stem`: as in LocalModel.
     """
     model = None
     metrics = envs.TASKS[config.task].metrics
@@ -332,15 +331,15 @@ def evaluate_model(path, called, known, config, write, kept=None):
             label = f"{called}, {split.label}, seed {seed}"
             if seed in done:
                 running.print0(f"{label}: already evaluated")
-                if evaluation.is_hidden(done[seed], known):    # tables take the last: repeat it
+                if evaluation.is_hidden(done[seed], known):    # repeat it: tables take the last row
                     write(done[seed], [])
                 continue
             # The model is loaded when the first seed has to be played, not before.
             if model is None and config.api_url:
                 model = api.ApiModel(config)
             elif model is None:
-                model = LocalModel(path, env.vision, config, kept)
-            # This names the evaluation among the replies that are kept in case it is stopped.
+                model = LocalModel(path, env.vision, config, stem)
+            # The name of this evaluation, under which its replies are kept in case it is stopped.
             of = json.dumps([str(path), split.label, seed, chosen])
             reply = partial(model.reply, of, split.label, seed)
             episodes, num = [], num_episodes(config, split)
@@ -353,16 +352,16 @@ def evaluate_model(path, called, known, config, write, kept=None):
                    **summarise(episodes, env.verify_iter, env.kinds), "settings": chosen}
             write(row, recorder.rows())
             model.forget(of)
-            beside = compare.beside_paper(config.task, row, PAPER) if config.paper else ""
-            evaluation.print_results(label, row, metrics, beside)
+            of_paper = compare.beside_paper(config.task, row, PAPER) if config.paper else ""
+            evaluation.print_results(label, row, metrics, of_paper)
 
 
-# ---- The four ways -----------------------------------------------------------------------------
+# ---- Four ways to evaluate ---------------------------------------------------------------------
 
 def finish_config(config):
-    """The config with task and type settled; ValueError if a split or setting is not allowed."""
+    """The config with task and dtype settled; ValueError if a split or setting is not allowed."""
     config = replace(config, task=config.task or "gp-l")
-    for split in settings.read_splits(config.splits):
+    for split in settings.read_splits(config.splits):          # only to check them
         common = settings.read_settings(config.env)
         envs.make_env(config.task, split.name, common, **split.settings)
     if config.api_url:
@@ -405,7 +404,7 @@ def evaluate_run(config):
 
 
 def compare_runs(config):
-    """Print the tables of evaluated runs beside the paper's numbers; write figure and page."""
+    """Print the tables of evaluated runs, with the paper's numbers; write the figure and page."""
     metrics = {name: task.metrics for name, task in envs.TASKS.items()}
     reference = compare.Reference(PAPER, SIGNS, metrics)
     study = compare.compare(logs.list_runs(config.compare), config.figure, reference)

@@ -1,6 +1,6 @@
 """The policy: a Hugging Face (vision-)language model with the paper's value head.
 
-The paper trains one model by SFT and by RL. Here is what both need of it; nothing knows a game.
+The paper trains one model by SFT and by RL. Here is what both need of it; no line knows the games.
 
     messages  -- encode -->  prompt_ids  -- generate -->  response_ids  -- decode_reply -->  text
     dialogues of (prompt_ids, response_ids)  -- collate -->  batch  -- forward -->  logprobs, values
@@ -11,7 +11,7 @@ The paper trains one model by SFT and by RL. Here is what both need of it; nothi
     prompt_ids (P,)     everything before the reply, the dialogue so far included
     response_ids (R,)   the reply, with its end-of-turn token unless it was cut at the limit
     picture             the PIL image of a dialogue, or None; the prompt holds its image tokens
-    row                 in training, a dialogue with all its replies; in sampling, one reply
+    row                 in training, a dialogue with all its replies; in sampling, one prompt
 
 A model is a folder that any Hugging Face tool opens. Text models are causal LMs shaped like Llama.
 Vision models are Mllama (the paper's Llama-3.2-Vision), Qwen2.5-VL and Qwen3-VL.
@@ -40,11 +40,11 @@ IMAGE_TOKEN = "<|image|>"
 def text_after_last_reply(processor, messages):
     """What the chat template writes after the last reply, its end-of-turn included.
 
-    Sampled ids need not be encoded again, so only this text is. The dialogue is rendered with a
-    placeholder for that reply, and only what follows it is kept:
+    The ids of earlier replies are kept, so only this text is encoded. The dialogue is rendered with
+    a placeholder for the last reply, and only what follows the placeholder is returned:
 
         <user>Make 24<end><assistant>(the last reply)<end><user>Wrong, again<end><assistant>
-                                                     ^------------- kept -------------------
+                                                     ^----------- returned -----------------
     """
     placeholder = "(the last reply)"
     while placeholder in str(messages):
@@ -54,7 +54,8 @@ def text_after_last_reply(processor, messages):
     marked[last] = messages[last] | {"content": placeholder}
     text = render(processor, marked, add_generation_prompt=True)
     _, found, after = text.partition(placeholder)
-    after, end_of_turn = after.lstrip(), tokenizer_of(processor).eos_token     # "reply </s>"
+    after = after.lstrip()             # a template may write "reply </s>", with a blank between
+    end_of_turn = tokenizer_of(processor).eos_token
     if not found or not after.startswith(end_of_turn):
         raise ValueError(f"the chat template must show the last reply and end it with "
                          f"{end_of_turn!r}, the \"eos_token\" of tokenizer_config.json: "
@@ -67,15 +68,15 @@ def encode(processor, messages, prior_ids=None):
 
     `prior_ids` are the ids of the dialogue up to and including the last reply, as it was sampled.
     With them only what follows that reply is tokenized, even if the template would now write
-    earlier turns otherwise. A reply that was cut at the limit gets an end-of-turn here. That token
-    belongs to the prompt, and so to no loss.
+    earlier turns differently. A reply that was cut at the limit gets an end-of-turn here. That
+    token belongs to the prompt, and so to no loss.
     """
     tokenizer = tokenizer_of(processor)
     if prior_ids:
         # differs 12: sampled ids are kept, never decoded and encoded again
         text = text_after_last_reply(processor, messages)
         # `text` begins with the reply's end-of-turn, so that token is dropped from the ids kept.
-        # It is tokenized anew because some tokenizers, as Llama 2's, put a blank before a text that
+        # `text` has it because some tokenizers, such as Llama 2's, put a blank before a text that
         # does not begin with a special token.
         kept = prior_ids[:-1] if prior_ids[-1] == tokenizer.eos_token_id else prior_ids
     else:
@@ -83,7 +84,7 @@ def encode(processor, messages, prior_ids=None):
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if processor is not tokenizer:       # a vision model: one image token becomes many
         ids = repeat_image_tokens(processor, kept, ids, picture_of(messages))
-    # A text may not hold control tokens. A reply that is kept as ids may: it is not tokenized here.
+    # A text that is tokenized must not hold control tokens. A reply that is kept as ids may.
     for message in messages:
         kept_as_ids = prior_ids and message["role"] == "assistant"
         if not kept_as_ids:
@@ -95,7 +96,7 @@ def encode_reply(processor, reply):
     """The response ids (R,) that SFT learns: the reply and its end-of-turn."""
     tokenizer = tokenizer_of(processor)
     check_text(tokenizer, reply)
-    shown = as_shown(processor, reply)
+    shown = as_shown(processor, reply)         # without blanks that the template cuts off
     return tokenizer(shown, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
@@ -108,11 +109,11 @@ def decode_reply(processor, response_ids):
 # ---- Batches -------------------------------------------------------------------------------------
 
 def collate(dialogues: list[list[tuple[list[int], list[int]]]], device, pictures=()):
-    """One row of tokens for each dialogue, padded on the right, and where in it the replies stand.
+    """One row of tokens for each dialogue, padded on the right, and where the replies stand in it.
 
-    A dialogue is a list of (prompt_ids, response_ids). Each prompt begins with the prompt and reply
-    before it, so the last turn holds the whole dialogue. One pass over it serves every reply: five
-    tries cost no more tokens than the fifth. For example, a dialogue of two tries and one of one:
+    A dialogue is a list of turns (prompt_ids, response_ids). Each prompt begins with the turn
+    before, so the last turn holds the whole dialogue. One pass over it serves all turns: five tries
+    cost no more tokens than the fifth alone. For example, a dialogue of two tries and one of one:
 
         [[([1, 5], [7, 2]), ([1, 5, 7, 2, 6], [8, 2])],      input_ids   1 5 7 2 6 8 2
          [([1, 4], [9, 2])]]                                             1 4 9 2 0 0 0
@@ -120,42 +121,41 @@ def collate(dialogues: list[list[tuple[list[int], list[int]]]], device, pictures
                                                              prompt_length    2 5 2
                                                              response_length  2 2 2
 
-    Returns input_ids (rows, T); row, prompt_length and response_length (B,) of the replies in
-    order; and the pictures, one for each row or none at all. ValueError if only some rows have a
+    Returns a dict: input_ids (rows, T); row, prompt_length and response_length (B,), of the replies
+    in order; pictures, one for each row or none at all. ValueError if only some rows have a
     picture: the layers that look at pictures would run for all rows or for none. There is no
-    attention mask, since under causal attention no token sees what follows it.
+    attention mask: under causal attention no token sees the padding that follows it.
     """
     pictures = [picture for picture in pictures if picture is not None]
     if len(pictures) not in (0, len(dialogues)):
         raise ValueError(f"{len(pictures)} pictures for {len(dialogues)} dialogues: "
                          "a batch has one for each or none")
-    # The last turn of a dialogue holds the earlier ones, so it is the whole row.
     whole = [dialogue[-1][0] + dialogue[-1][1] for dialogue in dialogues]
     input_ids = torch.zeros(len(whole), max(map(len, whole)), dtype=torch.long)
     replies = []
-    for row, ids in enumerate(whole):
-        input_ids[row, :len(ids)] = torch.tensor(ids)
-        for prompt, response in dialogues[row]:
+    for i, ids in enumerate(whole):
+        input_ids[i, :len(ids)] = torch.tensor(ids)
+        for prompt, response in dialogues[i]:
             turn = prompt + response
             assert ids[:len(turn)] == turn, "a prompt does not begin with the turn before"
-            replies.append((row, len(prompt), len(response)))
+            replies.append((i, len(prompt), len(response)))
     row, prompt_length, response_length = torch.tensor(replies, device=device).T
     return {"input_ids": input_ids.to(device), "row": row, "prompt_length": prompt_length,
             "response_length": response_length, "pictures": pictures}
 
 
 def longest_first(lengths):
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))         # indices
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))         # row indices
 
 
 def micro_batches(lengths: list[int], token_budget, group_cost=None) -> list[list[int]]:
     """Row indices in groups of like length, each of at most `token_budget` tokens with padding.
 
     The rows are sorted, longest first, and cut into groups so that the total cost is least. A group
-    costs rows x length of its first row, plus `group_cost` for the pass (if not given, a
+    costs its tokens, rows x length of the longest, plus `group_cost` for its pass (if not given, a
     sixteenth of the budget). A row above the budget is a group by itself.
 
-        lengths [9, 8, 2, 2], budget 20, group_cost 3    ->    [[0, 1], [2, 3]], 18 + 3 + 4 + 3
+        lengths [9, 8, 2, 2], budget 20, group_cost 3    ->    [[0, 1], [2, 3]], cost 18+3 + 4+3
 
     This is dynamic programming: best[end] holds the least cost of the first `end` rows. If their
     last group begins at `start`, the rows before it cost best[start], which is known by then.
@@ -184,7 +184,7 @@ def aligned_micro_batches(lengths: list[int], token_budget) -> list[list[int]]:
     """`micro_batches` of this process's rows, cut at the same places in all processes.
 
     All processes make their passes together, and a pass takes as long as its longest row. So the
-    cuts are those for an imaginary process with the longest row of any process at each place:
+    cuts are made for an imaginary process, whose n-th longest row is the longest n-th row of all:
 
         sorted lengths [9, 5] here, [7, 6, 3] in the other process    ->    cuts made for [9, 6, 3]
 
@@ -194,7 +194,7 @@ def aligned_micro_batches(lengths: list[int], token_budget) -> list[list[int]]:
     sorted_lengths = running.gather([lengths[i] for i in order])           # of every process
     longest = []
     for place in range(max(map(len, sorted_lengths))):
-        longest.append(max(rows[place] for rows in sorted_lengths if place < len(rows)))
+        longest.append(max(each[place] for each in sorted_lengths if place < len(each)))
     groups = []
     for places in micro_batches(longest, token_budget):
         rows = [order[place] for place in places if place < len(order)]
@@ -211,22 +211,22 @@ class TokenLogprobs(torch.autograd.Function):
         logits = hidden @ weight.T / temperature, with -inf at the ids in `ban`          (n, V)
         logprob = log_softmax(logits)[target]                                            (n,)
 
-    This computes the same in a quarter of the memory: autograd would hold four (n, V) tensors. Here
-    one buffer is overwritten twice. It is the logits, then their softmax, then the slope, which is
+    For these two lines autograd would hold four (n, V) tensors. Here there is only one, a buffer
+    that is overwritten twice. It is the logits, then their softmax, then the slope, which is
     softmax(logits) - onehot(target) = -d logprob / d logits.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, ban, targets, temperature):
-        # differs 8: float32 from the product on; theirs rounds each log-prob to bfloat16
+        # differs 8: float32 from here on; the official code rounds each log-prob to bfloat16
         logits = wide_product(hidden, weight)                              # (n, V), the one buffer
         logits.div_(temperature).index_fill_(1, ban, -math.inf)
         picked = logits.gather(1, targets[:, None])                        # (n, 1)
         peak = logits.amax(1, keepdim=True)                                # (n, 1)
         # The buffer becomes the softmax; `logits` is gone.
         probs = torch.softmax(logits, 1, out=logits)
-        # The largest prob is exp(peak) / sum(exp(logits)), so log(sum) = peak - log(max(probs)).
-        # log(probs[target]) is not used: that prob may have underflowed to 0.
+        # logprob = picked - log(Z), where Z = sum(exp(logits)). The largest prob is exp(peak) / Z,
+        # so log(Z) = peak - log(max(probs)). probs[target] is not used: it may have become 0.
         logprobs = picked - peak + probs.amax(1, keepdim=True).log()       # (n, 1)
         # The buffer becomes the slope; `probs` is gone.
         ctx.slope = probs.scatter_add_(1, targets[:, None], -torch.ones_like(picked))
@@ -263,7 +263,7 @@ class Policy(nn.Module):
         num_ids = backbone.lm_head.weight.shape[0]                                         # V
         banned = loading.never_sampled(tokenizer, backbone.config, num_ids)                # (V,)
         self.register_buffer("banned", banned, persistent=False)
-        # Granite divides its logits by this: here in token_logprobs, in sampling in the decoder.
+        # Granite's logits are divided by this: by token_logprobs, and in sampling by the decoder.
         self.logits_scaling = getattr(config, "logits_scaling", 1.0)
         self.dtype, self.context = getattr(torch, dtype), loading.context_of(config)
         self.vision = None
@@ -276,9 +276,9 @@ class Policy(nn.Module):
         return self.banned.device
 
     def gflops(self, tokens_trained, tokens_rollout=0):
-        """The x-axis of the figures (paper C.3): 6 N a token trained, 2 N a token read or sampled.
+        """GFLOPs, the figures' x-axis (paper C.3): 6 N a trained token, 2 N a read or sampled one.
 
-        `rl.count_compute` counts both kinds. SFT only trains, so its tokens_rollout is 0.
+        N is `num_params`. `rl.count_compute` counts both kinds; SFT has no rollout tokens.
         """
         return 2 * self.num_params * (3 * tokens_trained + tokens_rollout) / 1e9
 
@@ -309,14 +309,14 @@ class Policy(nn.Module):
     def forward(self, batch, temperature=None):
         """Log-probs (B, R), zero behind each reply's end, and values (B,).
 
-        With a temperature they are those of the policy that samples, with special ids shut out.
+        With a temperature the log-probs are those of sampling, where special ids are shut out.
         Without one they are those of the plain model, for SFT.
         """
-        row, first = batch["row"], batch["prompt_length"]                  # (B,)
+        row, first = batch["row"], batch["prompt_length"]      # (B,); first: a reply's first column
         self.check_length(batch["input_ids"].shape[1])
 
         # Find the n response tokens: their rows, and their columns in the rows.
-        # differs 6: all tokens of a reply count, its end-of-turn too; theirs omits the first two
+        # differs 6: all of them count, end-of-turn included; the official code omits the first two
         offsets = torch.arange(int(batch["response_length"].max()), device=self.device)    # (R,)
         is_token = offsets < batch["response_length"][:, None]             # (B, R)
         rows = row[:, None].expand_as(is_token)[is_token]                  # (n,)
@@ -358,25 +358,25 @@ class Policy(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, uniforms, max_new_tokens, temperature, token_budget=65536,
                  pictures=None, memory=None, owners=None, top_p=1.0):
-        """Sample one reply to each prompt: (response_ids, their log-probs), lists (R,), for each.
+        """Sample one reply to each prompt. For each: (response_ids, their log-probs), lists (R,).
 
         uniforms      (number of prompts, max_new_tokens) in [0, 1). Each row decides the tokens of
-                      one reply. But for rounding, the replies beside it change nothing
+                      one reply. Apart from rounding, a reply does not depend on the others
         temperature   0 takes the likeliest token
         token_budget  at most so many tokens, with padding, are decoded together
         pictures      one for each prompt, or None for each
         memory        a RolloutMemory, which keeps what was read and seen for the next call
-        owners        a key in `memory` for each prompt; if not given, its index. An owner may begin
-                      another dialogue: only what both prompts begin with is reused
-        top_p         sample from the likeliest tokens with this share (evaluation alone)
+        owners        for each prompt the key in `memory` of an earlier dialogue, of which what both
+                      begin with is reused; if not given, the prompt's index
+        top_p         sample from the likeliest tokens that make up this share; for evaluation alone
 
-        The log-probs, seen while sampling, serve only to check those of `forward`.
+        The log-probs returned serve only to check those that `forward` computes later.
         """
         pictures = pictures or [None] * len(prompts)
         owners = owners or range(len(prompts))
         memory = memory or RolloutMemory(self, token_budget)
         replies = [None] * len(prompts)
-        # Weights are gathered and cast once around everything, not for each token.
+        # Weights are gathered and cast once for the whole call, not for each token.
         with running.unsharded(self), self.autocast():
             memory.forget_all_but(owners)
             # Encode all pictures first, each once.
@@ -420,14 +420,14 @@ class Policy(nn.Module):
             num_going = int(going.sum())
             if num_going == 0 or t == max_new_tokens - 1:
                 break
-            # Drop ended rows in bulk, as each drop copies the cache: once more than a tenth of the
-            # rows has ended, or more than half with CUDA graphs, which are then captured anew.
+            # Each drop copies the cache, so ended rows are dropped in bulk: once more than a tenth
+            # have ended. With CUDA graphs, which are then captured anew, once more than half have.
             if num_going < (0.5 if decoder.graphs else 0.9) * len(ids):
                 kept = going.nonzero()[:, 0]
                 decoder.keep(kept)
                 reply_of_row, ids, going = reply_of_row[kept], ids[kept], going[kept]
             logits = decoder.append(ids)
-        # Keep no row: the RolloutMemory gets the keys and values of each row that is not kept.
+        # Keep no row: the RolloutMemory gets the keys and values of each row that is dropped.
         decoder.keep(reply_of_row.new_empty(0))
         replies = []
         for ids, logprobs in zip(drawn_ids.tolist(), drawn_logprobs.tolist()):
@@ -440,32 +440,32 @@ class Policy(nn.Module):
 
         By inverse CDF at the row's uniform u: the first id with p_0 + ... + p_id > u * (sum of p).
         """
-        # differs 9: training samples from the softmax that the update uses, with a top_p of 1.
-        # Theirs samples with top-p and top-k, and its log-probs ignore them.
+        # differs 9: training samples from the softmax that the update uses, with a top_p of 1. The
+        # official code samples with top-p and top-k, and its log-probs ignore them.
         logits = logits.masked_fill(self.banned, -math.inf)
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)                # (B, V)
         if temperature == 0:
             ids = logits.argmax(-1)
         else:
             probs = logprobs.exp()
-            # Top-p: a token is shut out if the likelier ones alone already have the share.
+            # Top-p: a token is shut out if the likelier ones together already reach top_p.
             if top_p < 1:
-                likeliest, order = probs.sort(-1, descending=True)
-                beyond = likeliest.cumsum(-1) - likeliest >= top_p         # likeliest first
+                sorted_probs, order = probs.sort(-1, descending=True)
+                beyond = sorted_probs.cumsum(-1) - sorted_probs >= top_p   # likeliest token first
                 shut_out = torch.zeros_like(beyond).scatter(-1, order, beyond)             # by id
                 probs = probs.masked_fill(shut_out, 0.0)
-            # The sum may be less than one, so the uniform is scaled by it.
+            # The probs may sum to less than one, so each uniform is scaled by their sum.
             cumulative = probs.cumsum(-1, dtype=torch.float64)
             points = (uniforms * cumulative[:, -1])[:, None]               # (B, 1)
             ids = torch.searchsorted(cumulative, points, right=True)[:, 0]
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
 
-SAMPLES, SHUFFLES, EVALUATION = 0, 1, 2        # what a random stream is for: its key's first number
+SAMPLES, SHUFFLES, EVALUATION = 0, 1, 2        # a random stream's key begins with its purpose
 
 
 def sampling_uniforms(keys, max_new_tokens):
-    """Uniforms (len(keys), max_new_tokens) for `generate`; each row's key, integers, seeds it."""
+    """Uniforms (len(keys), max_new_tokens) for `generate`; a key, some integers, seeds each row."""
     return np.stack([np.random.default_rng(key).random(max_new_tokens) for key in keys])
 
 
@@ -473,10 +473,10 @@ def load_policy(path, dtype="float32", device="cpu", vision=False, freeze="",
                 gradient_checkpointing=False, param_dtype="float32", on_meta=False):
     """(policy, processor) from a folder that any Hugging Face tool opens, or ValueError.
 
-    A value head that is not there is initialised from torch's seed. `vision` demands a model that
-    reads pictures; one that does may also be used in words, as in the paper. `freeze` names parts
-    that are not trained, comma-separated (loading.FREEZABLE). `on_meta` leaves the weights out, for
-    a process that gets them from another.
+    If the folder has no value head, a new one is drawn from torch's seed. `vision` demands a model
+    that reads pictures; without `vision` such a model may play in words, as in the paper. `freeze`
+    names parts that are not trained, comma-separated (loading.FREEZABLE). `on_meta` leaves the
+    weights out, for a process that gets them from another.
     """
     if param_dtype == "bfloat16" and dtype != "bfloat16":
         raise ValueError(f"param_dtype {param_dtype} needs dtype bfloat16, not {dtype}")

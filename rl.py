@@ -2,26 +2,25 @@
 
     collect_turns -> draw_minibatches -> score_turns -> estimate_advantages -> ppo_update
 
-A turn is one prompt, one reply and one verdict, and the unit of everything here. It has one reward,
-one value, read at the last prompt token, and one advantage. It has one log-prob, a weighted sum
-over the reply's tokens, and so one PPO ratio. Tokens before the answer weigh `thought_coef`, the
-others 1. A second try sees the first one and its verdict in the prompt (sequential revision).
+The unit of everything here is a turn: one prompt, one reply and one verdict. A turn has one reward,
+one advantage and one value, read at the last prompt token. It has one log-prob and so one PPO
+ratio. The log-prob is a weighted sum over the reply's tokens: those before the answer weigh
+`thought_coef`, the others 1. The prompt of a second try holds the first try and its verdict.
 
     python rl.py --task gp-l --model runs/sft/step_000400 --out runs/rl
     python rl.py --task gp-vl --model PATH --out runs/red --split id suits=HD --env verify_iter=10
 
-The same command continues a stopped run, half-played episodes included. Ctrl-C or SIGTERM drops a
-rollout or finishes an update, saves, and exits with 130 or 143. A comment "differs" marks where we
-do not follow the official code.
+The same command continues a stopped run, half-played episodes included. On Ctrl-C or SIGTERM a run
+drops its rollout or finishes its update, saves, and exits with 130 or 143.
 
 Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages.
 
     E   environments                             B   turns of a micro-batch
-    S   turns of each of them in an update       R   tokens of the longest reply in it
+    S   turns of an environment in an update     R   tokens of the longest reply in it
     N   turns of an update, S x E
 
 Under torchrun every process plays a part of the environments and trains on its turns. Deals,
-samples and minibatches do not depend on their number; weights differ by rounding alone.
+samples and minibatches do not depend on the number of processes; weights differ by rounding alone.
 """
 if __name__ == "__main__":
     from support import startup
@@ -53,14 +52,14 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
         A_s = delta_s + gamma lambda A_{s+1}
         R_s = A_s + V_s
 
-    Where an episode is done after turn s, both terms of s+1 are 0: nothing passes its end. Behind
-    the last turn V is `next_values` (E,), read at the prompts that come next, and A is 0.
+    Where an episode is done after turn s, V and A of turn s+1 count as 0: nothing passes its end.
+    After the last turn V is `next_values` (E,), read at the prompts that come next, and A is 0.
     rewards, values, dones are (S, E).
     """
     advantages = torch.zeros_like(rewards)
     next_advantages = torch.zeros_like(next_values)
     for s in reversed(range(len(rewards))):
-        going = 1.0 - dones[s]     # differs 5: 0 if truncated, too; theirs lets the next episode in
+        going = 1.0 - dones[s]     # differs 5: 0 if truncated, too; not so in the official code
         delta = rewards[s] + gamma * next_values * going - values[s]
         next_advantages = delta + gamma * gae_lambda * going * next_advantages
         advantages[s] = next_advantages
@@ -69,19 +68,19 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
 
 
 def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, clip, value_clip=0.0):
-    """Policy loss, value loss, and what to watch, each (B,), of tensors (B,); the caller averages.
+    """Policy loss, value loss, and what to log, each (B,), of tensors (B,); the caller averages.
 
         ratio = exp(logp - old_logp)
-        policy loss = -min(ratio A, clip(ratio, 1 - c, 1 + c) A)
+        policy loss = -min(ratio A, clip(ratio, 1 - c, 1 + c) A), where c is `clip`
         value loss = 0.5 (V - R)^2
 
-    The ratio is at most 10, beyond which there is no gradient, as in the official code.
+    As in the official code, a ratio above 10 counts as 10 and has no gradient.
     """
     log_ratio = (logprobs - old_logprobs).clamp(max=math.log(10))
     ratio = log_ratio.exp()
     policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     value_loss = 0.5 * (values - returns) ** 2
-    # differs 11: no value clip by default; theirs keeps V within 0.1 of old_values
+    # differs 11: no value clip by default; the official code keeps V within 0.1 of old_values
     if value_clip:
         clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
         value_loss = torch.max(value_loss, 0.5 * (clipped - returns) ** 2)
@@ -101,28 +100,28 @@ class Config(training.RunConfig):
     task: str = flag("gp-l", "which environment", choices=tuple(envs.TASKS))
     split: tuple = flag(("id",), "the rule to train on, with settings: id rule=11,11,11 fold=train")
     env: tuple = flag((), "settings of the environment, such as: root=city0 (envs.py lists them)")
-    # rollout; differs 26: 256 environments x 8 turns; theirs 8 environments x 256 turns
+    # rollout; differs 26: 256 environments x 8 turns; the official code has 8 x 256
     num_envs: int = flag(256, "environments played side by side", low=1)
-    turns_per_env: int = flag(8, "turns of each in an update (2048 in all, as on 8 GPUs)", low=1)
+    turns_per_env: int = flag(8, "turns of each in an update (2048 in all, as officially)", low=1)
     max_new_tokens: int = flag(512, "a reply is cut after so many tokens", low=1)
     temperature: float = flag(0.2, "temperature of sampling and of the log-probs", low=0.01)
     # PPO; the paper prints no values
     updates: int = flag(20, "rollouts in all, each followed by an update", low=1)
     epochs: int = flag(4, "passes over a rollout", low=1)
-    minibatch_turns: int = flag(1024, "about so many turns a step: 128 x 8 GPUs", low=1)
+    minibatch_turns: int = flag(1024, "turns per optimizer step, roughly: 128 x 8 GPUs", low=1)
     lr: float = flag(1e-6, "Adam learning rate", low=1e-12)
     value_lr: float = flag(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
-    lr_warmup: int = flag(0, "updates over which --lr rises; --value-lr does not wait", low=0)
-    lr_final: float = flag(1e-9, "--lr at the end of its cosine; --value-lr falls in step", low=0)
-    lr_horizon: int = flag(100, "updates until --lr is --lr-final; may exceed --updates", low=1)
+    lr_warmup: int = flag(0, "updates in which --lr warms up; --value-lr does not", low=0)
+    lr_final: float = flag(1e-9, "--lr after its cosine; --value-lr falls in proportion", low=0)
+    lr_horizon: int = flag(100, "updates until --lr-final is reached; may exceed --updates", low=1)
     gamma: float = flag(0.9, "discount per turn", low=0, high=1)
     gae_lambda: float = flag(0.95, "GAE lambda", low=0, high=1)
     clip: float = flag(0.1, "PPO ratio clip", low=0)
-    value_clip: float = flag(0.0, "clip of the value's change; 0: none (official: 0.1)", low=0)
+    value_clip: float = flag(0.0, "clip of a value's change; 0: no clip (official: 0.1)", low=0)
     value_coef: float = flag(0.5, "weight of the value loss", low=0)
     thought_coef: float = flag(0.5, "weight of the log-probs before the answer key", low=0)
-    freeze: str = flag("", "parts of a vision model that stay as they are: vision, projector")
-    max_grad_norm: float = flag(1.0, "gradient norm limit (theirs, 0.01, had no effect)", low=1e-12)
+    freeze: str = flag("", "parts of a vision model that are not trained: vision, projector")
+    max_grad_norm: float = flag(1.0, "gradient norm limit (official: 0.01, no effect)", low=1e-12)
     # running
     generate_tokens: int = flag(65536, "tokens sampled at once, with prompts and padding", low=1)
     kept_gib: float = flag(4.0, "GiB of keys and values kept from turn to turn of a rollout", low=0)
@@ -136,19 +135,19 @@ class Turn:
     """One prompt, one reply, what it earned."""
     prompt_ids: list[int]     # (P,)
     response_ids: list[int]   # (R,)
-    answer_start: int         # tokens before this one are thought
+    answer_start: int         # the index of the answer's first token; those before are thought
     reward: float
     done: bool                # terminated or truncated: GAE stops here
-    dialogue_key: tuple       # turns of one dialogue share it: (environment, episode, number in it)
+    dialogue_key: tuple       # (environment, episode, dialogue in it), shared by all its turns
     info: dict
-    picture: object = None    # PIL; the one of the dialogue
+    picture: object = None    # the PIL picture of the dialogue
     number: int = 0           # its place among the turns of all processes
     sampled_logprob: float = 0.0     # of the reply, weighted, as seen in sampling; for logs alone
 
 
 class Conversation:
-    """One environment and its dialogue as ids. Its state is (episode, replies so far), which is
-    played again after a stop. `readable` is the dialogue of the last reply, for turns.jsonl."""
+    """One environment and its dialogue as ids. Only (episode, replies so far) are saved: after a
+    stop they are played again. `readable` is the dialogue of the last reply, for turns.jsonl."""
 
     def __init__(self, index, env, processor, config, episode=0, replies=()):
         self.index, self.env, self.processor = index, env, processor
@@ -165,7 +164,7 @@ class Conversation:
         self.continue_with(messages, None)
 
     def continue_with(self, messages, prior_ids):
-        """Take the next prompt: behind `prior_ids`, or of a new dialogue if they are None."""
+        """Encode the next prompt, which continues `prior_ids`; None: it begins a new dialogue."""
         if prior_ids is None:
             self.dialogue_number += 1
             self.verdicts = []
@@ -189,8 +188,7 @@ class Conversation:
         if done:
             self.begin(self.episode + 1)
         else:
-            # Not append(): `state` in main holds the old list, and is saved if the rollout is
-            # dropped.
+            # Not append(): main's `state` holds the old list, to save it if a rollout is dropped.
             self.replies = self.replies + [response_ids]
             prior_ids = None if info["new_dialogue"] else self.prompt_ids + response_ids
             self.continue_with(messages, prior_ids)
@@ -206,9 +204,9 @@ class Conversation:
 def find_answer(processor, response_ids, answer_at):
     """The index of the token with which the reply's text gets longer than `answer_at` characters;
     len(response_ids) if it never does."""
-    # differs 7: where the verifier read the answer; theirs by fixed token ids
+    # differs 7: where the verifier read the answer; the official code looks for fixed token ids
     low, high = 0, len(response_ids)
-    # Halve the range that holds the token. Half a character ("\ufffd") is no character yet.
+    # A binary search. A character that is cut in half ("\ufffd") does not count yet.
     while low < high:
         middle = (low + high) // 2
         text = decode_reply(processor, response_ids[:middle + 1])
@@ -223,20 +221,20 @@ def find_answer(processor, response_ids, answer_at):
 def collect_turns(policy, processor, conversations, update, config, stop) -> list[Turn] | None:
     """S turns of every conversation, sampled, ordered (S, E); None if a stop was asked for."""
     turns = []
-    # What was computed of prompts holds for these weights, so each rollout has a memory of its own.
+    # Keys and values hold only for the present weights, so each rollout has a memory of its own.
     memory = RolloutMemory(policy, config.generate_tokens, config.kept_gib * 2 ** 30)
     for s in running.progress(range(config.turns_per_env), nested=True, desc="rollout"):
         if stop.requested:
             return None
         # One reply to every environment is sampled, each from random numbers of its own.
-        asked = [conversation.next_turn() for conversation in conversations]
+        unanswered = [conversation.next_turn() for conversation in conversations]
         keys = [(SAMPLES, config.seed, update, each.index, s) for each in conversations]
         uniforms = sampling_uniforms(keys, config.max_new_tokens)
-        replies = policy.generate([turn.prompt_ids for turn in asked], uniforms,
+        replies = policy.generate([turn.prompt_ids for turn in unanswered], uniforms,
                                   config.max_new_tokens, config.temperature, config.generate_tokens,
-                                  [turn.picture for turn in asked], memory)
+                                  [turn.picture for turn in unanswered], memory)
         # Each environment judges its reply and says what comes next.
-        for conversation, turn, (response_ids, logprobs) in zip(conversations, asked, replies):
+        for conversation, turn, (response_ids, logprobs) in zip(conversations, unanswered, replies):
             reward, done, info = conversation.play(response_ids)
             answer_start = find_answer(processor, response_ids, info["answer_at"])
             thought, answer = sum(logprobs[:answer_start]), sum(logprobs[answer_start:])
@@ -255,7 +253,7 @@ def collect_turns(policy, processor, conversations, update, config, stop) -> lis
 # ---- From turns to batches -----------------------------------------------------------------------
 
 def group_dialogues(turns: list[Turn]) -> list[list[int]]:
-    """The turns' indices by dialogue, each in the order they were played.
+    """The indices of the turns, a list for each dialogue, in the order in which they were played.
 
     Say E = 2 and S = 3. The first environment, whose turns are 0, 2 and 4, needs two tries for a
     hand and one for the next. The second, with turns 1, 3 and 5, fails three times. This returns
@@ -276,9 +274,9 @@ def dialogue_length(policy, turns, dialogue):
 def turn_batches(policy, turns, dialogues, config, filler=None):
     """Micro-batches of whole dialogues: a list of (dialogues, weight).
 
-    The turns of a dialogue share one row; longest first. The example of `group_dialogues`, if two
-    rows fit, gives [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]. All processes must make equally many
-    passes. One with fewer repeats its last with weight 0; one that has none takes `filler`.
+    The turns of a dialogue share a row; long rows come first. If two rows fit, the example of
+    `group_dialogues` gives [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]. All processes make equally
+    many passes: one with fewer repeats its last with weight 0, one that has none takes `filler`.
     """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
@@ -288,7 +286,7 @@ def turn_batches(policy, turns, dialogues, config, filler=None):
 class Minibatch(NamedTuple):
     """The turns of one optimizer step."""
     name: str            # "minibatch from turn 1024", for the message of an error
-    num_turns: int       # those of other processes included
+    num_turns: int       # of all processes together
     groups: list         # this process's micro-batches, as `turn_batches` returns them
 
 
@@ -296,7 +294,7 @@ def draw_minibatches(policy, turns, update, config) -> list[Minibatch]:
     """The minibatches of an update. They are drawn and cut into micro-batches once.
 
     How a row's log-prob is rounded depends on the rows beside it, in bfloat16 by more than the
-    clip. So scores and all epochs see the same rows together. An epoch only shuffles minibatches.
+    clip. So scoring and all epochs see the same rows together. An epoch only reorders minibatches.
 
     Whole dialogues are shuffled and laid end to end. A dialogue belongs to the minibatch in which
     its last turn falls. With minibatch_turns = 4 and dialogues a to d of 2, 1, 3 and 2 turns:
@@ -307,11 +305,11 @@ def draw_minibatches(policy, turns, update, config) -> list[Minibatch]:
 
     All processes draw the same minibatches from the dialogues of all.
     """
-    # differs 28: whole dialogues of all processes; theirs shuffles the single turns of each
+    # differs 28: whole dialogues of all processes; the official code shuffles turns in each process
     # A dialogue is known by the number of its first turn, which is the same in all processes.
-    ours = {turns[dialogue[0]].number: dialogue for dialogue in group_dialogues(turns)}
+    own = {turns[dialogue[0]].number: dialogue for dialogue in group_dialogues(turns)}
     all_dialogues = []
-    for part in running.gather([[number, len(dialogue)] for number, dialogue in ours.items()]):
+    for part in running.gather([[number, len(dialogue)] for number, dialogue in own.items()]):
         all_dialogues += part
     numbers, lengths = np.array(sorted(all_dialogues)).T
     order = np.random.default_rng((SHUFFLES, config.seed, update, 0)).permutation(len(numbers))
@@ -321,7 +319,7 @@ def draw_minibatches(policy, turns, update, config) -> list[Minibatch]:
     minibatches = []
     for start in range(0, lengths.sum(), config.minibatch_turns):
         chosen = order[(start < ends) & (ends <= start + config.minibatch_turns)]
-        dialogues = [ours[number] for number in numbers[chosen] if number in ours]
+        dialogues = [own[number] for number in numbers[chosen] if number in own]
         groups = turn_batches(policy, turns, dialogues, config, filler)
         num_turns = int(lengths[chosen].sum())
         minibatches.append(Minibatch(f"minibatch from turn {start}", num_turns, groups))
@@ -336,13 +334,14 @@ def turn_logprobs(policy, turns, dialogues: list[list[int]], config):
     Scores and updates both use this function. `dialogues` are lists of turn indices, and B runs
     over them in that order.
     """
-    flat = [turns[i] for dialogue in dialogues for i in dialogue]
-    samples = [[(turns[i].prompt_ids, turns[i].response_ids) for i in dialogue]
-               for dialogue in dialogues]
-    pictures = [turns[dialogue[-1]].picture for dialogue in dialogues]
+    samples, pictures, starts = [], [], []
+    for dialogue in dialogues:
+        samples.append([(turns[i].prompt_ids, turns[i].response_ids) for i in dialogue])
+        pictures.append(turns[dialogue[-1]].picture)
+        starts += [turns[i].answer_start for i in dialogue]
     batch = collate(samples, policy.device, pictures)
     logprobs, values = policy(batch, config.temperature)                       # (B, R), (B,)
-    starts = torch.tensor([turn.answer_start for turn in flat], device=policy.device)
+    starts = torch.tensor(starts, device=policy.device)                        # (B,)
     is_thought = torch.arange(logprobs.shape[1], device=policy.device) < starts[:, None]
     weights = torch.where(is_thought, config.thought_coef, 1.0)                # (B, R)
     return (logprobs * weights).sum(1), values
@@ -358,7 +357,7 @@ def score_turns(policy, turns, groups, config):
     logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
     for group, weight in groups:
         micro_logprobs, micro_values = turn_logprobs(policy, turns, group, config)
-        if weight:         # else the pass is made for the other processes' sake
+        if weight:         # a pass of weight 0 is made for the other processes' sake
             indices = [i for dialogue in group for i in dialogue]
             logprobs[indices], values[indices] = micro_logprobs.cpu(), micro_values.cpu()
     return logprobs, values
@@ -378,11 +377,11 @@ def estimate_advantages(turns, values, next_values, config):
 
 
 def epoch_steps(minibatches, update, config):
-    """(where it is, minibatch) of every optimizer step of an update."""
+    """(a name for messages, minibatch) of every optimizer step of an update."""
     steps = []
     for epoch in range(config.epochs):
         rng = np.random.default_rng((SHUFFLES, config.seed, update, epoch))
-        # The first epoch keeps the order in which they were drawn: it is random already.
+        # The first epoch keeps the order of the minibatches: they were drawn at random.
         order = rng.permutation(len(minibatches)) if epoch else range(len(minibatches))
         steps += [(f"epoch {epoch}, {minibatches[i].name}", minibatches[i]) for i in order]
     return steps
@@ -391,13 +390,13 @@ def epoch_steps(minibatches, update, config):
 @running.memory_advice("--micro-batch-tokens or set --gradient-checkpointing")
 def ppo_update(policy, optimizer, turns, minibatches, old_logprobs, old_values, advantages, returns,
                update, config):
-    """`epochs` passes over the N turns in minibatches, one optimizer step each; stats to log.
+    """`epochs` passes over the N turns, one optimizer step per minibatch; returns stats to log.
 
     The loss of a minibatch is the mean over its turns, those of other processes included. Policy
     loss and value loss both train the trunk that they share.
     """
     # Advantages get mean 0 and variance 1 over the turns of all processes.
-    # differs 27: theirs does so in each process for itself
+    # differs 27: the official code does so in each process for itself
     mean, variance = running.mean_and_variance(advantages)
     normalised = (advantages - mean) / (math.sqrt(variance) + 1e-8)
     columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)
@@ -409,9 +408,9 @@ def ppo_update(policy, optimizer, turns, minibatches, old_logprobs, old_values, 
         for group, weight in minibatch.groups:
             indices = [i for dialogue in group for i in dialogue]
             logprobs, values = turn_logprobs(policy, turns, group, config)
-            old_logprob, old_value, advantage, target = columns[:, indices]    # (B,) each
+            old_logprob, old_value, advantage, return_ = columns[:, indices]   # (B,) each
             policy_loss, value_loss, watched = ppo_loss(
-                logprobs, old_logprob, values, old_value, advantage, target, config.clip,
+                logprobs, old_logprob, values, old_value, advantage, return_, config.clip,
                 config.value_clip)
             loss = weight * (policy_loss + config.value_coef * value_loss).sum()
             loss = loss / minibatch.num_turns
@@ -422,7 +421,7 @@ def ppo_update(policy, optimizer, turns, minibatches, old_logprobs, old_values, 
             # `loss` is divided by the turns of all processes, so their gradients should be summed.
             # They get averaged instead. The factor WORLD, the number of processes, undoes that.
             (loss * running.WORLD).backward()
-            # Before the first optimizer step nothing has changed, so these are all 1.
+            # Before the first optimizer step nothing has changed, so these ratios should be 1.
             if weight and not grad_norms:
                 first_ratios += watched["ratio"].tolist()
             if weight:
@@ -447,9 +446,9 @@ def count_compute(policy, turns, upcoming, config):
         tokens_trained = epochs x tokens of the dialogues
         tokens_rollout = new prompt tokens read + reply tokens sampled + tokens scored
 
-    New are those that did not stand in the environment's last turn. `upcoming` are the turns after
-    the rollout, prompts without replies. Scoring reads each dialogue and each of these prompts
-    once. `model.Policy.gflops` turns both counts into GFLOPs.
+    A prompt token is new if it did not stand in the environment's last turn. `upcoming` are the
+    turns after the rollout, prompts without replies. Scoring reads each dialogue and each of these
+    prompts once. `model.Policy.gflops` turns both counts into GFLOPs.
     """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in group_dialogues(turns)]
     upcoming_lengths = [dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming))]
@@ -492,7 +491,7 @@ def set_learning_rates(optimizer, update, config):
         share = a cosine from 1 to lr_final / lr over lr_horizon updates
         trunk: share x lr x min(1, (update + 1) / (lr_warmup + 1))      value head: share x value_lr
     """
-    # differs 29: one step an update; theirs takes one for each process
+    # differs 29: one step of the cosine an update; the official code takes one for each process
     rate = running.learning_rate(update, config.lr_horizon, config.lr, final=config.lr_final)
     share = rate / config.lr
     lr = share * config.lr * min(1, (update + 1) / (config.lr_warmup + 1))
@@ -512,7 +511,7 @@ def main(config):
         began = time.monotonic()
         with running.one_line_errors(f"update {update + 1}", config.out):
             lr = set_learning_rates(run.optimizer, update, config)
-            # Play. After a stop the rollout is dropped, and `state` is from before it.
+            # Play. If a stop comes, the rollout is dropped: `state` is from before it.
             turns = collect_turns(policy, run.processor, conversations, update, config, stop)
             if turns is None:
                 stop.leave(run.save(state))
@@ -521,7 +520,7 @@ def main(config):
             minibatches = draw_minibatches(policy, turns, update, config)
             groups = [group for minibatch in minibatches for group in minibatch.groups]
             old_logprobs, values = score_turns(policy, turns, groups, config)  # (N,), (N,)
-            # differs 10: the value after the last turn needs a prompt alone; theirs adds a reply
+            # differs 10: the next value is read at a prompt alone; the official code adds a reply
             upcoming = [conversation.next_turn() for conversation in conversations]
             groups = turn_batches(policy, upcoming, group_dialogues(upcoming), config)
             _, next_values = score_turns(policy, upcoming, groups, config)     # (E,)
@@ -539,7 +538,7 @@ def main(config):
                  "seconds": state["seconds"] + (updated - began)}
         tokens = state["tokens_trained"]
         played = training.rollout_stats(turns, policy.eos_id)
-        # The paper does not count rollout tokens: it takes lambda (not GAE's) times those trained.
+        # The paper does not count rollout tokens: it takes lambda (not GAE's) times trained tokens.
         gflops_paper = policy.gflops(tokens, envs.TASKS[config.task].paper_lambda * tokens)
         running.log_jsonl(
             Path(config.out) / "metrics.jsonl", step=update + 1, lr=lr, **played, **stats,
@@ -549,7 +548,7 @@ def main(config):
             seconds=state["seconds"], seconds_rollout=collected - began,
             seconds_update=updated - collected)
         run.show(correct=f"{played['step_accuracy']:.2f}", reward=f"{played['reward']:.2f}")
-        # differs 14: a folder for any tool and to go on from; theirs saves the base model alone
+        # differs 14: model, value head and optimizer; the official code saves the base model alone
         run.save_if_due(state, config.updates, stop)
     running.print_finished(config.out)
 

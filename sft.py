@@ -7,12 +7,12 @@ reply. The loss sees the reply and its end-of-turn, never the prompt.
     python sft.py --task gp-vl --model PATH --out runs/sft --mix id suits=HD    # on red cards
     python sft.py --model PATH --out runs/sft --data data.json    # see support/conversations.py
     python sft.py --model PATH --out runs/base --mix rule_family --failed-tries 4
-    torchrun --nproc-per-node 8 sft.py --model PATH --out runs/sft     # the same on eight GPUs
+    torchrun --nproc-per-node 8 sft.py --model PATH --out runs/sft     # the first, on eight GPUs
     python sft.py --task gp-vl --dump data.json --num 1000    # write a data file, train nothing
 
 The same command continues a stopped run from its newest checkpoint; Ctrl-C or SIGTERM saves one.
-Sample i is made from the seed "SEED/sft/i": a run has to remember no more than its next number.
-A V-IRL sample is one position of a route; with `--balance` the kind of position is drawn first.
+Sample i is made from the seed "SEED/sft/i", so a run only has to remember which sample is next. A
+V-IRL sample is one position of a route; with `--balance` the kind of position is drawn first.
 `--failed-tries` puts wrong replies and their verdicts before the expert's reply (paper Fig. 15).
 
 Left out: packing (samples of like length share a micro-batch instead), LoRA.
@@ -38,7 +38,7 @@ from support.running import flag
 
 @running.memory_advice("--micro-batch-tokens or set --gradient-checkpointing")
 def train_step(policy, optimizer, samples, config):
-    """One optimizer step on (prompt_ids, response_ids, picture) samples: (loss, grad_norm).
+    """One optimizer step on samples (prompt_ids, response_ids, picture): (loss, grad_norm).
 
         loss = - sum of the log-probs of all reply tokens / number of reply tokens of the step
 
@@ -46,7 +46,7 @@ def train_step(policy, optimizer, samples, config):
     micro-batch, so how the step is cut into micro-batches changes nothing. FloatingPointError,
     before the weights change, if the loss or the gradient's norm is not finite.
     """
-    # differs 30: over all tokens of the step; theirs averages on each device first
+    # differs 30: a mean over all reply tokens; the official code averages on each device first
     num_targets = running.total(sum(len(response_ids) for _, response_ids, _ in samples))
     lengths = [policy.num_tokens(*sample) for sample in samples]
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
@@ -57,7 +57,7 @@ def train_step(policy, optimizer, samples, config):
         pictures = [samples[row][2] for row in rows]
         logprobs, _ = policy(collate(dialogues, policy.device, pictures))   # (B, R), 0 at padding
         micro_loss = -weight * logprobs.sum() / num_targets
-        # The loss sums over processes, but gradients get averaged. WORLD, their number, undoes it.
+        # Gradients get averaged over processes, not summed. WORLD, the number of them, undoes that.
         (micro_loss * running.WORLD).backward()
         loss += float(micro_loss.detach())
     loss = running.total(loss)
@@ -81,9 +81,9 @@ class Config(training.RunConfig):
     # data
     mix: tuple = flag(("id",), "splits, their weights and settings: id:0.7 fold=train rule_ood:0.3")
     balance: bool = flag(False, "V-IRL: draw every kind of position equally often")
-    failed_tries: int = flag(0, "at most so many failed tries before the expert's", low=0, high=9)
-    data: str = flag("", "train on this file of conversations, which fit --task and --env")
-    pictures: str = flag("", "folder that picture paths in --data start from [the file's own]")
+    failed_tries: int = flag(0, "up to so many wrong replies before the expert's", low=0, high=9)
+    data: str = flag("", "train on the conversations in this file, which should fit --task, --env")
+    pictures: str = flag("", "folder that picture paths in --data start from; else the file's own")
     dump: str = flag("", "write samples to this file, which --data can read, and train nothing")
     num: int = flag(1000, "number of samples that --dump writes", low=1)
     # optimisation
@@ -91,10 +91,10 @@ class Config(training.RunConfig):
     batch_size: int = flag(128, "samples of one optimizer step: 16 x 8 GPUs in the paper", low=1)
     lr: float = flag(1e-6, "peak learning rate (5e-7 for the vision tasks)", low=1e-12)
     warmup_ratio: float = flag(0.03, "share of the steps with linear warm-up", low=0, high=1)
-    # differs 24: the default is what their script asks for, not what ran
+    # differs 24: the default is what the official script asks for, not what ran
     schedule: str = flag("cosine", "after the warm-up: cosine to 0, as the official script says, "
                                    "or constant, as it ran", choices=("cosine", "constant"))
-    freeze: str = flag("", "parts of a vision model that stay as they are: vision, projector")
+    freeze: str = flag("", "parts of a vision model that are not trained: vision, projector")
     weight_decay: float = flag(0.0, "AdamW weight decay", low=0)
     beta2: float = flag(0.98, "AdamW beta 2; beta 1 is 0.9, eps 1e-7", low=0, high=0.999999)
     max_grad_norm: float = flag(1.0, "the gradient's norm is clipped to this", low=1e-12)
@@ -104,8 +104,8 @@ class Config(training.RunConfig):
 # ---- Samples -------------------------------------------------------------------------------------
 
 class Samples:
-    """Sample i of the run as (messages, expert reply): an environment makes it, or it is read from
-    a file in seeded order. ValueError says which settings contradict each other."""
+    """samples[i] is (messages, expert reply): made by an environment, or read from a file in seeded
+    order. ValueError says which settings contradict each other."""
 
     def __init__(self, config):
         self.config = config
@@ -183,7 +183,7 @@ def main(config):
     for step in run.steps(config.steps, "sft"):
         first, end = step * config.batch_size, (step + 1) * config.batch_size
         with running.one_line_errors(f"step {step + 1}, samples {first} to {end - 1}", config.out):
-            # The learning rate rises to its peak, then falls to 0 or stays.
+            # The learning rate rises to its peak, then falls to 0 or stays there.
             lr = running.learning_rate(step, config.steps, config.lr, config.warmup_ratio, final_lr)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
@@ -193,15 +193,15 @@ def main(config):
                 messages, reply = samples[i]
                 batch.append((*encode_pair(processor, messages, reply), picture_of(messages)))
             loss, grad_norm = train_step(policy, run.optimizer, batch, config)
-        # Tokens of all processes give the compute. The paper's formula for SFT is the same as ours.
+        # Tokens of all processes give the compute. For SFT the paper's formula is the same as ours.
         tokens = state["tokens"] + running.total(sum(policy.num_tokens(*row) for row in batch))
-        replies = running.total(sum(len(response_ids) for _, response_ids, _ in batch))
+        learnt = running.total(sum(len(response_ids) for _, response_ids, _ in batch))
         gflops = policy.gflops(tokens)
         seconds = earlier + time.monotonic() - started
         state = {"step": step + 1, "tokens": tokens, "seconds": seconds}
         running.log_jsonl(Path(config.out) / "metrics.jsonl", step=step + 1, loss=loss,
                           grad_norm=grad_norm, lr=lr, tokens_trained=tokens,
-                          response_tokens=replies, gflops=gflops, gflops_paper=gflops,
+                          response_tokens=learnt, gflops=gflops, gflops_paper=gflops,
                           seconds=seconds)
         run.show(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         run.save_if_due(state, config.steps, stop, with_value_head=False)

@@ -1,38 +1,38 @@
-"""VER, the verifier: it judges a reply by a status, a reward and a sentence for the model.
+"""VER, the verifier: it gives each reply a status, a reward and a sentence for the model.
 
 The paper's VER maps what the model says to a reward and to text, which the model reads before it
 tries again (Section 3). GeneralPoints pays these rewards (appendix A.3):
 
     status             reward  when
-    illegal_formula      -3    the reply holds no formula, or not a legal one
-    wrong_numbers        -2    it is legal, but its numbers are not the cards, each once
-    wrong_value          -1    its numbers are the cards, but it makes another value than the target
-    correct              +5    it makes the target from the cards
-    cards misread      -1.5    added if the cards are a picture, and "cards" is not what it shows
+    illegal_formula      -3    the reply holds no formula, or an illegal one
+    wrong_numbers        -2    the formula is legal, but does not use each card's value just once
+    wrong_value          -1    the formula uses the right numbers, but does not make the target
+    correct              +5    the formula uses the right numbers and makes the target
+    cards misread      -1.5    added in pictures only: the reply's list "cards" is not what is shown
     last try failed      -1    added by envs.py, which counts the tries
 
 V-IRL pays these (appendix B.3):
 
     status             reward  when
     correct              +1    the action is the expert's
-    wrong_observation  -1.5    it is not, and the observation is wrong: it does not name the
+    wrong_observation  -1.5    the action is wrong, and so is the observation: it does not name the
                                landmark in sight, misses an intersection or invents one
-    wrong_action         -1    it is not, though the observation is right
+    wrong_action         -1    the action is wrong, though the observation is right
     last try failed      -1    added by envs.py, which counts the tries anew at each position
 
-A status is decided by checks in a fixed order: the first that fails gives it. Only the "added"
-lines come on top, and a formula that is partly right earns nothing. A formula is judged by the true
-cards. So it can be `correct` with a misread "cards" list: 5 - 1.5 with pictures, and the episode
-ends. A formula that fits only the misread cards has wrong numbers.
+The first line that applies decides the status and its reward; every "added" line that applies is
+paid on top. A formula that is partly right earns nothing for that. A formula is judged by the true
+cards, not by those in the reply. So it can be `correct` though a picture was misread: that earns
+5 - 1.5 and ends the episode. A formula that fits only the misread cards has wrong numbers.
 
 A formula holds integers, + - * / (or − × · ÷) and brackets. A division by zero is illegal. What
 follows the first = is not read. Values are exact fractions, so 8/(3-8/3) makes 24. No `eval` runs.
 
-`reading.read_reply` (support/reading.py) finds the answer in the reply. It reads what a person
-would read, also where the JSON is damaged or stands within prose. Of several answers the last one
-counts. What the model thinks, up to </think>, is no answer. `read_reply` never raises an error, and
-its work on a hostile reply is bounded. This file knows neither torch nor the environments. Try the
-verifier with `python envs.py gp-l`.
+`reading.read_reply` (support/reading.py) finds the answer in the reply, even in damaged JSON or
+within prose. Of several answers the last one counts. An answer in the model's thought, before
+</think>, does not count. `read_reply` never raises an error, and its work is bounded whatever the
+reply. Try the verifier with `python envs.py gp-l`. A comment `# differs 1` marks where we do not
+follow the official code; docs/differences.md explains each number.
 """
 import re
 from dataclasses import dataclass
@@ -45,11 +45,11 @@ REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal_
 MISREAD_PENALTY = -1.5
 NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action": -1.0}
 LAST_TRY_PENALTY = -1.0
-MAX_FORMULA = violations.MAX_FORMULA     # characters; also bounds the depth of the recursion
+MAX_FORMULA = violations.MAX_FORMULA     # characters; this also bounds how deep brackets nest
 
-# What the model is told; {names} are filled in. In a prompt file the key "feedback_correct"
-# replaces the text "correct" (envs.py), and so on. The texts in LISTING may, when replaced, also
-# hold {violations}: a list of all that is wrong.
+# The sentences for the model; `fill` puts values into the {names}. A prompt file (envs.py) may
+# replace each of them: its key "feedback_correct" replaces "correct", and so on. For the names in
+# LISTING the new sentence may also hold {violations}: a list of all that is wrong.
 LISTING = ("no_formula", "illegal_formula", "wrong_numbers", "wrong_value", "no_action",
            "wrong_action")
 FEEDBACK = {
@@ -74,11 +74,11 @@ FEEDBACK = {
 class Verdict:
     """What the verifier found in one reply.
 
-    `answer_at` is the character of the reply at which the answer's key begins; without an answer,
-    the reply's length. rl.py weighs the text before it differently. `cards_read` and
-    `numbers_right` say whether "cards" and "number" list the deal, in any order. `ranks_right`
-    counts the "cards" that are right in their place. Of these only `cards_read` is paid for, and
-    only with pictures.
+    `answer_at` is the index of the character at which the answer's key begins; without an answer,
+    the reply's length. rl.py gives the text before it another weight. The last three are for
+    GeneralPoints. `cards_read`, `numbers_right`: are the reply's lists "cards" and "number" those
+    of the hand, in any order? `ranks_right`: how many of its "cards" are right in their place. Of
+    these three only `cards_read` changes the reward, and only with pictures.
     """
     status: str
     reward: float
@@ -93,7 +93,7 @@ class Verdict:
 
 @lru_cache(maxsize=None)
 def split_template(template):
-    """["Make ", "{target}", " from ..."]: every second part is a {name}."""
+    """Cut a template at its {names}, which get the odd indices: ["Make ", "{target}", " from"]."""
     return re.split(r"(\{\w+\})", template)
 
 
@@ -114,7 +114,7 @@ def list_violations(found, phrases):
 
 # ---- Arithmetic ----------------------------------------------------------------------------------
 
-SYMBOLS = str.maketrans("×·÷−", "**/-")   # as people write them
+SYMBOLS = str.maketrans("×·÷−", "**/-")   # signs that people write for these
 LEGAL_TEXT = re.compile(r"[-+*/()0-9\s]*")
 FORMULA_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 
@@ -124,7 +124,7 @@ def parse_formula(text):
     """Read a formula: its value as an unreduced (numerator, denominator), and its numbers in order.
 
     Raises ValueError with a short reason if it is not a legal formula or divides by zero. Each
-    rule of this grammar is a function that returns its value as n, d (recursive descent):
+    rule of this grammar is a function that returns its part's value n / d (recursive descent):
 
         additive       = multiplicative, then any number of: + or -, multiplicative
         multiplicative = factor, then any number of: * or /, factor
@@ -143,7 +143,7 @@ def parse_formula(text):
     at = 0                  # the next token's index
     numbers = []
 
-    # differs 1: exact fractions n / d; theirs evaluates floats
+    # differs 1: exact fractions n / d; the official code computes with floats
     def factor():
         nonlocal at
         token = tokens[at]
@@ -197,7 +197,7 @@ def parse_formula(text):
 # ---- Judging -------------------------------------------------------------------------------------
 
 def check_formula(text, numbers, target):
-    """The status of a formula, and the values that the sentence about this status names."""
+    """The status of a formula, and the values to fill into the sentence for this status."""
     try:
         (numerator, denominator), used = parse_formula(text)
     except ValueError as fault:
@@ -215,10 +215,10 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     """Judge one GeneralPoints reply (paper A.3; the first table above). No string raises an error.
 
     `cards` are ranks as text ("A", "10", "K"), `numbers` their values under the rule in force.
-    `feedback` "informative" names the fault and its values, "plain" only says that the try failed.
-    The message is made of `phrases`.
+    `vision`: they are shown as a picture. `phrases` are the sentences for the model. `feedback`:
+    "informative" names the fault and its values, "plain" only says that the try failed.
     """
-    reply = reading.without_thought(reply)         # blanks in its place, so positions stay
+    reply = reading.without_thought(reply)         # blanks replace thought, so positions stay
     # `stated` is {"formula": ..., "cards": ..., "number": ...}, or {} if there is no formula.
     stated, answer_at = reading.read_reply(reply, ("formula", "cards", "number"))
     named = stated.get("cards")
@@ -226,17 +226,17 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
         named, _ = reading.last_value(reply, "cards")
     cards_read = reading.same_multiset(named, cards)
 
-    # The status is decided here, from what stands before the first =.
+    # The status is decided here, by what stands before the formula's first =.
     formula = stated.get("formula")
     if isinstance(formula, str):
         formula = formula.split("=", 1)[0]
         status, values = check_formula(formula, numbers, target)
-    else:      # the formula is a list or a number; or there is none, and "no_formula" is told below
+    else:      # a list, a number, or nothing at all: then the message below is "no_formula"
         status, values = "illegal_formula", {"fault": "it is not text"}
 
     # The reward follows from the status. With pictures, misread cards cost 1.5 more.
-    # differs 2: one status; theirs adds up penalties
-    # differs 19: -1.5 on top; theirs pays it in place of the formula's reward, and plays on
+    # differs 2: one status and its reward; the official code adds up several penalties
+    # differs 19: -1.5 on top; the official code pays it instead of the formula's reward
     misread = vision and not cards_read
     reward = REWARDS[status] + (MISREAD_PENALTY if misread else 0)
 
@@ -245,13 +245,13 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
         message = phrases["correct" if status == "correct" else "plain"]
     else:
         phrase = phrases[status if stated else "no_formula"]
-        if "{violations}" in phrase:        # as in the official wording, never in ours
+        if "{violations}" in phrase:        # only in a prompt file, such as the official wording
             found = violations.of_formula(formula, numbers, target, parse_formula)
             values = {**values, "violations": list_violations(found, phrases)}
         message = fill(phrase, **values)
         if misread and reading.is_plain_list(named):
-            shown = reading.plain_list(named)
-            message = fill(phrases["misread_cards"], verdict=message, read=shown)
+            read = reading.plain_list(named)
+            message = fill(phrases["misread_cards"], verdict=message, read=read)
         elif misread:
             message = fill(phrases["no_cards"], verdict=message)
 
@@ -264,25 +264,26 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
                      phrases=FEEDBACK):
     """Judge one V-IRL reply (paper B.3; the second table above). No string raises an error.
 
-    `action` is the expert's. `landmark` is the name of the place in sight, "" if there is none.
-    `intersection` says whether the place is one. Capitals and blanks make no difference.
-    `feedback` "informative" says what was wrong, but never what would be right.
-    `reading.names_intersection` decides whether an observation names or denies an intersection.
+    `action` is the expert's. `landmark` is the name of the landmark in sight, "" if there is none.
+    `intersection`: is the position at one? Capitals and blanks make no difference. `feedback`
+    "informative" says what was wrong, but never what would be right. `reading.names_intersection`
+    decides whether an observation names or denies an intersection.
     """
-    reply = reading.without_thought(reply)         # blanks in its place, so positions stay
+    reply = reading.without_thought(reply)         # blanks replace thought, so positions stay
     # `stated` is {"action": ..., "current observation": ...}, or {} if there is no action.
     stated, answer_at = reading.read_reply(reply, ("action", "current observation"))
     said = stated.get("action")
     observation = stated.get("current observation")
     observed = reading.plain_name(observation) if isinstance(observation, str) else ""
-    name = reading.plain_name(landmark)
-    sees_intersection = reading.names_intersection(observed, name)
+    landmark_name = reading.plain_name(landmark)
+    sees_intersection = reading.names_intersection(observed, landmark_name)
 
     # The status is decided here; `remark` names the sentence about a wrong observation.
+    # differs 16: the landmark's name is sought; the official code seeks the word "intersection"
     remark = None
     if isinstance(said, str) and reading.plain_action(said) == reading.plain_action(action):
         status = "correct"
-    elif name not in observed:      # false if name is ""; differs 16: theirs seeks "intersection"
+    elif landmark_name not in observed:            # false without a landmark: "" is in every text
         status, remark = "wrong_observation", "missed_landmark"
     elif intersection and not sees_intersection:
         status, remark = "wrong_observation", "missed_intersection"
@@ -299,7 +300,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     else:
         phrase = phrases["wrong_action" if stated else "no_action"]
         values = {"action": reading.plain(said)}
-        if "{violations}" in phrase:        # as in the official wording, never in ours
+        if "{violations}" in phrase:        # only in a prompt file, such as the official wording
             found = violations.of_step(reply, stated, landmark)
             values["violations"] = list_violations(found, phrases)
         message = fill(phrase, **values)
