@@ -404,18 +404,17 @@ class Policy(nn.Module):
 
     def sample(self, decoder, logits, uniforms, max_new_tokens, temperature, top_p):
         """Replies to the prompts that a decoder has read, from its first logits (B, V)."""
-        # What is drawn stands here. After the end of a reply come -1 and log-probs of 0.
-        drawn_ids = torch.full((len(logits), max_new_tokens), -1, device=self.device)      # (B, R)
+        # What is drawn stands here. What a row draws after the end of its reply is cut off below.
         drawn_logprobs = torch.zeros(len(logits), max_new_tokens, device=self.device)      # (B, R)
+        drawn_ids = torch.zeros_like(drawn_logprobs, dtype=torch.long)                     # (B, R)
         # Rows are dropped as replies end. For each row that is left: the index of its reply, and
         # whether that reply goes on.
         reply_of_row = torch.arange(len(logits), device=self.device)
         going = torch.ones_like(reply_of_row, dtype=torch.bool)
         for t in range(max_new_tokens):
-            # Draw a token for each row, and note it unless the reply has ended.
+            # Draw a token for each row, and note it.
             ids, logprobs = self.pick(logits, uniforms[reply_of_row, t], temperature, top_p)
-            drawn_ids[reply_of_row, t] = torch.where(going, ids, -1)
-            drawn_logprobs[reply_of_row, t] = torch.where(going, logprobs, 0.0)
+            drawn_ids[reply_of_row, t], drawn_logprobs[reply_of_row, t] = ids, logprobs
             going &= ids != self.eos_id
             num_going = int(going.sum())
             if num_going == 0 or t == max_new_tokens - 1:
@@ -431,8 +430,8 @@ class Policy(nn.Module):
         decoder.keep(reply_of_row.new_empty(0))
         replies = []
         for ids, logprobs in zip(drawn_ids.tolist(), drawn_logprobs.tolist()):
-            response_ids = [i for i in ids if i >= 0]
-            replies.append((response_ids, logprobs[:len(response_ids)]))
+            length = ids.index(self.eos_id) + 1 if self.eos_id in ids else max_new_tokens
+            replies.append((ids[:length], logprobs[:length]))
         return replies
 
     def pick(self, logits, uniforms, temperature, top_p=1.0):

@@ -225,6 +225,40 @@ def test_a_micro_batch_gathers_and_reduces_each_unit_as_often_as_is_counted(
         assert sent(lambda: policy.generate([[1, 2, 3]], uniforms, 4, 1.0)) == (1, 0)
 
 
+class Operations(TorchDispatchMode):
+    """What a device would be sent, by name; views of a tensor send nothing."""
+
+    views = {"select", "unsqueeze", "detach", "alias"}
+
+    def __init__(self):
+        super().__init__()
+        self.times = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.times[operation.overloadpacket.__name__] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature, most", [(0.0, 12), (0.5, 15)])
+def test_beside_the_decoder_a_token_takes_few_operations_and_one_wait(
+        llama, monkeypatch, temperature, most):
+    """With CUDA graphs the decoder is one launch, so a GPU waits for these."""
+    policy = llama
+    monkeypatch.setattr(policy, "eos_id", -1)              # no reply ends
+    logits = torch.zeros(3, policy.backbone.lm_head.weight.shape[0])
+    decoder = SimpleNamespace(graphs=True, append=lambda ids: logits, keep=lambda rows: None)
+
+    def count(num):
+        with Operations() as seen:
+            policy.sample(decoder, logits, torch.full((3, num), 0.5), num, temperature, 1.0)
+        return seen.times
+
+    few, more = count(10), count(20)
+    each = {name: (more[name] - few[name]) / 10 for name in more if more[name] != few[name]}
+    assert each.pop("_local_scalar_dense") == 1            # int(going.sum()) waits for the device
+    assert sum(times for name, times in each.items() if name not in Operations.views) <= most
+
+
 @pytest.mark.parametrize("side, tiles", [(1200, 4), (2 * 560 + 5, 4), (560, 1), (224, 1)])
 def test_the_papers_pictures_leave_no_tile_of_the_tower_empty(side, tiles):
     """A hand of gp-vl and the four views of virl-vl; smaller pictures would leave three of four."""
