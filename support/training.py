@@ -94,7 +94,7 @@ class Run:
         if (low, high) != (1.0, 1.0) and not self.told_of_ratios:
             self.told_of_ratios = True
             print0(f"before the first optimizer step PPO ratios go from {low:.4f} to {high:.4f}, "
-                   "though nothing has changed: on this device a log-prob is rounded otherwise "
+                   "though nothing has changed: on this device a log-prob is rounded differently "
                    "with a gradient than without one")
 
     def save(self, state, with_value_head=True):
