@@ -106,6 +106,7 @@ def summarise(episodes, verify_iter, kinds=()):
     ones = [1] * len(episodes)
     solved = [int(episode[-1]["success"]) for episode in episodes]
     measure("success", solved, ones)
+    row["solved"] = "".join(map(str, solved))      # 1 or 0 per episode: runs are compared by hand
     measure_replies("step_accuracy", lambda info: True)
     # differs 22: steps as in the official code; for success on GP-VL see `solved_and_read` above.
     # Replies behind the first failed position of a guided route do not count in this measure.

@@ -6,7 +6,8 @@ Words used here:
     start    the model that a run goes on from; its rows have step 0
     arm      all runs of one method with one setting, such as "RL" or "SFT lr 0.001"; besides the
              paper's two methods there may be RFT (recipes/rft.py)
-    hands    what is played with one seed; for V-IRL these are routes
+    hands    what is played with one seed; for V-IRL these are routes. A hand is known by its seed
+             and its number, so it is the same for all runs
 
 Runs of one arm are averaged. The error is over starts, or over runs if there is one start, or over
 episodes if there is one run. Play each run on other hands (--seeds): then the error holds the draw
@@ -107,8 +108,9 @@ def mean_and_standard_error(values):
 
         error = sqrt(sum of (value - mean)^2 / (n - 1) / n)
     """
-    squares = sum((value - mean(values)) ** 2 for value in values)
-    return mean(values), math.sqrt(squares / (len(values) - 1) / len(values))
+    middle = mean(values)
+    squares = sum((value - middle) ** 2 for value in values)
+    return middle, math.sqrt(squares / (len(values) - 1) / len(values))
 
 
 def clusters(rows):
@@ -151,6 +153,38 @@ def error_over_episodes(rows, metric):
     return math.sqrt(squares) / len(by_seed)
 
 
+def solved_by_hand(rows):
+    """{seed: the share of the rows that solved each hand}; None where rows keep no single hands."""
+    by_seed = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).append(row.get("solved", ""))
+    shares = {}
+    for seed, texts in by_seed.items():
+        if len(texts[0]) < 2 or {len(text) for text in texts} != {len(texts[0])}:
+            return None
+        shares[seed] = [column.count("1") / len(texts) for column in zip(*texts)]
+    return shares
+
+
+def error_over_hands(rows, other_rows, metric):
+    """The standard error, in points, of the mean of `rows` less that of `other_rows`, over hands.
+
+    The difference is taken hand by hand. A hand that several runs have played counts once, with the
+    mean of its differences. Only success is known by hand: None for other metrics, and for rows of
+    earlier versions.
+    """
+    one, other = solved_by_hand(rows), solved_by_hand(other_rows)
+    lengths = [shares and {seed: len(hands) for seed, hands in shares.items()}
+               for shares in (one, other)]
+    if metric != "success" or not one or lengths[0] != lengths[1]:
+        return None
+    squares = 0.0
+    for seed in one:
+        differences = [100 * (ours - theirs) for ours, theirs in zip(one[seed], other[seed])]
+        squares += mean_and_standard_error(differences)[1] ** 2
+    return math.sqrt(squares) / len(one)
+
+
 def on_the_same_hands(run_rows, start_rows):
     """(rows of one run, rows of its start) on the hands that both have played.
 
@@ -171,8 +205,9 @@ def change_and_error(rows, start_rows, metric):
     """The mean change of a metric since the start and its standard error, both in points.
 
     Each run is compared with the start that it went on from, on the same hands. The error is over
-    starts or runs, but never below the error over the episodes of the runs: a few runs may agree by
-    chance. With one start it is never below that of the start's own score, either.
+    starts or runs, but never below the error over hands: a few runs may agree by chance. Where
+    single hands are not known, that is the error over the episodes of the runs. With one start it
+    is then never below that of the start's own score, either.
     """
     # The change of each run is written as a row, in shares as all rows are. So `metric_and_error`
     # averages changes as it averages scores.
@@ -182,16 +217,19 @@ def change_and_error(rows, start_rows, metric):
         after, before = on_the_same_hands(after, start_rows)
         played += before
         change = mean([row[metric] for row in after]) - mean([row[metric] for row in before])
-        _, error_after = metric_and_error(after, metric)
-        _, error_before = metric_and_error(before, metric)
-        error = math.hypot(error_after / 100, error_before / 100)
+        error = error_over_hands(after, before, metric)
+        if error is None:
+            error = math.hypot(*[metric_and_error(each, metric)[1] for each in (after, before)])
         start = after[0]["start"]
-        changes.append({"run": run, "start": start, metric: change, f"{metric}_stderr": error})
+        changes.append({"run": run, "start": start, metric: change,
+                        f"{metric}_stderr": error / 100})
     change, error = metric_and_error(changes, metric)
 
-    bound = error_over_episodes(rows, metric)
-    if len({row["start"] for row in rows}) == 1:
-        bound = math.hypot(bound, error_over_episodes(played, metric))
+    bound = error_over_hands(rows, played, metric)
+    if bound is None:
+        bound = error_over_episodes(rows, metric)
+        if len({row["start"] for row in rows}) == 1:
+            bound = math.hypot(bound, error_over_episodes(played, metric))
     if math.isnan(error) or math.isnan(bound):   # rows of an earlier version: no bound
         return change, error
     return change, max(error, bound)
@@ -553,8 +591,8 @@ def difference(study, one, other, metric, split):
     """The paired Difference of two arms on a split.
 
     Both are compared at their checkpoints nearest to the budget. With several starts the difference
-    is that of each start, and the error is over starts. With one it is over runs or episodes, as if
-    the arms had nothing in common. It is never below the error over episodes.
+    is that of each start, and the error is over starts. With one it is over runs, if an arm has
+    several, as if the arms had nothing in common. It is never below the error over hands.
     """
     means = []
     rows_of = [study.nearest(arm, split) for arm in (one, other)]
@@ -568,9 +606,11 @@ def difference(study, one, other, metric, split):
     value, error = differences[0], 0.0
     if len(differences) > 1:
         value, error = mean_and_standard_error(differences)
-    else:
+    elif any(len(clusters(rows)) > 1 for rows in rows_of):
         error = math.hypot(*[metric_and_error(rows, metric)[1] for rows in rows_of])
-    bound = math.hypot(*[error_over_episodes(rows, metric) for rows in rows_of])
+    bound = error_over_hands(*rows_of, metric)
+    if bound is None:
+        bound = math.hypot(*[error_over_episodes(rows, metric) for rows in rows_of])
     return Difference(value, error if math.isnan(bound) else max(error, bound), by_start)
 
 

@@ -59,6 +59,7 @@ def test_success_within_fewer_tries_is_read_from_the_same_episodes():
     assert stubborn["retries"] == 0.5 and stubborn["repeats"] == 0.5
     assert stubborn["retries_stderr"] == 0
     assert late["success_within"] == [0.0, 1.0, 1.0] and late["first_try"] == 0
+    assert late["solved"] == "1" * late["episodes"]
     assert late["success"] == 1
     # one of two, in every episode
     assert late["step_accuracy"] == 0.5 and late["step_accuracy_stderr"] == 0
@@ -240,6 +241,37 @@ def test_error_bars_are_binomial_for_one_run_and_over_runs_for_several():
     assert compare.metric_and_error(rows, "success") == pytest.approx((40.0, 20 / math.sqrt(3)))
     rows += [{**row, "start": "t", "run": "d", "success": 0.6}]           # two starts: 40 and 60
     assert compare.metric_and_error(rows, "success") == pytest.approx((50.0, 10.0))
+
+
+def test_success_is_compared_hand_by_hand_and_a_repeated_hand_counts_once():
+    def row(start, run, solved, seed=0):
+        share = solved.count("1") / len(solved)
+        return {"start": start, "seed": seed, "run": run, "success": share, "solved": solved,
+                "success_stderr": math.sqrt(share * (1 - share) / len(solved)), "split": "id"}
+
+    starts, run = [row("s", ("s", 0), "10000000")], [row("s", "a", "11100000")]
+    # Two hands of eight are new: 2 (1 - 2/8)^2 + 6 (2/8)^2 = 1.5, over 7, over 8.
+    assert compare.error_over_hands(run, starts, "success") == pytest.approx(
+        100 * math.sqrt(1.5 / 7 / 8))
+    assert compare.change_and_error(run, starts, "success") == pytest.approx(
+        (25.0, 100 * math.sqrt(1.5 / 7 / 8)))
+    # The same change on other hands is less certain, though both scores are the same.
+    other = [row("s", "a", "01110000")]
+    assert compare.error_over_hands(other, starts, "success") > 1.3 * compare.error_over_hands(
+        run, starts, "success")
+    # Runs from two starts on the same hands are no sixteen hands. On other hands they are.
+    both = [*starts, row("t", ("t", 0), "10000000")], [*run, row("t", "b", "11100000")]
+    error = compare.error_over_hands(both[1], both[0], "success")
+    assert error == compare.error_over_hands(run, starts, "success")
+    apart = ([*starts, row("t", ("t", 1), "10000000", 1)], [*run, row("t", "b", "11100000", 1)])
+    assert compare.error_over_hands(apart[1], apart[0], "success") == pytest.approx(
+        error / math.sqrt(2))
+    # Other metrics, other numbers of hands and rows without hands are not paired.
+    assert compare.error_over_hands(run, starts, "first_try") is None
+    assert compare.error_over_hands([row("s", "a", "1110")], starts, "success") is None
+    assert compare.error_over_hands([{**run[0], "seed": 1}], starts, "success") is None
+    del starts[0]["solved"]
+    assert compare.error_over_hands(run, starts, "success") is None
 
 
 def test_a_change_is_that_of_each_run_from_its_own_start_on_the_same_hands():
