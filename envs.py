@@ -564,7 +564,7 @@ def make_env(task, split="id", common=(), /, **own):
 
     1. the default in the constructor;
     2. the split;
-    3. `common`: settings for all splits; one that layer 2 has is an error unless 4 has it, too;
+    3. `common`: settings for all splits; ValueError if layer 2 has one of them and 4 does not;
     4. `own`: keyword arguments, for this split alone;
     5. what the task fixes.
 

@@ -446,15 +446,15 @@ def count_compute(policy, turns, upcoming, config):
         tokens_trained = epochs x tokens of the dialogues
         tokens_rollout = new prompt tokens read + reply tokens sampled + tokens scored
 
-    A prompt token is new if it did not stand in the environment's last turn. `upcoming` are the
+    A prompt token is new if it did not stand in the environment's turn before. `upcoming` are the
     turns after the rollout, prompts without replies. Scoring reads each dialogue and each of these
     prompts once. `model.Policy.gflops` turns both counts into GFLOPs.
     """
-    lengths = [dialogue_length(policy, turns, dialogue) for dialogue in group_dialogues(turns)]
-    upcoming_lengths = [dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming))]
-    sampled = training.count_sampled(policy, turns, group_dialogues(turns))
-    rollout = sampled + sum(lengths) + sum(upcoming_lengths)
-    return config.epochs * running.total(sum(lengths)), running.total(rollout)
+    dialogues = group_dialogues(turns)
+    trained = sum(dialogue_length(policy, turns, dialogue) for dialogue in dialogues)
+    scored = trained + sum(dialogue_length(policy, upcoming, [i]) for i in range(len(upcoming)))
+    rollout = training.count_read_and_sampled(policy, turns, dialogues) + scored
+    return config.epochs * running.total(trained), running.total(rollout)
 
 
 # ---- The run -------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Config:
 
 
 class Turn(NamedTuple):
-    """One prompt and one reply, as `training.count_sampled` counts them."""
+    """One prompt and one reply, as `training.count_read_and_sampled` counts them."""
     prompt_ids: list       # (P,)
     response_ids: list     # (R,)
     picture: object
@@ -130,7 +130,7 @@ def sample(policy, processor, make_env, config):
         dialogues = {}
         for index, turn in enumerate(turns):
             dialogues.setdefault(turn.dialogue_key, []).append(index)
-        tokens += training.count_sampled(policy, turns, list(dialogues.values()))
+        tokens += training.count_read_and_sampled(policy, turns, list(dialogues.values()))
         num_turns += len(turns)
         solved += sum(episode.solved for episode in episodes)
     return kept, {"episodes": config.episodes, "success": solved / config.episodes,

@@ -176,9 +176,9 @@ def check_dialogue(config, verify_iter):
 def rollout_stats(turns, eos_id):
     """Counts and means over one rollout.
 
-    `success` is over the episodes that ended in it. Short episodes end first, so it is biased
-    while a rollout is shorter than an episode. In GeneralPoints it is then too high, at first 1.
-    In V-IRL it is too low. `step_accuracy`, which is over all replies, has no such bias.
+    `success` is over the episodes that ended in it. In the first rollouts of a run long episodes
+    have had no time to end, so it is biased. In GeneralPoints it is then too high, at first 1. In
+    V-IRL it is too low. `step_accuracy`, which is over all replies, has no such bias.
     """
     own_rows = []
     for turn in turns:
@@ -223,7 +223,7 @@ def update_stats(sums, first_ratios, grad_norms, gaps, residuals, returns, epoch
             "explained_variance": 1 - unexplained}
 
 
-def count_sampled(policy, turns, dialogues):
+def count_read_and_sampled(policy, turns, dialogues):
     """The tokens that this process read and sampled in a rollout.
 
     Each prompt is compared with its environment's last turn, prompt and reply. What both begin with

@@ -2,7 +2,7 @@
 
     python tests/ratios.py runs/base/step_000020 --dtype bfloat16     # a model in words
 
-A reply's log-prob is rounded otherwise beside other rows. PPO compares two log-probs of a reply, so
+A reply's log-prob is rounded differently beside other rows. PPO compares two log-probs of a reply, so
 a ratio may differ from 1 before anything was trained. For each temperature one rollout of GP-L is
 played. Then one update is made twice, from the same weights:
 

@@ -58,8 +58,8 @@ def test_only_right_replies_are_kept_and_only_the_last_is_learnt(config, tmp_pat
 
 def test_what_is_read_and_sampled_is_counted_once(config, tmp_path, monkeypatch):
     seen = []
-    count = own_successes.training.count_sampled
-    monkeypatch.setattr(own_successes.training, "count_sampled",
+    count = own_successes.training.count_read_and_sampled
+    monkeypatch.setattr(own_successes.training, "count_read_and_sampled",
                         lambda policy, turns, dialogues: seen.extend(turns) or
                         count(policy, turns, dialogues))
     own_successes.main(config)
