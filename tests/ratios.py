@@ -2,9 +2,9 @@
 
     python tests/ratios.py runs/base/step_000020 --dtype bfloat16     # a model in words
 
-A reply's log-prob is rounded differently beside other rows. PPO compares two log-probs of a reply, so
-a ratio may differ from 1 before anything was trained. For each temperature one rollout of GP-L is
-played. Then one update is made twice, from the same weights:
+A reply's log-prob is rounded differently beside other rows. PPO compares two log-probs of a reply.
+So a ratio may differ from 1 before anything was trained. For each temperature one rollout of GP-L
+is played. Then one update is made twice, from the same weights:
 
     before    scores are made with all rows of the rollout, and each epoch draws new minibatches
     now       scores and all epochs see the same rows side by side (`rl.draw_minibatches`)
