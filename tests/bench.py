@@ -53,6 +53,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -954,6 +955,25 @@ def share_row(args, what, function, tokens, flops, rate, estimate):
     return what, f"{tokens / seconds:,.0f} tok/s ({flops / seconds / rate:.1%}){memory}", "", None
 
 
+def profile_rows(args, what, function):
+    """With --profile, the ten operations on which one call spends most of the time, by their own."""
+    if not args.profile:
+        return
+    cuda = args.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as profiled:
+        function()
+        if cuda:
+            torch.cuda.synchronize()
+    spent = Counter()                          # microseconds
+    for event in profiled.key_averages():
+        spent[event.key] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    for name, time_of_it in spent.most_common(10):
+        name = name.replace("|", "/")[:60]
+        yield (f"{what}: {name}", f"{time_of_it / 1e3:,.1f} ms ({time_of_it / spent.total():.1%})",
+               "", None)
+
+
 def random_dialogues(args, num, vocab_size, picture=None, image=()):
     """The turns of `num` dialogues: a prompt, and three replies with text between them."""
     turns = []
@@ -996,6 +1016,7 @@ def update_rows(args, rates, name, policy, turns, budget, checkpointing=False):
                         f"{name}: {what}, {len(dialogues)} x 512 text tokens, micro-batches of "
                         f"{budget}", function, tokens, flops, rate,
                         memory_estimate(policy, settings))
+        yield from profile_rows(args, f"{name}: {what}", function)
 
 
 def largest_llama(args):
@@ -1117,6 +1138,8 @@ def parse_args():
     parser.add_argument("--model", help="a real model folder, for rollout, turns, sft and trl")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="with --model: both sides compute in this type [float32]")
+    parser.add_argument("--profile", action="store_true",
+                        help="in limits: also the operations that take most of the time")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
     parser.add_argument("--peak", choices=("ours", "official"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -7,8 +7,11 @@
 #   logprob    speed of log-probs with their gradient, beside a baseline
 #   turns      speed of whole rollouts, beside baselines
 #   update     two PPO updates of a larger model
+#   profile    on what an SFT step and a PPO update of these models spend their time
+#   pretrained recipes/pretrained.sh on V-IRL-L, all arms from one start; MODEL names the model
 #
 #   bash tests/gpu.sh                 writes results/gpu_NAME.md as it goes
+#   PARTS="profile pretrained" MODEL=models/smollm2 bash tests/gpu.sh
 #   DEVICE=cpu bash tests/gpu.sh      the same on a CPU, in small, to see that the script works
 #
 # Each part has its time limit, and none stops the others. torch must be 2.11 or later; the tests of
@@ -19,9 +22,10 @@
 #   OUT=folder         where page and logs go [the page to results/, the logs to runs/gpu-check]
 #   PARTS="..."        some of the parts above
 #   LIMIT=seconds      for each part, in place of its limit below
+#   MODEL=folder       the pretrained model [models/smollm2; on a CPU data/base/virl-l]
 cd "$(dirname "$0")/.." || exit 1
 export DEVICE=${DEVICE:-cuda}
-all="tests tiny limits decode logprob turns update"
+all="tests tiny limits decode logprob turns update profile pretrained"
 parts=" ${PARTS:-$all} "
 name=$(python -c "
 import os, re, torch
@@ -75,10 +79,12 @@ name = torch.cuda.get_device_name() if device == "cuda" else "a CPU, in small"
 print(f"# On {name}\n\n`DEVICE={device} bash tests/gpu.sh`, torch {torch.__version__}, "
       f"transformers {transformers.__version__}")
 PY
-rounds=3 tiny="" size=2048x16
+rounds=3 tiny="" size=2048x16 model=${MODEL:-models/smollm2}
+unset MODEL                                       # recipes/tiny.sh would take it for its start
 settings="--num-envs 256 --turns-per-env 2 --minibatch-turns 256 --epochs 4 --max-new-tokens 128"
 if [ "$DEVICE" != cuda ]; then
     rounds=1 tiny=SMOKE=1 size=64x2
+    [ "$model" != models/smollm2 ] || model=data/base/virl-l
     settings="--num-envs 16 --turns-per-env 2 --minibatch-turns 16 --epochs 1 --max-new-tokens 16"
 fi
 bench="python tests/bench.py --device $DEVICE --force --rounds"
@@ -93,5 +99,8 @@ part logprob 120 $bench $rounds --only logprob
 part turns 200 $bench 1 --only turns
 shown="update $size $settings"
 part update 180 bash -c 'update "$@"' update $size "$settings"
+part profile 120 $bench 1 --only limits --profile
+part pretrained 420 env KINDS=family $tiny MODEL="$model" OUT="$logs/pretrained" \
+    bash recipes/pretrained.sh
 printf '\nIn short:%s\n' "$summary" >>"$page"
 echo "$page:$summary"
