@@ -107,7 +107,7 @@ class Environment:
             def flawed_reply(self): return self.format_reply(0)
         TASKS["echo"] = Task(Echo, {"vision": False}, {"id": {}}, ("success",), 1.0, {"": 10})
 
-    Its settings: arguments of its `__init__` with defaults; pass `**common` to `super().__init__`.
+    Its settings are arguments of `__init__`, as in GeneralPoints; `**common` are those below.
     """
     REQUIRED = ("kinds", "retry_prompt", "lay_out", "prompt", "picture", "judge", "format_reply",
                 "expert_reply", "flawed_reply")

@@ -956,7 +956,7 @@ def share_row(args, what, function, tokens, flops, rate, estimate):
 
 
 def profile_rows(args, what, function):
-    """With --profile, the ten operations on which one call spends most of the time, by their own."""
+    """With --profile: the ten operations that take most of the time of one call."""
     if not args.profile:
         return
     cuda = args.device.type == "cuda"

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import envs
 import model
@@ -93,3 +95,47 @@ def test_its_tokenizer_reads_digits_one_by_one_and_ends_a_turn_with_its_own_mark
     ids = model.encode_reply(processor, '"number": [10, 7]')
     pieces = [processor.decode([i]) for i in ids]
     assert pieces[-1] == processor.eos_token and not [p for p in pieces if p.strip() == "10"]
+
+
+CHAT_ML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+           "{{ message['content'] | trim }}{{ '<|im_end|>\n' }}{% endfor %}"
+           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def like_smollm2():
+    """A tokenizer of SmolLM2's kind: pairs of bytes, digits apart, a leading blank in a token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [text["content"] for _ in range(3) for text in envs.make_env("gp-l").reset(0)[0]]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>",
+                                   bos_token="<|im_start|>", chat_template=CHAT_ML)
+
+
+def test_a_tokenizer_of_this_kind_keeps_blanks_digits_and_the_end_of_a_turn(like_smollm2):
+    ids = model.encode_reply(like_smollm2, '{"number": [10, 7], "formula": "10+7"}')
+    pieces = like_smollm2.convert_ids_to_tokens(ids)
+    assert pieces[-1] == "<|im_end|>" and pieces.count("1") == pieces.count("0") == 2
+    assert model.decode_reply(like_smollm2, ids) == '{"number": [10, 7], "formula": "10+7"}'
+    # A reply that was sampled with a leading blank stays as it was, in the next prompt, too.
+    messages, _ = envs.make_env("gp-l").reset(0)
+    prompt = model.encode(like_smollm2, messages)
+    reply = like_smollm2(' {"formula": "1+2"}').input_ids + [like_smollm2.eos_token_id]
+    assert like_smollm2.convert_ids_to_tokens(reply)[0].startswith("\u0120")     # a blank
+    said = model.decode_reply(like_smollm2, reply)
+    assert said == ' {"formula": "1+2"}'
+    more = [*messages, {"role": "assistant", "content": said},
+            {"role": "user", "content": "Try again"}]
+    after = model.encode(like_smollm2, more, prompt + reply)
+    assert after[:len(prompt + reply)] == prompt + reply
+    assert like_smollm2.decode(after[len(prompt + reply):]) == (
+        "\n<|im_start|>user\nTry again<|im_end|>\n<|im_start|>assistant\n")
+    # A reply that was cut gets the end of its turn in the prompt.
+    cut = model.encode(like_smollm2, more, prompt + reply[:-1])
+    assert cut == after
