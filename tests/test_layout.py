@@ -115,7 +115,8 @@ def test_no_blank_line_cuts_a_table(path):
 def test_the_results_can_be_read():
     words = {path.name: num_words(path.read_text()) for path in (ROOT / "results").glob("*.md")}
     assert max(words.values()) <= 2500, words
-    assert sum(words.values()) <= 12_000, words
+    of_tiny_models = sum(num for name, num in words.items() if name != "pretrained.md")
+    assert of_tiny_models <= 12_000, words
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
