@@ -401,16 +401,15 @@ def evaluate_run(config):
         evaluate_model(point.path, called, [row for row in known if row["step"] == point.step],
                        config, partial(evaluation.log_evaluation, run, **point.numbers()),
                        run / "eval_unfinished")
-    evaluation.print_path(run, envs.TASKS[config.task].metrics[0])
+    evaluation.print_path(run, config, envs.make_env, envs.TASKS[config.task].metrics[0])
 
 
 def compare_runs(config):
     """Print the tables of evaluated runs, with the paper's numbers; write the figure and page."""
     metrics = {name: task.metrics for name, task in envs.TASKS.items()}
     reference = compare.Reference(PAPER, SIGNS, metrics)
-    study = compare.compare(logs.list_runs(config.compare), config.figure, reference)
-    if config.html:
-        report.write(config.html, study, reference, envs.make_env)
+    write_page = partial(report.write, config.html, envs.make_env) if config.html else None
+    compare.compare(logs.list_runs(config.compare), config.figure, reference, write_page)
 
 
 def main(config):

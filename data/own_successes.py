@@ -17,7 +17,7 @@ no such arm. It has PPO's own fresh and verified replies, without its advantages
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 import envs
 from model import (SAMPLES, RolloutMemory, decode_reply, encode, load_policy, picture_of,
                    sampling_uniforms)
-from support import conversations, running, settings, training
+from support import conversations, demonstrator, running, settings, training
 from support.running import flag
 
 
@@ -135,7 +135,8 @@ def sample(policy, processor, make_env, config):
         solved += sum(episode.solved for episode in episodes)
     return kept, {"episodes": config.episodes, "success": solved / config.episodes,
                   "turns": num_turns, "kept": len(kept), "tokens_rollout": tokens,
-                  "gflops": policy.gflops(0, tokens), "seconds": time.monotonic() - began}
+                  "gflops": policy.gflops(0, tokens), "seconds": time.monotonic() - began,
+                  "dtype": config.dtype}
 
 
 def main(config):
@@ -149,11 +150,13 @@ def main(config):
         if more:
             raise ValueError(f"--split {' '.join(config.split)}: one split only, not "
                              f"{more[0].name} as well")
-        make_env = partial(envs.make_env, config.task, split.name,
-                           settings.read_settings(config.env), **split.settings)
+        given = settings.read_settings(config.env)
+        demonstrator.check_own_replies({**given, **split.settings})
+        make_env = partial(envs.make_env, config.task, split.name, given, **split.settings)
         device = running.pick_device(config.device)
-        dtype = running.pick_dtype(config.dtype, device)
-        policy, processor = load_policy(config.model, dtype, device, vision=make_env().vision)
+        config = replace(config, dtype=running.pick_dtype(config.dtype, device))
+        policy, processor = load_policy(config.model, config.dtype, device,
+                                        vision=make_env().vision)
         kept, counts = sample(policy, processor, make_env, config)
         if not kept:
             raise ValueError(f"none of {counts['turns']} replies is right: there is nothing to "

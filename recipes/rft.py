@@ -16,7 +16,6 @@ The run folder is one for evaluate.py: step_000003 is the model after round 3. I
 compute of sampling is counted as that of PPO's rollout. Ctrl-C or SIGTERM stops the run; the same
 command goes on.
 """
-import argparse
 import fcntl
 import json
 import os
@@ -24,47 +23,53 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import envs
+from support import command_line, demonstrator, logs, settings
+from support.command_line import flag
+
 LOCK = ".training.lock"
 MAY_DIFFER = ("out", "rounds", "save_every", "micro_batch_tokens")    # when a run goes on
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="the start, a model folder")
-    parser.add_argument("--out", type=Path, required=True, help="run folder, new or stopped")
-    parser.add_argument("--task", default="gp-l", help="which environment [gp-l]")
-    parser.add_argument("--split", nargs="+", default=["id"],
-                        help="the split to play, with settings [id]")
-    parser.add_argument("--env", nargs="+", default=[], help="settings of the environment")
-    parser.add_argument("--rounds", type=int, default=8, help="sample and train so often [8]")
-    parser.add_argument("--save-every", type=int, default=2,
-                        help="keep the model of every second round, and of the last [2]")
-    parser.add_argument("--episodes", type=int, default=512, help="played in each round [512]")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of the replies [0.7]")
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="of a reply [48]")
-    parser.add_argument("--first-tries", action="store_true", help="learn right first tries alone")
-    parser.add_argument("--sampler", choices=["newest", "start"], default="newest",
-                        help="the model that plays [newest]")
-    parser.add_argument("--steps", type=int, default=15, help="SFT steps of each round [15]")
-    parser.add_argument("--batch-size", type=int, default=128, help="replies of a step [128]")
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate [1e-4]")
-    parser.add_argument("--micro-batch-tokens", type=int, default=16384, help="as in sft.py")
-    parser.add_argument("--dtype", default="auto", help="as in sft.py [auto]")
-    parser.add_argument("--seed", type=int, default=0, help="of deals, replies and order [0]")
-    return parser.parse_args()
+@dataclass
+class Config:
+    """What is sampled and trained in each round."""
+    model: str = flag("", "the start, a model folder")
+    out: str = flag("", "run folder, new or stopped")
+    task: str = flag("gp-l", "which environment", choices=tuple(envs.TASKS))
+    split: tuple = flag(("id",), "the split to play, with settings")
+    env: tuple = flag((), "settings of the environment")
+    rounds: int = flag(8, "sample and train so often", low=1)
+    save_every: int = flag(2, "keep the model of every second round, and of the last", low=1)
+    episodes: int = flag(512, "played in each round", low=1)
+    temperature: float = flag(0.7, "of the replies", low=0)
+    max_new_tokens: int = flag(48, "of a reply", low=1)
+    first_tries: bool = flag(False, "learn right first tries alone")
+    sampler: str = flag("newest", "the model that plays", choices=("newest", "start"))
+    steps: int = flag(15, "SFT steps of each round", low=1)
+    batch_size: int = flag(128, "replies of a step", low=1)
+    lr: float = flag(1e-4, "peak learning rate", low=1e-12)
+    micro_batch_tokens: int = flag(16384, "as in sft.py", low=1)
+    dtype: str = flag("auto", "as in sft.py", choices=("auto", "float32", "bfloat16"))
+    seed: int = flag(0, "of deals, replies and order", low=0)
 
+
+# ---- The run folder ------------------------------------------------------------------------------
 
 def step_folder(out, number):
-    return out / f"step_{number:06d}"
+    return Path(out) / f"step_{number:06d}"
 
 
 def newest_round(out):
     """The last round that is done; 0 if none is."""
-    return max((int(path.name.removeprefix("step_")) for path in out.glob("step_??????")),
-               default=0)
+    folders = Path(out).glob("step_" + 6 * "[0-9]")
+    return max((int(folder.name.removeprefix("step_")) for folder in folders), default=0)
 
 
 def write(path, text):
@@ -73,114 +78,201 @@ def write(path, text):
     path.with_suffix(".new").rename(path)
 
 
+def write_config(config):
+    write(Path(config.out) / "config.json", json.dumps(asdict(config), indent=1) + "\n")
+
+
 def hold(out):
     """Lock the run folder until this process ends."""
     file = open(out / LOCK, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit(f"rft.py: error: {out}: another process is training here")
+        raise ValueError(f"{out}: another process is training here") from None
     return file
 
 
-def open_folder(args):
-    """Make the run folder, or cut its log back to the rounds that are done; returns its lock."""
-    config = {**vars(args), "out": str(args.out), "model": os.path.normpath(args.model)}
-    path, log = args.out / "config.json", args.out / "metrics.jsonl"
+def check(config):
+    """ValueError if the start or a setting is not allowed. Nothing is written before this."""
+    command_line.check_folders(config)
+    if config.sampler == "start" or not newest_round(config.out):
+        command_line.check_model(config.model)
+    split, *more = settings.read_splits(config.split)
+    if more:
+        raise ValueError(f"--split {' '.join(config.split)}: one split only, not {more[0].name} "
+                         "as well")
+    given = settings.read_settings(config.env)
+    demonstrator.check_own_replies({**given, **split.settings})
+    envs.make_env(config.task, split.name, given, **split.settings)
+
+
+def open_folder(config):
+    """Make the run folder, or cut its log back to the rounds that are done.
+
+    Returns the config, with the type that "auto" stood for so far, and the folder's lock.
+    """
+    out = Path(config.out)
+    config = replace(config, model=os.path.normpath(config.model))
+    path, log = out / "config.json", out / "metrics.jsonl"
     if path.exists():
-        theirs = json.loads(path.read_text())
-        differing = [name for name in {**theirs, **config} if name not in MAY_DIFFER
-                     and theirs.get(name) != config.get(name)]
+        theirs = json.loads(json.dumps(asdict(Config()))) | logs.read_object(path)
+        if config.dtype == "auto":
+            config = replace(config, dtype=theirs["dtype"])
+        ours = json.loads(json.dumps(asdict(config)))
+        differing = [name for name in {**theirs, **ours} if name not in MAY_DIFFER
+                     and theirs.get(name) != ours.get(name)]
         if differing:
-            sys.exit(f"rft.py: error: out folder {args.out} belongs to another config "
-                     f"({', '.join(differing)} differ): choose another --out")
-    elif args.out.exists() and any(each.name != LOCK for each in args.out.iterdir()):
-        sys.exit(f"rft.py: error: out folder {args.out} holds something else: choose another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
-    lock = hold(args.out)          # before anything is written
-    done = newest_round(args.out)
-    if args.rounds < done:
-        sys.exit(f"rft.py: error: --rounds {args.rounds}: {args.out} has {done} rounds already")
-    write(path, json.dumps(config, indent=1) + "\n")
-    if done or log.exists():
-        rows = log.read_text().splitlines()[:done] if log.exists() else []
-        if [json.loads(row)["step"] for row in rows] != list(range(1, done + 1)):
-            sys.exit(f"rft.py: error: {log} lacks a round of 1 to {done}: put it back from a copy")
-        write(log, "".join(f"{row}\n" for row in rows))
-    return lock
+            raise ValueError(f"out folder {out} belongs to another config "
+                             f"({', '.join(differing)} differ): choose another --out")
+    elif out.exists() and any(each.name != LOCK for each in out.iterdir()):
+        raise ValueError(f"out folder {out} holds something else: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = hold(out)               # before anything is written
+    done = newest_round(out)
+    if config.rounds < done:
+        raise ValueError(f"--rounds {config.rounds}: {out} has {done} rounds already")
+    rows = logs.read_jsonl(log, "step")[:done]
+    if [row["step"] for row in rows] != list(range(1, done + 1)):
+        raise ValueError(f"{log} lacks a round of 1 to {done}: put it back from a copy")
+    write_config(config)
+    if log.exists():
+        write(log, "".join(json.dumps(row) + "\n" for row in rows))
+    return config, lock
 
 
-def run(command):
-    """Run a script and pass a stop on to it; this script then ends with its exit status."""
-    # In a session of its own the terminal's Ctrl-C reaches it through us alone, once.
-    script, *options = map(str, command)
-    child = subprocess.Popen([sys.executable, ROOT / script, *options], start_new_session=True)
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+# ---- The scripts of a round ----------------------------------------------------------------------
+
+class Stop:
+    """Ctrl-C, SIGTERM and a closed terminal. The script that runs is told, and no other begins."""
+
+    def __init__(self):
+        self.status = 0              # later what a shell expects of a process that was stopped so
+        self.number = None           # a signal that the script has not been told of
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:   # as for nohup, or in the background
+                signal.signal(number, self.handle)
+
+    def handle(self, number, _):
+        self.number = number
+        self.status = self.status or 128 + number
+
+    def pass_on(self, child):
+        if self.number is None:
+            return
+        number, self.number = self.number, None
         # A closed terminal would end the script at once; told to stop, it saves.
-        signal.signal(stop, lambda number, _: child.send_signal(
-            signal.SIGTERM if number == signal.SIGHUP else number))
-    status = child.wait()
-    if status:
-        sys.exit(status if status > 0 else 128 - status)
+        child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+    def leave_if_asked(self):
+        if self.status:
+            print("stopped; the same command goes on", flush=True)
+            sys.exit(self.status)
+
+
+def run(command, stop):
+    """Run a script to its end. After a stop, or if the script fails, this script ends, too."""
+    stop.leave_if_asked()
+    script, *options = map(str, command)
+    # In a session of its own the terminal's Ctrl-C reaches it through us alone, once.
+    child = subprocess.Popen([sys.executable, ROOT / script, *options], start_new_session=True)
+    while child.poll() is None:
+        stop.pass_on(child)
+        time.sleep(0.1)
+    # A script that was told too late to stop has done its work, and exits with 0.
+    stop.leave_if_asked()
+    if child.returncode:
+        sys.exit(child.returncode if child.returncode > 0 else 128 - child.returncode)
 
 
 def last_row(path):
-    return json.loads(path.read_text().splitlines()[-1])
+    """The last row of a log."""
+    rows = logs.read_jsonl(path)
+    if not rows:
+        raise ValueError(f"{path}: holds no whole row: delete {path.parent} or put the log back")
+    return rows[-1]
 
 
-def play_round(args, number, model):
-    """Sample, train, and move the new model into the run folder. Returns the round's row."""
-    samples, sampled = args.out / f"round_{number}.json", args.out / f"round_{number}.log"
-    trained = args.out / f"round_{number}_sft"
-    seed = 1000 * args.seed + number
-    common = ["--task", args.task, "--dtype", args.dtype, "--seed", seed,
-              *(["--env", *args.env] if args.env else [])]
+def options_of_both(config, number):
+    """What both scripts of a round are told."""
+    return ["--task", config.task, "--dtype", config.dtype, "--seed", 1000 * config.seed + number,
+            *(["--env", *config.env] if config.env else [])]
 
+
+def sample(config, number, model, stop):
+    """Play the episodes of a round, if that is not done; returns (the samples' file, what was
+    sampled)."""
+    samples, log = [Path(config.out) / f"round_{number}{end}" for end in (".json", ".log")]
     # The log is written last, so without it the samples are not whole.
-    if not sampled.exists():
+    if not logs.read_jsonl(log):
+        log.unlink(missing_ok=True)
         samples.unlink(missing_ok=True)
         shutil.rmtree(samples.with_suffix(""), ignore_errors=True)
-        run(["data/own_successes.py", "--model", args.model if args.sampler == "start" else model,
-             "--out", samples, "--log", sampled, "--split", *args.split, *common,
-             "--episodes", args.episodes, "--temperature", args.temperature,
-             "--max-new-tokens", args.max_new_tokens,
-             *(["--first-tries"] if args.first_tries else [])])
+        run(["data/own_successes.py", "--model",
+             config.model if config.sampler == "start" else model, "--out", samples, "--log", log,
+             "--split", *config.split, *options_of_both(config, number),
+             "--episodes", config.episodes, "--temperature", config.temperature,
+             "--max-new-tokens", config.max_new_tokens,
+             *(["--first-tries"] if config.first_tries else [])], stop)
+    return samples, last_row(log)
 
-    if not step_folder(trained, args.steps).is_dir():
-        run(["sft.py", "--model", model, "--out", trained, "--data", samples, *common,
-             "--steps", args.steps, "--save-every", args.steps, "--batch-size", args.batch_size,
-             "--lr", args.lr, "--micro-batch-tokens", args.micro_batch_tokens])
 
-    own, sft = last_row(sampled), last_row(trained / "metrics.jsonl")
+def train(config, number, model, samples, stop):
+    """Train on the samples of a round, if that is not done; returns (the folder, its last row)."""
+    trained = Path(config.out) / f"round_{number}_sft"
+    if not step_folder(trained, config.steps).is_dir():
+        run(["sft.py", "--model", model, "--out", trained, "--data", samples,
+             *options_of_both(config, number), "--steps", config.steps,
+             "--save-every", config.steps, "--batch-size", config.batch_size, "--lr", config.lr,
+             "--micro-batch-tokens", config.micro_batch_tokens], stop)
+    return trained, last_row(trained / "metrics.jsonl")
+
+
+def play_round(config, number, stop):
+    """Sample, train, and move the new model into the run folder; returns the config, with the type
+    that "auto" stood for."""
+    out, log = Path(config.out), Path(config.out) / "metrics.jsonl"
+    model = step_folder(out, number - 1) if number > 1 else config.model
+    samples, own = sample(config, number, model, stop)
+    # A run keeps its type, as one of sft.py does. A log of an earlier version does not name it.
+    dtype = own.pop("dtype", config.dtype)
+    if config.dtype == "auto" and dtype != "auto":
+        config = replace(config, dtype=dtype)
+        write_config(config)
+    trained, sft = train(config, number, model, samples, stop)
+
     row = {"step": number, **own, "tokens_trained": sft["tokens_trained"], "loss": sft["loss"],
            "gflops": own["gflops"] + sft["gflops"], "seconds": own["seconds"] + sft["seconds"]}
-    return row, trained
+    # Tokens, compute and seconds are counted from the start of the run.
+    if number > 1:
+        before = last_row(log)
+        for name in ("tokens_rollout", "tokens_trained", "gflops", "seconds"):
+            row[name] += before[name]
+    row["gflops_paper"] = row["gflops"]
+    with open(log, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    shutil.rmtree(step_folder(trained, config.steps) / "resume", ignore_errors=True)
+    step_folder(trained, config.steps).rename(step_folder(out, number))
+    shutil.rmtree(trained)
+    if (number - 1) % config.save_every:
+        shutil.rmtree(step_folder(out, number - 1), ignore_errors=True)
+    print(f"round {number}: {own['kept']} of {own['turns']} replies were right and are kept; "
+          f"trained on {config.steps * config.batch_size} samples of them", flush=True)
+    return config
 
 
-def main():
-    args = parse()
-    lock = open_folder(args)  # noqa: F841    it is lost with this name
-    log = args.out / "metrics.jsonl"
-    for number in range(newest_round(args.out) + 1, args.rounds + 1):
-        print(f"round {number} of {args.rounds}", flush=True)
-        model = step_folder(args.out, number - 1) if number > 1 else args.model
-        row, trained = play_round(args, number, model)
-        # Tokens, compute and seconds are counted from the start of the run.
-        if number > 1:
-            before = last_row(log)
-            for name in ("tokens_rollout", "tokens_trained", "gflops", "seconds"):
-                row[name] += before[name]
-        row["gflops_paper"] = row["gflops"]
-        with open(log, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        shutil.rmtree(step_folder(trained, args.steps) / "resume", ignore_errors=True)
-        step_folder(trained, args.steps).rename(step_folder(args.out, number))
-        shutil.rmtree(trained)
-        if (number - 1) % args.save_every:
-            shutil.rmtree(step_folder(args.out, number - 1), ignore_errors=True)
-        print(f"round {number}: {row['kept']} of {row['turns']} replies were learnt", flush=True)
-    print(f"{args.out}: {args.rounds} rounds are done")
+def main(config):
+    stop = Stop()
+    try:
+        check(config)
+        config, lock = open_folder(config)  # noqa: F841    it is lost with this name
+        for number in range(newest_round(config.out) + 1, config.rounds + 1):
+            print(f"round {number} of {config.rounds}", flush=True)
+            config = play_round(config, number, stop)
+            stop.leave_if_asked()
+    except (ValueError, OSError) as error:
+        command_line.fail(error)
+    print(f"{config.out}: {config.rounds} rounds are done")
 
 
 if __name__ == "__main__":
-    main()
+    main(command_line.parse_config(Config))

@@ -9,9 +9,10 @@ Words used here:
     hands    what is played with one seed; for V-IRL these are routes. A hand is known by its seed
              and its number, so it is the same for all runs
 
-Runs of one arm are averaged. The error is over starts, or over runs if there is one start, or over
-episodes if there is one run. Play each run on other hands (--seeds): then the error holds the draw
-of hands as well. A change is that of each run since the start it went on from, on the same hands.
+Runs of one arm are averaged. The error is over starts, or over runs if there is one start, but
+never below the error over hands. That alone is the error of one run, and of a single start. Play
+each run on other hands (--seeds): then the error holds the draw of hands as well. A change is that
+of each run since the start it went on from, on the same hands.
 
 What the paper found is handed in (`Reference`), so this file imports none of the six.
 recipes/panels.py names arms and computes errors with the functions of this file as well.
@@ -21,10 +22,12 @@ import math
 import os
 import textwrap
 from collections import Counter
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from support import logs, run_folder, running
+from support import command_line, logs, run_folder, running
 
 # What a split is called in a figure.
 TITLES = {
@@ -43,6 +46,8 @@ NOT_OF_THE_METHOD = {
     "out", "model", "seed", "updates", "rounds", "save_every", "keep_resume", "micro_batch_tokens",
     "generate_tokens", "kept_gib", "gradient_checkpointing", "dtype", "param_dtype", "device",
 }
+# The script whose Config says what a run was made with where its own config does not.
+SCRIPTS = {"SFT": "sft.py", "RL": "rl.py", "RFT": "recipes/rft.py"}
 
 
 class Reference(NamedTuple):
@@ -151,6 +156,20 @@ def error_over_episodes(rows, metric):
         by_seed.setdefault(row["seed"], []).append(row.get(f"{metric}_stderr", math.nan))
     squares = sum((100 * mean(errors)) ** 2 for errors in by_seed.values())
     return math.sqrt(squares) / len(by_seed)
+
+
+def score_and_error(rows, metric):
+    """The mean of a metric and its standard error, both in %, of a start or an arm.
+
+    The error is never below that over episodes: a few starts or runs may agree by chance. Rows of a
+    single start differ in their hands alone, so theirs is the error over episodes.
+    """
+    score, error = metric_and_error(rows, metric)
+    bound = error_over_episodes(rows, metric)
+    if math.isnan(bound):                        # rows of an earlier version
+        return score, error
+    of_one_start = rows[0]["step"] == 0 and len({row["start"] for row in rows}) == 1
+    return score, bound if of_one_start else max(error, bound)
 
 
 def solved_by_hand(rows):
@@ -305,8 +324,21 @@ def name_setting(key, value, values):
     return value if key == "env" else f"{key} {value}"
 
 
+@cache
+def defaults_of(method):
+    """The defaults of the script that makes runs of a method, as a config.json has them."""
+    path = Path(__file__).parent.parent / SCRIPTS[method]
+    try:
+        config = command_line.sketch_config(path, "Config")()
+    except (OSError, ValueError, LookupError):   # a script that was rewritten in another way
+        return {}
+    return json.loads(json.dumps(asdict(config)))
+
+
 def name_arms(configs):
     """The arm of each run, by the run's config: its method, and the settings in which runs differ.
+
+    A run from before an option was there has its default.
 
     >>> name_arms({"a": {"steps": 400, "lr": 0.001, "seed": 0},
     ...            "b": {"steps": 400, "lr": 0.0001, "seed": 1},
@@ -319,6 +351,7 @@ def name_arms(configs):
         for name, method in ("updates", "RL"), ("rounds", "RFT"):   # sft.py has neither
             if name in config:
                 methods[run] = method
+    configs = {run: defaults_of(methods[run]) | config for run, config in configs.items()}
     names = {}
     for run, config in configs.items():
         alike = [configs[other] for other in configs if methods[other] == methods[run]]
@@ -361,12 +394,12 @@ def read_rows(run, metrics):
     return list(rows.values())
 
 
-def load_arms(folders, metrics):
+def collect_rows(folders, metrics):
     """The evaluated rows of run folders by arm: {"start": [row, ...], "SFT": [...], "RL": [...]}.
 
     `metrics`: as in Reference. Each row also names its "start" and its "run". A start's rows belong
     to no run: each seed that it was evaluated on counts as one. ValueError unless a split was
-    evaluated with one set of settings, and every start has all arms.
+    evaluated with one set of settings, and each run is there once.
     """
     runs = {os.path.realpath(folder): Path(folder) for folder in folders}   # each run once
     runs = list(runs.values())
@@ -377,7 +410,6 @@ def load_arms(folders, metrics):
     runs.sort(key=lambda run: (not names[run].startswith("SFT"), names[run]))
 
     arms = {"start": []}
-    arms_of = {}       # start -> the arms that were found of it
     spellings = {}     # real path of a start -> how the first run spells it
     first_rows = {}    # split -> the first run that was evaluated on it, and its settings
     first_task = None  # the first run, and the task that it was tested on
@@ -394,35 +426,47 @@ def load_arms(folders, metrics):
             task = row["settings"]["task"]
             first_task = first_task or (run, task)
             if task != first_task[1]:
-                raise ValueError(f"--compare needs runs of one task: {first_task[0]} was tested on "
-                                 f"{first_task[1]}, {run} on {task}")
+                raise ValueError("runs are compared on one task: "
+                                 f"{first_task[0]} was tested on {first_task[1]}, {run} on {task}")
             first_run, first = first_rows.setdefault(split, (run, row["settings"]))
             if differing := differing_settings(first, row["settings"]):
-                raise ValueError("--compare needs one set of settings for a split; on "
+                raise ValueError("runs are compared with one set of settings for a split; on "
                                  f"{split} {first_run} and {run} differ: {differing}")
-            arm = names[run] if row["step"] else "start"
-            arms_of.setdefault(start, set()).add(arm)
             if row["step"]:
-                arms.setdefault(arm, []).append({**row, "start": start, "run": str(run)})
+                of_arm = arms.setdefault(names[run], [])
+                of_arm.append({**row, "start": start, "run": str(run)})
                 continue
             # Several runs may hold the start's row. It is one model only if the rows agree.
             key = (start, split, row["seed"])
             told = [row.get(name) for name in ("success", "replies", "statuses", "reward")]
             earlier = starts_seen.setdefault(key, (run, told))
             if earlier[1] != told:
-                raise ValueError(f"--compare: on {split} the start {start} has another result in "
-                                 f"{run} than in {earlier[0]}: it was made anew or played on "
-                                 "another machine in between. Evaluate both runs anew")
+                raise ValueError(f"on {split} the start {start} has another result in {run} than "
+                                 f"in {earlier[0]}: it was made anew or played on another machine "
+                                 "in between. Evaluate both runs anew")
             if earlier[0] == run:
                 arms["start"].append({**row, "start": start, "run": (start, row["seed"])})
-    check_every_start_has_all_arms(arms_of, arms)
-    check_every_start_has_all_splits(arms)
     check_no_run_is_there_twice(arms)
+    return arms
+
+
+def load_arms(folders, metrics):
+    """`collect_rows` of runs for --compare, and in words which rows were left out.
+
+    ValueError unless every start has all arms, on the same splits and hands.
+    """
+    arms = collect_rows(folders, metrics)
+    check_every_start_has_all_arms(arms)
+    check_all_were_tested_on_every_split(arms)
     return on_common_hands(arms)
 
 
-def check_every_start_has_all_arms(arms_of, arms):
+def check_every_start_has_all_arms(arms):
     """ValueError unless each start was evaluated and has a run of SFT, of RL and of every arm."""
+    arms_of = {}       # start -> the arms that were found of it
+    for arm, rows in arms.items():
+        for row in rows:
+            arms_of.setdefault(row["start"], set()).add(arm)
     given = {method_of(arm) for arm in arms}
     if lacking := sorted({"SFT", "RL"} - given):
         lacking = " and no ".join(lacking)
@@ -436,14 +480,18 @@ def check_every_start_has_all_arms(arms_of, arms):
                              f"{', '.join(arms_of)}")
 
 
-def check_every_start_has_all_splits(arms):
-    """ValueError unless each start was tested on every split that another one was tested on."""
+def check_all_were_tested_on_every_split(arms):
+    """ValueError unless each start and run was tested on every split that a start was tested on."""
     splits = {row["split"] for row in arms["start"]}
-    for start in {row["start"] for row in arms["start"]}:
-        found = {row["split"] for row in arms["start"] if row["start"] == start}
-        if lacking := sorted(splits - found):
-            raise ValueError(f"--compare: the start {start} was not tested on {lacking[0]}, as "
-                             "others were: run evaluate.py --run-folder on a run from it")
+    found = {}         # "the start ..." or "the run ..." -> its splits
+    for arm, rows in arms.items():
+        for row in rows:
+            tested = f"the start {row['start']}" if arm == "start" else f"the run {row['run']}"
+            found.setdefault(tested, set()).add(row["split"])
+    for tested, its_splits in found.items():
+        if lacking := sorted(splits - its_splits):
+            raise ValueError(f"--compare: {tested} was not tested on {lacking[0]}, as others were: "
+                             "evaluate all with the same --splits")
 
 
 def check_no_run_is_there_twice(arms):
@@ -455,42 +503,47 @@ def check_no_run_is_there_twice(arms):
             told = json.dumps({**row, "run": "", "checkpoint": ""}, sort_keys=True)
             twin = seen.setdefault(told, row["run"])
             if twin != row["run"]:
-                raise ValueError(f"--compare: {twin} and {row['run']} have the same row of step "
+                raise ValueError(f"{twin} and {row['run']} have the same row of step "
                                  f"{row['step']}, so they are one run twice: leave one out")
 
 
 def on_common_hands(arms):
-    """The arms without rows of seeds that another arm of the same start was not tested with.
+    """(the arms without rows of seeds that another arm of the same start was not tested with, in
+    words which rows those are).
 
-    So values and differences are taken on the same hands. Where there are none, all rows stay.
+    So values and differences are taken on the same hands. ValueError where there are none.
     """
     seeds = {}         # (start, split) -> arm -> seeds
     for arm, rows in arms.items():
         for row in rows:
             of_arms = seeds.setdefault((row["start"], row["split"]), {})
             of_arms.setdefault(arm, set()).add(row["seed"])
-    kept, dropped = {}, set()
+    kept, dropped = {}, {}
     for arm, rows in arms.items():
         kept[arm] = []
         for row in rows:
             of_arms = seeds[row["start"], row["split"]]
             common = set.intersection(*of_arms.values())
-            if row["seed"] in common or not common or len(of_arms) == 1:
+            if not common:
+                told = "; ".join(f"{each}: {', '.join(map(str, sorted(of_arms[each])))}"
+                                 for each in of_arms)
+                raise ValueError(f"--compare: on {row['split']} the arms were tested with other "
+                                 f"seeds, so they have no hands in common ({told}): evaluate them "
+                                 "with the same --seeds")
+            if row["seed"] in common:
                 kept[arm].append(row)
             else:
-                dropped.add(f"{arm} on {row['split']}, seed {row['seed']}")
-    if dropped:
-        print(f"Left out, since not all arms were tested on these hands: {'; '.join(dropped)}")
-    return kept
+                dropped[f"{arm} on {row['split']}, seed {row['seed']}"] = None    # in order
+    return kept, "; ".join(dropped)
 
 
 def common_checkpoints(rows, split):
-    """[(mean GFLOPs, rows), ...] of the checkpoints that all runs have, oldest first."""
+    """[(mean GFLOPs, rows), ...] of the checkpoints that all runs on a split have, oldest first."""
+    rows = [row for row in rows if row["split"] == split]
     num_runs = len({row["run"] for row in rows})
     by_step = {}
     for row in rows:
-        if row["split"] == split:
-            by_step.setdefault(row["step"], []).append(row)
+        by_step.setdefault(row["step"], []).append(row)
     points = []
     for _, step_rows in sorted(by_step.items()):
         if len({row["run"] for row in step_rows}) == num_runs:
@@ -524,6 +577,7 @@ class Study(NamedTuple):
     """Evaluated runs beside each other."""
     task: str
     arms: dict       # as `load_arms` returns them
+    dropped: str     # the rows that `load_arms` left out, in words
     tried: list      # the arms but "start"
     splits: list
     metrics: list
@@ -549,7 +603,7 @@ class Study(NamedTuple):
 
 def study_runs(folders, paper):
     """The Study of run folders, of SFT and of RL; `paper` is a Reference."""
-    arms = load_arms(folders, paper.metrics)
+    arms, dropped = load_arms(folders, paper.metrics)
     task = arms["start"][0]["settings"]["task"]
     tried = [arm for arm in arms if arm != "start"]
     splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
@@ -562,14 +616,15 @@ def study_runs(folders, paper):
             last_gflops, _ = common_checkpoints(arms[arm], split)[-1]
             budget = min(budget, last_gflops)
 
-    study = Study(task, arms, tried, splits, metrics, budget, cells={}, signs=[])
+    study = Study(task, arms, dropped, tried, splits, metrics, budget, cells={}, signs=[])
+    check_hands_of_the_table(study)
     for metric in metrics:
         for split in splits:
             start_rows = [row for row in arms["start"] if row["split"] == split]
-            study.cells[metric, split, "start"] = Cell(*metric_and_error(start_rows, metric))
+            study.cells[metric, split, "start"] = Cell(*score_and_error(start_rows, metric))
             for arm in tried:
                 rows = study.nearest(arm, split)
-                cell = Cell(*metric_and_error(rows, metric),
+                cell = Cell(*score_and_error(rows, metric),
                             *change_and_error(rows, start_rows, metric))
                 study.cells[metric, split, arm] = cell
                 expected = paper.signs.get(split, {}).get(method_of(arm))
@@ -578,6 +633,22 @@ def study_runs(folders, paper):
                     study.signs.append(Sign(arm, split, cell, len(clusters(rows)), expected,
                                             verdict))
     return study
+
+
+def check_hands_of_the_table(study):
+    """ValueError if the checkpoints that stand side by side were played on other hands, as one is
+    that was tested later with fewer seeds."""
+    for split in study.splits:
+        hands = {"start": {(row["start"], row["seed"]) for row in study.arms["start"]
+                           if row["split"] == split}}
+        for arm in study.tried:
+            rows = study.nearest(arm, split)
+            hands[arm] = {(row["start"], row["seed"]) for row in rows}
+            if lacking := sorted(hands["start"] - hands[arm]):
+                start, seed = lacking[0]
+                raise ValueError(f"--compare: on {split} {arm} at step {rows[0]['step']} was not "
+                                 f"tested with seed {seed}, as the start {start} and other "
+                                 "checkpoints were: evaluate all with the same --seeds")
 
 
 class Difference(NamedTuple):
@@ -664,8 +735,8 @@ def table_of(study, metric, paper):
 
 
 def judged_by(study, paper):
-    """The measures in which the paper's signs are judged, in words."""
-    splits = [split for split in study.splits if split in paper.signs]
+    """The measures in which what was found is told, in words."""
+    splits = [split for split in study.splits if split in paper.signs] or study.splits
     names = [in_words(paper.metric(study.task, split)) for split in splits]
     return " and ".join(dict.fromkeys(names))
 
@@ -713,26 +784,39 @@ def findings(study, paper):
         sentences.append(f"{sign.arm} on {title_of(sign.split)}: {sign.cell.change:+.1f} ± "
                          f"{sign.cell.change_error:.1f} points{p}, {beside} {sign.expected}.")
     counts = Counter(sign.verdict for sign in study.signs)
-    sentences.append(f"Of these {len(study.signs)} changes {counts['met']} go as in the paper, "
-                     f"{counts['not met']} go the other way, {counts['undecided']} are undecided: "
-                     "within two standard errors.")
+    if study.signs:
+        sentences.append(f"Of these {len(study.signs)} changes {counts['met']} go as in the paper, "
+                         f"{counts['not met']} go the other way, {counts['undecided']} are "
+                         "undecided: within two standard errors.")
     return sentences + contrasts(study, paper)
 
 
 def how_many(study):
     """Such as "Runs from 1 start: SFT 2, RL 1. Each is tested on 500 hands; errors are over
     hands"."""
-    counts, most = [], 0
-    for arm in study.tried:
-        num = len({row["run"] for row in study.arms[arm]})
-        counts.append(f"{arm} {num}")
-        most = max(most, num)
+    runs = {arm: {row["run"] for row in study.arms[arm]} for arm in study.tried}
+    counts = ", ".join(f"{arm} {len(runs[arm])}" for arm in study.tried)
     num_starts = len({row["start"] for row in study.arms["start"]})
-    episodes = dict.fromkeys(str(row["episodes"]) for row in study.arms["start"])
     played = "routes" if study.task.startswith("virl") else "hands"
-    over = "starts" if num_starts > 1 else "runs" if most > 1 else played
-    return (f"Runs from {num_starts} start{'s' * (num_starts > 1)}: {', '.join(counts)}. Each is "
-            f"tested on {' or '.join(episodes)} {played}; errors are over {over}.")
+
+    # A start or run that was tested with two seeds has played twice as many.
+    hands = {}         # (start or run, split) -> seed -> hands
+    for arm in study.arms:
+        for row in study.arms[arm]:
+            who = row["start"] if arm == "start" else row["run"]
+            if row["split"] in study.splits:
+                hands.setdefault((who, row["split"]), {})[row["seed"]] = row["episodes"]
+    tested = dict.fromkeys(f"{sum(by_seed.values()):,}" for by_seed in hands.values())
+
+    over = played
+    several = [arm for arm in study.tried if len(runs[arm]) > 1]
+    if several:
+        single = [arm for arm in study.tried if arm not in several] + ["the start"]
+        over = f"runs for {' and '.join(several)}, over {played} for {' and '.join(single)}"
+    if num_starts > 1:
+        over = "starts"
+    return (f"Runs from {num_starts} start{'s' * (num_starts > 1)}: {counts}. Each is "
+            f"tested on {' or '.join(tested)} {played}; errors are over {over}.")
 
 
 def compared_at(study):
@@ -746,10 +830,14 @@ def compared_at(study):
 
 
 def left_out(study):
-    """The splits that were tested but are not shown, in words; "" if there are none."""
+    """The splits and rows that were tested but are not shown, in words; "" if there are none."""
     tested = {row["split"] for arm in study.tried for row in study.arms[arm]}
-    lost = ", ".join(sorted(tested - set(study.splits)))
-    return f"Not shown: {lost}, on which the start was not tested." if lost else ""
+    told, lost = [], ", ".join(sorted(tested - set(study.splits)))
+    if lost:
+        told.append(f"Not shown: {lost}, on which the start was not tested.")
+    if study.dropped:
+        told.append(f"Left out, since not all arms were tested on these hands: {study.dropped}.")
+    return " ".join(told)
 
 
 BOUND = ("Lower bound: the official code plays on until one reply solves a hand and names its "
@@ -774,17 +862,22 @@ def print_study(study, paper):
         print(textwrap.fill(sentence, 80, subsequent_indent="  "))
 
 
-def compare(folders, figure, paper):
-    """The Study of run folders, of SFT and of RL; prints its tables, and draws the curves.
+def compare(folders, figure, paper, write_page=None):
+    """Compare run folders, of SFT and of RL: print the tables, draw the curves and write a page.
 
-    figure: a path, or "" for none. paper: a Reference. All arms are compared at the checkpoints
-    nearest to the compute that every arm has spent.
+    figure: a path, or "" for none. paper: a Reference. write_page(study, paper), if it is there,
+    returns what is to be printed of the page. All arms are compared at the checkpoints nearest to
+    the compute that every arm has spent.
     """
     study = study_runs(folders, paper)
+    # Files come first: behind `| head` the printing ends early.
+    page = write_page(study, paper) if write_page else ""
+    drawn = figure and draw(study, figure, paper)
     print_study(study, paper)
-    if figure:
-        draw(study, figure, paper)
-    return study
+    if drawn:
+        print(f"\nfigure: {figure}")
+    if page:
+        print(f"\n{page}")
 
 
 # ---- The figure --------------------------------------------------------------------------------
@@ -812,13 +905,14 @@ def legend_below(fig, axes, **options):
 
 def draw(study, figure, paper):
     """Draw the paper's measure and first tries against GFLOPs: a panel per measure and split.
+    Returns whether that was possible.
 
     A method with one or two settings has a curve for each. With more it has one curve, their mean,
     and their range is shaded. All panels of a measure have one axis, so they can be compared.
     """
     plt = import_pyplot()
     if plt is None:
-        return
+        return False
     metrics = list(dict.fromkeys([study.metrics[0], "first_try"]))
     size = (4.5 * len(study.splits), 3.6 * len(metrics))
     fig, axes = plt.subplots(len(metrics), len(study.splits), figsize=size, squeeze=False,
@@ -838,7 +932,7 @@ def draw(study, figure, paper):
         panels[0].set_ylabel(textwrap.fill("% of " + study.counted(metric), 34))
     legend_below(fig, axes, ncol=4)
     fig.savefig(figure, dpi=150)
-    print(f"\nfigure: {figure}")
+    return True
 
 
 def curve_of(study, arm, metric, split, steps=None):
@@ -847,7 +941,7 @@ def curve_of(study, arm, metric, split, steps=None):
     points = [(0.0, start.value, start.error)]
     for gflops, rows in common_checkpoints(study.arms[arm], split):
         if steps is None or rows[0]["step"] in steps:
-            points.append((gflops, *metric_and_error(rows, metric)))
+            points.append((gflops, *score_and_error(rows, metric)))
     return points
 
 

@@ -119,6 +119,18 @@ def parse_faults(text, allowed):
     return shares
 
 
+# Settings that touch the expert's replies or the rewards alone.
+NOT_OF_OWN_REPLIES = ("faults", "faulty_tries", "solution", "reward")
+
+
+def check_own_replies(given):
+    """ValueError if a setting has no effect where a model learns its own right replies."""
+    for name in NOT_OF_OWN_REPLIES:
+        if name in given:
+            raise ValueError(f"{name} {given[name]!r}: has no effect here, since a model that "
+                             "learns its own right replies reads no expert and gets no reward")
+
+
 # ---- The wrappers --------------------------------------------------------------------------------
 
 class Wrapper:

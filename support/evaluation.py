@@ -39,6 +39,9 @@ def check_options(config):
         raise ValueError(f"--out {config.out}: is for --model and --api-url; a run's rows go to "
                          "its folder")
     check_used(config)
+    if config.top_p != 1 and config.temperature == 0:
+        raise ValueError(f"--top-p {config.top_p}: has no effect at --temperature 0, which always "
+                         "takes the likeliest token")
 
 
 def check_used(config):
@@ -66,6 +69,9 @@ def check_used(config):
 
 # ---- A run and its checkpoints -----------------------------------------------------------------
 
+RULES = {"rule", "target", "action_space"}       # settings that make another rule
+
+
 class Checkpoint(NamedTuple):
     """A checkpoint of a run, or its start as step 0, and the compute since the start."""
     step: int
@@ -84,7 +90,7 @@ def list_checkpoints(run, trained, with_start):
     One that a stop has saved is left out, unless it is the last: its step is no multiple of
     --save-every.
     """
-    found, start, save_every = [], trained["model"], trained.get("save_every", 1)
+    found, start, save_every = [], trained["model"], trained.get("save_every") or 1
     if with_start:
         if not Path(start).is_dir():
             raise ValueError(f"run {str(run)!r} started from {start!r}, which is no folder: use "
@@ -126,17 +132,18 @@ def take_settings(config, run, trained, tasks):
             if name in fixed:
                 fixed_by[name] = split.name
     taken = {name: value for name, value in theirs.items() if name not in fixed_by}
-    # What one split fixes holds for the other splits as it was in training.
-    if fixed_by:
-        splits = []
-        for split in settings.read_splits(config.splits):
-            words = split.label.split(" ")
-            for name in fixed_by:
-                own = name in split.settings or name in tasks[task].splits.get(split.name, ())
-                if not own and name not in given:
-                    words.append(f"{name}={theirs[name]}")
-            splits += words
-        config = replace(config, splits=tuple(splits))
+    # What one split fixes holds for the other splits as it was in training. It makes another split
+    # of them only if it is a rule: else they are called what they are called without that split.
+    splits = []
+    for split in settings.read_splits(config.splits):
+        added = {}
+        for name in fixed_by:
+            own = name in split.settings or name in tasks[task].splits.get(split.name, ())
+            if not own and name not in given:
+                added[name] = theirs[name]
+        splits.append(split._replace(settings={**split.settings, **added},
+                                     of_training=tuple(sorted(added.keys() - RULES))))
+    config = replace(config, splits=tuple(splits))
     env = tuple(f"{name}={value}" for name, value in {**taken, **given}.items())
 
     changed = []
@@ -388,11 +395,20 @@ def keep_lines(path, wanted):
 
 # ---- What is printed of a row ------------------------------------------------------------------
 
-def print_path(run, metric):
-    """Print a metric over the checkpoints of a run, a line for each split and seed."""
+def print_path(run, config, make_env, metric):
+    """Print a metric over the checkpoints of a run, a line for each split and seed.
+
+    Only rows with the settings of this evaluation are shown.
+    """
+    chosen = {}        # split -> its settings
+    common = settings.read_settings(config.env)
+    for split in settings.read_splits(config.splits):
+        env = make_env(config.task, split.name, common, **split.settings)
+        chosen[split.label] = chosen_settings(config, env)
     lines = {}
     for row in run_folder.read_steps(run / "eval.jsonl"):
-        lines.setdefault((row["split"], row["seed"]), {})[row["step"]] = 100 * row[metric]
+        if row["settings"] == chosen.get(row["split"]) and metric in row:
+            lines.setdefault((row["split"], row["seed"]), {})[row["step"]] = 100 * row[metric]
     for (split, seed), values in lines.items():
         path = ", ".join(f"{value:.1f} ({step})" for step, value in sorted(values.items()))
         running.print0(f"{split}, seed {seed}: {metric.replace('_', ' ')} in % (step): {path}")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from support import compare, running, transcripts
 from support.chat import printable
+from support.reading import plain_action
 
 SHOWN_KEYS = ("number", "cards", "action", "formula")    # of a reply: what is compared
 # What the two rules are, by how a task begins.
@@ -243,7 +244,7 @@ def marked(reply, expert):
 def mark_value(key, value, right):
     """The value of a key in a reply as HTML; `right` is the expert's reply, a dict."""
     if key == "action":
-        same = value.strip('"').strip() == str(right[key])
+        same = plain_action(value) == plain_action(str(right[key]))      # as the verifier does
         return html.escape(value) if same else f"<mark>{html.escape(value)}</mark>"
     left = Counter(map(str, right["number" if key == "formula" else key]))
     told, parts = value, []
@@ -326,15 +327,6 @@ def same_hands(study, split):
             if (row["start"], row["seed"]) == (first["start"], first["seed"]):
                 chosen.setdefault(arm, row)
     return chosen
-
-
-def on_other_hands(study):
-    """In words, which arms were tested on other hands than the first one; "" if none was."""
-    lost = []
-    for split in study.splits:
-        shown = same_hands(study, split)
-        lost += [arm for arm in ("start", *study.tried) if arm not in shown and arm not in lost]
-    return f" {' and '.join(lost)} played other hands, which are not shown." if lost else ""
 
 
 def hands(study, make_env):
@@ -458,8 +450,7 @@ def page(study, paper, make_env):
         "<h2>As training goes on</h2>", figure(study, paper, colours),
         "<h2>The table</h2><p class=\"soft\">The value, and in brackets its change since the start "
         "in points, ± standard error.</p>", table(study, paper),
-        "<h2>What each one says</h2><p class=\"soft\">The same hands for the start and every arm."
-        f"{text(on_other_hands(study))} "
+        "<h2>What each one says</h2><p class=\"soft\">The same hands for the start and every arm. "
         "Marked: a number, a card or an action that is not right. The arrow keys go on."
         "</p>", viewer,
         "<h2>How it was made</h2><details><summary>Commands and settings</summary>"
@@ -467,7 +458,7 @@ def page(study, paper, make_env):
         f"<script>{SCRIPT}</script>" if shown else "", "</html>", ""])
 
 
-def write(file, study, paper, make_env):
-    """Write the page to a file."""
+def write(file, make_env, study, paper):
+    """Write the page to a file; returns what is to be printed of it."""
     running.write_atomically(file, page(study, paper, make_env))
-    print(f"\npage: {file}; open it in a browser")
+    return f"page: {file}; open it in a browser"

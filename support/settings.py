@@ -17,10 +17,14 @@ class Split(NamedTuple):
     name: str
     settings: dict
     weight: float = 1.0
+    of_training: tuple = ()     # those of its settings that a run has from its training
 
     @property
     def label(self):
-        return " ".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+        """Such as "id target=36". What is as in training makes no other split."""
+        words = [f"{key}={value}" for key, value in self.settings.items()
+                 if key not in self.of_training]
+        return " ".join([self.name, *words])
 
 
 def read_settings(words):
@@ -35,13 +39,18 @@ def read_settings(words):
 
 
 def read_splits(words, weighted=False):
-    """The splits that words name, with a weight only if `weighted`.
+    """The splits that words name: each once, or with a weight, if `weighted`.
 
     ("id:0.7", "rule=11,11,11", "rule_ood") ->
     [Split("id", {"rule": "11,11,11"}, 0.7), Split("rule_ood", {}, 1.0)]
+
+    A word may be a Split already.
     """
     splits = []
     for word in words:
+        if isinstance(word, Split):
+            splits.append(word)
+            continue
         if "=" in word:
             if not splits:
                 raise ValueError(f"setting {word!r}: the name of a split must stand before it, "
@@ -60,7 +69,7 @@ def read_splits(words, weighted=False):
         splits.append(Split(name, {}, float(weight or 1)))
     if not splits:
         raise ValueError("no split is named")
-    return splits
+    return splits if weighted else list({split.label: split for split in splits}.values())
 
 
 def read_value(name, value, default):

@@ -131,7 +131,7 @@ def check_samples(config, splits, environments):
         if env.verify_iter <= config.failed_tries:
             raise ValueError(f"--mix {split.label}: verify_iter {env.verify_iter} must be above "
                              f"--failed-tries {config.failed_tries}")
-    mixed = len(splits) > 1 or splits[0].settings
+    mixed = tuple(config.mix) != ("id",)             # the default
     if config.data and (config.failed_tries or config.balance or mixed):
         raise ValueError("--data: --mix, --failed-tries and --balance are for samples that are "
                          "made on the fly")

@@ -313,10 +313,11 @@ def test_a_local_reply_that_was_cut_is_told_from_one_that_ended(monkeypatch, tmp
 
 
 def test_top_p_is_sent_where_it_is_given(api):
-    server, _ = api(top_p=0.9)
+    server, _ = api(top_p=0.9, temperature=0.6)
     assert all(request["top_p"] == 0.9 for _, request in server.requests)
     requests = len(server.requests)
-    assert len(api((), server)[0].requests) == 2 * requests   # without it: another evaluation
+    # Without it: another evaluation.
+    assert len(api((), server, temperature=0.6)[0].requests) == 2 * requests
 
 
 def test_fields_of_the_request_are_added_and_left_out(api, capsys):
@@ -590,7 +591,7 @@ def test_a_header_that_cannot_be_sent_is_refused_without_its_value(
 def test_an_address_of_ip_version_6_is_asked(api, capsys):
     with contextlib.suppress(OSError):   # a machine may have none
         server = Server(host="::1")
-        assert len(api((), server)[0].requests) == 6
+        assert len(api((), server, temperature=0.6)[0].requests) == 6
     for address in ("http://[::1/v1", "http://[host]/v1", "http://[::1]:99999/v1"):
         with pytest.raises(SystemExit):
             api(api_url=address)

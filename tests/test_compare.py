@@ -1,6 +1,7 @@
 """support/compare.py: what stands beside the paper's numbers is its measure, or a named bound."""
 import csv
 import json
+import math
 import random
 
 import pytest
@@ -9,7 +10,7 @@ import envs
 import evaluate
 from conftest import ROOT
 from envs import TASKS, make_env
-from support import compare, running
+from support import compare, report, running
 
 READ, SOLVED = 0.6, 0.75
 
@@ -82,23 +83,25 @@ def test_the_published_bound_is_as_tight_as_its_page_says():
 
 # ---- Rows that do not fit each other -------------------------------------------------------------
 
-def write_rows(folder, length, rows, **config):
+def write_rows(folder, length, rows, split="id", **config):
     """A run on GP-L: rows of (step, seed, success)."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model": "start", **length, **config}))
     settings = {"task": "gp-l", "episodes": 100, "env": {"verify_iter": 5}}
     measures = {f"{name}{end}": 0.01 for name in ("success", "first_try", "retries", "repeats")
                 for end in ("", "_stderr")}
     for step, seed, success in rows:
-        running.log_jsonl(folder / "eval.jsonl", step=step, gflops=10.0 * step, split="id",
-                          seed=seed, episodes=100, replies=100, settings=settings,
+        running.log_jsonl(folder / "eval.jsonl", step=step, gflops=10.0 * step, split=split,
+                          seed=seed, checkpoint="c", episodes=100, replies=100, settings=settings,
                           statuses={"correct": round(100 * success)}, reward=success,
                           **{**measures, "success": success})
 
 
+PAPER = compare.Reference({}, {}, {name: task.metrics for name, task in TASKS.items()})
+
+
 def study_of(*folders):
-    metrics = {name: task.metrics for name, task in envs.TASKS.items()}
-    return compare.study_runs(folders, compare.Reference({}, {}, metrics))
+    return compare.study_runs(folders, PAPER)
 
 
 def test_a_start_that_was_made_anew_between_two_runs_is_refused(tmp_path):
@@ -120,8 +123,111 @@ def test_values_and_differences_are_taken_on_the_hands_that_all_arms_have_played
     write_rows(tmp_path / "sft", {"steps": 1}, [(0, 0, 0.3), (1, 0, 0.35), (1, 1, 0.85)])
     write_rows(tmp_path / "rl", {"updates": 1}, [(1, 0, 0.3)])
     study = study_of(tmp_path / "sft", tmp_path / "rl")
-    assert "Left out, since not all arms were tested on these hands: SFT on id, seed 1" in (
-        capsys.readouterr().out)
+    told = "Left out, since not all arms were tested on these hands: SFT on id, seed 1."
+    assert compare.left_out(study) == told
+    page = report.page(study, PAPER, envs.make_env)
+    assert told in page
+    compare.print_study(study, PAPER)
+    assert told in " ".join(capsys.readouterr().out.split())
     assert study.cells["success", "id", "SFT"].value == pytest.approx(35)
     found = compare.difference(study, "RL", "SFT", "success", "id")
     assert found.value == pytest.approx(-5)
+
+
+def test_arms_without_hands_in_common_are_refused(tmp_path):
+    write_rows(tmp_path / "sft", {"steps": 1}, [(0, 0, 0.3), (1, 0, 0.35)])
+    write_rows(tmp_path / "rl", {"updates": 1}, [(0, 1, 0.5), (1, 1, 0.6)])
+    told = r"no hands in common \(start: 0, 1; SFT: 0; RL: 1\): evaluate them with the same --seeds"
+    with pytest.raises(ValueError, match=told):
+        study_of(tmp_path / "sft", tmp_path / "rl")
+
+
+def test_the_checkpoints_of_the_table_were_played_on_the_same_hands(tmp_path):
+    """A run went on, and its new checkpoint was tested with one seed of two."""
+    write_rows(tmp_path / "sft", {"steps": 2}, [(0, 0, 0.3), (0, 1, 0.3), (1, 0, 0.4), (1, 1, 0.4),
+                                                (2, 0, 0.5)])
+    write_rows(tmp_path / "rl", {"updates": 2}, [(2, 0, 0.4), (2, 1, 0.4)])
+    told = "on id SFT at step 2 was not tested with seed 1, as the start start and other"
+    with pytest.raises(ValueError, match=told):
+        study_of(tmp_path / "sft", tmp_path / "rl")
+
+
+def test_a_run_whose_hands_on_one_split_are_left_out_counts_on_the_others(tmp_path):
+    """Each run has its own hands, and RL lacks those of one run on one split."""
+    for split, seeds in (("id", (0, 1)), ("rule_ood", (0,))):
+        write_rows(tmp_path / "rl", {"updates": 1}, [(1, seed, 0.5) for seed in seeds], split)
+        for seed in (0, 1):
+            write_rows(tmp_path / f"sft{seed}", {"steps": 1}, [(0, seed, 0.3), (1, seed, 0.4)],
+                       split, seed=seed)
+    runs = [tmp_path / name for name in ("sft0", "sft1", "rl")]
+    study = study_of(*runs)
+    assert compare.left_out(study).endswith("start on rule_ood, seed 1; SFT on rule_ood, seed 1.")
+    assert study.cells["success", "rule_ood", "SFT"].value == pytest.approx(40)
+    # A run that was never tested on a split is named.
+    rows = running.read_jsonl(tmp_path / "sft1/eval.jsonl")
+    running.write_jsonl(tmp_path / "sft1/eval.jsonl", [row for row in rows if row["split"] == "id"])
+    with pytest.raises(ValueError, match="the run .*sft1 was not tested on rule_ood, as others"):
+        study_of(*runs)
+
+
+def test_what_errors_are_over_and_how_many_hands_are_told_arm_by_arm(tmp_path):
+    def told(*names):
+        study = study_of(*[tmp_path / name for name in names])
+        return compare.how_many(study).partition(". ")[2], study.cells["success", "id", "start"]
+    write_rows(tmp_path / "sft0", {"steps": 1}, [(0, 0, 0.3), (1, 0, 0.35)])
+    write_rows(tmp_path / "sft1", {"steps": 1}, [(1, 0, 0.45)], seed=1)
+    write_rows(tmp_path / "rl", {"updates": 1}, [(1, 0, 0.4)])
+    assert told("sft0", "rl")[0] == "Each is tested on 100 hands; errors are over hands."
+    assert told("sft0", "sft1", "rl")[0] == ("Each is tested on 100 hands; errors are over runs "
+                                             "for SFT, over hands for RL and the start.")
+    # Two seeds are twice the hands. The start has no runs, and equal scores leave no error of 0.
+    write_rows(tmp_path / "sft", {"steps": 1}, [(0, 0, 0.3), (0, 1, 0.3), (1, 0, 0.4), (1, 1, 0.4)])
+    write_rows(tmp_path / "rl2", {"updates": 1}, [(1, 0, 0.4), (1, 1, 0.5)])
+    words, start = told("sft", "rl2")
+    assert words == "Each is tested on 200 hands; errors are over hands."
+    assert start == pytest.approx((30.0, 1.0 / math.sqrt(2), 0, 0))
+
+
+def test_the_error_of_several_starts_is_never_below_that_over_hands():
+    rows = [{"start": start, "run": (start, 0), "seed": 0, "step": 0, "success": 0.3,
+             "success_stderr": 0.02} for start in "st"]
+    assert compare.metric_and_error(rows, "success")[1] == 0
+    assert compare.score_and_error(rows, "success") == pytest.approx((30.0, 2.0))
+    del rows[0]["success_stderr"]                                        # of an earlier version
+    assert compare.score_and_error(rows, "success") == pytest.approx((30.0, 0.0))
+
+
+def test_a_run_from_before_an_option_has_its_default():
+    """Both are one arm; `balance` is off and `schedule` is cosine if nothing is said."""
+    old = {"steps": 5, "lr": 1e-6}
+    configs = {"old": old, "new": {**old, "schedule": "cosine", "balance": False, "beta2": 0.98}}
+    assert set(compare.name_arms(configs).values()) == {"SFT"}
+    configs["new"]["schedule"] = "constant"
+    assert compare.name_arms(configs) == {"old": "SFT schedule cosine",
+                                          "new": "SFT schedule constant"}
+    for method, option in (("SFT", "mix"), ("RL", "lr_final"), ("RFT", "first_tries")):
+        assert option in compare.defaults_of(method)
+
+
+def test_without_a_split_of_the_paper_there_are_no_sentences_on_its_signs(tmp_path, capsys):
+    write_rows(tmp_path / "sft", {"steps": 1}, [(0, 0, 0.3), (1, 0, 0.35)], "id target=36")
+    write_rows(tmp_path / "rl", {"updates": 1}, [(1, 0, 0.4)], "id target=36")
+    evaluate.compare_runs(evaluate.Config(compare=(f"{tmp_path}/sft,{tmp_path}/rl",)))
+    told = capsys.readouterr().out
+    assert "\nFound, in points of success:\nRL minus SFT on id target=36: +5.0" in told
+    assert "as in the paper" not in told
+
+
+def test_files_are_written_before_anything_is_printed(tmp_path, monkeypatch):
+    write_rows(tmp_path / "sft", {"steps": 1}, [(0, 0, 0.3), (1, 0, 0.35)])
+    write_rows(tmp_path / "rl", {"updates": 1}, [(1, 0, 0.4)])
+    page, figure = tmp_path / "page.html", tmp_path / "figure.png"
+
+    def print_study(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr(compare, "print_study", print_study)
+    monkeypatch.setattr(compare, "draw", lambda study, file, paper: figure.write_text("drawn"))
+    with pytest.raises(BrokenPipeError):
+        evaluate.compare_runs(evaluate.Config(compare=(f"{tmp_path}/sft,{tmp_path}/rl",),
+                                              html=str(page), figure=str(figure)))
+    assert "</html>" in page.read_text() and figure.read_text() == "drawn"

@@ -305,7 +305,7 @@ def task_metrics():
 
 
 def load_arms(folders):
-    return compare.load_arms(folders, task_metrics())
+    return compare.load_arms(folders, task_metrics())[0]
 
 
 def compare_runs(folders, figure=""):
@@ -313,7 +313,7 @@ def compare_runs(folders, figure=""):
 
 
 def write_run(folder, arm, points, start="start", episodes=100, knobs={}, **env):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     length = {"RL": {"updates": 1}, "RFT": {"rounds": 2, "steps": 1}}.get(arm, {"steps": 1})
     (folder / "config.json").write_text(json.dumps({"model": start, **length, **knobs}))
     settings = {"task": "gp-l", "episodes": episodes,
@@ -509,7 +509,9 @@ def test_the_evaluation_that_was_asked_for_last_counts_though_it_is_an_older_one
     ({"run_folder": "r", "paper": True, "episodes": 5},
      "--episodes 5: has no effect with --run-folder and --paper"),
     ({"api_url": "u", "api_model": "m", "out": "o", "kept_gib": 1.0},
-     "--kept-gib 1.0: has no effect with --api-url")])
+     "--kept-gib 1.0: has no effect with --api-url"),
+    ({"model": "m", "top_p": 0.5}, "--top-p 0.5: has no effect at --temperature 0"),
+    ({"run_folder": "r", "top_p": 0.5}, "--top-p 0.5: has no effect at --temperature 0")])
 def test_an_option_without_effect_is_refused(options, told):
     with pytest.raises(ValueError, match=told):
         evaluation.check_options(evaluate.Config(**options))
@@ -618,10 +620,51 @@ def test_settings_of_a_run_give_way_to_a_split_that_has_them_of_its_own(capsys):
     assert config.env == ("verify_iter=3",)
     assert "but for fold, which split unseen has of its own" in capsys.readouterr().out
     assert "fold=train" in take_settings(evaluate.Config(splits=("id",)), trained).env
-    # The other splits are played as they were in training.
-    assert config.splits == ("id", "fold=train", "unseen")
+    # The other splits are played as they were in training, and are called as without that split.
+    assert config.splits == (Split("id", {"fold": "train"}, of_training=("fold",)),
+                             Split("unseen", {}))
+    assert [split.label for split in config.splits] == ["id", "unseen"]
     given = take_settings(evaluate.Config(splits=("id fold=all".split() + ["unseen"])), trained)
-    assert given.splits == ("id", "fold=all", "unseen")
+    assert [split.label for split in given.splits] == ["id fold=all", "unseen"]
+    # A rule makes another split.
+    trained = {**TRAINED, "task": "virl-l", "env": ["action_space=relative"]}
+    config = take_settings(evaluate.Config(splits=("id", "rule_ood")), trained)
+    assert [split.label for split in config.splits] == ["id action_space=relative", "rule_ood"]
+
+
+def test_a_row_is_the_same_whichever_splits_are_tested_beside_it():
+    trained = {**TRAINED, "task": "gp-l", "env": ["fold=train"]}
+    chosen = []
+    for splits in (("rule_ood",), ("rule_ood", "unseen"), ("rule_ood", "rule_ood")):
+        config = take_settings(evaluate.Config(splits=splits, dtype="float32"), trained)
+        first, *more = settings.read_splits(config.splits)
+        assert len(more) == len(set(splits)) - 1                 # each is played once
+        env = envs.make_env("gp-l", first.name, settings.read_settings(config.env),
+                            **first.settings)
+        chosen.append((first.label, evaluation.chosen_settings(config, env)))
+    assert chosen[0][0] == "rule_ood" and chosen[0][1]["env"]["fold"] == "train"
+    assert chosen[1] == chosen[2] == chosen[0]
+
+
+def test_a_run_that_was_to_be_saved_every_0_steps_can_be_tested(tmp_path):
+    (tmp_path / "step_000002").mkdir()
+    running.log_jsonl(tmp_path / "metrics.jsonl", step=2, gflops=1.0, gflops_paper=1.0)
+    trained = {"model": "m", "save_every": 0}
+    found = evaluation.list_checkpoints(tmp_path, trained, with_start=False)
+    assert [point.step for point in found] == [2]
+
+
+def test_the_last_lines_of_an_evaluation_hold_its_own_rows_alone(tmp_path, capsys):
+    config = evaluate.Config(task="gp-l", splits=("id",), episodes=10, dtype="float32")
+    for step, episodes, temperature, success in ((1, 500, 0.0, 0.9), (1, 10, 0.0, 0.2),
+                                                 (2, 10, 0.0, 0.3), (2, 10, 1.0, 0.8)):
+        used = replace(config, episodes=episodes, temperature=temperature)
+        row = {"split": "id", "seed": 0, "success": success,
+               "settings": evaluation.chosen_settings(used, envs.make_env("gp-l", "id"))}
+        running.log_jsonl(tmp_path / "eval.jsonl", step=step, **row)
+    running.log_jsonl(tmp_path / "eval.jsonl", step=3, **{**row, "split": "rule_ood"})
+    evaluation.print_path(tmp_path, config, envs.make_env, "success")
+    assert capsys.readouterr().out == "id, seed 0: success in % (step): 20.0 (1), 30.0 (2)\n"
 
 
 def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
@@ -680,7 +723,7 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(
         "retries_error,repeats,replies_correct,replies_wrong_value")
     assert every.read_text().splitlines()[-1] == (
         "cell,SFT_x,2,9,rule_ood,5.0,1.0,5.0,2.0,0.0,0.0,50,5,95")
-    write_run(tmp_path / "study" / "virl" / "RL_x2", "RL", [(1, 5.0, 0.9), (2, 9.0, 0.4)],
+    write_run(tmp_path / "study" / "virl" / "RL_x2", "RL", [(1, 5.1, 0.9), (2, 9.1, 0.4)],
               start="./x", knobs={"task": "gp-l", "seed": 1})
     (tmp_path / "linked").symlink_to(tmp_path / "study" / "virl")
     with pytest.raises(SystemExit):
@@ -711,6 +754,23 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(
             told(table, *flags)
         assert message in capsys.readouterr().err
     (tmp_path / "study" / "virl" / "RL_y" / "eval.jsonl").unlink()
+    # Rows that were written twice, runs that are there twice, and runs with other settings.
+    log = tmp_path / "study" / "deeper" / "cell" / "SFT_x" / "eval.jsonl"
+    lines = told(tmp_path / "study" / "deeper", "--every")
+    log.write_text(2 * log.read_text())
+    assert told(tmp_path / "study" / "deeper", "--every") == lines
+    told(tmp_path / "study" / "deeper", "--every", "--csv", str(every))
+    assert len(every.read_text().splitlines()) == len(lines) - 1
+    shutil.copytree(log.parent, log.parent.with_name("copy"))
+    write_run(tmp_path / "few" / "cell", "RL", [(0, 0.0, 0.1)], episodes=500,
+              knobs={"task": "gp-l"})
+    write_run(tmp_path / "few" / "RL", "RL", [(1, 5.0, 0.2)], episodes=10, knobs={"task": "gp-l"})
+    for folder, message in ((tmp_path / "study" / "deeper", "are one run twice: leave one out"),
+                            (tmp_path / "few", "differ: episodes 10 and 500")):
+        with pytest.raises(SystemExit):
+            told(folder)
+        assert message in capsys.readouterr().err
+    shutil.rmtree(log.parent.with_name("copy"))
     nothing = "other: no evaluated run in a folder of a folder there"
     for folder, message, *flags in (("study", "has evaluated its start y on id"),
                                     ("other", nothing), ("other", nothing, "--every")):

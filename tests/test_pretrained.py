@@ -5,6 +5,7 @@ PRETRAINED=FOLDER runs all of it on a folder that data/pretrained.py has written
 import copy
 import importlib.util
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import envs
 import model
 import rl
 import sft
-from conftest import ROOT
+from conftest import ROOT, tiny_folder
 
 sys.path.insert(0, str(ROOT / "data"))
 import pretrained
@@ -42,6 +43,29 @@ def test_the_file_of_the_package_is_found(monkeypatch, tmp_path):
     spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     assert pretrained.find_gguf("") == tmp_path / "some.gguf"
+
+
+def test_a_conversion_that_was_stopped_leaves_no_folder_and_the_same_command_goes_on(
+        monkeypatch, tmp_path):
+    out, stopped = tmp_path / "models/smollm2", True
+
+    def convert(file, folder):
+        shutil.copytree(tiny_folder(), folder)
+        if stopped:
+            (folder / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+    monkeypatch.setattr(pretrained, "find_gguf", lambda path: path)
+    monkeypatch.setattr(pretrained, "convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        pretrained.main(pretrained.Config(out=str(out)))
+    assert list(out.parent.iterdir()) == []
+    stopped = False
+    (out.parent / "smollm2.unfinished/old").mkdir(parents=True)           # as after a kill
+    pretrained.main(pretrained.Config(out=f"{out}/"))
+    assert [path.name for path in out.parent.iterdir()] == ["smollm2"]
+    assert (out / "model.safetensors").is_file() and not (out / "old").exists()
+    with pytest.raises(SystemExit):
+        pretrained.main(pretrained.Config(out=str(out)))
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

@@ -137,6 +137,8 @@ def test_the_page_has_what_each_arm_says_and_nothing_that_runs_or_loads(study):
     ('"action": "forward()"', '{"action": "stop()"}',
      '&quot;action&quot;: <mark>&quot;forward()&quot;</mark>'),
     ('"action": "stop()', '{"action": "stop()"}', '&quot;action&quot;: &quot;stop()'),
+    ('"action": "Turn_direction( North ) ."', '{"action": "turn_direction(north)"}',
+     '&quot;action&quot;: &quot;Turn_direction( North ) .&quot;'),
     ('"number": [<b>]', '{"number": [1]}', '&quot;number&quot;: [<mark>&lt;b&gt;</mark>]'),
     ("<b>", "no JSON", "&lt;b&gt;"),
 ])
@@ -242,7 +244,7 @@ def test_a_run_that_was_moved_keeps_its_own_dialogues(tmp_path):
     run_of(tmp_path / "rl", [2], [{}])
     for order in (("sft", "sft_moved"), ("sft_moved", "sft")):
         said = first_replies(page_of(tmp_path / "rl", *[tmp_path / name for name in order]))
-        assert (said["SFT"], said["SFT lr 0.1"]) == ("second", "first")
+        assert (said["SFT lr 1e-06"], said["SFT lr 0.1"]) == ("second", "first")
 
 
 def test_a_hand_that_was_not_kept_is_no_hand_that_was_not_reached(tmp_path):
@@ -282,19 +284,6 @@ def test_a_page_can_be_made_of_rows_without_errors_and_says_what_arms_were_train
     config = json.loads((tmp_path / "sft/config.json").read_text())
     (tmp_path / "sft/config.json").write_text(json.dumps({**config, "mix": ["id", "rule_ood"]}))
     assert "SFT was trained on id rule_ood." in page_of(tmp_path / "sft", tmp_path / "rl")
-
-
-def test_an_arm_on_other_hands_is_named(tmp_path):
-    run_of(tmp_path / "sft", [2], ["no"])
-    run_of(tmp_path / "rl", [2], [{}])
-    for name, changed in (("sft", ("eval", "dialogues")), ("rl", ())):
-        for log in changed:
-            path = tmp_path / name / f"{log}.jsonl"
-            running.write_jsonl(path, [{**row, "seed": 1} for row in running.read_jsonl(path)])
-    page = page_of(tmp_path / "sft", tmp_path / "rl")
-    assert "RL played other hands, which are not shown." in page
-    # The start was tested on both.
-    assert set(first_replies(page)) == {"start", "SFT"}
 
 
 def test_dialogues_of_an_evaluation_that_was_not_finished_are_dropped(tmp_path):

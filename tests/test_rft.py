@@ -1,12 +1,13 @@
 """data/own_successes.py and recipes/rft.py: a model learns its own replies that were right."""
 import json
 import re
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
-import evaluate
 import sft
 from conftest import ROOT
 from support import evaluation, logs
@@ -88,6 +89,9 @@ def test_a_model_without_a_right_reply_and_two_splits_are_refused(config, capsys
     with pytest.raises(SystemExit):
         own_successes.main(replace(config, split=("id", "rule_ood")))
     assert "one split only, not rule_ood" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        own_successes.main(replace(config, split=("id", "reward=random")))
+    assert "reward 'random': has no effect here" in capsys.readouterr().err
 
 
 # ---- Rounds --------------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ def rounds(monkeypatch, out, *more, stop_before=None):
     """recipes/rft.py in this process; stops before its script of this number."""
     scripts = []
 
-    def run(command):
+    def run(command, stop):
         if len(scripts) == stop_before:
             raise Stopped
         script, *options = map(str, command)
@@ -110,11 +114,11 @@ def rounds(monkeypatch, out, *more, stop_before=None):
 
     monkeypatch.setattr(rft, "run", run)
     monkeypatch.setattr(rft, "hold", lambda out: None)     # a traceback keeps the lock
-    monkeypatch.setattr(sys, "argv", [
-        "rft.py", "--model", GP_L, "--out", str(out), "--rounds", "2", "--episodes", "16",
+    monkeypatch.setattr(rft.signal, "signal", lambda *_: None)
+    rft.main(parse_config(rft.Config, [
+        "--model", GP_L, "--out", str(out), "--rounds", "2", "--episodes", "16",
         "--steps", "1", "--batch-size", "4", "--save-every", "1", "--max-new-tokens", "40",
-        "--dtype", "float32", *more])
-    rft.main()
+        "--dtype", "float32", *more]))
     return scripts
 
 
@@ -144,32 +148,31 @@ def test_rounds_go_on_after_a_stop_as_if_there_had_been_none(tmp_path, monkeypat
                                                             (2, second["gflops"])]
 
 
-def test_a_folder_is_held_and_a_log_without_a_round_is_refused(tmp_path, monkeypatch):
+def test_a_folder_is_held_and_a_log_without_a_round_is_refused(tmp_path):
     lock = rft.hold(tmp_path)
-    with pytest.raises(SystemExit, match="another process is training here"):
+    with pytest.raises(ValueError, match="another process is training here"):
         rft.hold(tmp_path)
     lock.close()
     for number in (1, 2):
         (tmp_path / "run" / f"step_{number:06d}").mkdir(parents=True)
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
-    config = {"out": "run", "model": GP_L}
-    monkeypatch.setattr(sys, "argv", ["rft.py", "--model", GP_L + "/", "--out",
-                                      str(tmp_path / "run")])
-    args = rft.parse()
-    (tmp_path / "run/config.json").write_text(json.dumps({**vars(args), **config}, default=str))
-    with pytest.raises(SystemExit, match="metrics.jsonl lacks a round of 1 to 2"):
-        rft.open_folder(args)
+    config = rft.Config(model=GP_L + "/", out=str(tmp_path / "run"))
+    (tmp_path / "run/config.json").write_text(json.dumps({"model": GP_L, "out": "run"}))
+    with pytest.raises(ValueError, match="metrics.jsonl lacks a round of 1 to 2"):
+        rft.open_folder(config)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n{"step": 2,\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2: "):
+        rft.open_folder(config)
     # A second process cuts no log of the first: it is refused before it writes anything.
     log = '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     (tmp_path / "run/metrics.jsonl").write_text(log)
     lock = rft.hold(tmp_path / "run")
-    with pytest.raises(SystemExit, match="another process is training here"):
-        rft.open_folder(args)
+    with pytest.raises(ValueError, match="another process is training here"):
+        rft.open_folder(config)
     assert (tmp_path / "run/metrics.jsonl").read_text() == log
     lock.close()
-    args.rounds = 1
-    with pytest.raises(SystemExit, match="--rounds 1: .* has 2 rounds already"):
-        rft.open_folder(args)
+    with pytest.raises(ValueError, match="--rounds 1: .* has 2 rounds already"):
+        rft.open_folder(replace(config, rounds=1))
 
 
 def test_the_start_may_play_in_all_rounds(tmp_path, monkeypatch):
@@ -183,12 +186,101 @@ def test_the_start_may_play_in_all_rounds(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "run").glob("step_*")) == ["step_000002"]
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path, monkeypatch):
+def test_a_folder_of_another_run_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text('{"lr": 1}')
-    with pytest.raises(SystemExit, match="belongs to another config"):
+    with pytest.raises(SystemExit):
         rounds(monkeypatch, tmp_path)
+    assert "belongs to another config" in capsys.readouterr().err
     (tmp_path / "config.json").unlink()
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(SystemExit, match="holds something else"):
+    with pytest.raises(SystemExit):
         rounds(monkeypatch, tmp_path)
+    assert "holds something else" in capsys.readouterr().err
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--save-every", "0"], "--save-every 0: must be at least 1"),
+    (["--rounds", "0"], "--rounds 0: must be at least 1"),
+    (["--episodes", "0"], "--episodes 0: must be at least 1"),
+    (["--steps", "-1"], "--steps -1: must be at least 1"),
+    (["--lr", "nan"], "--lr nan: must be a finite number"),
+    (["--seed", "-1"], "--seed -1: must be at least 0"),
+    (["--model", "nowhere"], "model 'nowhere': no such model folder"),
+    (["--split", "id", "rule_ood"], "one split only, not rule_ood"),
+    (["--env", "fold=most"], "fold 'most'"),
+    (["--env", "reward=random"], "reward 'random': has no effect here"),
+    (["--env", "faults=leave_out:1"], "faults 'leave_out:1': has no effect here"),
+    (["--env", "solution=random"], "solution 'random': has no effect here"),
+    (["--split", "id", "faulty_tries=2"], "faulty_tries '2': has no effect here")])
+def test_a_value_that_is_not_allowed_is_named_before_anything_is_written(
+        tmp_path, monkeypatch, capsys, words, told):
+    with pytest.raises(SystemExit):
+        rounds(monkeypatch, tmp_path / "run", *words)
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_type_that_auto_chose_is_kept_and_the_samples_are_counted(
+        tmp_path, monkeypatch, capsys):
+    rounds(monkeypatch, tmp_path / "run", "--dtype", "auto", "--rounds", "1")
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert (f"round 1: {row['kept']} of {row['turns']} replies were right and are kept; "
+            "trained on 4 samples of them\n") in capsys.readouterr().out
+    chosen = logs.read_trained(tmp_path / "run")["dtype"]
+    assert chosen in ("float32", "bfloat16")
+    # On another processor auto would be another type.
+    config = rft.Config(**{**logs.read_trained(tmp_path / "run"), "dtype": "auto"})
+    config = replace(config, split=tuple(config.split), env=tuple(config.env))
+    assert rft.open_folder(config)[0].dtype == chosen
+    with pytest.raises(ValueError, match="belongs to another config .dtype differ"):
+        rft.open_folder(replace(config, dtype="bfloat16" if chosen == "float32" else "float32"))
+
+
+# ---- A stop --------------------------------------------------------------------------------------
+
+LATE = "import signal, time\nfor n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)\n"
+
+
+def two_scripts(tmp_path, first, *ignored):
+    """A process of ours that runs the script `first`, then one that prints "second"."""
+    (tmp_path / "first.py").write_text(f"{first}\nprint('ready', flush=True)\ntime.sleep(0.5)")
+    (tmp_path / "second.py").write_text("print('second')")
+
+    def begin():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+    code = ("import pathlib, sys; sys.path.insert(0, 'recipes'); import rft; stop = rft.Stop();"
+            f"rft.ROOT = pathlib.Path({str(tmp_path)!r});"
+            "rft.run(['first.py'], stop); rft.run(['second.py'], stop)")
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                            text=True, preexec_fn=begin)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_no_script_begins_after_a_stop_that_the_running_one_was_told_too_late(tmp_path, number):
+    process = two_scripts(tmp_path, LATE)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=30)
+    assert said == "stopped; the same command goes on\n" and process.returncode == 128 + number
+
+
+def test_a_stop_between_two_scripts_is_heard(tmp_path, monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(rft.signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(rft.signal, "getsignal", lambda number: signal.SIG_DFL)
+    stop = rft.Stop()
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    with pytest.raises(SystemExit) as ended:
+        rft.run([tmp_path / "never_begun.py"], stop)
+    assert ended.value.code == 143
+
+
+def test_a_signal_that_is_ignored_as_under_nohup_stops_nothing(tmp_path):
+    process = two_scripts(tmp_path, "import time", signal.SIGHUP, signal.SIGINT)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert said == "second\n" and process.returncode == 0

@@ -113,7 +113,8 @@ def test_a_bad_mix_is_refused(mix):
 def test_settings_that_a_data_file_or_failed_tries_would_ignore_are_refused(tmp_path):
     (tmp_path / "data.json").write_text(json.dumps([
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]))
-    for knobs in (dict(failed_tries=2), dict(mix=("id", "suits=S")), dict(mix=("id", "rule_ood"))):
+    for knobs in (dict(failed_tries=2), dict(mix=("id", "suits=S")), dict(mix=("id", "rule_ood")),
+                  dict(mix=("rule_ood",))):
         with pytest.raises(ValueError,
                            match="--data: --mix, --failed-tries and --balance are for samples"):
             sft.Samples(sft.Config(data=str(tmp_path / "data.json"), **knobs))
