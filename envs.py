@@ -441,7 +441,8 @@ class Navigation(Environment):
                 for place in kept[walked]:
                     if place is not None:
                         yield streets.Position(kind="forward", action="forward()", pano=place,
-                                               heading=heading, sentence=sentence)
+                                               heading=heading, sentence=sentence,
+                                               landmark=route.passed.get(place, ""))
             landmark = route.landmarks[walked] if i > 0 else ""
             here = dict(pano=pano, heading=heading, landmark=landmark)
             if i == len(sides):

@@ -2,6 +2,7 @@
 
     python data/synthetic_city.py --out city0                  # 1,000 routes, 140 MB: a minute
     python data/synthetic_city.py --out city0 --no-pictures    # the words only: a second
+    python data/synthetic_city.py --out city0 --signs shapes   # boards that a tiny model can read
 
     city0/train/     --routes routes of city 0            for training, and for tests of the rule
     city0/unseen/    48 more routes of city 0             never trained on
@@ -21,6 +22,14 @@ have a place, a landmark. The middle of each street has one, a destination. Each
 with its name, at most 4 m wide. The board stands 12 to 16 m from the panorama that announces it,
 with no house in between. The four views look ahead, right, back and left, 90 degrees wide each;
 no edge between two of them cuts a board.
+
+With --signs there are six kinds of place, and a place is called by its kind, such as Bank. A board
+is 7 m wide and shows the white shape of its kind, a disc for a bank. With `--signs shapes` the
+colour of the board tells the kind, too, but in city 0 alone. With `--signs any-colour` it tells it
+nowhere. Most panoramas between crossings have such a board, 13 m to the right or left, which hangs
+for this panorama alone. No other board in a street is of its destination's kind. So whoever walks
+along the last street must read them to know where to stop. A route has a further key, "passed":
+what is seen at the panoramas between its points.
 
 The same arguments give the same bytes, in any number of processes. Pictures need the same Pillow
 for that. Left out: legs that pass a crossing without a milestone.
@@ -54,6 +63,9 @@ CITY_VERSION = 1
 GRID, MINI_GRID = 13, 7         # nodes per side of city 0 and of the cities of the mini set
 PAVEMENT = 3.0                  # metres from the kerb to the houses
 BOARD_WIDTH, BOARD_HEIGHT, BOARD_TOP = 4.0, 2.2, 6.2       # metres
+# Of the square boards of --signs; in the streets they stand so far away, on the right or the left.
+SIGN_WIDTH, SIGN_TOP, SIGN_METRES = 7.0, 7.0, 13.0
+SIGN_KINDS = ("names", "shapes", "any-colour")
 EARTH = 6371e3                  # radius for the haversine formula, metres
 EQUATOR, ECCENTRICITY2 = 6378137.0, 0.00669438              # of WGS84
 INTERPOLATION = 5               # the environment tries points at 1/5 to 4/5 of every leg
@@ -80,6 +92,24 @@ PLACES = {
     "movie_theater": ("{} Cinema", "#8e1538"), "book_store": ("{} & Co Books", "#37474f"),
     "clothing_store": ("{} Tailors", "#5d3a66"), "jewelry_store": ("{} Jewels", "#856404"),
     "gym": ("{} Gym", "#d32f2f"), "bar": ("The {} Tavern", "#263238"),
+}
+# With --signs the name of a place is its kind, and its board shows a shape. These are the kinds and
+# the colours that their boards have in city 0; elsewhere each board has any of SIGN_COLOURS.
+SIGNS = {"Bank": "#1f4e8c", "Bakery": "#a35a00", "Hotel": "#8e1563", "Pharmacy": "#1b7a2f",
+         "Library": "#b71c1c", "Cafe": "#00707a"}
+SIGN_COLOURS = (*SIGNS.values(), "#5b2fa0", "#4a4f1f", "#303030", "#c2410c")
+# Shares of a board's side, which is square: the corners of what is painted, or a disc's box.
+SIGN_SHAPES = {
+    "Bank": [("disc", .15, .15, .85, .85)],                                      # a coin
+    "Bakery": [("disc", .1, .1, .9, .9), ("hole", .32, .32, .68, .68)],          # a ring
+    "Hotel": [("area", .5, .1, .92, .88, .08, .88)],                             # a roof
+    "Pharmacy": [("area", .38, .1, .62, .1, .62, .9, .38, .9),                   # a cross
+                 ("area", .1, .38, .9, .38, .9, .62, .1, .62)],
+    "Library": [("area", .1, .1, .9, .1, .9, .28, .1, .28),                      # three books
+                ("area", .1, .41, .9, .41, .9, .59, .1, .59),
+                ("area", .1, .72, .9, .72, .9, .9, .1, .9)],
+    "Cafe": [("area", .1, .1, .5, .1, .5, .5, .1, .5),                           # a tablecloth
+             ("area", .5, .5, .9, .5, .9, .9, .5, .9)],
 }
 # The syllables of invented names: the root of a name has one of each.
 ONSETS = "B Br C Cr D Dr F Fl G Gr H K Kl L M N P Pl R S St T Tr V".split()
@@ -157,6 +187,7 @@ class Place:
     at: tuple            # (east, north) of its board
     pano: int            # the panorama that announces it
     key: str
+    sign: str = ""       # with --signs: the colour of the board
 
 
 @dataclass
@@ -166,17 +197,18 @@ class Street:
     diagonal: bool
     panos: list = field(default_factory=list)     # those inside, from the first end to the second
     place: Place = None
+    passed: list = field(default_factory=list)    # with --signs: places beside the destination
 
 
 class City:
     """Streets, panoramas and places of one city.
 
     `panos` has (east, north) in metres of each panorama. The first `num_nodes` of them are the
-    nodes: the crossings and corners where streets end.
+    nodes: the crossings and corners where streets end. `signs` is one of SIGN_KINDS.
     """
 
-    def __init__(self, seed, number):
-        self.seed, self.number = seed, number
+    def __init__(self, seed, number, signs="names"):
+        self.seed, self.number, self.signs = seed, number, signs
         self.lat, self.lon = ANCHORS[number]
         # Metres per degree at the anchor.
         w2 = 1 - ECCENTRICITY2 * math.sin(math.radians(self.lat)) ** 2
@@ -184,7 +216,11 @@ class City:
         self.per_lon = math.radians(EQUATOR / math.sqrt(w2) * math.cos(math.radians(self.lat)))
         self.build_streets(stream("streets", seed, number), GRID if number == 0 else MINI_GRID)
         self.build_panos()
-        self.build_places(stream("places", seed, number))
+        if signs == "names":
+            self.build_places(stream("places", seed, number))
+        else:
+            self.build_places(stream("signs", seed, number))
+            self.build_passed(stream("passed", seed, number))
         self.legs = {}
 
     def build_streets(self, rng, n):
@@ -257,7 +293,8 @@ class City:
             else:
                 # 30 degrees beside a street: inside the view along it.
                 heading = pick(rng, ways)
-                beside = between(rng, 27, 33)
+                # A wider board stands nearer to the street: no edge between views cuts it.
+                beside = between(rng, 27, 33 if self.signs == "names" else 30)
                 heading += beside if rng.random() < 0.5 else -beside
             self.landmarks[node] = self.new_place(rng, names, node, heading, 13.5, 15.5)
         for street in self.streets:
@@ -265,14 +302,40 @@ class City:
             a, b = street.ends
             side = direction(self.panos[a], self.panos[b])
             side += 90 if rng.random() < 0.5 else -90
+            if self.signs != "names":
+                street.place = self.new_sign(rng, pick(rng, list(SIGNS)), middle, side, SIGN_METRES)
+                continue
             heading = side + between(rng, -30, 30)
             street.place = self.new_place(rng, names, middle, heading, 12.5, 15)
 
+    def build_passed(self, rng):
+        """Most other panoramas of a street have a place, too. None is of the destination's kind."""
+        for street in self.streets:
+            a, b = (self.panos[node] for node in street.ends)
+            kinds = [kind for kind in SIGNS if kind != street.place.kind]
+            for pano in street.panos:
+                if pano != street.place.pano and rng.random() < 0.75:
+                    side = direction(a, b) + (90 if rng.random() < 0.5 else -90)
+                    street.passed.append(
+                        self.new_sign(rng, pick(rng, kinds), pano, side, SIGN_METRES))
+
     def new_place(self, rng, names, pano, heading, least, most):
+        if self.signs != "names":
+            metres = between(rng, least, most)
+            return self.new_sign(rng, pick(rng, list(SIGNS)), pano, heading, metres)
         kind = pick(rng, list(PLACES))
         name = PLACES[kind][0].format(next(names))
         at = ahead(self.panos[pano], heading, between(rng, least, most))
         return Place(name, kind, at, pano, make_id("place", self.seed, self.number, name))
+
+    def new_sign(self, rng, kind, pano, heading, metres):
+        """A place that is called by its kind."""
+        colour = pick(rng, SIGN_COLOURS)
+        if self.signs == "shapes" and self.number == 0:
+            colour = SIGNS[kind]
+        key = make_id("sign", self.seed, self.number, pano)
+        at = ahead(self.panos[pano], heading, metres)
+        return Place(kind, kind, at, pano, key, colour)
 
     def names(self, rng):
         """Invented roots in random order. Each belongs to one city number: no two share a name."""
@@ -431,7 +494,27 @@ def route_entry(city, route):
             "route_results": results,
             "init_heading": 0,
             "instruction": f"Walk to {route.last.place.name}.",
-            "milestone_info": milestones}
+            "milestone_info": milestones,
+            **passed_entry(city, route)}
+
+
+def passed_entry(city, route):
+    """{"passed": {panorama: what is seen there}} of the places between a route's points, if any.
+
+    Only --signs makes such places. The released files do not have this key.
+    """
+    places = {place.pano: place for street in city.streets for place in street.passed}
+    if not places:
+        return {}
+    places |= {street.place.pano: street.place for street in city.streets}
+    told = {}
+    for a, b in zip(route.points, route.points[1:]):
+        arriving = int(bearing(city.geocodes[a], city.geocodes[b]))
+        for pano in city.leg(a, b)[1:-1]:
+            if pano in places and pano != b:
+                side = side_of(city, places[pano], pano, arriving)
+                told[city.ids[pano]] = f"{places[pano].name} is on your {side}"
+    return {"passed": told}
 
 
 def visited(city, routes):
@@ -517,10 +600,25 @@ def overlap(p, q):
     return True
 
 
-def board_ends(point, place, half=BOARD_WIDTH / 2):
-    """Left and right end of a board; it faces whoever looks at it."""
+def board_ends(point, place, more=0.0):
+    """Left and right end of a board, and `more` metres beyond; it faces whoever looks at it."""
+    half = (SIGN_WIDTH if place.sign else BOARD_WIDTH) / 2 + more
     across = direction(point, place.at) + 90
     return [ahead(place.at, across, -half), ahead(place.at, across, half)]
+
+
+@lru_cache(maxsize=None)
+def paint_sign(kind, colour, side=240):
+    """A square board with the shape of a kind of place, in white."""
+    picture = Image.new("RGB", (side, side), colour)
+    draw = ImageDraw.Draw(picture)
+    for what, *shares in SIGN_SHAPES[kind]:
+        corners = [round(share * side) for share in shares]
+        if what == "area":
+            draw.polygon(corners, fill="white")
+        else:
+            draw.ellipse(corners, fill=colour if what == "hole" else "white")
+    return picture
 
 
 class Scene:
@@ -530,6 +628,7 @@ class Scene:
         self.city, self.palette = city, PALETTES[max(city.number - 1, 0)]
         self.places = [place for place in city.landmarks if place]
         self.places += [street.place for street in city.streets]
+        self.places += [place for street in city.streets for place in street.passed]
         self.windows, self.boards = {}, {}         # both filled as they are seen
         self.lay_streets()
         self.build_houses(stream("houses", city.seed, city.number))
@@ -589,7 +688,7 @@ class Scene:
             take(rectangle(a, direction(a, b), -reach, math.dist(a, b) + reach, -reach, reach))
         for place in self.places:
             point = self.city.panos[place.pano]
-            take([point, *board_ends(point, place, BOARD_WIDTH / 2 + 0.5)[::-1]])
+            take([point, *board_ends(point, place, more=0.5)[::-1]])
         houses = []                               # (corners, height, wall colour)
         for street in self.city.streets:
             a, b = (self.city.panos[node] for node in street.ends)
@@ -691,7 +790,9 @@ class Scene:
         return not any(overlap(sight, self.lots[i]) for i in near)
 
     def board(self, place):
-        """A place's board as a picture: its name in one or two lines."""
+        """A place's board as a picture: its name in one or two lines, or the shape of its kind."""
+        if place.sign:
+            return paint_sign(place.kind, place.sign)
         if place.name not in self.boards:
             colour, text, style = PLACES[place.kind][1], "#ffffff", self.palette.board
             if style == "reverse":
@@ -822,9 +923,14 @@ def hang_boards(picture, scene, point):
         place = scene.places[i]
         if not scene.in_sight(point, place):
             continue
+        wide, high, upper = BOARD_WIDTH, BOARD_HEIGHT, BOARD_TOP
+        if place.sign:
+            wide, high, upper = SIGN_WIDTH, SIGN_WIDTH, SIGN_TOP
+            if scene.city.panos[place.pano] != point:      # it hangs for its own panorama alone
+                continue
         centre = (turn_between(0, direction(point, place.at)) / 360 + 0.5) * (width - 1)
-        half = math.degrees(math.atan(BOARD_WIDTH / 2 / metres)) / 360 * (width - 1)
-        top, bottom, foot = (row(up, metres) for up in (BOARD_TOP, BOARD_TOP - BOARD_HEIGHT, 0))
+        half = math.degrees(math.atan(wide / 2 / metres)) / 360 * (width - 1)
+        top, bottom, foot = (row(up, metres) for up in (upper, upper - high, 0))
         board = scene.board(place).resize((round(2 * half), bottom - top), Image.Resampling.LANCZOS)
         for shift in (-(width - 1), 0, width - 1):         # it may cross the seam in the south
             post = round(centre + shift)
@@ -834,11 +940,11 @@ def hang_boards(picture, scene, point):
 
 # ---- Files ---------------------------------------------------------------------------------------
 
-def make_sets(seed, num_routes, num_unseen, most_legs):
+def make_sets(seed, num_routes, num_unseen, most_legs, signs="names"):
     """{folder: [(city, its routes), ...]}"""
-    city = City(seed, 0)
+    city = City(seed, 0, signs)
     routes = draw_routes(city, num_routes + num_unseen, range(1, most_legs))
-    mini = [City(seed, number) for number in range(1, 10)]
+    mini = [City(seed, number, signs) for number in range(1, 10)]
     return {"train": [(city, routes[:num_routes])], "unseen": [(city, routes[num_routes:])],
             "mini": [(city, draw_routes(city, 2, (1, 2), longest=150)) for city in mini]}
 
@@ -858,17 +964,17 @@ def write_words(folder, parts):
 
 
 @lru_cache(maxsize=None)
-def scene_of(seed, number):
+def scene_of(seed, number, signs="names"):
     """A city's scene, built once in every process."""
-    return Scene(City(seed, number))
+    return Scene(City(seed, number, signs))
 
 
 def write_picture(job):
     """One panorama into every folder that needs it; returns the bytes written."""
-    seed, number, pano, width, folders = job
+    seed, number, signs, pano, width, folders = job
     if not folders[0].is_dir():                   # the first process gave up
         return 0
-    scene, data = scene_of(seed, number), BytesIO()
+    scene, data = scene_of(seed, number, signs), BytesIO()
     panorama(scene, pano, width).save(data, "JPEG", quality=QUALITY)
     for folder in folders:
         (folder / f"{scene.city.ids[pano]}.jpg").write_bytes(data.getvalue())
@@ -891,7 +997,7 @@ def become_painter(first):
     threading.Thread(target=leave_with_it, daemon=True).start()
 
 
-def write_pictures(needed, seed, width, workers):
+def write_pictures(needed, seed, signs, width, workers):
     """street_views/ of all sets, {folder: [(city, panorama number), ...]}.
 
     Returns (number of pictures, their bytes).
@@ -901,9 +1007,10 @@ def write_pictures(needed, seed, width, workers):
         (folder / "street_views").mkdir()
         for city, pano in panos:
             folders.setdefault((city.number, pano), []).append(folder / "street_views")
-    jobs = [(seed, number, pano, width, places) for (number, pano), places in folders.items()]
+    jobs = [(seed, number, signs, pano, width, places)
+            for (number, pano), places in folders.items()]
     for number in dict.fromkeys(number for number, _ in folders):
-        scene_of(seed, number)                    # forks of this process need not build it again
+        scene_of(seed, number, signs)             # forks of this process need not build it again
     # Ctrl-C reaches every process: the workers leave it to this one.
     if workers > 1:
         pool = multiprocessing.Pool(workers, become_painter, (os.getpid(),))
@@ -938,6 +1045,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--most-legs", type=int, default=8,
                         help="a route of train or unseen has 2 to this many legs [8]")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another city [0]")
+    parser.add_argument("--signs", choices=SIGN_KINDS, default="names",
+                        help="what boards show: names; shapes of six kinds, in city 0 each in a "
+                             "colour of its own; or these shapes in any colour [names]")
     parser.add_argument("--no-pictures", action="store_true", help="leave out street_views/")
     parser.add_argument("--size", type=int, default=1408,
                         help="width of a panorama in pixels, about pi times that of a view [1408]")
@@ -963,7 +1073,7 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     began = time.monotonic()
-    sets = make_sets(args.seed, args.routes, args.unseen, args.most_legs)
+    sets = make_sets(args.seed, args.routes, args.unseen, args.most_legs, args.signs)
     out = Path(args.out).absolute()
     # A stopped run leaves nothing that looks whole.
     partial = out.with_name(f"{out.name}.unfinished")
@@ -975,7 +1085,7 @@ def main(argv=None):
         needed = {partial / name: write_words(partial / name, parts)
                   for name, parts in sets.items()}
         if not args.no_pictures:
-            pictures = write_pictures(needed, args.seed, args.size, args.workers)
+            pictures = write_pictures(needed, args.seed, args.signs, args.size, args.workers)
         if out.exists():
             out.rmdir()                                              # it was empty
         partial.rename(out)

@@ -172,6 +172,7 @@ class Route:
     panos: tuple         # (k + 1,) panorama of each point
     between: tuple       # (k,) of each leg: () if it is too short, else POINTS_PER_LEG panoramas,
                          #      with None where no place fits
+    passed: dict         # panorama between points -> what is seen there; {} in the released data
 
 
 @dataclass(frozen=True)
@@ -297,8 +298,14 @@ def read_route(record, panoramas, where):
         directions.append(heading[2])
         landmarks.append(block.get("landmarks", NO_LANDMARK).replace(NO_LANDMARK, ""))
     panos, between = find_places(points, panoramas, where)
+    passed = record.get("passed", {})
+    if not (isinstance(passed, dict) and all(isinstance(said, str) for said in passed.values())):
+        raise ValueError(f"{where}, key 'passed': expected panorama: what is seen, "
+                         f"got {str(passed)[:40]}")
+    for said in passed.values():
+        refuse_half_characters(said, f"{where}: key 'passed'")
     return Route(init_heading, tuple(headings), tuple(directions), tuple(landmarks),
-                 panos, between)
+                 panos, between, passed)
 
 
 def find_folder(root, data):

@@ -79,7 +79,7 @@ def test_another_process_paints_the_same_pictures_whoever_else_paints(drawn, tmp
         ids = synthetic_city.scene_of(0, number).city.ids
         panos = [ids.index(pano) for pano in read(drawn / name)[1].values() if pano in ids][:12]
         for pano in panos[::-1]:
-            synthetic_city.write_picture((0, number, pano, 256, [tmp_path]))
+            synthetic_city.write_picture((0, number, "names", pano, 256, [tmp_path]))
             for file in (f"{ids[pano]}.jpg", f"{ids[pano]}.metadata.json"):
                 assert ((tmp_path / file).read_bytes()
                         == (drawn / name / "street_views" / file).read_bytes())
