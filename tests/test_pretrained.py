@@ -49,7 +49,7 @@ def test_a_conversion_that_was_stopped_leaves_no_folder_and_the_same_command_goe
         monkeypatch, tmp_path):
     out, stopped = tmp_path / "models/smollm2", True
 
-    def convert(file, folder):
+    def convert(file, folder, template):
         shutil.copytree(tiny_folder(), folder)
         if stopped:
             (folder / "model.safetensors").unlink()
@@ -119,6 +119,27 @@ def test_its_tokenizer_reads_digits_one_by_one_and_ends_a_turn_with_its_own_mark
     ids = model.encode_reply(processor, '"number": [10, 7]')
     pieces = [processor.decode([i]) for i in ids]
     assert pieces[-1] == processor.eos_token and not [p for p in pieces if p.strip() == "10"]
+
+
+def test_a_base_model_gets_a_template_that_ends_its_turns(like_smollm2):
+    with pytest.raises(ValueError, match="--template gemma: the tokenizer has no token <end_of_t"):
+        pretrained.give_template(copy.deepcopy(like_smollm2), "gemma")
+    tokenizer = copy.deepcopy(like_smollm2)
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": turns})
+    tokenizer.bos_token = "<|endoftext|>"
+    pretrained.give_template(tokenizer, "gemma")
+    messages, _ = envs.make_env("gp-l").reset(0)
+    prompt = model.encode(tokenizer, messages)
+    text = tokenizer.decode(prompt)
+    assert text.startswith("<|endoftext|><start_of_turn>user\n")
+    assert text.endswith("<end_of_turn>\n<start_of_turn>model\n")
+    reply = model.encode_reply(tokenizer, "1+2")
+    assert reply[-1] == tokenizer.eos_token_id == tokenizer("<end_of_turn>").input_ids[-1]
+    more = [*messages, {"role": "assistant", "content": "1+2"}, {"role": "user", "content": "No"}]
+    after = model.encode(tokenizer, more, prompt + reply)
+    assert tokenizer.decode(after[len(prompt + reply):]) == (
+        "\n<start_of_turn>user\nNo<end_of_turn>\n<start_of_turn>model\n")
 
 
 CHAT_ML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
