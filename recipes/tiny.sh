@@ -122,6 +122,7 @@ fi
 [ "${SFT_SETTINGS:-}" != none ] || sft_settings=()
 rft_settings=()
 [ -z "${RFT_SETTINGS:-}" ] || IFS=';' read -ra rft_settings <<<"$RFT_SETTINGS"
+[ "${RFT_SETTINGS:-}" != none ] || rft_settings=()
 
 # ---- The starts and the list of runs ----
 

@@ -1,4 +1,5 @@
 """What the README and the pages say is what the rows in results/data/ say."""
+import csv
 import importlib.util
 import re
 
@@ -56,3 +57,23 @@ def test_the_figure_asks_for_one_file(finding, capsys):
         with pytest.raises(SystemExit):
             finding.main(arguments)
         assert "expected one file to draw into" in capsys.readouterr().err
+
+
+def test_the_table_of_the_pretrained_model_is_that_of_its_rows():
+    rows = {}
+    with open(ROOT / "results" / "data" / "pretrained_every_evaluation.csv") as file:
+        for row in csv.DictReader(file):
+            arm = row["arm"].split(",")[0]
+            rows[arm, row["step"], row["split"]] = row
+    page = (ROOT / "results" / "pretrained.md").read_text()
+    lines = re.findall(r"^\| (start|SFT|RL)(?:, (\d+) \w+)? \| (.*) \|$", page, re.MULTILINE)
+    assert len(lines) >= 7
+    for arm, step, cells in lines:
+        of_id, of_other = (rows[arm, step or "0", split] for split in ("id", "rule_ood"))
+
+        def cell(row, name):
+            return f"{row[name]} ± {row[name + '_error']}"
+        assert cells.split(" | ") == [
+            f"{int(of_id['gflops']):,}", cell(of_id, "paper_step_accuracy"),
+            cell(of_id, "first_try_turn"), cell(of_other, "paper_step_accuracy"),
+            cell(of_other, "first_try_turn"), f"{of_id['success']}, {of_other['success']}"]
