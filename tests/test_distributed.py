@@ -206,7 +206,7 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.parametrize("when, everyone", [
-    pytest.param(lines(2), False, id="training"),
+    pytest.param(lines(2), False, id="training", marks=pytest.mark.slow),
     pytest.param(saving, True, id="saving", marks=pytest.mark.slow)])
 def test_a_killed_run_of_two_goes_on_to_the_same_numbers(tmp_path, straight, when, everyone):
     knobs, expected, weights = straight

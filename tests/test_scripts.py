@@ -161,8 +161,11 @@ def interrupted(script, knobs, run, how, lines=2):
     return process.wait(timeout=60)
 
 
-STOPS = [(signal.SIGKILL, -9), (signal.SIGINT, 130),
-         pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+def stops(fast):
+    """The ways to stop a run, as parameters; all but one are slow tests."""
+    statuses = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+    return [pytest.param(how, status, marks=[] if how == fast else pytest.mark.slow)
+            for how, status in statuses.items()]
 
 
 def assert_saved(run):
@@ -170,7 +173,7 @@ def assert_saved(run):
     assert run_folder.checkpoint_step(run_folder.checkpoints(run)[-1]) == metrics(run)[-1]["step"]
 
 
-@pytest.mark.parametrize("how, status", STOPS)
+@pytest.mark.parametrize("how, status", stops(fast=signal.SIGINT))
 def test_a_stopped_rl_run_goes_on_to_the_same_numbers(start, tmp_path, device, how, status):
     knobs = dict(model=start / "step_000004", device=device, save_every=2, **{**RL, "updates": 12})
     rl.main(rl.Config(out=str(tmp_path / "straight"), **{**knobs, "model": str(knobs["model"])}))
@@ -187,7 +190,7 @@ def test_a_stopped_rl_run_goes_on_to_the_same_numbers(start, tmp_path, device, h
     assert ours == theirs
 
 
-@pytest.mark.parametrize("how, status", STOPS)
+@pytest.mark.parametrize("how, status", stops(fast=signal.SIGKILL))
 def test_a_stopped_sft_run_goes_on_to_the_same_numbers(tmp_path, device, how, status):
     knobs = dict(SFT, device=device, steps=40, save_every=5)
     sft.main(sft.Config(out=str(tmp_path / "straight"), **knobs))
