@@ -77,3 +77,25 @@ def test_the_table_of_the_pretrained_model_is_that_of_its_rows():
             f"{int(of_id['gflops']):,}", cell(of_id, "paper_step_accuracy"),
             cell(of_id, "first_try_turn"), cell(of_other, "paper_step_accuracy"),
             cell(of_other, "first_try_turn"), f"{of_id['success']}, {of_other['success']}"]
+
+
+def test_the_words_of_the_pretrained_model_are_those_of_its_rows():
+    page = " ".join((ROOT / "results" / "pretrained.md").read_text().split())
+    said = {}
+    with open(ROOT / "results" / "data" / "pretrained_words.csv") as file:
+        for row in csv.DictReader(file):
+            said[row["arm"], row["step"], row["split"]] = row
+    assert "36 replies of each rule" in page
+    start = said["start", "0", "id"]["turns_compass"], said["start", "0", "rule_ood"][
+        "turns_left_right"]
+    assert start == ("35", "35") and "rule 35 have a compass word" in page
+    assert said["SFT", "20", "rule_ood"]["turns_compass"] == "36" and "all 36 replies" in page
+    five = said["RL", "5", "rule_ood"]
+    assert (five["turns_left_right"], five["turns_compass"]) == ("26", "7")
+    assert "26 of the 36 replies say left or right, and seven a compass word" in page
+    for split in ("id", "rule_ood"):
+        ten = said["RL", "10", split]
+        assert int(ten["forward_without_action"]) > int(ten["forward_with_action"])
+    with open(ROOT / "results" / "data" / "pretrained_updates.csv") as file:
+        spread = [float(row["approx_kl"]) for row in csv.DictReader(file)]
+    assert f"divergence is {min(spread):.2f} to {max(spread):.2f} in an update" in page

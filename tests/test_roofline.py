@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MllamaVisionConfig
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
 import model
 import rl
@@ -265,6 +266,25 @@ def test_the_papers_pictures_leave_no_tile_of_the_tower_empty(side, tiles):
     processor = MllamaImageProcessorPil(max_image_tiles=4, size={"height": 560, "width": 560})
     inputs = processor(Image.new("RGB", (side, side)), return_tensors="np")
     assert inputs["num_tiles"] == [[tiles]] and inputs["pixel_values"].shape[2] == 4
+
+
+def test_few_places_of_the_tower_are_padding():
+    """As results/speed.md has it: 28 of 6,432 for four tiles of 560 pixels."""
+    tower = MllamaVisionModel(MllamaVisionConfig(
+        hidden_size=16, attention_heads=2, intermediate_size=16, num_hidden_layers=1,
+        num_global_layers=1, intermediate_layers_indices=[0], image_size=560, max_num_tiles=4))
+    seen = []
+
+    def look(module, args, kwargs):
+        seen.append(kwargs.get("hidden_states", args[0] if args else None).shape[1])
+        raise StopIteration
+    tower.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    ids, mask = torch.tensor([[6]]), torch.ones(1, 1, 4, dtype=torch.long)
+    with pytest.raises(StopIteration), torch.no_grad():
+        tower(torch.zeros(1, 1, 4, 3, 560, 560), ids, mask)
+    assert seen == [6432] and 6432 - tower.num_patches * 4 == 28
+    assert "28 of the tower's 6,432" in " ".join(
+        (ROOT / "results" / "speed.md").read_text().split())
 
 
 # ---- The script ----------------------------------------------------------------------------------
