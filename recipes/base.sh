@@ -49,9 +49,8 @@
 # pixels. It walks through another city than the runs will. There the boards of landmarks have any
 # colour, and only the shape on a board tells the kind of place. In stage 1 it names what is in
 # pictures of the city (data/captions.py), in stage 2 it walks. In stage 3 failed tries are random
-# ones: pictures for the model's own would fill a gigabyte. These settings are first guesses. In one
-# trial 7,000 pictures of stage 1 were enough to read the kind of 8 boards in 10, also in the cities
-# of the visual test. Stages 2 and 3 have not been run whole.
+# ones: pictures for the model's own would fill a gigabyte. These settings are first guesses, and no
+# stage has been run whole.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/common.sh
