@@ -7,7 +7,8 @@ The distance of a checkpoint is KL(checkpoint || start), in nats a reply, of rep
     KL  ~  mean over replies of  log p_checkpoint(reply) - log p_start(reply)
 
 The checkpoint samples the replies at temperature 1; in V-IRL they are asked for anywhere on a
-route. Only the newest checkpoint of each run counts. Not in the paper; recipes/study.sh uses it.
+route. The newest checkpoint of each run counts, with --every all of them. Not in the paper;
+recipes/study.sh uses it.
 """
 import random
 import sys
@@ -51,6 +52,7 @@ def main():
     parser = running.OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="run folders of sft.py or rl.py, tasks in words")
     parser.add_argument("--num", type=int, default=256, help="replies for each rule [256]")
+    parser.add_argument("--every", action="store_true", help="every checkpoint of a run")
     args = parser.parse_args()
     if args.num < 2:
         parser.error(f"--num {args.num}: must be at least 2, for an error")
@@ -60,18 +62,20 @@ def main():
             config = running.read_run_config(Path(run))
             if "model" not in config:
                 raise ValueError(f"run {run!r}: not a run folder of sft.py or rl.py")
-            newest = run_folder.checkpoints(Path(run))[-1:]
-            if not newest:
+            checkpoints = run_folder.checkpoints(Path(run))
+            if not checkpoints:
                 raise ValueError(f"run {run!r}: it has no checkpoint yet")
-            policy, processor = load_policy(str(newest[0]))
             start, _ = load_policy(config["model"])
             common = settings.read_settings(config.get("env", ()))
-            cells = []
-            for split in SPLITS:
-                found = distances(policy, start, processor, config["task"], split, common,
-                                  config["seed"], args.num)
-                cells.append(f"{mean(found):.2f} ± {stdev(found) / len(found) ** 0.5:.2f}")
-        print(f"| {run} | {' | '.join(cells)} |", flush=True)
+            for checkpoint in checkpoints if args.every else checkpoints[-1:]:
+                policy, processor = load_policy(str(checkpoint))
+                cells = []
+                for split in SPLITS:
+                    found = distances(policy, start, processor, config["task"], split, common,
+                                      config["seed"], args.num)
+                    cells.append(f"{mean(found):.2f} ± {stdev(found) / len(found) ** 0.5:.2f}")
+                name = f"{run}, {checkpoint.name}" if args.every else run
+                print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -486,24 +486,31 @@ def test_a_loss_that_is_not_finite_ends_sft_with_one_line_that_names_the_samples
 
 
 @pytest.mark.slow
-def test_the_distance_of_a_run_from_its_start_is_0_at_first_and_grows(start, tmp_path, run_script):
-    first, last = (path.name for path in run_folder.checkpoints(start))
-    for checkpoint, began in (first, start / first), (last, tiny_folder()):
-        run = shutil.copytree(start, tmp_path / checkpoint,
-                              ignore=lambda _, names: {n for n in names if n.startswith("step_")})
-        shutil.copytree(start / checkpoint, run / checkpoint)
-        config = json.loads((run / "config.json").read_text())
-        (run / "config.json").write_text(json.dumps(config | {"model": str(began)}))
-    done = run_script("recipes/distance.py", first, last, "--num", "64")
-    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert rows[0][1:] == ["0.00 ± 0.00", "0.00 ± 0.00 |"]
-    assert all(float(cell.split()[0]) > 0 for cell in rows[1][1:])
-    done = run_script("recipes/distance.py", first, "--num", "1")
-    assert done.stderr.endswith("--num 1: must be at least 2, for an error\n")
-    done = run_script("recipes/distance.py", "nothing")
-    assert done.returncode
-    assert done.stderr.endswith("run 'nothing': not a run folder of sft.py or rl.py\n")
+def test_the_distance_of_a_run_from_its_start_is_0_at_first_and_grows(start, tmp_path, monkeypatch,
+                                                                      capsys):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    import distance
+
+    def rows(*arguments):
+        monkeypatch.setattr(sys, "argv", ["distance.py", *map(str, arguments)])
+        distance.main()
+        return [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+
+    # The same run, but with its first checkpoint for its start.
+    run = shutil.copytree(start, tmp_path / "run")
+    first, last = run_folder.checkpoints(run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"model": str(first)}))
+    every = rows(run, "--num", 64, "--every")
+    assert [row[0] for row in every] == [f"| {run}, {path.name}" for path in (first, last)]
+    assert every[0][1:] == ["0.00 ± 0.00", "0.00 ± 0.00 |"]
+    assert all(float(cell.split()[0]) > 0 for cell in every[1][1:])
+    assert rows(run, "--num", 64) == [[f"| {run}", *every[1][1:]]]
+    for arguments, told in (((run, "--num", 1), "--num 1: must be at least 2, for an error\n"),
+                            (("nothing",), "run 'nothing': not a run folder of sft.py or rl.py\n")):
+        with pytest.raises(SystemExit):
+            rows(*arguments)
+        assert capsys.readouterr().err.endswith(told)
 
 
 def test_an_out_folder_of_another_config_is_not_touched(start, device, capsys):
