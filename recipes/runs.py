@@ -25,7 +25,7 @@ from pathlib import Path
 BAR = re.compile(r"([a-z]+)[^:\r\n]*: +\d+%\|[^|]*\| (\d+)/(\d+) \[[^<\]]*<([0-9:]+|\?)")
 ERROR = re.compile(r"\w+\.py: error: .*")
 STAGES = {"own": "sampling, part", "sft": "training, step", "rl": "training, update",
-          "checkpoints": "testing, checkpoint"}
+          "checkpoints": "testing, checkpoints done:"}
 SAME_SIGNAL = 1.0              # a Ctrl-C reaches us from the terminal and from the recipe
 EVERY = 60                     # seconds between lines where nobody watches
 

@@ -207,5 +207,9 @@ if [ ${#rl_settings[@]} != 0 ] && [ ${#sft_settings[@]} != 0 ]; then
         --html "$OUT/report.html"
     say "done; open $OUT/report.html to see what each arm says"
 fi
-[ -z "${SMOKE:-}" ] ||
-    echo "This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
+[ -z "${SMOKE:-}" ] || {
+    smoke="This was SMOKE=1: a few steps to see that everything runs. Its numbers mean nothing."
+    [ ! -f "$OUT/report.html" ] || sed -i.bak "s|<main>|<main><p><strong>$smoke</strong></p>|" \
+        "$OUT/report.html" && rm -f "$OUT/report.html.bak"
+    echo "$smoke"
+}

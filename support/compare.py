@@ -840,6 +840,20 @@ def left_out(study):
     return " ".join(told)
 
 
+def cut_replies(study):
+    """Whose replies were cut at their limit, if more than a twentieth was; else ""."""
+    told = []
+    for arm in ("start", *study.tried):
+        rows = []
+        for split in study.splits:
+            rows += study.nearest(arm, split)
+        replies = sum(row.get("replies", 0) for row in rows)
+        cut = sum(row.get("endings", {}).get("length", 0) for row in rows)
+        if cut > replies / 20:
+            told.append(f"{arm} {100 * cut / replies:.0f} %")
+    return f"Replies cut at --max-new-tokens: {', '.join(told)}." if told else ""
+
+
 BOUND = ("Lower bound: the official code plays on until one reply solves a hand and names its "
          "cards. So the paper's measure lies between solved and read and success. Its changes may "
          "be larger or smaller than those above.")
@@ -847,9 +861,10 @@ BOUND = ("Lower bound: the official code plays on until one reply solves a hand 
 
 def print_study(study, paper):
     """Print tables of at most 80 columns for up to three splits, then what was found."""
-    print(f"\n{task_name(study.task)}, after about {study.budget:,.0f} GFLOPs of post-training:")
-    print("values in %, changes since the start in points, ± standard errors")
-    for words in (how_many(study), f"Compared: {compared_at(study)}.", left_out(study)):
+    print(f"\n{task_name(study.task)}: values in %, changes since the start in points, ± standard "
+          "errors")
+    for words in (how_many(study), f"Compared: {compared_at(study)} of post-training.",
+                  left_out(study), cut_replies(study)):
         if words:
             print(textwrap.fill(words, 80))
     for metric in study.metrics:

@@ -27,8 +27,9 @@ SHOWN_KEYS = ("number", "cards", "action", "formula")    # of a reply: what is c
 RULES = {
     "gp": "Four cards make 24. Under the training rule J, Q and K count ten. Under the other rule "
           "they count 11, 12 and 13. The prompt states the rule.",
-    "virl": "Instructions lead through a city. Under the training rule directions are compass "
-            "words. Under the other rule they are left and right.",
+    "virl": "Instructions lead through a city, as \"turn right to face west\". Under the training "
+            "rule an action takes the compass word. Under the other rule it takes left or right, "
+            "also slightly left or slightly right. The prompt lists the words.",
 }
 WORDS = ("SFT imitates an expert. RL tries, and a verifier pays for right replies. Both go on from "
          "the same start. The paper is Chu et al., arXiv 2501.17161. GFLOPs measure the compute.")
@@ -378,9 +379,20 @@ def minutes_of(run):
     return log[-1].get("seconds", 0) / 60 if log else 0
 
 
+def how_the_start_was_made(path):
+    """The folder of a start and, if a run of ours wrote it, the command of that run."""
+    folder = Path(path).resolve()
+    parts = [f"<h3>start</h3><p>{text(path)}</p>"]
+    if (folder.parent / "metrics.jsonl").is_file():
+        config = running.read_run_config(str(folder.parent))
+        parts.append(f"<pre>{text(command_of(config))}</pre>")
+    return parts
+
+
 def how_it_was_made(study):
-    """For each arm: the command of its first run, its minutes, and the settings of its tests."""
-    parts = []
+    """For the start and each arm: the command of its first run, and the settings of its tests."""
+    parts = how_the_start_was_made(
+        running.read_run_config(study.arms[study.tried[0]][0]["run"])["model"])
     for arm in study.tried:
         run = study.arms[arm][0]["run"]
         config = running.read_run_config(run)
@@ -437,6 +449,9 @@ def page(study, paper, make_env):
 <label>rule <select id="split"><option value="">all</option>{options}</select></label>
 <label><input id="only" type="checkbox"> only where arms differ</label></div>
 {"".join(shown)}"""
+    played, marks = "hands", "a number, a card or a formula's number"
+    if study.task.startswith("virl"):
+        played, marks = "routes", "an action"
     name = f"{compare.task_name(study.task)}: what SFT and RL do to a rule they were not trained on"
     return "\n".join([
         '<!doctype html>', '<html lang="en">', '<meta charset="utf-8">',
@@ -445,14 +460,14 @@ def page(study, paper, make_env):
         f"<main><h1>{text(name)}</h1>",
         f"<p>{RULES.get(study.task.partition('-')[0], '')} {trained_on(study)} {WORDS}</p>",
         f'<p class="soft">{text(compare.how_many(study))} Compared: '
-        f"{text(compare.compared_at(study))}. {text(compare.left_out(study))}</p>",
+        f"{text(compare.compared_at(study))}. {text(compare.left_out(study))} "
+        f"{text(compare.cut_replies(study))}</p>",
         claim(study, paper), f"<ul>{''.join(sentences)}</ul>",
         "<h2>As training goes on</h2>", figure(study, paper, colours),
         "<h2>The table</h2><p class=\"soft\">The value, and in brackets its change since the start "
         "in points, ± standard error.</p>", table(study, paper),
-        "<h2>What each one says</h2><p class=\"soft\">The same hands for the start and every arm. "
-        "Marked: a number, a card or an action that is not right. The arrow keys go on."
-        "</p>", viewer,
+        f"<h2>What each one says</h2><p class=\"soft\">The same {played} for the start and every "
+        f"arm. Marked: {marks} that is not right. The arrow keys go on.</p>", viewer,
         "<h2>How it was made</h2><details><summary>Commands and settings</summary>"
         f"{how_it_was_made(study)}</details></main>",
         f"<script>{SCRIPT}</script>" if shown else "", "</html>", ""])

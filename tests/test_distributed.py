@@ -5,6 +5,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,19 +128,28 @@ def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_w
             # it takes time, and shows what rl.py shows
             jobs += [("evaluate", test)] * (name != "tokens")
         jobs.append(("sft", dict(SFT, out=out / "sft_untied", steps=3, model=tmp_path / "untied")))
+        # The run of one process in words, after its second update, goes on here.
+        if processes == 2:
+            begun = shutil.copytree(tmp_path / "1" / "rl_words", out / "begun_by_one")
+            shutil.rmtree(begun / "step_000003")
+            of_words = next(knobs for script, knobs in jobs if script == "rl")
+            jobs.append(("rl", {**of_words, "out": begun}))
         run_all(processes, *jobs)
+    shutil.copytree(tmp_path / "1" / "rl_words", tmp_path / "1" / "begun_by_one")
     for processes in "12":
         for name in tasks:
             for row in metrics(tmp_path / processes / f"rl_{name}"):
                 assert row["ratio_min_first"] == row["ratio_max_first"] == 1.0
-    for run in [f"{script}_{name}" for script in ("sft", "rl") for name in tasks] + ["sft_untied"]:
+    runs = [f"{script}_{name}" for script in ("sft", "rl") for name in tasks]
+    for run in [*runs, "sft_untied", "begun_by_one"]:
         one, two = tmp_path / "1" / run, tmp_path / "2" / run
         assert_same(metrics(one), metrics(two))
         assert_same_weights(one / "step_000003", two / "step_000003")
         rows = [[{**row, "checkpoint": ""} for row in running.read_jsonl(folder / "eval.jsonl")]
                 for folder in (one, two)]
         assert rows[0] == rows[1]
-        assert len(rows[0]) == (8 if run in ("rl_words", "rl_pictures") else 0)
+        tested = run in ("rl_words", "rl_pictures", "begun_by_one")
+        assert len(rows[0]) == (8 if tested else 0)
 
 
 @pytest.mark.slow
@@ -218,16 +228,16 @@ def test_a_killed_run_of_two_goes_on_to_the_same_numbers(tmp_path, straight, whe
     assert ours == theirs
 
 
-def test_a_signal_to_one_process_stops_and_saves_all_and_a_run_of_two_goes_on_alone_and_the_reverse(
+def test_a_signal_to_one_process_stops_and_saves_all_and_a_run_of_two_goes_on_alone(
         tmp_path, straight):
     knobs, expected, weights = straight
-    for first, then, how in ((2, 1, signal.SIGUSR1), (1, 2, signal.SIGTERM)):
-        out = tmp_path / f"{first}_{then}"
-        assert stopped("rl.py", first, out, lines(2), how, False, **{**knobs, "save_every": 6}) != 0
-        assert 2 <= len(metrics(out)) < 6
-        assert [p.name for p in out.glob("step_*")] == [f"step_{len(metrics(out)):06d}"]
-        assert_same(run_rl(then, out=out, **knobs), expected)
-        assert_same_weights(out / "step_000006", weights)
+    out = tmp_path / "run"
+    assert stopped("rl.py", 2, out, lines(2), signal.SIGUSR1, False,
+                   **{**knobs, "save_every": 6}) != 0
+    assert 2 <= len(metrics(out)) < 6
+    assert [p.name for p in out.glob("step_*")] == [f"step_{len(metrics(out)):06d}"]
+    assert_same(run_rl(1, out=out, **knobs), expected)
+    assert_same_weights(out / "step_000006", weights)
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both_with_one_line(tmp_path, straight):

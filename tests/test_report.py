@@ -115,7 +115,8 @@ def test_the_page_has_what_each_arm_says_and_nothing_that_runs_or_loads(study):
     page = report.page(found, paper, envs.make_env)
     assert page.count('<section class="hand"') == 2 * 3
     # Each arm stands at each hand, and once where it was made.
-    assert page.count("<h3>start<") == 6 and page.count("<h3>SFT<") == page.count("<h3>RL<") == 7
+    for arm in ("start", "SFT", "RL"):
+        assert page.count(f"<h3>{arm}<") == 7
     assert "&lt;script&gt;alert(1)" in page and "<script>alert" not in page
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
     assert not re.search(r"(src|href)=\"?(?!data:)|url\(|@import|https?://", page)
@@ -268,6 +269,26 @@ def test_the_command_of_a_run_has_its_zeros_and_its_quotes():
         "python rl.py --out 'runs/a b' --updates 2 --gamma 0 --warmup-ratio 0.0 --balance "
         "--split id rule=1,2,3 --num 1")
     assert report.command_of({"rounds": 8}) == "python recipes/rft.py --rounds 8"
+
+
+def test_the_page_names_the_command_that_made_the_start_and_whose_replies_were_cut(tmp_path):
+    run_of(tmp_path / "sft_of_start", [], [])
+    start = tmp_path / "sft_of_start" / "step_000002"
+    run_of(tmp_path / "sft", [1], ["no"], model=str(start))
+    run_of(tmp_path / "rl", [1], [{}], model=str(start))
+    rows = running.read_jsonl(tmp_path / "sft" / "eval.jsonl")
+    for row in rows:
+        row["endings"] = {"stop": row["replies"] - 2, "length": 2 if row["step"] else 0}
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "sft" / "eval.jsonl").write_text(text)
+    metrics = {name: task.metrics for name, task in envs.TASKS.items()}
+    paper = compare.Reference(evaluate.PAPER, evaluate.SIGNS, metrics)
+    found = compare.study_runs([str(tmp_path / "sft"), str(tmp_path / "rl")], paper)
+    assert rows[-1]["replies"] == 8
+    assert compare.cut_replies(found) == "Replies cut at --max-new-tokens: SFT 25 %."
+    page = report.page(found, paper, envs.make_env)
+    assert "Replies cut at --max-new-tokens: SFT 25 %." in page
+    assert "python sft.py --task gp-l --model start --dtype float32 --steps 2</pre>" in page
 
 
 def test_a_page_can_be_made_of_rows_without_errors_and_says_what_arms_were_trained_on(tmp_path):
