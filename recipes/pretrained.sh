@@ -78,14 +78,16 @@ say() { echo "== pretrained, $TASK: $1 ($((SECONDS / 60)) min so far)"; }
 # Its first steps are the dangerous ones, so a fifth of all steps is warm-up.
 common="--micro-batch-tokens 2048"
 sft="--batch-size 16 --warmup-ratio 0.2 $balance $common"
-rl="--num-envs 24 --turns-per-env 4 --minibatch-turns 24 --epochs 1 --clip 0.2 --value-coef 0.1"
-rl="$rl --lr 2e-5 --lr-final 2e-5 --value-lr 1e-3 --lr-warmup 2 --thought-coef 1.0"
+# All 96 turns of an update make one step: smaller minibatches moved the model too far. So the clip
+# never acts. The value loss weighs little, since its head begins with no knowledge.
+rl="--num-envs 24 --turns-per-env 4 --minibatch-turns 96 --epochs 1 --value-coef 0.02"
+rl="$rl --lr 3e-5 --lr-final 3e-5 --value-lr 1e-3 --lr-warmup 4 --thought-coef 0.5"
 rl="$rl --max-new-tokens $max_new_tokens"
 rft="--batch-size 16 --lr 5e-5 --steps 10 --rounds 4 --save-every 1 $common"
 rft="$rft --max-new-tokens $max_new_tokens --episodes $episodes"
 sft_settings="--lr 5e-5;--lr 5e-5 --mix rule_family$fold"
 rl_settings="--temperature 0.5;--temperature 1.0"
-export MORE_RL="$rl --updates 20 --save-every 5 --generate-tokens 8192 $common ${MORE_RL:-}"
+export MORE_RL="$rl --updates 16 --save-every 4 --generate-tokens 8192 $common ${MORE_RL:-}"
 export MORE_SFT="$sft --steps 60 --save-every 20 ${MORE_SFT:-}"
 export MORE_TEST="--episodes 48 --dtype auto --max-new-tokens $max_new_tokens $test ${MORE_TEST:-}"
 if [ -n "${SMOKE:-}" ]; then
