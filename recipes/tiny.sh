@@ -197,7 +197,7 @@ explain() {
 explain rl ${rl_settings[@]+"${rl_settings[@]}"}
 explain sft ${sft_settings[@]+"${sft_settings[@]}"}
 explain rft ${rft_settings[@]+"${rft_settings[@]}"}
-echo "   the last number of a run's name is 10 times its start, plus its seed"
+echo "   in place of ... stands 10 times the start, plus the seed"
 [ ${#jobs[@]} != 0 ] || { echo "RL_SETTINGS and SFT_SETTINGS: both are none" >&2; exit 2; }
 attended python recipes/runs.py --logs "$OUT" --side-by-side "$JOBS" --title "$TASK" \
     <<<"$(printf '%s\n' "${jobs[@]}")"

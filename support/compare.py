@@ -90,7 +90,7 @@ COUNTED = {
     "repeats": "later tries that are word for word an earlier one",
     "step_accuracy": "replies that are right",
     "step_accuracy_turn": "replies that are right where a direction must be named",
-    "paper_step_accuracy": "replies that are right, counted as the paper's code does",
+    "paper_step_accuracy": "replies that are right, by the paper's count (per-step accuracy)",
     "recognition": "hands whose four cards the first reply names, in any order",
     "rank_accuracy": "cards that the first reply names in their place",
     "solved_and_read": "hands solved and read (lower bound of the paper's measure)",
