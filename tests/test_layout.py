@@ -101,6 +101,10 @@ def test_the_readme_can_be_read_in_a_few_minutes():
     assert len(lines) <= 200
     first_command = next(n for n, line in enumerate(lines, 1) if line.startswith("git clone"))
     assert first_command <= 45
+    told = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", "\n".join(lines), re.MULTILINE))
+    assert len(told) == 6
+    for name, num in told.items():
+        assert int(num) == len((ROOT / name).read_text().splitlines()), name
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
