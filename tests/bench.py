@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python tests/bench.py          # a Markdown table; the machine must be idle
     python tests/bench.py --only rollout,logprob --device cuda
     python tests/bench.py --only rollout,turns,sft,trl --model models/smollm2 --dtype bfloat16
+    python tests/bench.py --only limits,decode --model models/smollm2 --profile
 
 A baseline does the same job as ours and is written here, in our words. Both sides run in one
 process with the same seed, weights and threads. They take turns (A, B, A, B, ...), and the median
@@ -31,9 +32,10 @@ their results are compared first; a difference ends the program.
     virl       every point of a rail is looked up among all panoramas at every reset; every view
                computes its rays anew
 
-With --model a real model stands in these four sections for the random one: it has its vocabulary,
-depth and weights, and the tokens are random as before. With --dtype bfloat16 both sides compute in
-bfloat16. Then Hugging Face samples from weights in bfloat16, and trains under torch's autocast.
+With --model a real model stands in these six sections for the random one in words: it has its
+vocabulary, depth and weights, and the tokens are random as before. With --dtype bfloat16 both sides
+compute in bfloat16. Then Hugging Face samples from weights in bfloat16, and trains under torch's
+autocast.
 
 A percentage says how fast the FLOPs of the job were done. It is a share of the float32 matrix
 rate, measured in the same run. The job needs 2 FLOPs for each weight and token, 6 with backward.
@@ -1020,13 +1022,17 @@ def update_rows(args, rates, name, policy, turns, budget, checkpointing=False):
 
 
 def largest_llama(args):
-    """(policy, its name): 1.2 billion weights, bfloat16, on a GPU; small, float32, on a CPU."""
+    """(policy, its name): 1.2 billion weights, bfloat16, on a GPU; small, float32, on a CPU.
+
+    With --model it is that one.
+    """
     if args.device.type == "cuda":
         policy = make_policy(args, 128256, 16, "bfloat16", tie_word_embeddings=True, **LARGE)
     else:
         policy = make_policy(args, 4096, 6, tie_word_embeddings=True, hidden_size=512,
                              num_attention_heads=8, num_key_value_heads=4, intermediate_size=1344)
-    return policy, (f"Llama of {policy.num_params / 1e6:,.0f} M, "
+    kind = Path(args.model).name if args.model else "Llama"
+    return policy, (f"{kind} of {policy.num_params / 1e6:,.0f} M, "
                     f"{str(policy.dtype).removeprefix('torch.')}")
 
 
@@ -1036,7 +1042,8 @@ def decode(args, rates, R=128):
     It is the difference between replies of R tokens and of 1.
     """
     (policy, name), B = largest_llama(args), 64 if args.device.type == "cuda" else 8
-    prompts = [prompt for prompt, _ in random_samples(args, 4096, [(256, 0)] * B)]
+    prompts = [prompt for prompt, _ in random_samples(args, vocabulary_of(policy),
+                                                      [(256, 0)] * B)]
     uniforms, config = (sampling_uniforms([(args.seed, i) for i in range(B)], R),
                         policy.backbone.config)
     cache = (B * (256 + R / 2) * 2 * config.num_hidden_layers * config.num_key_value_heads
@@ -1055,10 +1062,13 @@ def decode(args, rates, R=128):
 
 def limits(args, rates):
     large = args.device.type == "cuda"
-    vocab_size, num, budget = (128256, 64, 16384) if large else (4096, 8, 2048)
+    num, budget = (64, 16384) if large else (8, 2048)
     policy, name = largest_llama(args)
+    vocab_size = vocabulary_of(policy)
     yield from update_rows(args, rates, name, policy, random_dialogues(args, num, vocab_size),
                            budget)
+    if args.model:
+        return
     dtype, text, vision = str(policy.dtype).removeprefix("torch."), {}, {}
     del policy
     if large:
@@ -1124,6 +1134,7 @@ def ranks_row(args, options, steps=4):
 SECTIONS = {"rollout": rollout, "turns": rollout_in_turns, "logprob": logprob, "vision": vision,
             "sft": sft, "trl": trl, "verifier": verifier, "envs": environment, "virl": virl,
             "growth": growth, "limits": limits, "decode": decode, "ranks": ranks}
+TAKE_A_MODEL = ("rollout", "turns", "sft", "trl", "limits", "decode")
 
 
 def parse_args():
@@ -1135,7 +1146,7 @@ def parse_args():
     parser.add_argument("--rounds", type=int, default=5,
                         help="measured rounds, after one to warm up [5]")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and hands [0]")
-    parser.add_argument("--model", help="a real model folder, for rollout, turns, sft and trl")
+    parser.add_argument("--model", help=f"a real model folder, for {', '.join(TAKE_A_MODEL)}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="with --model: both sides compute in this type [float32]")
     parser.add_argument("--profile", action="store_true",
@@ -1146,7 +1157,7 @@ def parse_args():
     args.only = args.only.split(",")
     if set(args.only) - set(SECTIONS):
         parser.error(f"--only {','.join(args.only)}: allowed are {', '.join(SECTIONS)}")
-    others = set(args.only) - {"rollout", "turns", "sft", "trl"}
+    others = set(args.only) - set(TAKE_A_MODEL)
     if args.model and others:
         parser.error(f"--model: --only {sorted(others)[0]} has models of its own")
     if args.rounds < 1:

@@ -543,9 +543,11 @@ def test_every_section_of_the_bench_runs(section):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_bench_takes_a_model_folder(dtype):
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "--model",
-                           tiny_folder(), "--dtype", dtype, "--only", "rollout,turns,sft",
-                           "--rounds", "1", "--force"],
+                           tiny_folder(), "--dtype", dtype, "--only",
+                           "rollout,turns,sft,limits,decode", "--rounds", "1", "--force",
+                           "--profile"],
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    for section in ("rollout", "turns", "sft"):
+    assert done.stdout.count("| decode |") == 1
+    for section in ("rollout", "turns", "sft", "limits"):
         assert done.stdout.count(f"| {section} |") >= 2
