@@ -1019,7 +1019,8 @@ def write_pictures(needed, seed, signs, width, workers):
         pool = None
         done = map(write_picture, jobs)
     try:
-        num_bytes = sum(tqdm(done, total=len(jobs), desc="street views", unit="picture"))
+        rarely = {} if sys.stderr.isatty() else {"mininterval": 30}      # in a log
+        num_bytes = sum(tqdm(done, total=len(jobs), desc="street views", unit="picture", **rarely))
     except BaseException:
         for folder in needed:                     # then what is left to paint takes no time
             shutil.rmtree(folder, ignore_errors=True)
