@@ -149,15 +149,15 @@ class Environment:
 
     # The conversation.
 
-    def reset(self, seed=None, episode=0):
-        """Begin an episode: (messages, info). A `seed` (number or text) restarts the draws."""
+    def reset(self, seed=None, episode=0, begin=True):
+        """Begin an episode: (messages, info). A `seed` (number or text) restarts the draws. If not
+        `begin`, there is no dialogue yet, since another begins in `skip_ahead`."""
         if seed is not None:
             self.rng = random.Random(str(seed))    # as text, since -1 as a number seeds like 1
         self.lay_out(episode)
-        self.at = 0
-        self.turn = 0
-        self.done = False
-        self.begin_dialogue()
+        self.at, self.turn, self.done, self.messages = 0, 0, False, []
+        if begin:
+            self.begin_dialogue()
         return self.messages, {"status": "", "success": False, "turn": 0, "new_dialogue": True}
 
     @property
@@ -210,7 +210,7 @@ class Environment:
             if balance:
                 kinds = [rng.choice(kinds)]
             self.at = rng.choice([i for i, there in enumerate(self.rail) if there.kind in kinds])
-            self.begin_dialogue()
+        self.begin_dialogue()
         return self.messages
 
 

@@ -43,19 +43,21 @@ from support.running import flag
 
 # ---- What counts -------------------------------------------------------------------------------
 
-def share(hits, counts):
+def share(hits, counts, groups=None):
     """The share of `hits` in `counts`, lists with a number per episode, and its standard error.
 
         rate  = sum of hits / sum of counts
         error = sqrt(sum over episodes of (hits - rate * counts)^2) / sum of counts
 
-    The error is over episodes, since replies of one episode are no independent samples. If all
-    counts are 1, it is the binomial sqrt(rate (1 - rate) / n).
+    The error is over episodes, since replies of one episode are no independent samples; episodes
+    with one name in `groups` count as one. If all counts are 1, it is sqrt(rate (1 - rate) / n).
     """
     total = max(1, sum(counts))
     rate = sum(hits) / total
-    squares = sum((hit - rate * count) ** 2 for hit, count in zip(hits, counts))
-    return rate, math.sqrt(squares) / total
+    above = Counter()
+    for group, hit, count in zip(groups or range(len(hits)), hits, counts):
+        above[group] += hit - rate * count
+    return rate, math.sqrt(sum(value ** 2 for value in above.values())) / total
 
 
 def summarise(episodes, verify_iter, kinds=()):
@@ -81,15 +83,16 @@ def summarise(episodes, verify_iter, kinds=()):
                          code plays a solved hand on until its cards are named, too. Ours ends it
                          at once, so this is a lower bound of the official success.
 
-    Further entries, explained in docs/metrics.md: success_within, success_by_city, reward,
+    Further entries, explained in docs/metrics.md: success_within, routes, success_by_city, reward,
     numbers_right, statuses, endings, replies_empty.
     """
     replies = [info for episode in episodes for info in episode]
     row = {"episodes": len(episodes), "replies": len(replies)}
+    routes = [info["route"] for *_, info in episodes if info.get("route") is not None]
 
     def measure(name, hits, counts):
         """Put a share and its error into the row; hits and counts have one number per episode."""
-        row[name], row[f"{name}_stderr"] = share(hits, counts)
+        row[name], row[f"{name}_stderr"] = share(hits, counts, routes)
 
     def is_correct(info):
         return info["status"] == "correct"
@@ -142,12 +145,9 @@ def summarise(episodes, verify_iter, kinds=()):
     if "numbers_right" in replies[0]:
         row["numbers_right"] = sum(info["numbers_right"] for info in replies) / len(replies)
 
-    cities = {}
-    for episode, success in zip(episodes, solved):
-        if episode[-1].get("route") is not None:   # visual_ood, whose file has two routes a city
-            cities.setdefault(episode[-1]["route"] // 2, []).append(success)
-    if cities:
-        row["success_by_city"] = [sum(city) / len(city) for _, city in sorted(cities.items())]
+    if routes:                           # they are played in file order, and may come round again
+        row["routes"] = len(set(routes))
+        row["success_by_city"] = evaluation.by_city(routes, solved)
     row["statuses"] = dict(sorted(Counter(info["status"] for info in replies).items()))
     row["endings"] = dict(sorted(Counter(info["ending"] for info in replies).items()))
     row["replies_empty"] = sum(1 for info in replies if info["empty"])
@@ -398,8 +398,8 @@ def evaluate_run(config):
     known = evaluation.open_logs(run, "step")
     for point in running.progress(checkpoints, desc=f"checkpoints of {run}"):
         called = f"{run} step {point.step}" if point.step else f"start {point.path}"
-        evaluate_model(point.path, called, [row for row in known if row["step"] == point.step],
-                       config, partial(evaluation.log_evaluation, run, **point.numbers()),
+        evaluate_model(point.path, called, point.rows(known), config,
+                       partial(evaluation.log_evaluation, run, **point.numbers()),
                        run / "eval_unfinished")
     evaluation.print_path(run, config, envs.make_env, envs.TASKS[config.task].metrics[0])
 

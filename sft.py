@@ -132,7 +132,7 @@ class Samples:
             return self.read(i)
         rng = random.Random(f"{self.config.seed}/mix/{i}")
         env = rng.choices(self.envs, self.weights)[0]
-        env.reset(f"{self.config.seed}/sft/{i}", episode=i)
+        env.reset(f"{self.config.seed}/sft/{i}", episode=i, begin=False)
         messages = env.skip_ahead(rng, self.config.balance)
         for _ in range(rng.randint(0, self.config.failed_tries)):
             messages, *_ = env.step(env.flawed_reply())

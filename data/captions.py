@@ -38,7 +38,7 @@ def captions(env, config):
     """Dialogues of two messages, from `num` routes: a picture, and what is seen in it."""
     for i in running.progress(range(config.num), desc="pictures"):
         rng = random.Random(f"{config.seed}/captions/{i}")
-        env.reset(f"{config.seed}/captions/{i}")
+        env.reset(f"{config.seed}/captions/{i}", begin=False)
         between = [at for at, position in enumerate(env.rail) if position.kind == "forward"]
         if not between:
             continue
@@ -53,6 +53,10 @@ def main(config):
             raise ValueError("--out and --root are required: a new file such as captions.json, and "
                              "a city")
         env = envs.make_env("virl-vl", root=config.root, resolution=config.resolution)
+        if not any(route.passed for route in env.routes):
+            raise ValueError(f"--root {config.root}: nothing is seen between the points of its "
+                             "routes, so all captions would be alike; data/synthetic_city.py makes "
+                             "a city with --signs")
         write_conversations(config.out, "--out", captions(env, config))
 
 

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import envs
 from model import (SAMPLES, RolloutMemory, decode_reply, encode, load_policy, picture_of,
                    sampling_uniforms)
-from support import running, settings
+from support import demonstrator, running, settings
 from support.conversations import unwritable_texts, without_loss, write_conversations
 from support.running import flag
 
@@ -59,7 +59,7 @@ def play(policy, processor, environments, numbers, config):
     going, prompts, found = {}, {}, {}
     for number, env in zip(numbers, environments):
         rng = random.Random(f"{config.seed}/own/{number}")
-        env.reset(f"{config.seed}/own/{number}", episode=number)
+        env.reset(f"{config.seed}/own/{number}", episode=number, begin=False)
         found[number] = env.skip_ahead(rng, config.balance)
         going[number] = env, rng.randint(0, config.failed_tries)
         prompts[number] = encode(processor, found[number])
@@ -107,6 +107,9 @@ def main(config):
                              "model folder")
         splits = settings.read_splits(config.mix, weighted=True)
         common = settings.read_settings(config.env)
+        for split in splits:
+            demonstrator.refuse_without_effect({**common, **split.settings}, ["reward"],
+                                               "a dialogue holds no rewards")
         # The default leaves a try for the expert after the failed ones.
         common.setdefault("verify_iter", config.failed_tries + 1)
         kinds = [partial(envs.make_env, config.task, split.name, common, **split.settings)

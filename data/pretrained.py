@@ -14,7 +14,6 @@ template. A base model has none: `--template gemma` gives it the turns of Gemma.
 float32 weights, tokenizer and template, and serves as any --model.
 """
 import importlib.util
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,15 +110,9 @@ def main(config):
     with running.one_line_errors():
         if not config.out or out.exists():
             raise ValueError(f"--out {config.out!r}: must name a new folder")
-        # Written beside and renamed, so a folder of this name is always whole.
-        unfinished = out.with_name(f"{out.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)         # of a run that was killed
-        try:
-            convert(find_gguf(config.gguf), unfinished, config.template)
-            policy, _ = load_policy(str(unfinished))
-            run_folder.publish(unfinished, out)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)     # unless it has its name
+        with run_folder.whole(out) as folder:
+            convert(find_gguf(config.gguf), folder, config.template)
+            policy, _ = load_policy(str(folder))
     print(f"{config.out}: {policy.backbone.config.model_type} of {policy.num_params:,} parameters")
 
 

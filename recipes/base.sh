@@ -59,7 +59,18 @@ OUT=${OUT:-runs/base-$TASK${SMOKE:+-smoke}}
 [ -z "${SMOKE:-}" ] || BASE=${BASE:-$OUT/base}
 BASE=${BASE:-data/base/$TASK}
 SEED=${SEED:-0}
+case $TASK in
+gp-l) size=160x4 faults=leave_out:0.6,ten:0.15 ;;
+gp-vl) size=128x4 faults=leave_out:0.6,ten:0.15 ;;
+virl-l | virl-vl) size=128x4 faults=walk_past:0.6,other_word:0.15 ;;
+*) echo "TASK=$TASK: allowed are gp-l, virl-l, gp-vl and virl-vl" >&2; exit 2 ;;
+esac
+size=${SIZE:-$size} faults=${FAULTS-$faults} faulty_tries=${FAULTY_TRIES:-5}
+LRS=${LRS:-2e-3 1e-3 1e-3}
 mkdir -p "$OUT"
+# Some stages are files, which do not tell how they were made.
+same_settings "$OUT/settings" "TASK=$TASK SEED=$SEED SIZE=$size LRS=$LRS FAULTS=$faults \
+FAULTY_TRIES=$faulty_tries AFTER=${AFTER:-}"
 newest() { ls -d "$1"/step_?????? | tail -1; }
 say() { echo "== $TASK start: $1 ($((SECONDS / 60)) minutes so far)"; }
 # OUT/blank, a random-init model, if it is not there: SIZE SEED, then further options.
@@ -92,17 +103,17 @@ own() {
 }
 
 stages=3
-read -r first second third <<<"${LRS:-2e-3 1e-3 1e-3}"
+read -r first second third <<<"$LRS"
 seed_1=$((3 * SEED)) seed_2=$((3 * SEED + 1)) seed_3=$((3 * SEED + 2))
 case $TASK in
 gp-l | gp-vl)
-    env=() mix="rule_family fold=train" first_steps=400 size=160x4
+    env=() mix="rule_family fold=train" first_steps=400
     if [ "$TASK" = gp-vl ]; then
-        env=(resolution=224) first_steps=500 size=128x4
+        env=(resolution=224) first_steps=500
         mix="rule_family:0.8 fold=train rule_family:0.2 fold=train suits=HD"
     fi
     if [ -z "${AFTER:-}" ]; then
-        blank "${SIZE:-$size}" $seed_1
+        blank "$size" $seed_1
         train 1 "$OUT/blank" $first_steps $seed_1 --lr "$first" --mix $mix --save-every 50
         own 2 "$(newest "$OUT/1")" 20480 $seed_2 --mix $mix ${env[@]+--env "${env[@]}"}
         train 2 "$(newest "$OUT/1")" 160 $seed_2 --lr "$second" --data "$OUT/own_2.json" \
@@ -110,7 +121,7 @@ gp-l | gp-vl)
         AFTER=$(newest "$OUT/2")
     fi
     own 3 "$AFTER" 15360 $seed_3 --mix $mix --env ${env[@]+"${env[@]}"} \
-        "faults=${FAULTS-leave_out:0.6,ten:0.15}" "faulty_tries=${FAULTY_TRIES:-5}"
+        "faults=$faults" "faulty_tries=$faulty_tries"
     train 3 "$AFTER" 120 $seed_3 --lr "$third" --data "$OUT/own_3.json" --save-every 40
     start=$(newest "$OUT/3") ;;
 virl-l)
@@ -118,7 +129,7 @@ virl-l)
     [ -d "$OUT/city" ] ||
         python data/synthetic_city.py --out "$OUT/city" --routes 1000 --most-legs 3 --no-pictures
     if [ -z "${AFTER:-}" ]; then
-        blank "${SIZE:-128x4}" $seed_1 --splits id rule_ood
+        blank "$size" $seed_1 --splits id rule_ood
         train 1 "$OUT/blank" 400 $seed_1 --lr "$first" --mix $mix --balance --save-every 50
         own 2 "$(newest "$OUT/1")" 15360 $seed_2 --mix $mix --balance --failed-tries 1 \
             --env "${env[@]}"
@@ -127,7 +138,7 @@ virl-l)
         AFTER=$(newest "$OUT/2")
     fi
     own 3 "$AFTER" 12800 $seed_3 --mix id:0.5 rule_ood:0.5 --balance --failed-tries 1 \
-        --env "${env[@]}" "faults=${FAULTS-walk_past:0.6,other_word:0.15}"
+        --env "${env[@]}" "faults=$faults"
     train 3 "$AFTER" 100 $seed_3 --lr "$third" --data "$OUT/own_3.json" --save-every 50
     start=$(newest "$OUT/3") ;;
 virl-vl)
@@ -137,7 +148,7 @@ virl-vl)
         python data/synthetic_city.py --out "$OUT/city" --seed 1 --signs any-colour \
             --routes $routes --unseen 1 --most-legs 3 --size 352 --workers 1
     if [ -z "${AFTER:-}" ]; then
-        blank "${SIZE:-128x4}" $seed_1 --splits id rule_ood
+        blank "$size" $seed_1 --splits id rule_ood
         [ -f "$OUT/captions.json" ] ||
             python data/captions.py --root "$OUT/city" --out "$OUT/captions.json" --num $num \
                 --seed $seed_1
@@ -147,11 +158,10 @@ virl-vl)
             --save-every 50
         AFTER=$(newest "$OUT/2")
     fi
-    env+=("faults=${FAULTS-walk_past:0.6,other_word:0.15}")
+    env+=("faults=$faults")
     train 3 "$AFTER" 100 $seed_3 --lr "$third" --mix id:0.5 rule_ood:0.5 --balance \
         --failed-tries 1 --save-every 50
     start=$(newest "$OUT/3") ;;
-*) echo "TASK=$TASK: allowed are gp-l, virl-l, gp-vl and virl-vl" >&2; exit 2 ;;
 esac
 
 # The last checkpoint in bfloat16, written beside BASE first: a stopped script leaves no half start.

@@ -50,3 +50,13 @@ check_numbers() {
         }
     done
 }
+
+# same_settings FILE SETTINGS: a recipe goes on with the settings that it began with, which are kept
+# in this file.
+same_settings() {
+    [ -f "$1" ] || { echo "$2" >"$1.new" && mv "$1.new" "$1"; }
+    [ "$(cat "$1")" = "$2" ] || {
+        echo "$1 has $(cat "$1"), which is not $2: choose another OUT" >&2
+        exit 2
+    }
+}

@@ -33,7 +33,7 @@ def distances(policy, start, processor, task, split, common, seed, num):
     env = envs.make_env(task, split, common)
     prompts = []
     for i in range(num):
-        env.reset(f"{seed}/distance/{i}", episode=i)
+        env.reset(f"{seed}/distance/{i}", episode=i, begin=False)
         messages = env.skip_ahead(random.Random(f"{seed}/at/{i}"), balance=False)
         prompts.append(encode(processor, messages))
     uniforms = sampling_uniforms([(EVALUATION, seed, i) for i in range(num)], LONGEST)

@@ -30,6 +30,9 @@ export MORE_SFT=${MORE_SFT:---steps 700 --save-every 175} SFT_SETTINGS=${SFT_SET
 export MORE_TEST=${MORE_TEST:---episodes 1000}
 mkdir -p "$OUT"
 check_numbers SEEDS
+# A start that is there does not tell how it was made.
+same_settings "$OUT/settings" "SIZE=$SIZE LRS=$LRS FAULTS=${FAULTS-default} \
+FAULTY_TRIES=${FAULTY_TRIES-default}"
 IFS=';' read -ra sft_settings <<<"$SFT_SETTINGS"
 runs=() jobs=()
 for seed in $SEEDS; do
@@ -38,7 +41,8 @@ for seed in $SEEDS; do
     printf -v out %q "$OUT"
     make="env SEED=$seed BASE=$start OUT=$making bash recipes/base.sh"$'\t'
     [ ! -d "$OUT/start_$seed" ] || make=
-    jobs+=("seed_$seed"$'\t'"${make}env MODEL=$start SEEDS=$seed OUT=$out bash recipes/tiny.sh")
+    tiny="env MODEL=$start STARTS=0 SEEDS=$seed OUT=$out bash recipes/tiny.sh"
+    jobs+=("seed_$seed"$'\t'"$make$tiny")
     runs+=("$OUT/rl_0_$seed")
     for i in "${!sft_settings[@]}"; do
         runs+=("$OUT/sft_${i}_$seed")

@@ -27,6 +27,8 @@ if [ -n "${SMOKE:-}" ]; then
     steps="--steps 4 --save-every 2 --batch-size 8" test="--episodes 8"
     SEEDS=0
 fi
+mkdir -p "$OUT"
+same_settings "$OUT/settings" "FAMILY=$FAMILY"
 for seed in ${SEEDS:-0}; do
     [ -d "$OUT/blank_$seed" ] ||
         python support/tiny.py --task gp-vl --family "$FAMILY" --out "$OUT/blank_$seed" \

@@ -48,6 +48,7 @@ STARTS=${STARTS:-0 1 2}
 [ -z "${SMOKE:-}" ] || STARTS=0
 PANELS=${PANELS:-virl two_by_two gate long no_start overfit cards arms frozen}
 export DATA=${DATA:-$OUT/city} SEEDS=0
+unset MODEL                # it would take the place of start 0 in all panels
 mkdir -p "$OUT"
 [ -d "$DATA" ] ||
     python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures

@@ -129,6 +129,10 @@ rft_settings=()
 check_model
 check_jobs
 check_numbers STARTS SEEDS
+[ -z "${MODEL:-}" ] || [[ " $STARTS " == *" 0 "* ]] || {
+    echo "MODEL=$MODEL: is start 0, which STARTS=$STARTS does not have" >&2
+    exit 2
+}
 [[ ! $SEEDS =~ [0-9][0-9] ]] || { echo "SEEDS=$SEEDS: each must be from 0 to 9" >&2; exit 2; }
 [ ! -e "$OUT" ] || [ -d "$OUT" ] || { echo "OUT=$OUT: is a file, not a folder" >&2; exit 2; }
 mkdir -p "$OUT"
@@ -153,8 +157,10 @@ job() {
 }
 for start in $STARTS; do
     model=$OUT/start_$start
-    if [ ! -d "$model" ] && [ "$start" = 0 ] && [ -d "${MODEL:-data/base/$TASK}" ]; then
-        model=${MODEL:-data/base/$TASK}
+    if [ "$start" = 0 ] && [ -n "${MODEL:-}" ]; then
+        model=$MODEL                       # also where OUT holds another start 0, as in gpu.sh
+    elif [ ! -d "$model" ] && [ "$start" = 0 ] && [ -d "data/base/$TASK" ]; then
+        model=data/base/$TASK
     elif [ ! -d "$model" ]; then
         say "making start $start"
         SEED=$start BASE=$model OUT=$OUT/making_$start attended bash recipes/base.sh

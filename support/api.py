@@ -319,9 +319,6 @@ def check_options(config, hide_key):
     if hide_key(given) != given:
         raise ValueError("the key stands in --api-url, --api-model or --api-extra, which are "
                          "written to files: it belongs in API_KEY alone")
-    if running.WORLD > 1:
-        raise ValueError("--api-url runs in one process, with --api-workers requests at the same "
-                         "time")
     address = r"https?://([\w.-]+|\[[\dA-Fa-f:.]+\])(:(?P<port>\d+))?(/\S*)?"
     found = re.fullmatch(address, config.api_url)
     if not found or int(found["port"] or 0) > 65535:

@@ -145,6 +145,11 @@ def metric_and_error(rows, metric):
     return means[0], 100 * math.sqrt(squares) / len(rows)
 
 
+def hands_of(row):
+    """A name for the hands of a row: its seed. Routes in file order are the same for all seeds."""
+    return "in order" if "routes" in row else row["seed"]
+
+
 def error_over_episodes(rows, metric):
     """The standard error of the mean of a metric over the episodes of these rows, in %.
 
@@ -153,7 +158,7 @@ def error_over_episodes(rows, metric):
     """
     by_seed = {}
     for row in rows:
-        by_seed.setdefault(row["seed"], []).append(row.get(f"{metric}_stderr", math.nan))
+        by_seed.setdefault(hands_of(row), []).append(row.get(f"{metric}_stderr", math.nan))
     squares = sum((100 * mean(errors)) ** 2 for errors in by_seed.values())
     return math.sqrt(squares) / len(by_seed)
 
@@ -176,7 +181,10 @@ def solved_by_hand(rows):
     """{seed: the share of the rows that solved each hand}; None where rows keep no single hands."""
     by_seed = {}
     for row in rows:
-        by_seed.setdefault(row["seed"], []).append(row.get("solved", ""))
+        solved = row.get("solved", "")
+        period = row.get("routes") or len(solved) or 1       # routes in order come round again
+        rounds = [solved[at:at + period] for at in range(0, len(solved), period)]
+        by_seed.setdefault(hands_of(row), []).extend(rounds or [""])
     shares = {}
     for seed, texts in by_seed.items():
         if len(texts[0]) < 2 or {len(text) for text in texts} != {len(texts[0])}:
@@ -330,7 +338,9 @@ def defaults_of(method):
     path = Path(__file__).parent.parent / SCRIPTS[method]
     try:
         config = command_line.sketch_config(path, "Config")()
-    except (OSError, ValueError, LookupError):   # a script that was rewritten in another way
+    except (OSError, ValueError, LookupError) as error:   # a script rewritten in another way
+        running.print0(f"{path.name}: its defaults cannot be read ({error}), so runs from before "
+                       "an option was there may stand apart from later ones")
         return {}
     return json.loads(json.dumps(asdict(config)))
 
@@ -381,7 +391,8 @@ def differing_settings(one, two):
 def read_rows(run, metrics):
     """The rows of a run's eval.jsonl, without those that a later row replaces.
 
-    ValueError if one lacks a metric that its task has today.
+    ValueError if one lacks a metric that its task has today. ValueError if a checkpoint was trained
+    anew between two tests, so that its rows are of two models.
     """
     rows = {}
     keys = ("step", "split", "seed", "settings", "gflops")
@@ -391,6 +402,13 @@ def read_rows(run, metrics):
         if lacking := set(metrics[row["settings"]["task"]]) - row.keys():
             raise ValueError(f"run {str(run)!r}: its eval.jsonl is from an earlier version, "
                              f"without {min(lacking)}; run evaluate.py --run-folder {run} again")
+    weights = {}       # step -> those of its first row
+    for row in rows.values():
+        own = row.get("weights")           # rows of an earlier version do not tell
+        if own and weights.setdefault(row["step"], own) != own:
+            raise ValueError(f"run {str(run)!r}: the model of step {row['step']} was made anew "
+                             f"between two tests; run evaluate.py --run-folder {run} again, with "
+                             "all --splits and --seeds")
     return list(rows.values())
 
 
@@ -399,7 +417,8 @@ def collect_rows(folders, metrics):
 
     `metrics`: as in Reference. Each row also names its "start" and its "run". A start's rows belong
     to no run: each seed that it was evaluated on counts as one. ValueError unless a split was
-    evaluated with one set of settings, and each run is there once.
+    evaluated with one set of settings, and each run is there once: no two of an arm have the same
+    start and --seed.
     """
     runs = {os.path.realpath(folder): Path(folder) for folder in folders}   # each run once
     runs = list(runs.values())
@@ -414,6 +433,7 @@ def collect_rows(folders, metrics):
     first_rows = {}    # split -> the first run that was evaluated on it, and its settings
     first_task = None  # the first run, and the task that it was tested on
     starts_seen = {}   # (start, split, seed) -> the run that told of it first, and what
+    seeds_seen = {}    # (arm, start, seed of the training) -> the run
     for run in runs:
         rows = read_rows(run, metrics)
         if "model" not in configs[run]:
@@ -421,6 +441,12 @@ def collect_rows(folders, metrics):
                              "it started from")
         model = configs[run]["model"]
         start = spellings.setdefault(os.path.realpath(model), os.path.normpath(model))
+        if "seed" in configs[run]:
+            twin = seeds_seen.setdefault((names[run], start, configs[run]["seed"]), run)
+            if twin != run:
+                raise ValueError(f"{twin} and {run} have one start, method and --seed "
+                                 f"{configs[run]['seed']}, so they are one run twice: leave one "
+                                 "out")
         for row in rows:
             split = row["split"]
             task = row["settings"]["task"]
@@ -805,7 +831,8 @@ def how_many(study):
         for row in study.arms[arm]:
             who = row["start"] if arm == "start" else row["run"]
             if row["split"] in study.splits:
-                hands.setdefault((who, row["split"]), {})[row["seed"]] = row["episodes"]
+                of_seeds = hands.setdefault((who, row["split"]), {})
+                of_seeds[hands_of(row)] = row.get("routes", row["episodes"])
     tested = dict.fromkeys(f"{sum(by_seed.values()):,}" for by_seed in hands.values())
 
     over = played

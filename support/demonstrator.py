@@ -123,12 +123,17 @@ def parse_faults(text, allowed):
 NOT_OF_OWN_REPLIES = ("faults", "faulty_tries", "solution", "reward")
 
 
+def refuse_without_effect(given, names, why):
+    """ValueError if one of these settings is given; `why` says why it has no effect."""
+    for name in names:
+        if name in given:
+            raise ValueError(f"{name} {given[name]!r}: has no effect here, since {why}")
+
+
 def check_own_replies(given):
     """ValueError if a setting has no effect where a model learns its own right replies."""
-    for name in NOT_OF_OWN_REPLIES:
-        if name in given:
-            raise ValueError(f"{name} {given[name]!r}: has no effect here, since a model that "
-                             "learns its own right replies reads no expert and gets no reward")
+    refuse_without_effect(given, NOT_OF_OWN_REPLIES, "a model that learns its own right replies "
+                          "reads no expert and gets no reward")
 
 
 # ---- The wrappers --------------------------------------------------------------------------------

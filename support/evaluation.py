@@ -14,7 +14,7 @@ from typing import NamedTuple
 from support import api, run_folder, running, settings, transcripts
 from support.chat import read_text
 from support.command_line import flag_of
-from support.demonstrator import Wrapper
+from support.demonstrator import Wrapper, refuse_without_effect
 
 
 def check_options(config):
@@ -35,10 +35,16 @@ def check_options(config):
         transcripts.check_page(config.html)
     if config.api_url and not (config.api_model and config.out):
         raise ValueError("--api-url needs --api-model and --out")
+    if config.api_url and running.WORLD > 1:
+        raise ValueError("--api-url runs in one process, with --api-workers requests at the same "
+                         "time")
     if config.out and (config.run_folder or config.compare):
         raise ValueError(f"--out {config.out}: is for --model and --api-url; a run's rows go to "
                          "its folder")
     check_used(config)
+    for split in settings.read_splits(config.splits):
+        given = {**settings.read_settings(config.env), **split.settings}
+        refuse_without_effect(given, ["faults", "faulty_tries"], "no expert plays in a test")
     if config.top_p != 1 and config.temperature == 0:
         raise ValueError(f"--top-p {config.top_p}: has no effect at --temperature 0, which always "
                          "takes the likeliest token")
@@ -70,6 +76,24 @@ def check_used(config):
 # ---- A run and its checkpoints -----------------------------------------------------------------
 
 RULES = {"rule", "target", "action_space"}       # settings that make another rule
+PIECE = 16384        # bytes of a file of weights, of which `weights_of` reads some
+
+
+def weights_of(checkpoint):
+    """What tells the weights of a checkpoint from others: a digest of pieces of their files.
+
+    The files are too large to be read whole. The pieces stand at equal distances, so a part that
+    was not trained, such as a vision tower, does not hide one that was.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size} ".encode())
+            for start in (*range(0, size, max(PIECE, size // 256)), max(0, size - PIECE)):
+                file.seek(start)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()[:16]
 
 
 class Checkpoint(NamedTuple):
@@ -81,7 +105,21 @@ class Checkpoint(NamedTuple):
 
     def numbers(self):
         """What the rows of a checkpoint begin with."""
-        return {"step": self.step, "gflops": self.gflops, "gflops_paper": self.gflops_paper}
+        return {"step": self.step, "gflops": self.gflops, "gflops_paper": self.gflops_paper,
+                "weights": weights_of(self.path)}
+
+    def rows(self, known):
+        """Those of the rows of a run that are of this checkpoint.
+
+        One that was trained anew has other weights, and no rows. ValueError if the start was made
+        anew: the run began with the old one.
+        """
+        found, weights = [row for row in known if row["step"] == self.step], weights_of(self.path)
+        own = [row for row in found if row.get("weights", weights) == weights]
+        if self.step == 0 and len(own) < len(found):
+            raise ValueError(f"start {self.path}: has other weights than when it was tested with "
+                             "this run, which did not begin with them: use --no-start")
+        return own
 
 
 def list_checkpoints(run, trained, with_start):
@@ -162,6 +200,19 @@ def take_settings(config, run, trained, tasks):
 
     dtype = trained.get("dtype", "auto") if config.dtype == "auto" else config.dtype
     return replace(config, task=task, env=env, dtype=dtype)
+
+
+# ---- Parts of a row ----------------------------------------------------------------------------
+
+def by_city(routes, solved):
+    """[success, ...] of the cities of `visual_ood`, whose file has two routes of each.
+
+    `routes` and `solved` have a number for each episode: that of its route, and 1 or 0.
+    """
+    cities = {}
+    for route, success in zip(routes, solved):
+        cities.setdefault(route // 2, []).append(success)
+    return [sum(city) / len(city) for _, city in sorted(cities.items())]
 
 
 # ---- Rows and replies that are there already ---------------------------------------------------
@@ -299,20 +350,6 @@ def check_out(out):
                          f"{'a run folder' if out.is_dir() else 'a file'}")
 
 
-def weights_of(checkpoint):
-    """What tells the weights of a checkpoint from others: a digest of their files' sizes and ends.
-
-    The files are too large to be read whole.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 65536))
-            digest.update(f"{path.name} {size} ".encode() + file.read())
-    return digest.hexdigest()[:16]
-
-
 def open_out(out, checkpoint):
     """Make the folder --out if it is not there.
 
@@ -322,7 +359,6 @@ def open_out(out, checkpoint):
     check_out(out)
     running.gather(None)   # all have looked
     Path(out).mkdir(parents=True, exist_ok=True)
-    run_folder.hold(out, "evaluating")
     weights = weights_of(checkpoint)
     known = known_rows(out, str(Path(checkpoint)))   # as rows name it, without a last slash
     known = [row for row in known if row.get("weights", weights) == weights]
@@ -330,7 +366,9 @@ def open_out(out, checkpoint):
 
 
 def known_rows(folder, checkpoint):
-    """The rows of eval.jsonl in a folder that are of this checkpoint."""
+    """The rows of eval.jsonl in a folder that are of this checkpoint. Before its files are written
+    anew the folder is locked."""
+    run_folder.hold(folder, "evaluating")
     return [row for row in open_logs(folder) if row["checkpoint"] == checkpoint]
 
 

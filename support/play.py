@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from support import settings, transcripts
+from support import demonstrator, settings, transcripts
 from support.chat import printable, read_text
 
 HELP = """A reply is the JSON object that the prompt asks for, or just the answer{example}
@@ -142,6 +142,8 @@ def run(args, tasks, make_env):
     split, *more = settings.read_splits([*names, *given])
     if more:
         raise ValueError(f"one split at a time, not {more[0].name} as well")
+    demonstrator.refuse_without_effect(split.settings, ["faults", "faulty_tries"], "the expert "
+                                       "shows a right reply")
     env = make_env(args.task, split.name, **split.settings)
     if args.show:
         show(env, args.seed or 0, "" if args.show == "-" else args.show)

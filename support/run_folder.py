@@ -228,6 +228,20 @@ def publish(temporary, final):
     sync(final.parent)
 
 
+@contextlib.contextmanager
+def whole(out):
+    """The path of a folder to make, which is named `out` at the end of the block. Of a block that
+    does not end nothing is left. So a folder of this name is always whole."""
+    out = Path(out)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)        # of a process that was killed
+    try:
+        yield unfinished
+        publish(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)    # unless it has its name
+
+
 def write_checkpoint(folder, policy, processor, optimizer, state, with_value_head):
     """All files of a checkpoint. Every process has written its files when this returns."""
     weights = gather_weights(policy)

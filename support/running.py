@@ -97,6 +97,7 @@ def run(main, config_class):
     try:
         main(parse_config(config_class))
         sys.stdout.flush()
+        leave()
     except KeyboardInterrupt as stop:
         flush_console()
         print("\nstopped; the same command goes on with what is saved", file=sys.stderr)
@@ -108,7 +109,6 @@ def run(main, config_class):
              alone=True)
     finally:
         flush_console()                                  # else Python ends with a complaint
-    leave()
 
 
 # ---- Console and files ---------------------------------------------------------------------------
@@ -392,6 +392,10 @@ def leave(status=0):
         dist.barrier()
         dist.destroy_process_group()
         os._exit(status)             # torch's threads sometimes crash a normal exit
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            # All is done, so a stop that comes now changes nothing.
+            signal.signal(number, lambda *_: os._exit(status))
     sys.exit(status)
 
 

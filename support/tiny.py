@@ -32,7 +32,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import envs
-from support import portable, running, vocabularies
+from support import portable, run_folder, running, vocabularies
 from support.chat import read_text
 from support.loading import tokenizer_of
 from support.settings import read_settings
@@ -111,7 +111,7 @@ def sample_texts(task, num=200, splits=(), **settings):
         env.picture = lambda: None                     # only words are needed; drawing takes time
         yield " ".join(atoms_of(task, env) * 2)
         for i in range(num):
-            env.reset(seed=f"texts/{i}")
+            env.reset(seed=f"texts/{i}", begin=False)
             messages = env.skip_ahead(env.rng, balance=False)
             yield read_text(messages[-1])
             for reply in (env.flawed_reply(), env.expert_reply()):
@@ -238,9 +238,10 @@ def main(config):
         atoms = atoms_of_splits(config.task, splits, **settings)
         backbone, processor = make_tiny(config.size, family, texts, atoms)
     transformers_logging.disable_progress_bar()
-    backbone.save_pretrained(config.out)
-    processor.save_pretrained(config.out)
-    portable.make_portable(config.out, tokenizer_of(processor))
+    with run_folder.whole(config.out) as folder:
+        backbone.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        portable.make_portable(folder, tokenizer_of(processor))
     size = sum(p.numel() for p in backbone.parameters())
     print(f"{config.out}: a {type(backbone).__name__} of {size:,} parameters")
 

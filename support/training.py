@@ -1,13 +1,14 @@
 """What sft.py and rl.py share around their method: how a run begins, goes on and is saved.
 
 After a stop the newest checkpoint is step_K/, with weights, value head and optimizer. Its state
-holds the tokens spent. In rl.py it also holds where each environment stood before the rollout: its
-episode and the replies so far, which are played again. Log lines after step K are cut when the run
-goes on.
+holds the tokens spent and what tells --data from another file. In rl.py it also holds where each
+environment stood before the rollout: its episode and the replies so far, which are played again.
+Log lines after step K are cut when the run goes on.
 
 Beside that: options that contradict each other, and what rl.py logs of an update. `load_policy` and
 the optimizer are handed in, since support/ uses none of the six files.
 """
+import hashlib
 import math
 import os
 from collections import Counter
@@ -16,7 +17,7 @@ from functools import partial
 
 import torch
 
-from support import run_folder, running, settings
+from support import demonstrator, run_folder, running, settings
 from support.command_line import check_folders
 from support.running import flag, print0
 
@@ -37,6 +38,14 @@ class RunConfig:
     keep_resume: int = flag(2, "number of checkpoints that keep their optimizer state", low=1)
 
 
+def digest_of(path):
+    """What tells the content of a file from others; "" if no file is named."""
+    if not path:
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 # ---- A run ---------------------------------------------------------------------------------------
 
 class Run:
@@ -53,6 +62,7 @@ class Run:
         """`vision`: whether the task needs a model that reads pictures."""
         dtype = running.pick_dtype(config.dtype, device, config.out)
         self.config = replace(config, dtype=dtype)
+        self.data = digest_of(getattr(config, "data", ""))
         self.told_of_ratios = False
         self.newest = run_folder.newest_checkpoint(self.config)
         # A model without a value head gets a new one, drawn from this seed.
@@ -70,6 +80,9 @@ class Run:
         self.state = first_state
         if self.newest:
             self.state = run_folder.load_resume(self.newest, self.policy, optimizer, first_state)
+            if self.state.get("data", self.data) != self.data:
+                raise ValueError(f"--data {self.config.data}: is not what it was when {self.newest}"
+                                 " was saved: put it back, or choose another --out")
 
     def open(self):
         """Make the run folder, or cut its logs back to the checkpoint. ValueError if a GPU is too
@@ -99,6 +112,8 @@ class Run:
 
     def save(self, state, with_value_head=True):
         """Write the checkpoint of this state unless it is there; returns its folder."""
+        if self.data:
+            state = {**state, "data": self.data}
         return run_folder.ensure_checkpoint(
             self.config.out, state["step"], self.policy, self.processor, self.optimizer, state,
             self.config.keep_resume, with_value_head)
@@ -126,7 +141,14 @@ def check_sft(config):
 
 def check_samples(config, splits, environments):
     """sft.py: ValueError if --data, --pictures, --mix, --failed-tries and --balance do not fit each
-    other."""
+    other, or if a setting has no effect."""
+    common = settings.read_settings(config.env)
+    for split in splits:
+        given = {**common, **split.settings}
+        demonstrator.refuse_without_effect(given, ["reward"], "SFT gets no reward")
+        if config.data:
+            demonstrator.refuse_without_effect(given, demonstrator.NOT_OF_OWN_REPLIES,
+                                               "replies are learnt as they stand in --data")
     for split, env in zip(splits, environments):
         if env.verify_iter <= config.failed_tries:
             raise ValueError(f"--mix {split.label}: verify_iter {env.verify_iter} must be above "
@@ -146,7 +168,7 @@ def check_rl(config):
     """The one split to train on.
 
     ValueError unless both folders are named, the minibatches divide an update, the processes
-    divide the environments, and there is one split.
+    divide the environments, and there is one split. All settings must have an effect.
     """
     check_folders(config)
     num_turns = config.num_envs * config.turns_per_env
@@ -161,6 +183,10 @@ def check_rl(config):
     if more:
         raise ValueError(f"--split {' '.join(config.split)}: one split only, not {more[0].name} "
                          "as well")
+    given = {**settings.read_settings(config.env), **split.settings}
+    demonstrator.refuse_without_effect(given, ["faults", "faulty_tries"], "RL reads no expert")
+    if "solution" in given:              # SFT and RL may be given the same settings
+        print0(f"solution {given['solution']!r}: has no effect here, since RL reads no expert")
     return split
 
 

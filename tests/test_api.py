@@ -143,12 +143,14 @@ def test_a_stopped_api_evaluation_asks_only_for_what_is_missing(api, tmp_path, c
 
 def test_two_evaluations_of_one_folder_are_refused(api, tmp_path, capsys):
     (tmp_path / "api").mkdir()
+    log = tmp_path / "api" / "eval.jsonl"
+    log.write_text('{"checkpoint"')        # a row that the other one is writing
     server = Server()
     with held(tmp_path / "api" / ".evaluating.lock") as pid:
         with pytest.raises(SystemExit):
             api((), server)
     assert f"api: process {pid} is evaluating here; wait for its end" in capsys.readouterr().err
-    assert not server.requests
+    assert not server.requests and log.read_text() == '{"checkpoint"'
     assert len(api((), server)[1]) == 1
 
 

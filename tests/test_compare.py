@@ -119,6 +119,33 @@ def test_a_run_and_its_longer_twin_are_one(tmp_path):
         study_of(tmp_path / "sft", tmp_path / "rl", tmp_path / "rl3")
 
 
+def test_a_copied_run_that_was_tested_on_other_hands_is_one_run(tmp_path):
+    """Its error would be that of two, though both have the same weights."""
+    write_rows(tmp_path / "sft", {"steps": 1}, [(0, 0, 0.3), (0, 1, 0.2), (1, 0, 0.33)], seed=0)
+    write_rows(tmp_path / "rl", {"updates": 2}, [(1, 0, 0.4)], seed=0)
+    write_rows(tmp_path / "copy", {"updates": 2}, [(1, 1, 0.5)], seed=0)
+    with pytest.raises(ValueError, match="have one start, method and --seed 0, so they are one ru"):
+        study_of(tmp_path / "sft", tmp_path / "rl", tmp_path / "copy")
+    write_rows(tmp_path / "copy", {"updates": 2}, [], seed=1)
+    write_rows(tmp_path / "sft", {"steps": 1}, [(1, 1, 0.3)], seed=0)
+    study_of(tmp_path / "sft", tmp_path / "rl", tmp_path / "copy")
+
+
+def test_rows_of_two_models_under_one_step_are_refused(tmp_path):
+    write_rows(tmp_path / "rl", {"updates": 2}, [(0, 0, 0.3), (1, 0, 0.4), (1, 1, 0.5)])
+    write_rows(tmp_path / "sft", {"steps": 1}, [(1, 0, 0.3), (1, 1, 0.3)])
+    rows = running.read_jsonl(tmp_path / "rl" / "eval.jsonl")
+    for name, refused in ((("a", "a", "a"), False), (("a", "b", "b"), False),
+                          (("a", None, "b"), False), (("a", "a", "b"), True)):
+        running.write_jsonl(tmp_path / "rl" / "eval.jsonl",
+                            [{**row, "weights": weights} for row, weights in zip(rows, name)])
+        if not refused:
+            study_of(tmp_path / "sft", tmp_path / "rl")
+            continue
+        with pytest.raises(ValueError, match="the model of step 1 was made anew between two tests"):
+            study_of(tmp_path / "sft", tmp_path / "rl")
+
+
 def test_values_and_differences_are_taken_on_the_hands_that_all_arms_have_played(tmp_path, capsys):
     write_rows(tmp_path / "sft", {"steps": 1}, [(0, 0, 0.3), (1, 0, 0.35), (1, 1, 0.85)])
     write_rows(tmp_path / "rl", {"updates": 1}, [(1, 0, 0.3)])
@@ -207,6 +234,20 @@ def test_a_run_from_before_an_option_has_its_default():
                                           "new": "SFT schedule constant"}
     for method, option in (("SFT", "mix"), ("RL", "lr_final"), ("RFT", "first_tries")):
         assert option in compare.defaults_of(method)
+
+
+def test_a_script_whose_defaults_cannot_be_read_is_named(monkeypatch, capsys, tmp_path):
+    """Without them a run from before an option was there is an arm of its own."""
+    monkeypatch.setitem(compare.SCRIPTS, "SFT", str(tmp_path / "sft.py"))
+    (tmp_path / "sft.py").write_text("class Config:\n    lr: float = flag(1 / 3, 'the rate')\n")
+    compare.defaults_of.cache_clear()
+    try:
+        names = compare.name_arms({"a": {"lr": 0.1}, "b": {"lr": 0.1, "data": ""}})
+    finally:
+        compare.defaults_of.cache_clear()
+    assert names == {"a": "SFT", "b": "SFT"}
+    told = capsys.readouterr().out
+    assert told.startswith("sft.py: its defaults cannot be read (") and told.count("\n") == 1
 
 
 def test_without_a_split_of_the_paper_there_are_no_sentences_on_its_signs(tmp_path, capsys):

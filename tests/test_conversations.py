@@ -399,3 +399,26 @@ def test_blanks_behind_a_picture_are_read_in_no_time(tmp_path):
                                 **record(" \n<image>\n" + " " * 300_000 + "q", "a")}, vision=True)
     assert pairs[0][0][0]["content"][1]["text"] == " " * 300_000 + "q"
     assert time.process_time() - began < 1
+
+
+def test_a_run_does_not_go_on_with_a_file_that_has_changed(tmp_path, device, capsys):
+    """Nor is it finished: what it was asked to learn, it has not seen."""
+    pairs_of(tmp_path, record("q", "a"))
+    config = sft.Config(data=str(tmp_path / "data.json"), out=str(tmp_path / "run"), save_every=1,
+                        model=tiny_folder(), device=device, batch_size=1, steps=1)
+    sft.main(config)
+    before = (tmp_path / "data.json").read_text()
+    pairs_of(tmp_path, record("q", "another"))
+    with pytest.raises(SystemExit):
+        sft.main(config)
+    assert (f"--data {tmp_path}/data.json: is not what it was when {tmp_path}/run/step_000001 was "
+            "saved") in capsys.readouterr().err
+    (tmp_path / "data.json").write_text(before)
+    sft.main(config)
+    # A checkpoint of an earlier version does not tell.
+    path = tmp_path / "run" / "step_000001" / "resume" / "state.json"
+    state = json.loads(path.read_text())
+    del state["data"]
+    path.write_text(json.dumps(state))
+    pairs_of(tmp_path, record("q", "another"))
+    sft.main(config)

@@ -329,5 +329,7 @@ def test_a_models_own_failed_replies_stand_before_the_experts_and_are_not_learnt
     own_failures.main(replace(config, out=str(tmp_path / "again.json")))
     assert ((tmp_path / "again.json").read_text().replace("again/", "own/")
             == (tmp_path / "own.json").read_text())
-    with pytest.raises(SystemExit):
-        own_failures.main(config)
+    for knobs in ({}, {"out": str(tmp_path / "new.json"), "env": (*env, "reward=random")}):
+        with pytest.raises(SystemExit):
+            own_failures.main(replace(config, **knobs))
+    assert not (tmp_path / "new.json").exists()

@@ -205,6 +205,30 @@ def test_the_visual_test_plays_the_routes_in_order_and_tells_the_cities_apart(ci
     assert row["success_by_city"] == [1, 1] + [0] * 7 and row["success"] == pytest.approx(4 / 18)
     plain = played("id", choose_expert, episodes=2, task="virl-l", root=city)
     assert "success_by_city" not in plain
+    # The 18 routes came round twice: still 18 samples.
+    once = evaluate.summarise(infos[:18], 1)
+    assert row["routes"] == once["routes"] == 18
+    assert row["success_stderr"] == pytest.approx(once["success_stderr"])
+    assert once["success_stderr"] == pytest.approx(math.sqrt(4 / 18 * 14 / 18 / 18))
+
+
+def test_routes_in_file_order_are_the_same_hands_whatever_the_seed(tmp_path):
+    """So another seed, or another round of the same routes, makes no error smaller."""
+    def rows(solved, step, seeds, rounds):
+        found = []
+        for seed in seeds:
+            found.append({"start": "s", "run": "r", "split": "visual_ood", "seed": seed,
+                          "step": step, "success": solved.count("1") / 18, "routes": 18,
+                          "success_stderr": 0.5 / math.sqrt(18), "solved": rounds * solved})
+        return found
+
+    errors = set()
+    for seeds, rounds in (((0,), 1), ((0, 1), 1), ((0,), 3), ((0, 1), 2)):
+        before = rows(9 * "0" + 9 * "1", 0, seeds, rounds)
+        after = rows(18 * "1", 5, seeds, rounds)
+        assert compare.score_and_error(before, "success")[1] == pytest.approx(50 / math.sqrt(18))
+        errors.add(round(compare.change_and_error(after, before, "success")[1], 9))
+    assert errors == {round(100 * math.sqrt(0.25 / 17), 9)}
 
 
 def test_the_error_of_a_success_is_binomial_and_that_of_steps_is_over_episodes():
@@ -510,6 +534,8 @@ def test_the_evaluation_that_was_asked_for_last_counts_though_it_is_an_older_one
      "--episodes 5: has no effect with --run-folder and --paper"),
     ({"api_url": "u", "api_model": "m", "out": "o", "kept_gib": 1.0},
      "--kept-gib 1.0: has no effect with --api-url"),
+    ({"model": "m", "env": ("faults=ten:0.5",)}, "faults 'ten:0.5': has no effect here, since no"),
+    ({"run_folder": "r", "splits": ("id", "faulty_tries=2")}, "faulty_tries '2': has no effect"),
     ({"model": "m", "top_p": 0.5}, "--top-p 0.5: has no effect at --temperature 0"),
     ({"run_folder": "r", "top_p": 0.5}, "--top-p 0.5: has no effect at --temperature 0")])
 def test_an_option_without_effect_is_refused(options, told):
@@ -652,6 +678,40 @@ def test_a_run_that_was_to_be_saved_every_0_steps_can_be_tested(tmp_path):
     trained = {"model": "m", "save_every": 0}
     found = evaluation.list_checkpoints(tmp_path, trained, with_start=False)
     assert [point.step for point in found] == [2]
+
+
+def test_a_checkpoint_that_was_trained_anew_is_tested_anew(monkeypatch, tmp_path):
+    """As after a change in rl.py: its rows are not those of the checkpoint of the same step."""
+    played = []
+    monkeypatch.setattr(evaluate, "LocalModel", lambda *_: SimpleNamespace(
+        reply=lambda of, split, seed, turn, pending: [("", "length") for _ in pending],
+        forget=lambda of: played.append(of)))
+    run = tmp_path / "run"
+    (run / "step_000001").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"task": "gp-l", "model": "m", "env": []}))
+    running.log_jsonl(run / "metrics.jsonl", step=1, gflops=1.0, gflops_paper=1.0)
+    config = evaluate.Config(run_folder=str(run), start=False, splits=("id",), episodes=2,
+                             dtype="float32", device="cpu")
+    for weights, times in ((b"1", 1), (b"1", 1), (b"2", 2), (b"2", 2)):
+        (run / "step_000001" / "model.safetensors").write_bytes(weights)
+        evaluate.evaluate_run(config)
+        assert len(played) == times
+    # A row of an earlier version does not tell.
+    rows = running.read_jsonl(run / "eval.jsonl")
+    running.write_jsonl(run / "eval.jsonl", [{k: v for k, v in rows[0].items() if k != "weights"}])
+    evaluate.evaluate_run(config)
+    assert len(rows) == 2 and len(played) == 2
+
+
+def test_a_start_that_was_made_anew_behind_its_run_is_not_tested_for_it(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    point = evaluation.Checkpoint(0, tmp_path, 0.0, 0.0)
+    known = [{"step": 0, **point.numbers()}, {"step": 0}, {"step": 1}]
+    assert point.rows(known) == known[:2]
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    with pytest.raises(ValueError, match="start .* has other weights .*: use --no-start"):
+        point.rows(known)
+    assert point.rows(known[1:]) == [{"step": 0}]
 
 
 def test_the_last_lines_of_an_evaluation_hold_its_own_rows_alone(tmp_path, capsys):

@@ -217,3 +217,9 @@ def test_a_third_game_is_played_in_its_words(played, tmp_path):
 def test_help_shows_an_answer_of_the_game_that_is_played(played, city):
     assert "    (1+2)*8*1\n" in played(make_env("gp-l"), "help")
     assert "    forward()\n" in played(make_env("virl-l", root=city), "help")
+
+
+def test_faults_of_an_expert_who_shows_none_are_refused():
+    done = envs_py("gp-l", "faults=ten:0.5", "--show")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("envs.py: error: faults 'ten:0.5': has no effect here, since")

@@ -135,3 +135,75 @@ def test_a_recipe_reads_what_it_calls(name):
     text = (ROOT / "recipes" / name).read_text()
     calls = [each for each in shared if re.search(rf"^[^#\n]*\b{each}\b", text, re.M)]
     assert not calls or name == "common.sh" or "\nsource recipes/common.sh\n" in text
+
+
+# ---- Recipes without Python: a stand-in notes the command lines and leaves what they would write -
+
+STAND_IN = """#!/usr/bin/env bash
+case $1 in recipes/runs.py) exec REAL "$@" ;; esac
+[ "$1" != - ] || { mkdir "$3"; touch "$3/config.json"; exit; }
+echo "$*" >>"$NOTES"
+while [ $# != 0 ]; do
+    case "$1 ${2:-}" in
+    "--out "*.json) touch "$2" ;;
+    "--out "*) mkdir -p "$2/step_000001" ;;
+    esac
+    shift
+done
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """recipe(NAME, SETTING=...) runs a recipe: (exit status, its error, the command lines)."""
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.parent.mkdir()
+    stand_in.write_text(STAND_IN.replace("REAL", sys.executable))
+    stand_in.chmod(0o755)
+
+    def run(name, **settings):
+        notes = tmp_path / "notes"
+        notes.write_text("")
+        done = subprocess.run(["bash", f"recipes/{name}.sh"], cwd=ROOT, capture_output=True,
+                              text=True, timeout=60, stdin=subprocess.DEVNULL,
+                              env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}",
+                                   "NOTES": str(notes), **{k: str(v) for k, v in settings.items()}})
+        return done.returncode, done.stderr, notes.read_text().splitlines()
+    return run
+
+
+def model_of(lines, run):
+    """--model of the command line that trains in a folder of this name."""
+    line, = [line for line in lines if re.search(rf"--out \S*/{run} ", line)]
+    return re.search(r"--model \S*/(\S+)", line)[1]
+
+
+def test_each_seed_of_the_gpu_run_begins_with_its_own_start(recipe, tmp_path):
+    """That of seed 0 may be there first, under the name that tiny.sh looks for."""
+    for seed in (0, 1):
+        (tmp_path / f"start_{seed}").mkdir()
+        (tmp_path / f"start_{seed}/config.json").touch()
+    status, _, lines = recipe("gpu", OUT=tmp_path, SEEDS="0 1", STARTS="3")
+    assert status == 0 and recipe("gpu", OUT=tmp_path, SEEDS="0 1", SIZE="64x2")[0] == 2
+    for run in ("rl_0", "sft_0"):
+        assert [model_of(lines, f"{run}_{seed}") for seed in (0, 1)] == ["start_0", "start_1"]
+
+
+def test_a_model_that_no_run_would_begin_with_is_refused(recipe, tmp_path):
+    (tmp_path / "config.json").touch()
+    status, told, lines = recipe("tiny", OUT=tmp_path / "runs", MODEL=tmp_path, STARTS="1 10")
+    assert (status, lines) == (2, [])
+    assert told == f"MODEL={tmp_path}: is start 0, which STARTS=1 10 does not have\n"
+
+
+def test_a_start_that_was_begun_with_other_settings_is_not_gone_on_with(recipe, tmp_path):
+    """Its dialogues would be those of the other faults."""
+    settings = {"OUT": tmp_path / "making", "BASE": tmp_path / "base", "FAULTS": "ten:0.5"}
+    status, _, lines = recipe("base", **settings)
+    assert status == 0 and "faults=ten:0.5" in "\n".join(lines)
+    assert recipe("base", **settings)[0] == 0            # the same command goes on
+    for other in ({"FAULTS": "ten:0.4"}, {"FAULTS": ""}, {"SIZE": "64x2"}, {"SEED": "1"}):
+        status, told, lines = recipe("base", **settings | other)
+        assert (status, lines) == (2, []) and told.endswith(": choose another OUT\n")
+    assert recipe("read", OUT=tmp_path / "read")[0] == 0
+    assert recipe("read", OUT=tmp_path / "read", FAMILY="qwen3_vl")[0] == 2

@@ -221,8 +221,18 @@ def test_other_weights_under_the_same_path_are_another_checkpoint(tmp_path):
     write(row, [])
     known, _ = evaluation.open_out(str(tmp_path / "out"), tmp_path / "model")
     assert [each["split"] for each in known] == ["id"]
-    weights.write_bytes(b"0" * 99_999 + b"1")
-    assert evaluation.open_out(str(tmp_path / "out"), tmp_path / "model")[0] == []
+    for changed in (b"0" * 99_999 + b"1", b"0" * 9_999 + b"1" + b"0" * 90_000):
+        weights.write_bytes(changed)
+        assert evaluation.open_out(str(tmp_path / "out"), tmp_path / "model")[0] == []
+
+
+def test_a_tower_that_was_not_trained_does_not_hide_what_was(tmp_path):
+    """It stands at the end of a file. The file is too large to be read whole."""
+    path, found = tmp_path / "model.safetensors", set()
+    for trained in (b"1", b"2"):
+        path.write_bytes(trained * 1_000_000 + b"0" * 9_000_000)
+        found.add(evaluation.weights_of(tmp_path))
+    assert len(found) == 2
 
 
 def study_of(*runs):

@@ -369,6 +369,17 @@ def test_an_update_that_minibatches_do_not_divide_is_refused():
         training.check_rl(config(out="a", model="b", minibatch_turns=5))
 
 
+def test_a_setting_of_the_expert_is_refused_or_said_to_have_no_effect(capsys):
+    for knobs in (dict(env=("faults=ten:0.5",)), dict(split=("id", "faulty_tries=2"))):
+        with pytest.raises(ValueError, match="fault.*: has no effect here, since RL reads no exp"):
+            training.check_rl(config(out="a", model="b", **knobs))
+    assert capsys.readouterr().out == ""
+    # recipes/paper.sh gives SFT and RL the same settings.
+    training.check_rl(config(out="a", model="b", env=("solution=random",)))
+    assert capsys.readouterr().out == (
+        "solution 'random': has no effect here, since RL reads no expert\n")
+
+
 def test_a_prompt_counts_from_where_it_leaves_what_was_said_before(tiny):
     policy, _ = tiny
 

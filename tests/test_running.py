@@ -205,6 +205,30 @@ def test_a_signal_outside_of_training_ends_a_script_with_its_status_and_one_line
     assert exit.value.code == status and capsys.readouterr().err == told
 
 
+LATE = """
+import atexit, dataclasses, os, signal, time
+from support import running
+
+def last():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    print("too late")
+
+def main(config):
+    atexit.register(last)
+    print("done")
+
+running.run(main, dataclasses.make_dataclass("Config", []))
+"""
+
+
+def test_a_signal_while_python_ends_changes_nothing():
+    """Python takes tenths of a second to end, in which it calls what was registered with atexit."""
+    ended = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True,
+                           cwd=ROOT, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
+
+
 # ---- The type that is computed in
 
 @pytest.mark.parametrize("units, allowed, chosen, said", [

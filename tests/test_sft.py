@@ -124,6 +124,35 @@ def test_settings_that_a_data_file_or_failed_tries_would_ignore_are_refused(tmp_
     assert sft.Samples(sft.Config(failed_tries=2, env=("verify_iter=3",))).envs[0].verify_iter == 3
 
 
+def test_the_picture_of_a_sample_is_drawn_once(city, monkeypatch):
+    """A sample may stand anywhere on a route: the picture at its start would be for nothing."""
+    drawn = []
+    for task, env in (("gp-vl", ("resolution=48",)), ("virl-l", (f"root={city}",))):
+        samples = sft.Samples(sft.Config(task=task, env=env, failed_tries=1))
+        monkeypatch.setattr(samples.envs[0], "vision", True)
+        monkeypatch.setattr(samples.envs[0], "picture", lambda: drawn.append(task))
+        for i in range(10):
+            samples[i]
+    assert drawn == 10 * ["gp-vl"] + 10 * ["virl-l"]
+
+
+@pytest.mark.parametrize("where", ["env", "mix"])
+def test_a_setting_without_effect_is_refused(where, tmp_path):
+    """Else a run would look as if it had been made with it, and a test of the run would take it."""
+    def samples(setting, **knobs):
+        knobs[where] = (setting,) if where == "env" else ("id", setting)
+        return sft.Samples(sft.Config(**knobs))
+
+    with pytest.raises(ValueError, match="reward 'random': has no effect here, since SFT gets no"):
+        samples("reward=random")
+    assert samples("faults=ten:0.5") and samples("solution=random")
+    (tmp_path / "data.json").write_text(json.dumps([
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]))
+    for setting in ("faults=ten:0.5", "faulty_tries=2", "solution=random"):
+        with pytest.raises(ValueError, match="has no effect here, since replies are learnt as"):
+            samples(setting, data=str(tmp_path / "data.json"))
+
+
 def test_the_learning_rate_falls_to_0_or_stays(tmp_path):
     for schedule in ("cosine", "constant"):
         sft.main(sft.Config(out=str(tmp_path / schedule), model=tiny_folder(), steps=4,

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -159,6 +160,20 @@ def test_captions_tell_what_the_pictures_show(signs, tmp_path):
     assert told > 10 and clear > 0.8 * told         # a house may have the board's colour
     with pytest.raises(SystemExit):
         captions.main(config)              # a second time it would replace what is there
+
+
+def test_a_city_whose_captions_would_all_be_alike_is_refused(signs, tmp_path, capsys):
+    """The boards of names stand at the points of a route alone."""
+    shutil.copytree(signs / "train", tmp_path / "city" / "train")
+    path = tmp_path / "city" / "train" / "route_infos.json"
+    routes, num = json.loads(path.read_text())
+    for route in routes:
+        del route["passed"]
+    path.write_text(json.dumps([routes, num]))
+    with pytest.raises(SystemExit):
+        captions.main(captions.Config(out=str(tmp_path / "told.json"), root=str(tmp_path / "city")))
+    assert "nothing is seen between the points" in capsys.readouterr().err
+    assert not list(tmp_path.glob("told*"))
 
 
 def test_a_missed_place_costs_more_and_in_words_the_same_is_told(signs):

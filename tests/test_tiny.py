@@ -116,6 +116,20 @@ def test_a_folder_that_is_there_is_left_as_it_is(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_a_stop_while_it_writes_leaves_no_folder_that_looks_whole(tmp_path, monkeypatch):
+    """recipes/base.sh takes a folder that is there."""
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tiny.PreTrainedTokenizerFast, "save_pretrained", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.main(tiny.Config(out=str(tmp_path / "new" / "blank"), size="32x1"))
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path / "new" / "blank.unfinished").mkdir()      # as a kill leaves it
+    tiny.main(tiny.Config(out=str(tmp_path / "new" / "blank"), size="32x1"))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["blank"]
+
+
 def test_without_atoms_words_and_numbers_are_the_parts_of_a_text():
     processor = tiny.train_tokenizer(["Say 17 twice.", "Say 42 twice."] * 10, [])
     ids = processor("Say 42 twice.", add_special_tokens=False).input_ids
