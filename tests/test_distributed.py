@@ -145,8 +145,9 @@ def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_w
         one, two = tmp_path / "1" / run, tmp_path / "2" / run
         assert_same(metrics(one), metrics(two))
         assert_same_weights(one / "step_000003", two / "step_000003")
-        rows = [[{**row, "checkpoint": ""} for row in running.read_jsonl(folder / "eval.jsonl")]
-                for folder in (one, two)]
+        # Weights that differ by rounding have different digests.
+        rows = [[{**row, "checkpoint": "", "weights": ""}
+                 for row in running.read_jsonl(folder / "eval.jsonl")] for folder in (one, two)]
         assert rows[0] == rows[1]
         tested = run in ("rl_words", "rl_pictures", "begun_by_one")
         assert len(rows[0]) == (8 if tested else 0)

@@ -734,10 +734,9 @@ def test_arms_are_compared_where_every_run_of_both_has_been(tmp_path, capsys):
     write_run(tmp_path / "short", "RL", [(1, 50.0, 0.14)])
     compare_runs([str(tmp_path / name) for name in ("sft", "long", "short")])
     out = capsys.readouterr().out
-    assert "about 50 GFLOPs" in out
     assert "SFT                8.0 (-2.0 ± 1.4) " in out
     assert "RL                13.0 (+3.0 ± 1.4) " in out       # both on the same hands
-    assert "\nCompared: SFT at 50 and RL at 50 GFLOPs.\n" in out
+    assert "\nCompared: SFT at 50 and RL at 50 GFLOPs of post-training.\n" in out
 
 
 def test_an_arm_is_named_by_what_is_on_in_it_and_not_in_all_of_its_kind():
