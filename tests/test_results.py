@@ -193,6 +193,17 @@ def test_the_figure_asks_for_one_file(finding, capsys):
         assert "expected one file to draw into" in capsys.readouterr().err
 
 
+def test_the_gains_of_more_seeds_are_those_of_their_rows():
+    scores = {}
+    with open(ROOT / "results" / "data" / "virl_l_seeds_of_start_0.csv") as file:
+        for row in csv.DictReader(file):
+            scores[row["seed"], row["step"], row["split"]] = float(row["paper_step_accuracy"])
+    gains = [f"{scores[seed, '10', 'rule_ood'] - scores[seed, '0', 'rule_ood']:.1f}"
+             for seed in "123"]
+    page = " ".join((ROOT / "results" / "virl_l.md").read_text().split())
+    assert f"start 0 gain {gains[0]}, {gains[1]} and {gains[2]} points" in page
+
+
 def test_the_table_of_the_pretrained_model_is_that_of_its_rows():
     rows = {}
     with open(ROOT / "results" / "data" / "pretrained_every_evaluation.csv") as file:
