@@ -204,17 +204,28 @@ def test_the_gains_of_more_seeds_are_those_of_their_rows():
     assert f"start 0 gain {gains[0]}, {gains[1]} and {gains[2]} points" in page
 
 
-def test_the_table_of_the_pretrained_model_is_that_of_its_rows():
-    rows = {}
-    with open(ROOT / "results" / "data" / "pretrained_every_evaluation.csv") as file:
-        for row in csv.DictReader(file):
-            arm = row["arm"].split(",")[0]
-            rows[arm, row["step"], row["split"]] = row
+# An arm of the pretrained model's page, and its name in the rows.
+PRETRAINED = {"start": ("start",), "SFT": ("SFT, 5e-5, first steps", "SFT, 5e-5"),
+              "SFT on many rules": ("SFT, many rules",),
+              "RL": ("RL, temperature 0.5, 3e-5, one step",),
+              "RL's first setting": ("RL, temperature 0.5, 2e-5",)}
+
+
+def pretrained_rows(name):
+    """(arm, step, split) -> row of a file of the pretrained model."""
+    with open(ROOT / "results" / "data" / f"pretrained_{name}.csv") as file:
+        return {(row["arm"], row["step"], row["split"]): row for row in csv.DictReader(file)}
+
+
+def test_the_tables_of_the_pretrained_model_are_those_of_its_rows():
+    rows = pretrained_rows("every_evaluation")
     page = (ROOT / "results" / "pretrained.md").read_text()
-    lines = re.findall(r"^\| (start|SFT|RL)(?:, (\d+) \w+)? \| (.*) \|$", page, re.MULTILINE)
-    assert len(lines) >= 7
+    arms = "|".join(sorted(PRETRAINED, key=len, reverse=True))
+    lines = re.findall(rf"^\| ({arms})(?:, (\d+) \w+)? \| (.*) \|$", page, re.MULTILINE)
+    assert len(lines) >= 13 and {arm for arm, _, _ in lines} == set(PRETRAINED)
     for arm, step, cells in lines:
-        of_id, of_other = (rows[arm, step or "0", split] for split in ("id", "rule_ood"))
+        name = next(name for name in PRETRAINED[arm] if (name, step or "0", "id") in rows)
+        of_id, of_other = (rows[name, step or "0", split] for split in ("id", "rule_ood"))
 
         def cell(row, name):
             return f"{row[name]} ± {row[name + '_error']}"
@@ -224,23 +235,34 @@ def test_the_table_of_the_pretrained_model_is_that_of_its_rows():
             cell(of_other, "first_try_turn"), f"{of_id['success']}, {of_other['success']}"]
 
 
-def test_the_words_of_the_pretrained_model_are_those_of_its_rows():
+def test_what_the_pretrained_model_says_is_that_of_its_rows():
     page = " ".join((ROOT / "results" / "pretrained.md").read_text().split())
-    said = {}
-    with open(ROOT / "results" / "data" / "pretrained_words.csv") as file:
-        for row in csv.DictReader(file):
-            said[row["arm"], row["step"], row["split"]] = row
-    assert "36 replies of each rule" in page
+    said = pretrained_rows("words")
+    assert "a direction must be named 36 times" in page
     start = said["start", "0", "id"]["turns_compass"], said["start", "0", "rule_ood"][
         "turns_left_right"]
-    assert start == ("35", "35") and "rule 35 have a compass word" in page
-    assert said["SFT", "20", "rule_ood"]["turns_compass"] == "36" and "all 36 replies" in page
-    five = said["RL", "5", "rule_ood"]
-    assert (five["turns_left_right"], five["turns_compass"]) == ("26", "7")
-    assert "26 of the 36 replies say left or right, and seven a compass word" in page
+    assert start == ("35", "35") and "rule 35 of its replies have a compass word" in page
+    assert said["SFT, 5e-5", "20", "rule_ood"]["turns_compass"] == "36"
+    assert "After 20 steps of SFT all 36 replies name a compass word" in page
+    of_rl = [said["RL, temperature 0.5, 3e-5, one step", step, "rule_ood"]["turns_compass"]
+             for step in ("4", "8", "12")]
+    assert of_rl == ["6", "28", "35"] and "After 12 updates of RL 35 do" in page
+    assert "six of 36 replies there have a compass word. Four updates later 28 have one" in page
+    many = said["SFT, many rules", "40", "id"], said["SFT, many rules", "40", "rule_ood"]
+    assert (many[0]["turns_compass"], many[1]["turns_left_right"]) == ("36", "36")
     for split in ("id", "rule_ood"):
-        ten = said["RL", "10", split]
+        ten = said["RL, temperature 0.5, 2e-5", "10", split]
         assert int(ten["forward_without_action"]) > int(ten["forward_with_action"])
+    updates = {}
     with open(ROOT / "results" / "data" / "pretrained_updates.csv") as file:
-        spread = [float(row["approx_kl"]) for row in csv.DictReader(file)]
-    assert f"divergence is {min(spread):.2f} to {max(spread):.2f} in an update" in page
+        for row in csv.DictReader(file):
+            updates[row["start"], row["setting"], row["step"]] = row
+    spread = [float(row["approx_kl"]) for (start, setting, _), row in updates.items()
+              if (start, setting) == ("0", "2e-5, four steps")]
+    assert f"divergence was {min(spread):.2f} to {max(spread):.2f} in an update" in page
+    shares = [round(100 * float(updates["9", setting, step]["step_accuracy"]))
+              for setting, step in (("5e-6, four steps", "3"), ("3e-5, one step", "7"),
+                                    ("5e-6, four steps", "1"), ("3e-5, one step", "1"))]
+    assert shares == [25, 70, 19, 19]
+    assert "25 % of the replies were right in the third update" in page
+    assert "70 % were in the seventh. In the first update it was 19 % for both" in page
