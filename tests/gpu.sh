@@ -99,6 +99,7 @@ part logprob 120 $bench $rounds --only logprob
 part turns 200 $bench 1 --only turns
 shown="update $size $settings"
 part update 180 bash -c 'update "$@"' update $size "$settings"
+unset shown
 part profile 120 $bench 1 --only limits --profile
 part pretrained 420 env KINDS=family $tiny MODEL="$model" OUT="$logs/pretrained" \
     bash recipes/pretrained.sh

@@ -207,3 +207,15 @@ def test_a_start_that_was_begun_with_other_settings_is_not_gone_on_with(recipe, 
         assert (status, lines) == (2, []) and told.endswith(": choose another OUT\n")
     assert recipe("read", OUT=tmp_path / "read")[0] == 0
     assert recipe("read", OUT=tmp_path / "read", FAMILY="qwen3_vl")[0] == 2
+
+
+def test_each_part_on_a_gpus_page_has_its_own_command(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\n")        # does nothing, at once
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(["bash", str(ROOT / "tests" / "gpu.sh")], text=True, timeout=60,
+                          env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}",
+                               "DEVICE": "cpu", "OUT": str(tmp_path / "out"),
+                               "PARTS": "update profile"}, capture_output=True)
+    page, = (tmp_path / "out").glob("gpu_*.md")
+    commands = re.findall(r"## (\w+)\n\n`(\S+ \S+)", page.read_text())
+    assert commands == [("update", "update 64x2"), ("profile", "python tests/bench.py")], done
