@@ -4,7 +4,7 @@
 #   bash recipes/base.sh                 data/base/gp-l: half an hour on one core
 #   TASK=virl-l bash recipes/base.sh     data/base/virl-l: about 25 minutes on one core
 #   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl: 40 minutes on one core
-#   TASK=virl-vl bash recipes/base.sh    data/base/virl-vl: 35 minutes by estimate,
+#   TASK=virl-vl bash recipes/base.sh    data/base/virl-vl: more than an hour by estimate,
 #                                        not yet run whole
 #
 # The committed folders of data/base/ are start 0 of a task, in bfloat16 (SEED=0). virl-vl has none.

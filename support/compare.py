@@ -817,13 +817,17 @@ def findings(study, paper):
     return sentences + contrasts(study, paper)
 
 
+def episodes_called(study):
+    """What an episode of the task is called."""
+    return "routes" if study.task.startswith("virl") else "hands"
+
+
 def how_many(study):
     """Such as "Runs from 1 start: SFT 2, RL 1. Each is tested on 500 hands; errors are over
     hands"."""
     runs = {arm: {row["run"] for row in study.arms[arm]} for arm in study.tried}
     counts = ", ".join(f"{arm} {len(runs[arm])}" for arm in study.tried)
     num_starts = len({row["start"] for row in study.arms["start"]})
-    played = "routes" if study.task.startswith("virl") else "hands"
 
     # A start or run that was tested with two seeds has played twice as many.
     hands = {}         # (start or run, split) -> seed -> hands
@@ -835,7 +839,7 @@ def how_many(study):
                 of_seeds[hands_of(row)] = row.get("routes", row["episodes"])
     tested = dict.fromkeys(f"{sum(by_seed.values()):,}" for by_seed in hands.values())
 
-    over = played
+    played = over = episodes_called(study)
     several = [arm for arm in study.tried if len(runs[arm]) > 1]
     if several:
         single = [arm for arm in study.tried if arm not in several] + ["the start"]

@@ -449,9 +449,8 @@ def page(study, paper, make_env):
 <label>rule <select id="split"><option value="">all</option>{options}</select></label>
 <label><input id="only" type="checkbox"> only where arms differ</label></div>
 {"".join(shown)}"""
-    played, marks = "hands", "a number, a card or a formula's number"
-    if study.task.startswith("virl"):
-        played, marks = "routes", "an action"
+    played = compare.episodes_called(study)
+    marks = "an action" if played == "routes" else "a number or a card"
     name = f"{compare.task_name(study.task)}: what SFT and RL do to a rule they were not trained on"
     return "\n".join([
         '<!doctype html>', '<html lang="en">', '<meta charset="utf-8">',

@@ -266,3 +266,28 @@ def test_what_the_pretrained_model_says_is_that_of_its_rows():
     assert shares == [25, 70, 19, 19]
     assert "25 % of the replies were right in the third update" in page
     assert "70 % were in the seventh. In the first update it was 19 % for both" in page
+
+
+def test_the_speed_on_the_pretrained_model_is_that_of_its_rows():
+    page = " ".join((ROOT / "results" / "pretrained.md").read_text().split())
+    with open(ROOT / "results" / "data" / "bench_pretrained.csv") as file:
+        rows = list(csv.DictReader(file))
+    steps = [row for row in rows if row["section"] == "sft" and row["ratio"]]
+    assert len(steps) == 3
+    for row in steps:
+        theirs, ours = (f"{float(row[side].split()[0]):.1f}" for side in ("baseline", "ours"))
+        assert f", {row['dtype']} | {theirs} s | {ours} s | {row['ratio']} |" in page
+    share, = (row for row in rows if row["what"].startswith("share of the float32 matrix rate"))
+    ours, theirs = (round(float(share[side].split()[0])) for side in ("ours", "baseline"))
+    assert f"our step runs at {ours} % of the rate of a plain matrix product" in page
+    assert f"Hugging Face's at {theirs} %" in page
+    spent = {"products": 0.0, "attention": 0.0}
+    for row in rows:
+        kind = "products" if row["what"].endswith("aten::mm") else "attention"
+        if kind == "products" or "_attention_" in row["what"]:
+            spent[kind] += float(re.search(r"\(([\d.]+)%", row["ours"])[1])
+    assert f"products take {spent['products']:.1f} % of a step" in page
+    assert f"torch's attention {spent['attention']:.1f} %" in page
+    for row in rows:
+        if row["section"] == "idle":
+            assert row["ours"].split("%")[0] + " %" in page
