@@ -70,8 +70,14 @@ def find_gguf(path):
 
 
 def give_template(tokenizer, name):
-    """Give a tokenizer one of TEMPLATES; ValueError if it lacks the token that ends a turn."""
+    """Give a tokenizer one of TEMPLATES.
+
+    ValueError if it has a template of its own, or lacks the token that ends a turn.
+    """
     template, end_of_turn = TEMPLATES[name]
+    if tokenizer.chat_template:
+        raise ValueError(f"--template {name}: the tokenizer has a chat template, with which the "
+                         "model was trained: leave --template out")
     if end_of_turn not in tokenizer.get_vocab():
         raise ValueError(f"--template {name}: the tokenizer has no token {end_of_turn}")
     tokenizer.chat_template, tokenizer.eos_token = template, end_of_turn

@@ -20,6 +20,7 @@
 #   FAULTS=...         faults of the demonstrator in stage 3 [by task, below]; empty for none
 #   FAULTY_TRIES=5     gp-l and gp-vl: only the first so many tries of a hand may hold a fault
 #   AFTER=folder       a model to begin stage 3 with, in place of stages 1 and 2
+#   KEEP=1             a BASE that is there stays; other settings than it was made with are refused
 #   SMOKE=1            a few steps; writes to OUT/base, never to data/base
 #
 # The three stages are all SFT, and training stops while the model is still weak:
@@ -71,6 +72,7 @@ mkdir -p "$OUT"
 # Some stages are files, which do not tell how they were made.
 same_settings "$OUT/settings" "TASK=$TASK SEED=$SEED SIZE=$size LRS=$LRS FAULTS=$faults \
 FAULTY_TRIES=$faulty_tries AFTER=${AFTER:-}"
+[ -z "${KEEP:-}" ] || [ ! -d "$BASE" ] || exit 0
 newest() { ls -d "$1"/step_?????? | tail -1; }
 say() { echo "== $TASK start: $1 ($((SECONDS / 60)) minutes so far)"; }
 # OUT/blank, a random-init model, if it is not there: SIZE SEED, then further options.

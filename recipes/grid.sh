@@ -50,7 +50,8 @@ print("|---|---|" + "---|" * len(names) + "---|")
 for run in sorted(path.parent for path in Path(folder).glob("*/eval.jsonl")):
     config = json.loads((run / "config.json").read_text())
     rows = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-    rows.sort(key=lambda row: row["step"])
+    newest = {row["step"]: row for row in rows}        # of a checkpoint that was tested again
+    rows = [newest[step] for step in sorted(newest)]
     cells = " | ".join(percent(rows[-1], name) for name in names)
     curve = ", ".join(f"{100 * row[counts]:.1f}" for row in rows)
     arm = f"PPO, temperature {config['temperature']}" if "updates" in config else "SFT"

@@ -58,7 +58,8 @@ fi
 [ -f "${MODEL:?set MODEL to a model folder, or SMOKE=1}/config.json" ] ||
     { echo "MODEL=$MODEL: no such model folder (it would have a config.json)" >&2; exit 2; }
 # The official code sets only the length of a reply. So a checkpoint decodes as its
-# generation_config.json says: a stock Llama-3.2 at temperature 0.6, top-p 0.9.
+# generation_config.json says: a stock Llama-3.2 at temperature 0.6, top-p 0.9. Only top-k, which
+# transformers sets to 50 where the file does not, is left out.
 sample=$(python - "$MODEL/generation_config.json" <<'PY'
 import json, pathlib, sys
 path = pathlib.Path(sys.argv[1])
@@ -67,6 +68,9 @@ temperature, top_p = 0.0, 1.0                          # greedy
 if says.get("do_sample"):
     temperature = says.get("temperature") or 1.0
     top_p = says.get("top_p") or 1.0
+    top_k = says.get("top_k", 50)
+    if top_k:
+        print(f"top-k {top_k} of {path} is left out: evaluate.py has none", file=sys.stderr)
 print("--temperature", temperature, "--top-p", top_p)
 PY
 )

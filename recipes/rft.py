@@ -137,6 +137,8 @@ def open_folder(config):
     write_config(config)
     if log.exists():
         write(log, "".join(json.dumps(row) + "\n" for row in rows))
+    # A kill at the end of a round leaves the folder that its model was moved from.
+    shutil.rmtree(out / f"round_{done}_sft", ignore_errors=True)
     return config, lock
 
 

@@ -57,8 +57,9 @@ mkdir -p "$OUT"
 start_of() {
     mkdir -p "$OUT/$1"
     [ "$1/$2" = virl-l/0 ] || [ "$2" != 0 ] || ln -sfn "$PWD/data/base/$1" "$OUT/$1/0"
-    [ -d "$OUT/$1/$2" ] ||
-        TASK=$1 SEED=$2 BASE=$OUT/$1/$2 OUT=$OUT/$1/making_$2 attended bash recipes/base.sh
+    if [ ! -d "$OUT/$1/$2" ] || [ -d "$OUT/$1/making_$2" ]; then
+        KEEP=1 TASK=$1 SEED=$2 BASE=$OUT/$1/$2 OUT=$OUT/$1/making_$2 attended bash recipes/base.sh
+    fi
 }
 # The starts of a panel: PANEL FOLDER, with @ in FOLDER for the number of a start.
 begin() {
@@ -103,9 +104,9 @@ feedback=informative reward=verdict" panel virl virl-l ;;
             mkdir -p "$folder"
             for start in $STARTS; do
                 after=$(ls -d "$OUT/virl-l/making_$start"/2/step_?????? | tail -1)
-                [ -d "$folder/start_$start" ] ||
-                    TASK=virl-l SEED=$start BASE=$folder/start_$start OUT=$folder/making_$start \
-                        FAULTS=${cell#*:} AFTER=$after attended bash recipes/base.sh
+                KEEP=1 TASK=virl-l SEED=$start BASE=$folder/start_$start \
+                    OUT=$folder/making_$start FAULTS=${cell#*:} AFTER=$after \
+                    attended bash recipes/base.sh
             done
             RL_SETTINGS=$ppo SFT_SETTINGS="--lr 1e-3" MORE_RL="--save-every 10" \
                 MORE_SFT="--save-every 50" panel "$name/${cell%%:*}" virl-l

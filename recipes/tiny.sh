@@ -161,9 +161,9 @@ for start in $STARTS; do
         model=$MODEL                       # also where OUT holds another start 0, as in gpu.sh
     elif [ ! -d "$model" ] && [ "$start" = 0 ] && [ -d "data/base/$TASK" ]; then
         model=data/base/$TASK
-    elif [ ! -d "$model" ]; then
-        say "making start $start"
-        SEED=$start BASE=$model OUT=$OUT/making_$start attended bash recipes/base.sh
+    elif [ ! -d "$model" ] || [ -d "$OUT/making_$start" ]; then
+        [ -d "$model" ] || say "making start $start"
+        KEEP=1 SEED=$start BASE=$model OUT=$OUT/making_$start attended bash recipes/base.sh
     fi
     for seed in $SEEDS; do
         # The start itself is tested once, with the first run that begins with it.

@@ -193,6 +193,14 @@ def test_episodes_in_blocks_make_the_row_that_all_at_once_make(monkeypatch, tmp_
     assert len(calls) == 3 + 1 + 5
     assert not list(tmp_path.glob("eval_unfinished_*"))
 
+    # Kept replies of other weights are not gone on with, though they have the same path.
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(monkeypatch, 3, tmp_path)
+    monkeypatch.setattr(evaluation, "weights_of", lambda path: "others")
+    assert evaluated(monkeypatch, 3, tmp_path) == at_once
+    assert len(calls) == 4 + 8
+
 
 def test_the_visual_test_plays_the_routes_in_order_and_tells_the_cities_apart(city):
     """Played by someone who only knows the streets of the first two cities."""

@@ -126,9 +126,13 @@ def test_its_tokenizer_reads_digits_one_by_one_and_ends_a_turn_with_its_own_mark
 
 
 def test_a_base_model_gets_a_template_that_ends_its_turns(like_smollm2):
-    with pytest.raises(ValueError, match="--template gemma: the tokenizer has no token <end_of_t"):
-        pretrained.give_template(copy.deepcopy(like_smollm2), "gemma")
     tokenizer = copy.deepcopy(like_smollm2)
+    with pytest.raises(ValueError, match="--template gemma: the tokenizer has a chat template"):
+        pretrained.give_template(tokenizer, "gemma")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="--template gemma: the tokenizer has no token <end_of_t"):
+        pretrained.give_template(tokenizer, "gemma")
+    assert tokenizer.chat_template is None
     turns = ["<start_of_turn>", "<end_of_turn>"]
     tokenizer.add_special_tokens({"additional_special_tokens": turns})
     tokenizer.bos_token = "<|endoftext|>"

@@ -1,4 +1,5 @@
 """recipes/runs.py and recipes/common.sh: runs side by side, where they stand, and a stop."""
+import json
 import os
 import pty
 import re
@@ -207,6 +208,51 @@ def test_a_start_that_was_begun_with_other_settings_is_not_gone_on_with(recipe, 
         assert (status, lines) == (2, []) and told.endswith(": choose another OUT\n")
     assert recipe("read", OUT=tmp_path / "read")[0] == 0
     assert recipe("read", OUT=tmp_path / "read", FAMILY="qwen3_vl")[0] == 2
+
+
+def test_a_start_that_is_there_stays_if_it_was_made_with_these_settings(recipe, tmp_path):
+    status, _, lines = recipe("tiny", OUT=tmp_path, STARTS="1", SIZE="64x2", SFT_SETTINGS="none")
+    assert status == 0 and [line for line in lines if "--size 64x2" in line]
+    status, _, lines = recipe("tiny", OUT=tmp_path, STARTS="1", SIZE="64x2", SFT_SETTINGS="none")
+    assert status == 0 and not [line for line in lines if "making_1" in line]
+    for other in ({"SIZE": "32x2"}, {"FAULTS": "ten:0.4"}, {"LRS": "1e-3 1e-3 1e-3"}):
+        status, told, lines = recipe("tiny", OUT=tmp_path, STARTS="1",
+                                     **{"SIZE": "64x2", "SFT_SETTINGS": "none", **other})
+        assert (status, lines) == (2, []) and "making_1/settings has TASK=gp-l SEED=1" in told
+
+
+def python_in(name):
+    """The Python that a recipe runs within itself."""
+    return re.search(r"<<'PY'\n(.*?)\nPY\n", (ROOT / "recipes" / name).read_text(), re.S)[1]
+
+
+def test_the_grids_table_has_a_checkpoint_once_with_its_newest_test(tmp_path):
+    run = tmp_path / "sft_0_9"
+    run.mkdir()
+    (run / "config.json").write_text('{"lr": 1e-3}')
+    rows = [(40, 0.1), (80, 0.2), (40, 0.3)]                  # step 40 was trained and tested again
+    zeros = dict.fromkeys(["gflops", "first_try", "first_try_stderr", "success_stderr",
+                           "solved_and_read", "solved_and_read_stderr"], 0)
+    (run / "eval.jsonl").write_text("".join(
+        json.dumps({**zeros, "step": step, "success": success}) + "\n" for step, success in rows))
+    done = subprocess.run([sys.executable, "-c", python_in("grid.sh"), str(tmp_path), "gp-l"],
+                          capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.splitlines()[-1].endswith("| 30.0, 20.0 |"), done.stderr
+
+
+@pytest.mark.parametrize("says, decoded, told", [
+    ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, "0.6 --top-p 0.9", "top-k 50 of "),
+    ({"do_sample": True, "top_p": 0.9, "top_k": 7}, "1.0 --top-p 0.9", "top-k 7 of "),
+    ({"do_sample": True, "top_k": 0}, "1.0 --top-p 1.0", ""),
+    ({"temperature": 0.6}, "0.0 --top-p 1.0", "")])
+def test_official_decoding_is_the_checkpoints_and_what_is_left_out_is_said(tmp_path, says, decoded,
+                                                                           told):
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(says))
+    done = subprocess.run([sys.executable, "-c", python_in("official.sh"), str(path)],
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"--temperature {decoded}\n"
+    assert done.stderr.startswith(told) and bool(done.stderr) == bool(told)
 
 
 def test_each_part_on_a_gpus_page_has_its_own_command(tmp_path):

@@ -130,7 +130,9 @@ def test_rounds_go_on_after_a_stop_as_if_there_had_been_none(tmp_path, monkeypat
             rounds(monkeypatch, stopped, stop_before=stop_before)
     (stopped / "round_2.json").unlink()                   # as after a kill
     (stopped / "round_2.log").unlink()
+    (stopped / "round_1_sft").mkdir()                     # its model was moved out of it
     rounds(monkeypatch, stopped)
+    assert not list(stopped.glob("round_*_sft"))
     for number in (1, 2):
         name = f"step_{number:06d}/model.safetensors"
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
