@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the start of the tiny run: a small, weak model that stands in for a pre-trained one.
+# Makes the start of the tiny run: a small, weak model that stands in for a pretrained one.
 #
 #   bash recipes/base.sh                 data/base/gp-l: half an hour on one core
 #   TASK=virl-l bash recipes/base.sh     data/base/virl-l: about 25 minutes on one core
@@ -17,10 +17,10 @@
 #   SEED=0             another seed makes another start
 #   SIZE=160x4         width and layers of the model [by task]
 #   LRS="2e-3 1e-3 1e-3"      learning rates of the three stages
-#   FAULTS=...         faults of the demonstrator in stage 3 [by task, below]; empty for none
-#   FAULTY_TRIES=5     gp-l and gp-vl: only the first so many tries of a hand may hold a fault
-#   AFTER=folder       a model to begin stage 3 with, in place of stages 1 and 2
-#   KEEP=1             a BASE that is there stays; other settings than it was made with are refused
+#   FAULTS=...         faults of the demonstrator in stage 3, with shares [by task]; empty for none
+#   FAULTY_TRIES=5     gp-l and gp-vl: how many of a hand's tries, from the first, may hold a fault
+#   AFTER=folder       the model that stage 3 begins with; stages 1 and 2 are then left out
+#   KEEP=1             leave a BASE that is there as it is; refuse settings that did not make it
 #   SMOKE=1            a few steps; writes to OUT/base, never to data/base
 #
 # The three stages are all SFT, and training stops while the model is still weak:
@@ -31,17 +31,17 @@
 #
 # gp-l: a Llama of 1.3 M parameters plays GeneralPoints under a family of rules. J, Q and K are each
 # worth a number from 1 to 13, drawn anew for each hand and told in the prompt. The two rules of the
-# paper are never drawn, and a tenth of the hands is held out. In 0.6 of its replies the
-# demonstrator leaves out a card, or two. In 0.15 it counts J, Q and K as ten, whatever the rule
-# says. Both rules share the first fault, so RL may cure it. The second, a mix-up of rules, makes
-# the model unsure of the rule, like a model that knows other card games. With FAULTY_TRIES=1 only
-# first tries hold faults (results/gp_l.md).
+# paper are never drawn, and a tenth of the hands is held out. In 60 % of its replies the
+# demonstrator leaves out a card, or two. In 15 % it counts J, Q and K as ten, whatever the rule
+# says. The first fault is wrong by both rules, so RL may cure it. The second, a mix-up of rules,
+# makes the model unsure of the rule, like a model that knows other card games. With FAULTY_TRIES=1
+# only first tries hold faults (results/gp_l.md).
 #
 # virl-l: a Llama of 0.9 M parameters walks routes of two or three legs through a synthetic city.
 # Four samples in five have compass words; the fifth has the words of the other rule, which is
 # tested later. In stage 3 both rules are equally frequent. At first tries the demonstrator walks on
-# at 0.6 of the intersections where a direction must be named. (A route's first direction comes
-# before any intersection.) It names 0.15 of all directions in the other rule's words.
+# at 60 % of the intersections where a direction must be named. (A route's first direction comes
+# before any intersection.) It names 15 % of all directions in the words of the rule not in force.
 #
 # gp-vl: as gp-l, but a vision model of 1.7 M parameters sees the hand on a canvas of 224 pixels.
 # Four hands in five have black suits; the fifth has red ones, the look that is tested later.
@@ -49,9 +49,9 @@
 # virl-vl: as virl-l, but a vision model of 1.7 M parameters sees four views on a canvas of 224
 # pixels. It walks through another city than the runs will. There the boards of landmarks have any
 # colour, and only the shape on a board tells the kind of place. In stage 1 it names what is in
-# pictures of the city (data/captions.py), in stage 2 it walks. In stage 3 failed tries are random
-# ones: pictures for the model's own would fill a gigabyte. These settings are first guesses, and no
-# stage has been run whole.
+# pictures of the city (data/captions.py), in stage 2 it walks. In stage 3 the failed tries are not
+# its own but random ones, since pictures for its own would fill a gigabyte. These settings are
+# first guesses, and no stage has been run whole.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/common.sh
@@ -69,13 +69,13 @@ esac
 size=${SIZE:-$size} faults=${FAULTS-$faults} faulty_tries=${FAULTY_TRIES:-5}
 LRS=${LRS:-2e-3 1e-3 1e-3}
 mkdir -p "$OUT"
-# Some stages are files, which do not tell how they were made.
+# Some stages leave files that do not tell how they were made.
 same_settings "$OUT/settings" "TASK=$TASK SEED=$SEED SIZE=$size LRS=$LRS FAULTS=$faults \
 FAULTY_TRIES=$faulty_tries AFTER=${AFTER:-}"
 [ -z "${KEEP:-}" ] || [ ! -d "$BASE" ] || exit 0
 newest() { ls -d "$1"/step_?????? | tail -1; }
 say() { echo "== $TASK start: $1 ($((SECONDS / 60)) minutes so far)"; }
-# OUT/blank, a random-init model, if it is not there: SIZE SEED, then further options.
+# blank SIZE SEED OPTION...: make OUT/blank, a random-init model, if it is not there.
 blank() {
     size=$1 seed=$2
     shift 2
@@ -83,7 +83,7 @@ blank() {
         python support/tiny.py --task "$TASK" --out "$OUT/blank" --size "$size" --seed "$seed" \
             ${env[@]+--env "${env[@]}"} "$@"
 }
-# OUT/NAME, trained from a model folder: NAME MODEL STEPS SEED, then further options.
+# train NAME MODEL STEPS SEED OPTION...: train OUT/NAME from the model folder MODEL.
 train() {
     name=$1 model=$2 steps=$3 seed=$4
     shift 4
@@ -93,8 +93,8 @@ train() {
         --seed "$seed" ${env[@]+--env "${env[@]}"} --micro-batch-tokens 8192 \
         ${SMOKE:+--batch-size 16} "$@"
 }
-# OUT/own_NAME.json, dialogues with failed replies of a model: NAME MODEL DIALOGUES SEED, then
-# further options.
+# own NAME MODEL NUM SEED OPTION...: write NUM dialogues with failed replies of MODEL to
+# OUT/own_NAME.json, if it is not there.
 own() {
     file=$OUT/own_$1.json model=$2 num=$3 seed=$4
     shift 4
@@ -166,7 +166,7 @@ virl-vl)
     start=$(newest "$OUT/3") ;;
 esac
 
-# The last checkpoint in bfloat16, written beside BASE first: a stopped script leaves no half start.
+# Write the last checkpoint in bfloat16, beside BASE first: a stopped script leaves no half start.
 rm -rf "$BASE.tmp"
 python - "$start" "$BASE.tmp" <<'PY'
 import sys, torch

@@ -1,13 +1,13 @@
 # What the recipes share; each of them reads this file with `source`.
 
-# A recipe takes settings as environment variables, and no arguments. It then shows its first lines.
+# A recipe takes its settings as environment variables. Given an argument, it shows its header only.
 [ $# = 0 ] || {
     sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0" >&2
     exit 2
 }
 
-# attended COMMAND...: run it and await its end. A stop (Ctrl-C, SIGTERM, a closed terminal) lets it
-# save, and then ends the recipe with 130, 143 or 129.
+# attended COMMAND...: run a command and await its end. A stop (Ctrl-C, SIGTERM, a closed terminal)
+# lets the command save, and then ends the recipe with status 130, 143 or 129.
 attended() {
     local pid status=0 stop=0
     set -m                                 # a process group of its own: a terminal's Ctrl-C
@@ -25,7 +25,7 @@ attended() {
     return $status
 }
 
-# check_model: MODEL is a model folder, if it is set.
+# check_model: if MODEL is set, it must be a model folder.
 check_model() {
     [ -z "${MODEL:-}" ] || [ -f "$MODEL/config.json" ] || {
         echo "MODEL=$MODEL: no such model folder (it would have a config.json)" >&2
@@ -33,7 +33,7 @@ check_model() {
     }
 }
 
-# check_jobs: JOBS is a number of runs.
+# check_jobs: JOBS must be a whole number, at least 1.
 check_jobs() {
     [[ $JOBS =~ ^[1-9][0-9]*$ ]] || {
         echo "JOBS=$JOBS: expected a whole number from 1" >&2
@@ -41,7 +41,7 @@ check_jobs() {
     }
 }
 
-# check_numbers NAME...: each of these settings is a list of whole numbers.
+# check_numbers NAME...: each of these settings must be a list of whole numbers.
 check_numbers() {
     for setting in "$@"; do
         [[ ${!setting} =~ ^[0-9]+( +[0-9]+)*$ ]] || {
@@ -51,12 +51,12 @@ check_numbers() {
     done
 }
 
-# same_settings FILE SETTINGS: a recipe goes on with the settings that it began with, which are kept
-# in this file.
+# same_settings FILE SETTINGS: keep the settings in the file, or end the recipe if it was begun with
+# others.
 same_settings() {
     [ -f "$1" ] || { echo "$2" >"$1.new" && mv "$1.new" "$1"; }
     [ "$(cat "$1")" = "$2" ] || {
-        echo "$1 has $(cat "$1"), which is not $2: choose another OUT" >&2
+        echo "$1 says that this was begun with $(cat "$1"), not with $2: choose another OUT" >&2
         exit 2
     }
 }

@@ -9,7 +9,8 @@
 set -euo pipefail
 task=gp-l
 start_steps=400     # where the paper's RL starts (official sft/README.md), about 51,000 samples
-sft_steps=3400      # ours: about 1e10 GFLOPs, the right end of Fig. 5's axis (350 tokens a sample)
+# We chose about 1e10 GFLOPs, the right end of Fig. 5's axis, at 350 tokens a sample.
+sft_steps=3400
 sft_save=340
 sft_lr=1e-6         # official sft/sft_scripts/gp_l.sh; AdamW (0.9, 0.98), cosine, warm-up 0.03
 updates=20          # of 2,048 turns (official scripts/gp_training)

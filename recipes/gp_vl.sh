@@ -8,11 +8,11 @@
 # recipes/paper.sh has the steps, and says what else can be set.
 set -euo pipefail
 task=gp-vl
-# Ours: the left end of Fig. 5's axis, 2e10 GFLOPs. A step is 128 samples of about 1,950 tokens, as
-# the official count has 1,600 for a picture. Ours has 4 x 1,601, so our axis is about three times
-# as long.
+# We chose the left end of Fig. 5's axis, 2e10 GFLOPs. By the official count, 1,600 tokens for a
+# picture, a sample has about 1,950 tokens and a step 128 samples. We count 4 x 1,601 tokens for a
+# picture, so our own axis is about three times as long.
 start_steps=1250
-sft_steps=2500      # ours: from there to the right end, 6e10 GFLOPs, counted likewise
+sft_steps=2500      # our choice: from there to the right end, 6e10 GFLOPs, counted likewise
 sft_save=250
 sft_lr=5e-7         # official sft_scripts; all parts are tuned (C.2; Fig. 16 has --freeze)
 updates=20          # of 2,048 turns (official scripts/gp_training)

@@ -30,7 +30,7 @@ export MORE_SFT=${MORE_SFT:---steps 700 --save-every 175} SFT_SETTINGS=${SFT_SET
 export MORE_TEST=${MORE_TEST:---episodes 1000}
 mkdir -p "$OUT"
 check_numbers SEEDS
-# A start that is there does not tell how it was made.
+# The folder of a start does not tell how it was made.
 same_settings "$OUT/settings" "SIZE=$SIZE LRS=$LRS FAULTS=${FAULTS-default} \
 FAULTY_TRIES=${FAULTY_TRIES-default}"
 IFS=';' read -ra sft_settings <<<"$SFT_SETTINGS"

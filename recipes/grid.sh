@@ -2,14 +2,14 @@
 # Chooses the settings of the tiny run by the training rule alone. It is recipes/tiny.sh with a grid
 # of settings for each arm, at about equal compute, from a start that is not reported.
 #
-#   bash recipes/grid.sh                   gp-l: an hour and a half on two cores, by its parts
+#   bash recipes/grid.sh                   gp-l: an hour and a half on two cores, all parts summed
 #   TASK=virl-l bash recipes/grid.sh
 #   TASK=gp-vl bash recipes/grid.sh
 #
 # The other rule is never played here. What counts is the task's first measure (envs.TASKS) at the
-# last checkpoint. Settings within one standard error of their arm's best tie with it, and
-# tiny.sh runs those (BAND=1). The script ends with a table, a row for each run. Our tables are in
-# results/gp_l.md, virl_l.md and gp_vl.md.
+# last checkpoint. Settings within one standard error of their arm's best tie with it; BAND=1 makes
+# tiny.sh run all of these. The script ends with a table, a row for each run. What our tables said
+# is in results/gp_l.md, virl_l.md and gp_vl.md.
 #
 # Ctrl-C stops the script at any time; the same command goes on. Settings, as environment variables:
 #   TASK=gp-l          or virl-l, or gp-vl

@@ -10,12 +10,12 @@
 # Settings, as environment variables:
 #   MODEL=PATH   the model folder
 #   TASK=gp-l    or gp-vl, virl-l, virl-vl
-#   REPO=PATH    your copy of the official code: it has the prompts and verdicts, and the pictures
-#                of cards for gp-vl
+#   REPO=PATH    your copy of the official code: prompts and verdicts come from there, and the
+#                pictures of cards for gp-vl
 #   DATA=PATH    V-IRL: the folder with nyc_1k_routes/ and VLN_mini/
 #   OUT=PATH     where the prompt files go [runs/official]
-#   SEEDS=0      of the episodes, comma-separated
-#   NPROC=1      GPUs
+#   SEEDS=0      seeds of the episodes, comma-separated
+#   NPROC=1      number of GPUs
 #   SMOKE=1      on a CPU. Without MODEL a tiny random-init model stands in, without DATA an
 #                invented city. The numbers mean nothing.
 #
@@ -50,7 +50,7 @@ fi
 [ "$TASK" != gp-vl ] || [ -z "${SMOKE:-}" ] || env+=(resolution=112)
 if [ -n "${SMOKE:-}" ] && [ -z "${MODEL:-}" ]; then
     MODEL=$OUT/blank-$TASK
-    # The first of the settings is the prompt file; a blank model does without it.
+    # A blank model does without the prompt file, which is the first of the settings.
     [ -d "$MODEL" ] ||
         python support/tiny.py --task "$TASK" --out "$MODEL" --size 32x2 \
             ${env[1]+--env "${env[@]:1}"}

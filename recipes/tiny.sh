@@ -16,7 +16,7 @@
 # Ctrl-C stops it at any time; the same command goes on.
 #
 # Settings, as environment variables:
-#   TASK=gp-l          or virl-l; gp-vl, virl-vl (which are tested on another look as well)
+#   TASK=gp-l          or virl-l, gp-vl, virl-vl; the last two are tested on another look as well
 #   OUT=folder         where the runs and the logs go [runs/tiny-TASK]
 #   JOBS=2             runs side by side, one core each
 #   STARTS=0           numbers of the starts; 0 is data/base/TASK, recipes/base.sh makes the others
@@ -24,11 +24,11 @@
 #   MODEL=folder       another model as start 0
 #   DATA=folder        V-IRL: the city to walk in; a synthetic one is made if there is none
 #   SMOKE=1            a few steps of everything, in a separate folder; without MORE_RL and MORE_SFT
-#   BAND=1             all settings of PPO that tied on the training rule, not the best one alone
-#   RL_SETTINGS=...    options of rl.py in place of those below, one run for each, separated by ";"
+#   BAND=1             run all settings of PPO that tied on the training rule, not the best alone
+#   RL_SETTINGS=...    options of rl.py in place of those below, separated by ";", a run for each
 #   SFT_SETTINGS=...   the same for sft.py; "none" leaves that arm out
-#   RFT_SETTINGS=...   the same for recipes/rft.py, an arm that is left out unless this is set:
-#                      "--temperature 0.7"
+#   RFT_SETTINGS=...   the same for recipes/rft.py, such as "--temperature 0.7"; if it is not set,
+#                      that arm is left out
 #   MORE_RL=...        further options for every PPO run; MORE_SFT and MORE_TEST likewise
 #
 # What the starts know. No start of gp-l or gp-vl has seen either rule of the paper: the test asks
@@ -39,12 +39,12 @@
 # virl-vl has no committed start: the script makes start 0, too. The boards of its landmarks show a
 # shape for each of six kinds of place. In the city of the runs their colour tells the kind as well,
 # so an arm may come to read colours. The test of another look has 18 routes, two in each of nine
-# other cities, where the colours tell nothing. Each route is played several times, from another
-# heading. Its settings are virl-l's, not yet chosen on the training rule.
+# other cities, where the colours tell nothing. Each route is played several times, each time from
+# another heading. The settings are virl-l's, not yet chosen on the training rule.
 #
 # Why these settings. Learning rates are larger than the published defaults, updates have fewer
 # turns, and the value head learns faster. recipes/grid.sh compared settings on the training rule
-# alone. All SFT settings that tied are run, and of PPO the best one at the official temperature of
+# alone. All SFT settings that tied are run, and of PPO's the best one at the official temperature,
 # 0.2. On gp-l four settings of PPO tie, on gp-vl three; BAND=1 runs them all. The four PPO settings
 # of virl-l are always run. The comparisons are in results/gp_l.md, virl_l.md and gp_vl.md.
 set -euo pipefail
@@ -114,7 +114,8 @@ if [ -n "${SMOKE:-}" ]; then
     rft="--rounds 2 --episodes 64 --steps 2 --batch-size 16"
     routes=4
     rl_settings=("${rl_settings[0]}") sft_settings=("${sft_settings[0]}") more_rl= more_sft=
-    test=$(echo "$test" | sed -E "s/--episodes [0-9]{3,}/--episodes 32/g")    # fewer stay
+    # Test on 32 episodes; a MORE_TEST that asks for fewer than 100 keeps its number.
+    test=$(echo "$test" | sed -E "s/--episodes [0-9]{3,}/--episodes 32/g")
 fi
 [ -z "${RL_SETTINGS:-}" ] || IFS=';' read -ra rl_settings <<<"$RL_SETTINGS"
 [ -z "${SFT_SETTINGS:-}" ] || IFS=';' read -ra sft_settings <<<"$SFT_SETTINGS"
@@ -143,8 +144,8 @@ say() { echo "== $TASK: $1 ($((SECONDS / 60)) min so far)"; }
     python data/synthetic_city.py --out "$DATA" --signs shapes --routes $routes --unseen 1 \
         --most-legs 5 --size 352 --workers "$JOBS"
 jobs=() runs=()
-# One run, trained and then tested, is a line for runs.py: NAME SCRIPT TEST-OPTION, then the options
-# of the training.
+# job NAME SCRIPT TEST-OPTION OPTION...: add a line for runs.py, which trains a run with the OPTIONs
+# and then tests it.
 job() {
     name=$1 script=$2 option=$3
     shift 3
@@ -190,7 +191,7 @@ done
 
 # ---- The runs, JOBS at a time, then the table and the figure ----
 
-# What the names of the runs mean: NAME SETTING...
+# explain NAME SETTING...: print what the names of the runs mean.
 explain() {
     name=$1 i=0
     shift
@@ -203,7 +204,7 @@ explain() {
 explain rl ${rl_settings[@]+"${rl_settings[@]}"}
 explain sft ${sft_settings[@]+"${sft_settings[@]}"}
 explain rft ${rft_settings[@]+"${rft_settings[@]}"}
-echo "   in place of ... stands 10 times the start, plus the seed"
+echo "   in place of ... a run's name has 10 times its start plus its seed"
 [ ${#jobs[@]} != 0 ] || { echo "RL_SETTINGS and SFT_SETTINGS: both are none" >&2; exit 2; }
 attended python recipes/runs.py --logs "$OUT" --side-by-side "$JOBS" --title "$TASK" \
     <<<"$(printf '%s\n' "${jobs[@]}")"

@@ -10,7 +10,8 @@
 set -euo pipefail
 task=virl-l
 start_steps=25      # where the paper's RL starts (official sft/README.md), about 3,200 samples
-sft_steps=540       # ours: about 4e9 GFLOPs, the right end of Fig. 5's axis (900 tokens a sample)
+# We chose about 4e9 GFLOPs, the right end of Fig. 5's axis, at 900 tokens a sample.
+sft_steps=540
 sft_save=54
 sft_lr=1e-6         # official sft_scripts
 updates=15          # of 2,048 turns (official scripts/virl_training)

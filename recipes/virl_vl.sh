@@ -9,11 +9,11 @@
 # in the released format.
 set -euo pipefail
 task=virl-vl
-# Ours: the left end of Fig. 5's axis, 2e10 GFLOPs. A step is 128 samples of about 2,500 tokens, as
-# the official count has 1,600 for a picture. Ours has 4 x 1,601, so our axis is about three times
-# as long.
+# We chose the left end of Fig. 5's axis, 2e10 GFLOPs. By the official count, 1,600 tokens for a
+# picture, a sample has about 2,500 tokens and a step 128 samples. We count 4 x 1,601 tokens for a
+# picture, so our own axis is about three times as long.
 start_steps=970
-sft_steps=970       # ours: from there to the right end, 4e10 GFLOPs, counted likewise
+sft_steps=970       # our choice: from there to the right end, 4e10 GFLOPs, counted likewise
 sft_save=97
 sft_lr=5e-7         # official sft_scripts
 updates=15          # of 2,048 turns (official scripts/virl_training)
