@@ -320,7 +320,8 @@ def turns_of(policy, args, E, first, going_on, R, vocab_size):
 
 @torch.no_grad()
 def rollout_in_turns(args, rates):
-    E, R, few, large = 32, 60, 2, args.device.type == "cuda"
+    # A real model takes minutes for eight dialogues.
+    E, R, few, large = 8 if args.model else 32, 60, 2, args.device.type == "cuda"
     policy = (make_policy(args, 4096, 16, "bfloat16", **LARGE) if large
               else make_policy(args, 4096, layers=4))
     theirs, vocab_size = for_sampling(policy), vocabulary_of(policy)
