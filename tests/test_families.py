@@ -1,6 +1,6 @@
 """Models that people bring: a tiny random one of each class samples, learns, is saved and loaded.
 
-The table in README.md ("Your own model") says the same in words. Each family that it names as
+The table in docs/models.md ("Which models work") says the same in words. Each family that it names as
 working is here.
 """
 import json
