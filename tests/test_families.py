@@ -1,7 +1,7 @@
 """Models that people bring: a tiny random one of each class samples, learns, is saved and loaded.
 
-The table in docs/models.md ("Which models work") says the same in words. Each family that it names as
-working is here.
+The table in docs/models.md ("Which models work") says the same in words. Each family that it names
+as working is here.
 """
 import json
 import shutil
