@@ -1,12 +1,12 @@
 """The tasks as conversations: GeneralPoints and V-IRL (paper Section 4, appendices A and B).
 
 GeneralPoints deals four cards and asks for an equation that makes a target, 24, from them. A rule
-says what J, Q and K are worth. The paper trains on one rule and tests on another:
+says what J, Q and K are worth. The paper trains on one rule and tests on another. The splits are:
 
     split         J, Q, K        hands                   used for
     id            10, 10, 10     any solvable            training and in-distribution tests
     rule_ood      11, 12, 13     with a face card        the rule never trained on
-    unseen        10, 10, 10     a fixed tenth of all    new hands, if training had fold=train
+    unseen        10, 10, 10     a fixed tenth of all    new hands, if you train with fold=train
     visual_ood    10, 10, 10     red suits               cards that look different (pictures only)
     rule_family   random         any solvable            our stand-in for pre-training
 
@@ -15,7 +15,7 @@ says what J, Q and K are worth. The paper trains on one rule and tests on anothe
 V-IRL gives written instructions through a city to a destination. They name each direction twice,
 as a compass word and as left or right; the rule says which of the two an action must use. With
 `rule_family` an action uses a third vocabulary, which the prompt defines. The data are folders in
-the released format. data/synthetic_city.py makes such folders:
+the format that the authors released; data/synthetic_city.py makes such folders:
 
     split         an action uses      routes                   used for
     id            compass words       train/                   training and in-distribution tests
@@ -34,20 +34,20 @@ An environment is a conversation with the verifier (sequential revision, Section
     assistant  {"cards": ["Q", "10", "A", "3"], "number": ..., "formula": "(10-1)*3-10=24"}
     user       Your formula uses the right numbers, but it makes 17, not 24. Try another ...
 
-`GeneralPoints` and `Navigation` list their settings. All scripts take them as words KEY=VALUE:
+`GeneralPoints` and `Navigation` list their settings. Scripts take them as words KEY=VALUE: behind
+--env for all splits, or behind a split's name for it alone. Only there may they change what the
+split itself sets:
 
-    --env root=city0 verify_iter=3                       for all splits; can't change what they set
-    --split id rule=11,11,11           (rl.py)           behind a split's name: for it alone, and
-    --splits id rule_ood id target=36  (evaluate.py)     may change what the split sets
-    --mix id:0.7 suits=HD rule_ood:0.3 (sft.py)          likewise; 0.7 and 0.3 are weights
+    --env root=city0 verify_iter=3         all scripts
+    --split id rule=11,11,11               rl.py
+    --splits id rule_ood id target=36      evaluate.py: three splits, the last with its own target
+    --mix id:0.7 suits=HD rule_ood:0.3     sft.py: two splits; 0.7 and 0.3 are their weights
 
     python envs.py gp-l                              # play an episode yourself
     python envs.py gp-l rule=11,11,11 target=36      # by a rule of your choice
     python envs.py gp-l rule_ood --show              # print a prompt, expert reply and verdict
     python envs.py virl-l root=city0 --show DIR      # write the views and prompts along a route
-    python envs.py --read runs/rl                    # read a run's conversations; --html FILE
-
-Left out of V-IRL: the official mode without rails, in which a wrong action, too, moves the agent.
+    python envs.py --read runs/rl                    # read a run's dialogues; --html FILE: a page
 """
 import json
 import random
@@ -64,23 +64,23 @@ from verify import (FEEDBACK, LAST_TRY_PENALTY, LISTING, Verdict, fill, judge_ge
 # All texts that the model is told. A prompt file is JSON, and replaces the texts that it names.
 PROMPTS = {            # differs 15: our words; a prompt file brings the official ones
     **prompts.TEXTS, **{f"feedback_{name}": text for name, text in FEEDBACK.items()}}
-MORE_VALUES = {        # {names} that a prompt file's texts may use in addition to those in ours
+MORE_VALUES = {        # {names} that a prompt file's texts may use beside those in ours
     **prompts.MORE_VALUES, **{f"feedback_{name}": {"violations"} for name in LISTING}}
 
 
 # ---- What an environment must have ---------------------------------------------------------------
 
 class Environment:
-    """One conversation with the verifier at a time: what all environments share.
+    """What all environments share: how an episode is played.
 
     An episode is a sequence of positions: those of a route, or in GeneralPoints one hand. At each
-    position the model has `verify_iter` tries. A correct reply leads to the next position, where a
-    new dialogue begins; at the last position it terminates the episode. A wrong reply is answered
-    with its verdict. A wrong last try truncates the episode, and LAST_TRY_PENALTY is added.
+    position a new dialogue begins, in which the model has `verify_iter` tries. A correct reply
+    leads to the next position, or terminates the episode at the last one. A wrong reply is answered
+    with its verdict. A wrong last try truncates the episode and costs LAST_TRY_PENALTY, too.
 
     A new environment is a subclass with these members and a row of TASKS; write both before `main`:
 
-    kinds                   the kinds of its positions; metrics are reported for each kind, too
+    kinds                   the kinds of its positions ("turn", ...); each kind has metrics, too
     retry_prompt            the key in PROMPTS of the text around a verdict that allows another try
     lay_out(episode)        draws an episode by `self.rng`, and sets `self.rail` if it has several
                             positions; `episode` is its number, for data that have an order
@@ -107,13 +107,13 @@ class Environment:
             def flawed_reply(self): return self.format_reply(0)
         TASKS["echo"] = Task(Echo, {"vision": False}, {"id": {}}, ("success",), 1.0, {"": 10})
 
-    Its settings are arguments of `__init__`, as in GeneralPoints; `**common` are those below.
+    A subclass takes its settings in `__init__`, as GeneralPoints does; `**common` are those below.
     """
     REQUIRED = ("kinds", "retry_prompt", "lay_out", "prompt", "picture", "judge", "format_reply",
                 "expert_reply", "flawed_reply")
     rule_name = ""       # the rule's key in a prompt file; set it before calling super().__init__
     example = ""         # an answer as a player may type it
-    rail = (None,)       # the positions of an episode; if there are several, each has a `kind`
+    rail = (None,)       # an episode's positions: None if there is only one, else each has a `kind`
     at = 0               # the index in `rail` of the present position
 
     def __init_subclass__(cls):
@@ -150,8 +150,8 @@ class Environment:
     # The conversation.
 
     def reset(self, seed=None, episode=0, begin=True):
-        """Begin an episode: (messages, info). A `seed` (number or text) restarts the draws. If not
-        `begin`, there is no dialogue yet, since another begins in `skip_ahead`."""
+        """Begin an episode: (messages, info). A `seed` (number or text) restarts the draws. With
+        `begin=False` there is no dialogue until `skip_ahead` begins one at a drawn position."""
         if seed is not None:
             self.rng = random.Random(str(seed))    # as text, since -1 as a number seeds like 1
         self.lay_out(episode)
@@ -173,8 +173,8 @@ class Environment:
         """Judge one reply: (messages, reward, terminated, truncated, info).
 
         `info` has the verdict's "status" and "answer_at", and what `details` adds. "success": does
-        the reply solve the episode? "turn" is its number in the episode, "try" its number at this
-        position, "kind" this position's kind. "new_dialogue": does the next position begin now?
+        the reply solve the episode? "turn" is the reply's number in the episode, "try" that at its
+        position, "kind" the position's kind. "new_dialogue": does the next position begin now?
         """
         if self.done:
             raise RuntimeError("the episode is over: call reset() first")
@@ -204,12 +204,13 @@ class Environment:
         return self.messages, reward, terminated, truncated, info
 
     def skip_ahead(self, rng, balance):
-        """For SFT: the messages at a position drawn by `rng`. `balance`: a kind is drawn first."""
+        """For SFT: the messages at a position drawn by `rng`; `balance` draws its kind first."""
         if len(self.rail) > 1:
             kinds = sorted({position.kind for position in self.rail})
             if balance:
                 kinds = [rng.choice(kinds)]
-            self.at = rng.choice([i for i, there in enumerate(self.rail) if there.kind in kinds])
+            choices = [i for i, position in enumerate(self.rail) if position.kind in kinds]
+            self.at = rng.choice(choices)
         self.begin_dialogue()
         return self.messages
 
@@ -242,7 +243,6 @@ class GeneralPoints(Environment):
     feedback      "informative" names the fault, "plain" only says that the try failed
     prompt_file   a JSON file with texts that replace those of PROMPTS
     faults, faulty_tries, reward   an imperfect expert, a random reward: support/demonstrator.py
-    Prompts and verdicts change with rule, target, vision, prompt_file and feedback.
     """
     kinds = ("formula",)
     retry_prompt = "gp_retry"
@@ -283,13 +283,13 @@ class GeneralPoints(Environment):
         return self.rng.sample([face, *others], 4)     # shuffled: the face card may stand anywhere
 
     def deal(self):
-        """Draw hands until one is solvable and in the fold: its cards (rank, suit), its numbers."""
+        """Draw hands until one is solvable and in the fold; return its cards and numbers."""
         for _ in range(100_000):
             hand = self.draw_hand()
+            # J, Q, K have the indices 10, 11, 12 in RANKS; the ace, worth 1, has index 0.
             numbers = [self.jqk[index - 10] if index > 9 else index + 1 for index, _ in hand]
-            if not solutions(numbers, self.target):
-                continue
-            if self.fold == "all" or held_out(numbers) == (self.fold == "test"):
+            fold = "test" if held_out(numbers) else "train"
+            if self.fold in ("all", fold) and solutions(numbers, self.target):
                 return [(RANKS[index], suit) for index, suit in hand], numbers
         raise ValueError(f"no hand makes {self.target} with J,Q,K = {self.jqk}, fold {self.fold}, "
                          "suits and face_card as given (100,000 deals tried): try another target")
@@ -358,13 +358,14 @@ class Navigation(Environment):
     """Walk a route on rails: only the expert's action moves the agent (Section 4.2, appendix B).
 
     The prompt at a position tells what was seen and done at the earlier ones, but no failed tries.
+    Left out: the official mode without rails, in which a wrong action, too, moves the agent.
 
     root          a folder with the data sets, under the names in streets.FOLDERS
     data          the data set: "train", "unseen" or "mini"
     in_order      play route number `episode` of the file; else the seed draws a route
     action_space  the words of turn_direction(x): "absolute" (compass words), "relative" (left,
-                  right, ...), or others, drawn for each route from all kinds ("random") or some
-                  (such as "letters,clock") of support/vocabularies.py
+                  right, ...), or others, drawn for each route: "random" draws from all kinds in
+                  support/vocabularies.py, "letters,clock" from these two, and so on
     turn_words    whether angles are "wrapped" to at most 180 degrees before they become relative
                   words, or "unwrapped" (official; a quarter of the words name the wrong side)
     view_headings where the four views look, relative to the agent: "prompt" (front, right, back,
@@ -373,7 +374,6 @@ class Navigation(Environment):
     verify_iter   tries at a position (2 in the paper)
     vision, feedback, prompt_file, faults, faulty_tries, reward   as in GeneralPoints
     guided        the expert goes on where all tries have failed: support/demonstrator.py
-    Prompts and verdicts change with action_space, turn_words, vision, prompt_file and feedback.
     """
     kinds = ("turn", "forward", "stop")
     retry_prompt = "nav_retry"
@@ -389,7 +389,7 @@ class Navigation(Environment):
         self.word_kinds = vocabularies.read_kinds(action_space)
         self.rule_name = action_space
         super().__init__(verify_iter=verify_iter, **common)
-        vocabularies.check_told(action_space, self.prompts)
+        vocabularies.check_told(action_space, self.prompts)    # new words must be defined
         self.folder = streets.find_folder(root, data)
         self.routes = streets.load_routes(self.folder, self.vision)
         self.in_order = in_order
@@ -398,7 +398,7 @@ class Navigation(Environment):
         self.resolution = resolution
 
     def lay_out(self, episode):
-        """Draw a route and a vocabulary, and lay the rail. The official code's draws come first."""
+        """Draw route and places, as the official code does, then a vocabulary; lay the rail."""
         self.number = episode % len(self.routes) if self.in_order else None
         route = self.routes[self.number] if self.in_order else self.rng.choice(self.routes)
         heading = route.init_heading or self.rng.randint(0, 359)       # 0 in a file means: any
@@ -415,7 +415,7 @@ class Navigation(Environment):
     def instruct(self, route, sides):
         """Two sentences for each leg: face a direction, named in both vocabularies, and go on."""
         sentences = []
-        last = len(sides) - 1
+        last = len(sides) - 1                  # 0 for a route of one leg, which has no "first" turn
         for leg, landmark in enumerate(route.landmarks):
             turning = "nav_first_turn" if leg == 0 and last > 0 else "nav_turn"
             moving = "nav_move_landmark" if landmark else "nav_move"
@@ -436,7 +436,7 @@ class Navigation(Environment):
             walked = i - 1                             # the leg that ends at point i
             if i > 0:
                 heading = route.headings[walked]       # the agent still looks along that leg
-                # differs 20: the leg's own; the official code counts, and a short leg shifts it
+                # differs 20: this leg's own; officially found by a count, which a short leg shifts
                 sentence = self.sentences[2 * walked + 1]
                 for place in kept[walked]:
                     if place is not None:
@@ -461,18 +461,18 @@ class Navigation(Environment):
 
     def observation(self, position, seen=None):
         """What is observed at a position, in words; `seen`, if given, replaces its landmark."""
-        template, nothing = "nav_between", "nav_no_landmark"
+        template, no_landmark = "nav_between", "nav_no_landmark"
         if position.intersection:
-            template, nothing = "nav_at_intersection", "nav_no_landmark_at_intersection"
+            template, no_landmark = "nav_at_intersection", "nav_no_landmark_at_intersection"
         if seen is None:
-            seen = position.landmark or self.prompts[nothing]
+            seen = position.landmark or self.prompts[no_landmark]
         return fill(self.prompts[template], landmark=seen)
 
     def history(self):
         """What was seen and done at each position before, then what is seen here."""
         rows = [(self.observation(position), position.action) for position in self.rail[:self.at]]
         views = self.prompts["nav_views"] if self.vision else None
-        rows.append((self.observation(self.position, views), ""))
+        rows.append((self.observation(self.position, seen=views), ""))
         return "".join(fill(self.prompts["nav_past"], n=n, observation=observation, action=action)
                        for n, (observation, action) in enumerate(rows, 1))
 
@@ -497,7 +497,7 @@ class Navigation(Environment):
         return {"route": self.number, "position": self.at}
 
     def format_reply(self, answer, position=None, sentence=None):
-        """A reply; `position` (of the observation) and `sentence` (instruction) default to here."""
+        """By default the reply tells the present position's observation and its `sentence`."""
         observation = self.observation(position or self.position)
         return fill(self.prompts["nav_reply"], observation=within_quotes(observation),
                     instruction=within_quotes(sentence or self.position.sentence),
@@ -525,7 +525,7 @@ class Task:
     fixed: dict             # settings that make it this task, and cannot be changed
     splits: dict            # name -> settings
     metrics: tuple          # measures for tables (evaluate.summarise); the paper's comes first
-    paper_lambda: float     # paper C.3: tokens of the rollout buffer per token trained
+    paper_lambda: float     # paper C.3: tokens in RL's rollouts for each token trained
     paper_episodes: dict    # how many episodes the paper tests, by split; "": on all other splits
 
 
@@ -545,7 +545,7 @@ NAVIGATION_SPLITS = {
     "rule_family": dict(data="train", action_space="random"),
 }
 NAVIGATION_PICTURE_SPLITS = NAVIGATION_SPLITS | {"visual_ood": dict(data="mini", in_order=True)}
-PICTURE_SETTINGS = ("resolution", "card_dir", "view_headings")
+PICTURE_SETTINGS = ("resolution", "card_dir", "view_headings")     # refused in tasks in words
 GP_PICTURE_METRICS = ("solved_and_read", "recognition", "success", "rank_accuracy")
 NAVIGATION_METRICS = ("paper_step_accuracy", "step_accuracy_turn", "step_accuracy", "success")
 WORDS, PICTURES = {"vision": False}, {"vision": True}          # what a task fixes
@@ -565,7 +565,7 @@ def make_env(task, split="id", common=(), /, **own):
 
     1. the default in the constructor;
     2. the split;
-    3. `common`: settings for all splits; ValueError if layer 2 has one of them and 4 does not;
+    3. `common`: settings for all splits; ValueError if the split sets one, too, and `own` does not;
     4. `own`: keyword arguments, for this split alone;
     5. what the task fixes.
 
@@ -580,7 +580,7 @@ def make_env(task, split="id", common=(), /, **own):
         raise ValueError(f"split {split!r}: {task} has {', '.join(row.splits)}")
     defaults = settings.defaults_of(Environment, demonstrator.wrap, row.environment)
     allowed = [name for name in defaults if name not in row.fixed]
-    useless = () if row.fixed["vision"] else PICTURE_SETTINGS      # without pictures
+    useless = () if row.fixed["vision"] else PICTURE_SETTINGS      # in words
     settings.check_known(task, {**common, **own}, allowed, useless)
     settings.check_open(split, row.splits[split], common, own)
     chosen = {**defaults, **row.splits[split], **common, **own, **row.fixed}

@@ -1,13 +1,13 @@
 """Supervised fine-tuning: cross-entropy on expert replies (paper Section 5, appendix C.1).
 
-The paper's SFT data are optimal single-turn pairs of the training rule: a prompt and the expert's
-reply. The loss sees the reply and its end-of-turn, never the prompt.
+The paper's SFT data are pairs by the training rule: a prompt, and the expert's reply, which is
+right at the first try. The loss sees the reply and its end-of-turn token, never the prompt.
 
     python sft.py --model PATH --out runs/sft         # the paper's settings, pairs made on the fly
     python sft.py --task gp-vl --model PATH --out runs/sft --mix id suits=HD    # on red cards
     python sft.py --model PATH --out runs/sft --data data.json    # see support/conversations.py
-    python sft.py --model PATH --out runs/base --mix rule_family --failed-tries 4
-    torchrun --nproc-per-node 8 sft.py --model PATH --out runs/sft     # the first, on eight GPUs
+    python sft.py --model PATH --out runs/base --mix rule_family --failed-tries 4    # pre-training
+    torchrun --nproc-per-node 8 sft.py --model PATH --out runs/sft    # as the first, on 8 GPUs
     python sft.py --task gp-vl --dump data.json --num 1000    # write a data file, train nothing
 
 The same command continues a stopped run from its newest checkpoint; Ctrl-C or SIGTERM saves one.
@@ -43,21 +43,21 @@ def train_step(policy, optimizer, samples, config):
         loss = - sum of the log-probs of all reply tokens / number of reply tokens of the step
 
     Sum and number include the samples of other processes. The number is known before the first
-    micro-batch, so how the step is cut into micro-batches changes nothing. FloatingPointError,
-    before the weights change, if the loss or the gradient's norm is not finite.
+    micro-batch, so how the step is cut into micro-batches changes nothing. A loss or gradient norm
+    that is not finite raises FloatingPointError before the weights change.
     """
     # differs 30: a mean over all reply tokens; the official code averages on each device first
-    num_targets = running.total(sum(len(response_ids) for _, response_ids, _ in samples))
+    reply_tokens = running.total(sum(len(response_ids) for _, response_ids, _ in samples))
     lengths = [policy.num_tokens(*sample) for sample in samples]
     groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
     loss = 0.0
     # All processes must make equally many passes: those with fewer add groups of weight 0.
     for rows, weight in running.pad_batches(groups):
-        dialogues = [[samples[row][:2]] for row in rows]   # of one turn (prompt_ids, response_ids)
+        dialogues = [[samples[row][:2]] for row in rows]   # each of one turn: prompt and reply ids
         pictures = [samples[row][2] for row in rows]
         logprobs, _ = policy(collate(dialogues, policy.device, pictures))   # (B, R), 0 at padding
-        micro_loss = -weight * logprobs.sum() / num_targets
-        # Gradients get averaged over processes, not summed. WORLD, the number of them, undoes that.
+        micro_loss = -weight * logprobs.sum() / reply_tokens
+        # Gradients are averaged over processes. Times WORLD, their number, makes that a sum.
         (micro_loss * running.WORLD).backward()
         loss += float(micro_loss.detach())
     loss = running.total(loss)
@@ -104,8 +104,8 @@ class Config(training.RunConfig):
 # ---- Samples -------------------------------------------------------------------------------------
 
 class Samples:
-    """samples[i] is (messages, expert reply): made by an environment, or read from a file in seeded
-    order. ValueError says which settings contradict each other."""
+    """samples[i] is (messages, expert's reply). An environment makes it, or it is read from a file,
+    whose order is drawn. ValueError says which settings contradict each other."""
 
     def __init__(self, config):
         self.config = config
@@ -178,12 +178,12 @@ def main(config):
         run, samples = set_up(config)
     policy, processor, state = run.policy, run.processor, run.state
     running.print_memory(policy, run.config)
-    stop, started, earlier = running.StopSignal(), time.monotonic(), state["seconds"]
+    stop, started, seconds_before = running.StopSignal(), time.monotonic(), state["seconds"]
     final_lr = config.lr if config.schedule == "constant" else 0.0
     for step in run.steps(config.steps, "sft"):
         first, end = step * config.batch_size, (step + 1) * config.batch_size
         with running.one_line_errors(f"step {step + 1}, samples {first} to {end - 1}", config.out):
-            # The learning rate rises to its peak, then falls to 0 or stays there.
+            # The learning rate rises to its peak, then stays there or falls to 0.
             lr = running.learning_rate(step, config.steps, config.lr, config.warmup_ratio, final_lr)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
@@ -193,15 +193,15 @@ def main(config):
                 messages, reply = samples[i]
                 batch.append((*encode_pair(processor, messages, reply), picture_of(messages)))
             loss, grad_norm = train_step(policy, run.optimizer, batch, config)
-        # Tokens of all processes give the compute. For SFT the paper's formula is the same as ours.
+        # All processes' tokens count as compute. SFT samples none, so both figures are the same.
         tokens = state["tokens"] + running.total(sum(policy.num_tokens(*row) for row in batch))
-        learnt = running.total(sum(len(response_ids) for _, response_ids, _ in batch))
+        reply_tokens = running.total(sum(len(response_ids) for _, response_ids, _ in batch))
         gflops = policy.gflops(tokens)
-        seconds = earlier + time.monotonic() - started
+        seconds = seconds_before + time.monotonic() - started
         state = {"step": step + 1, "tokens": tokens, "seconds": seconds}
         running.log_jsonl(Path(config.out) / "metrics.jsonl", step=step + 1, loss=loss,
                           grad_norm=grad_norm, lr=lr, tokens_trained=tokens,
-                          response_tokens=learnt, gflops=gflops, gflops_paper=gflops,
+                          response_tokens=reply_tokens, gflops=gflops, gflops_paper=gflops,
                           seconds=seconds)
         run.show(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         run.save_if_due(state, config.steps, stop, with_value_head=False)

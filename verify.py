@@ -1,14 +1,15 @@
 """VER, the verifier: it gives each reply a status, a reward and a sentence for the model.
 
-The paper's VER maps what the model says to a reward and to text, which the model reads before it
-tries again (Section 3). GeneralPoints pays these rewards (appendix A.3):
+A reply is a JSON object with an answer, "formula" or "action", and some keys beside it. The
+paper's VER maps it to a reward and to text, which the model reads before it tries again
+(Section 3). GeneralPoints pays these rewards (appendix A.3):
 
     status             reward  when
     illegal_formula      -3    the reply holds no formula, or an illegal one
     wrong_numbers        -2    the formula is legal, but does not use each card's value just once
     wrong_value          -1    the formula uses the right numbers, but does not make the target
     correct              +5    the formula uses the right numbers and makes the target
-    cards misread      -1.5    added in pictures only: the reply's list "cards" is not what is shown
+    cards misread      -1.5    added with pictures only: the list "cards" is not what is shown
     last try failed      -1    added by envs.py, which counts the tries
 
 V-IRL pays these (appendix B.3):
@@ -28,11 +29,10 @@ cards, not by those in the reply. So it can be `correct` though a picture was mi
 A formula holds integers, + - * / (or − × · ÷) and brackets. A division by zero is illegal. What
 follows the first = is not read. Values are exact fractions, so 8/(3-8/3) makes 24. No `eval` runs.
 
-`reading.read_reply` (support/reading.py) finds the answer in the reply, even in damaged JSON or
-within prose. Of several answers the last one counts. An answer in the model's thought, before
-</think>, does not count. `read_reply` never raises an error, and its work is bounded whatever the
-reply. Try the verifier with `python envs.py gp-l`. A comment `# differs 1` marks where we do not
-follow the official code; docs/differences.md explains each number.
+`reading.read_reply` finds the answer even in damaged JSON or within prose. Of several answers the
+last one counts. An answer in the model's thought, before </think>, does not count. No reply raises
+an error or takes long to read. To try the verifier: `python envs.py gp-l`. A comment `# differs 1`
+marks where we do not follow the official code; docs/differences.md explains each number.
 """
 import re
 from dataclasses import dataclass
@@ -45,11 +45,11 @@ REWARDS = {"correct": 5.0, "wrong_value": -1.0, "wrong_numbers": -2.0, "illegal_
 MISREAD_PENALTY = -1.5
 NAVIGATION_REWARDS = {"correct": 1.0, "wrong_observation": -1.5, "wrong_action": -1.0}
 LAST_TRY_PENALTY = -1.0
-MAX_FORMULA = violations.MAX_FORMULA     # characters; this also bounds how deep brackets nest
+MAX_FORMULA = violations.MAX_FORMULA     # characters; so `parse_formula` cannot recurse deep
 
 # The sentences for the model; `fill` puts values into the {names}. A prompt file (envs.py) may
-# replace each of them: its key "feedback_correct" replaces "correct", and so on. For the names in
-# LISTING the new sentence may also hold {violations}: a list of all that is wrong.
+# replace any sentence: its key "feedback_correct" replaces "correct", and so on. The new sentence
+# may also hold {violations}, a list of all that is wrong, if the one it replaces is in LISTING.
 LISTING = ("no_formula", "illegal_formula", "wrong_numbers", "wrong_value", "no_action",
            "wrong_action")
 FEEDBACK = {
@@ -75,10 +75,10 @@ class Verdict:
     """What the verifier found in one reply.
 
     `answer_at` is the index of the character at which the answer's key begins; without an answer,
-    the reply's length. rl.py gives the text before it another weight. The last three are for
-    GeneralPoints. `cards_read`, `numbers_right`: are the reply's lists "cards" and "number" those
-    of the hand, in any order? `ranks_right`: how many of its "cards" are right in their place. Of
-    these three only `cards_read` changes the reward, and only with pictures.
+    the reply's length. rl.py gives the text before that index another weight. Only GeneralPoints
+    fills the last three fields. `cards_read`: is the reply's list "cards" the hand, in any order?
+    `numbers_right`: likewise its list "number". `ranks_right`: how many of its "cards" are right in
+    their place. Only `cards_read` changes the reward, and only with pictures.
     """
     status: str
     reward: float
@@ -101,7 +101,7 @@ def fill(template, **values):
     """Put `values` into the {names} of `template`; all other braces (JSON skeletons) stay."""
     parts = split_template(template).copy()        # the cache keeps the original
     for i in range(1, len(parts), 2):
-        name = parts[i][1:-1]
+        name = parts[i][1:-1]                      # without its braces
         if name in values:
             parts[i] = str(values[name])
     return "".join(parts)
@@ -135,9 +135,9 @@ def parse_formula(text):
     text = text.translate(SYMBOLS)
     if len(text) > MAX_FORMULA:
         raise ValueError(f"it is longer than {MAX_FORMULA} characters")
-    legal = LEGAL_TEXT.match(text).end()
-    if legal < len(text):
-        raise ValueError(f"unexpected {reading.plain(text[legal])!r}")
+    num_legal = LEGAL_TEXT.match(text).end()
+    if num_legal < len(text):
+        raise ValueError(f"unexpected {reading.plain(text[num_legal])!r}")
     tokens = FORMULA_TOKEN.findall(text)
     tokens.append("")       # marks the end
     at = 0                  # the next token's index
@@ -221,17 +221,17 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     reply = reading.without_thought(reply)         # blanks replace thought, so positions stay
     # `stated` is {"formula": ..., "cards": ..., "number": ...}, or {} if there is no formula.
     stated, answer_at = reading.read_reply(reply, ("formula", "cards", "number"))
-    named = stated.get("cards")
+    stated_cards = stated.get("cards")
     if vision and not stated:      # a reply that is cut before its formula may still list "cards"
-        named, _ = reading.last_value(reply, "cards")
-    cards_read = reading.same_multiset(named, cards)
+        stated_cards, _ = reading.last_value(reply, "cards")
+    cards_read = reading.same_multiset(stated_cards, cards)
 
     # The status is decided here, by what stands before the formula's first =.
     formula = stated.get("formula")
     if isinstance(formula, str):
         formula = formula.split("=", 1)[0]
         status, values = check_formula(formula, numbers, target)
-    else:      # a list, a number, or nothing at all: then the message below is "no_formula"
+    else:      # a list or a number; or nothing at all, for which the message is "no_formula" below
         status, values = "illegal_formula", {"fault": "it is not text"}
 
     # The reward follows from the status. With pictures, misread cards cost 1.5 more.
@@ -249,15 +249,15 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
             found = violations.of_formula(formula, numbers, target, parse_formula)
             values = {**values, "violations": list_violations(found, phrases)}
         message = fill(phrase, **values)
-        if misread and reading.is_plain_list(named):
-            read = reading.plain_list(named)
+        if misread and reading.is_plain_list(stated_cards):
+            read = reading.plain_list(stated_cards)
             message = fill(phrases["misread_cards"], verdict=message, read=read)
         elif misread:
             message = fill(phrases["no_cards"], verdict=message)
 
     return Verdict(status, reward, message, answer_at, cards_read,
                    numbers_right=reading.same_multiset(stated.get("number"), numbers),
-                   ranks_right=reading.count_in_place(named, cards))
+                   ranks_right=reading.count_in_place(stated_cards, cards))
 
 
 def judge_navigation(reply, action, landmark, intersection, feedback="informative",

@@ -23,7 +23,8 @@ def picture_file(path):
     """An open picture file; inside, what is wrong with it becomes a ValueError that names it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)    # ours is one line
+            # Pillow's warning of a large picture is replaced by our error below, in one line.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(path, formats=FORMATS)
         with opened as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -53,8 +54,9 @@ def to_8_bits(picture):
     if picture.mode[0] not in "IF":
         return picture
     known = (picture.mode.startswith("I;16")
-             or picture.mode == "I" and picture.format in ("PNG", "PPM"))
-    bits = getattr(picture, "tag_v2", {}).get(258, (16,))      # a TIFF of 12 bits has the same mode
+             or (picture.mode == "I" and picture.format in ("PNG", "PPM")))
+    # A TIFF of 12 bits has the same mode. Its tag 258 says how many bits a level has.
+    bits = getattr(picture, "tag_v2", {}).get(258, (16,))
     if not known or bits != (16,) or picture.has_transparency_data:
         raise ValueError(f"nothing says which of its levels ({picture.mode}, {picture.format}) "
                          "is white: save it with 8 bits a channel")
@@ -118,11 +120,12 @@ STROKES = {
     "Q": [arc(.33, .47, .33, .47), [(.36, .66), (.68, 1.03)]],
     "K": [[(0, 0), (0, 1)], [(.58, 0), (0, .62)], [(.2, .42), (.62, 1)]],
 }
-# Suits as polygons, about 1 high, around (0, 0).
+# Suits as polygons, about 1 high, around (0, 0). The heart is a curve over an angle t.
+ANGLES = [step * math.pi / 30 for step in range(60)]
 HEART = [(math.sin(t) ** 3 * 16 / 33,
           -(2.5 + 13 * math.cos(t) - 5 * math.cos(2 * t)
             - 2 * math.cos(3 * t) - math.cos(4 * t)) / 31)
-         for t in (step * math.pi / 30 for step in range(60))]
+         for t in ANGLES]
 STEM = [(-.06, -.2), (.06, -.2), (.09, .35), (.22, .5), (-.22, .5), (-.09, .35)]
 SIGNS = {
     "S": [[(x, -.92 * y - .06) for x, y in HEART], STEM],
@@ -175,7 +178,8 @@ def draw_card(rank, suit):
     Around its round corners is felt, so that it can be pasted without a mask.
     """
     fine = (FINE * CARD[0], FINE * CARD[1])
-    card, (twice, once) = Image.new("RGB", fine, FELT), PIPS[rank]
+    card = Image.new("RGB", fine, FELT)
+    twice, once = PIPS[rank]
     pen = ImageDraw.Draw(card)
     pen.rounded_rectangle((0, 0, fine[0] - 1, fine[1] - 1), FINE * 16, "white")
     if rank in "JQK":

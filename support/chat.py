@@ -5,8 +5,8 @@ A picture stands before the text.
 import json
 import re
 
-# Control characters but tab and line break, marks that turn the direction of writing, and halves of
-# characters. A reply may hold them, and they can clear or retitle a terminal, or reorder a line.
+# Control characters except tab and line break, marks that turn the direction of writing, and halves
+# of characters. A reply may hold them, and they can clear or retitle a terminal, or reorder a line.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")

@@ -8,8 +8,8 @@ faults         errors of an imperfect demonstrator, from whom SFT then learns. E
                ten           GeneralPoints: J, Q and K count as ten whatever the rule says
                walk_past     V-IRL: the agent walks on at an intersection where it should change
                              its direction (a route's first direction comes before any)
-               other_word    V-IRL: the direction is named in the vocabulary of the other rule of
-                             the paper; by a rule with words of its own, it is the compass word
+               other_word    V-IRL: the direction is named by the paper's other rule; where a rule
+                             has a third vocabulary, it is named by the compass word
 faulty_tries   how many tries at a position have faults (1: only the first)
 reward         "verdict" is the paper's; "random" is 1 or -1 whatever the reply says (a control)
 guided         V-IRL: after a failed last try the expert goes on in the agent's place. So every
@@ -71,7 +71,7 @@ def leave_out(env):
 
 
 def count_ten(env):
-    """The expert's reply where such numbers make no solution."""
+    """A formula with J, Q and K as ten; where there is none, the expert's reply."""
     numbers = list(env.numbers)
     for place, card in enumerate(env.cards):
         if card in "JQK":
@@ -81,7 +81,7 @@ def count_ten(env):
 
 
 def walk_past(env):
-    """The expert's reply anywhere but at an intersection on the way."""
+    """At an intersection the agent walks on; elsewhere it is the expert's reply."""
     if not env.position.intersection:
         return env.expert_reply()
     turns = sum(position.kind == "turn" for position in env.rail[:env.at + 1])
@@ -90,7 +90,7 @@ def walk_past(env):
 
 
 def other_word(env):
-    """The expert's reply where the two rules do not differ."""
+    """The other rule's word; where the two rules do not differ, the expert's reply."""
     return env.format_reply(env.position.other_action or env.position.action)
 
 
@@ -154,16 +154,19 @@ class Wrapper:
 
 
 class ImperfectDemonstrator(Wrapper):
-    """Has `faults` (name -> function) in `shares` (name -> share) of the first `faulty_tries`."""
+    """Plants faults: `shares` (name -> share) says how often, `faults` (name -> function) how.
+
+    Only the first `faulty_tries` at a position have faults.
+    """
 
     def demonstrate(self):
-        draw = 1.0
+        draw = 1.0                             # above all shares: no fault
         if self.env.tries < self.faulty_tries:
             draw = self.env.rng.random()
         for name, share in self.shares.items():
             if draw < share:
                 return self.faults[name](self.env)
-            draw -= share
+            draw -= share                      # the next fault's share begins here
         return self.env.expert_reply()
 
 
@@ -193,8 +196,8 @@ class Guided(Wrapper):
             self.done = truncated = False
             self.begin_dialogue()
             messages, info = self.messages, {**info, "new_dialogue": True}
-        return messages, reward, terminated, truncated, {**info, "success": info["success"]
-                                                         and not self.lost}
+        info = {**info, "success": info["success"] and not self.lost}
+        return messages, reward, terminated, truncated, info
 
 
 def wrap(env, task, faults="", faulty_tries=1, reward="verdict", guided=False):

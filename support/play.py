@@ -59,7 +59,8 @@ def ask(env, text):
         if command in ("quit", "exit", "q"):
             return None
         if command in ("help", "?", "h", ""):
-            print(HELP.format(example=f", such as\n    {env.example}" if env.example else "."))
+            example = f", such as\n    {env.example}" if env.example else "."
+            print(HELP.format(example=example))
         elif command == "prompt":
             print(text)
         elif "{" in typed:
@@ -80,7 +81,7 @@ def play_episode(env, seed, pictures):
     while not env.done:
         if env.tries == 0:
             text = printable(read_text(messages[-1]))
-            if shown:                      # print only what is new, in whole lines
+            if shown:                      # print only the lines behind those already shown
                 old = os.path.commonprefix([shown, text]).rpartition("\n")[0]
                 print(text.removeprefix(old).split(FORMAT)[0])
             else:

@@ -9,8 +9,8 @@ They forget a brace, or the limit on tokens cuts the object. `read_reply` reads 
 
 Before that, `without_thought` takes out what the model thinks up to </think>.
 
-Any string may come in, and none raises an error or takes long. Below `read_reply` stands how what
-was read is compared with the truth, and how a verdict repeats it to the model.
+Any string may come in, and none raises an error or takes long. The functions below `read_reply`
+compare with the truth what was read, and word it for the model.
 """
 import json
 import re
@@ -19,18 +19,18 @@ from functools import lru_cache
 from typing import NamedTuple
 
 THOUGHT, END_OF_THOUGHT = "<think>", "</think>"
-MAX_SCALARS = 500   # words and numbers that are read in an object that is not JSON
-MAX_DEPTH = 100     # lists and objects that lie in each other in an object that is JSON
+MAX_SCALARS = 500   # words and numbers of an object that is not JSON; beyond these it is not read
+MAX_DEPTH = 100     # levels of nested lists and objects in a JSON object; a deeper one is not read
 MAX_NAME = 1000     # characters of an observation or an action that are compared
 MAX_ECHO = 100      # characters of what a reply states, when a verdict repeats it
 
 # Every { of a reply may begin the object, and reading from there may go on to the reply's end.
-# A reply of ten thousand braces would so be read ten thousand times, which takes seconds.
-# Therefore each try is charged about the microseconds that it takes on an ordinary processor.
-# When MAX_WORK is spent, no earlier { is tried, and what was found until then counts. The work is
-# counted, not timed, so a reply gets the same verdict on every machine.
-MAX_WORK = 3000         # for all tries on one reply
-WORK_PER_TRY = 8        # to call the JSON reader once
+# So a reply of ten thousand braces would be read ten thousand times, which takes seconds.
+# Therefore reading from one { costs work: about its microseconds on an ordinary processor. The last
+# { is read first. When MAX_WORK is spent, no earlier { is read, and what was found until then
+# counts. The work is counted, not timed, so a reply gets the same verdict on every machine.
+MAX_WORK = 3000         # for all { of one reply
+WORK_PER_TRY = 8        # to call the JSON reader at one {
 WORK_PER_SCALAR = 2     # to read one word or number of an object that is not JSON
 JSON_PER_WORK = 50      # characters that the JSON reader passes in one unit of work
 COUNT_PER_WORK = 500    # characters in which quotes are counted in one unit of work
@@ -90,7 +90,8 @@ def read_scalar(text, position):
     match = SCALAR.match(text, position)
     if match is None:
         return None, position
-    return unescape(match[match.lastindex].strip()), match.end()
+    word = match[match.lastindex]           # the one group of SCALAR that matched
+    return unescape(word.strip()), match.end()
 
 
 def read_list(text, position, max_items):
@@ -109,10 +110,10 @@ def read_list(text, position, max_items):
 
 
 def read_relaxed(text, position):
-    """Read `{key: value, ...}` behind its brace, if it is no JSON.
+    """Read `{key: value, ...}` behind its brace, if it is not JSON.
 
     Single quotes, bare words and trailing commas are allowed; values are text or lists of text.
-    Returns the dict, or None if it is no such object, and how many scalars were read.
+    Returns the dict, or None if it is no such object; and how many keys and values were read.
     """
     found = {}
     num_read = 0
@@ -138,10 +139,10 @@ def read_relaxed(text, position):
 
 
 def is_deep(value):
-    """Whether lists and objects lie in each other more than MAX_DEPTH deep."""
+    """Whether lists and objects are nested more than MAX_DEPTH deep."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        within = []
+        within = []                         # what the lists and objects of this level hold
         for part in level:
             if isinstance(part, dict):
                 within += part.values()
@@ -157,7 +158,7 @@ def read_json(text, position):
         found, end = DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
         return None, error.pos
-    except (ValueError, RecursionError):    # an integer of thousands of digits; as many brackets
+    except (ValueError, RecursionError):    # thousands of digits in a number, or of brackets
         return None, len(text)
     # Versions of Python differ in how many brackets their JSON reader takes: hundreds, or any.
     brackets = text.count("[", position, end) + text.count("{", position, end)
@@ -177,12 +178,12 @@ def is_quoted(text, position):
 def last_object(reply, key):
     """The last complete object of a reply that has `key`: (the dict, or None; where it begins).
 
-    From the last { backwards, each object is read as JSON. Until one is found, each is also read
-    as models write it. The search goes on after a find, because the find may lie within a value:
+    From the last { backwards, each object is read as JSON. Until one is found, what is not JSON is
+    read by `read_relaxed`. The search goes on after a find, since that may be another one's value:
 
         So: {"steps": {"formula": "3*8"}, "formula": "8/(3-8/3)"}
 
-    A JSON object that begins earlier and reaches over the find therefore replaces it.
+    So a JSON object that begins earlier and ends behind where the find begins replaces it.
     """
     # The usual reply is one JSON object and nothing else.
     if reply.startswith("{"):
@@ -190,11 +191,12 @@ def last_object(reply, key):
         if found is not None and key in found and not reply[end:].strip():
             return found, 0
 
-    # Else each { that may hold the key is tried, the last one first.
+    # Else each { in front of the last mention of the key is tried, the last { first.
     last = None
     last_start = len(reply)
     work = 0
-    position = reply.rfind("{", 0, max(0, reply.rfind(key)))
+    last_mention = max(0, reply.rfind(key))                     # 0: there is none, so no { either
+    position = reply.rfind("{", 0, last_mention)
     while position >= 0 and work < MAX_WORK:
         found, end = read_json(reply, position)
         work += WORK_PER_TRY + (end - position) // JSON_PER_WORK
@@ -203,7 +205,7 @@ def last_object(reply, key):
             work += WORK_PER_SCALAR * num_read
             if found is not None and key in found:
                 work += position // COUNT_PER_WORK
-                if is_quoted(reply, position):                  # braces in a text are no object
+                if is_quoted(reply, position):                  # braces in a quoted text
                     found = None
         if found is not None and key in found and (last is None or end > last_start):
             last = found
@@ -213,7 +215,7 @@ def last_object(reply, key):
 
 
 def find_key(text, start, key):
-    """Where the (last) `key` of the object that begins at `start` stands, and the object's end."""
+    """Of the object that begins at `start`: where its `key` stands (the last one), and its end."""
     at = start
     depth = 0
     for token in TOKEN.finditer(text, start):
@@ -224,9 +226,10 @@ def find_key(text, start, key):
             depth -= 1
         if depth == 0:
             return at, token.end()
-        colon = token["colon"]
-        if depth == 1 and colon and word[:-len(colon)].strip("\"' ") == key:
-            at = token.start()
+        if depth == 1 and token["colon"]:
+            name = word.removesuffix(token["colon"]).strip("\"' ")
+            if name == key:
+                at = token.start()
     return at, len(text)
 
 
@@ -280,8 +283,8 @@ def last_value(text, key):
 def without_thought(reply):
     """A reply with blanks in place of its thought, so that all else keeps its position.
 
-    Thought is what stands before the last </think>, also where the template wrote its <think>. It
-    is also what stands behind a <think> that never ends. There the reply has no answer yet.
+    Thought is all that stands before the last </think>. The reply may lack the <think>, since a
+    chat template may write it. Thought is also what stands behind a <think> that never ends.
     """
     # differs 31: theirs reads an answer within the thought, too
     before, mark, rest = reply.rpartition(END_OF_THOUGHT)
@@ -292,9 +295,9 @@ def without_thought(reply):
 def read_reply(reply, keys):
     """Read a reply as a person would: a `Reading` of `keys`, of which the first is the answer's.
 
-    Usually the last complete object with an answer counts (`last_object`). A quoted answer may
-    stand behind that object, or without any, in an object that is broken or cut. Then each key
-    has the last quoted text or list behind it (`last_value`).
+    Usually the last complete object with an answer counts (`last_object`). A quoted answer behind
+    it counts instead, such as one in an object that is cut. So does any quoted answer where no
+    object is complete. Then each key has the last quoted text or list behind it (`last_value`).
     """
     # differs 21: theirs reads the first object, and only in few forms
     answer_key, *other_keys = keys
@@ -342,8 +345,8 @@ def count_in_place(stated, truth):
     return len([said for said, true in zip(stated, truth) if str(said) == true])
 
 
-# "no intersection", "I don't see an intersection", "intersection ahead: none"; but not "no landmark
-# at this intersection", whose "no" speaks of something else.
+# Texts such as "no intersection", "I don't see an intersection" or "intersection ahead: none". In
+# "no landmark at this intersection" the "no" speaks of something else, so this does not match.
 DENIED_INTERSECTION = re.compile(r"""
     (?: \b (?: not? | never | without | cannot ) | n't )
     (?: [ ] (?! landmark | but | this ) [\w']+ ){0,5} [ ] intersections?
@@ -351,13 +354,13 @@ DENIED_INTERSECTION = re.compile(r"""
 
 
 def plain_name(text):
-    """A text for comparison: blanks, capitals, accents' spelling and curly apostrophes aside."""
+    """A text as it is compared: lower case, single blanks, one spelling of accents and '."""
     text = unicodedata.normalize("NFKC", text[:MAX_NAME]).replace("\u2019", "'")
     return " ".join(text.split()).casefold()
 
 
 def plain_action(text):
-    """An action for comparison: as `plain_name`, and all blanks, quotes and full stops aside."""
+    """An action as it is compared: its `plain_name` without blanks, quotes and the marks . and ;"""
     return re.sub(r"[\s\"'.;]", "", plain_name(text))
 
 

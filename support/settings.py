@@ -17,11 +17,11 @@ class Split(NamedTuple):
     name: str
     settings: dict
     weight: float = 1.0
-    of_training: tuple = ()     # those of its settings that a run has from its training
+    of_training: tuple = ()     # names of the settings that are as in the run's training
 
     @property
     def label(self):
-        """Such as "id target=36". What is as in training makes no other split."""
+        """Such as "id target=36", without the settings that are as in training."""
         words = [f"{key}={value}" for key, value in self.settings.items()
                  if key not in self.of_training]
         return " ".join([self.name, *words])
@@ -39,7 +39,7 @@ def read_settings(words):
 
 
 def read_splits(words, weighted=False):
-    """The splits that words name: each once, or with a weight, if `weighted`.
+    """The splits that words name. If `weighted`, each may have a weight; else repeats are left out.
 
     ("id:0.7", "rule=11,11,11", "rule_ood") ->
     [Split("id", {"rule": "11,11,11"}, 0.7), Split("rule_ood", {}, 1.0)]
@@ -61,12 +61,13 @@ def read_splits(words, weighted=False):
         if colon and not weighted:
             raise ValueError(f"split {word!r}: only --mix has weights")
         try:
-            if not 0 < float(weight or 1) < float("inf"):
-                raise ValueError("it must be above 0")
+            number = float(weight or 1)
         except ValueError:
+            number = 0.0                     # as wrong as a weight of 0
+        if not 0 < number < float("inf"):
             raise ValueError(f"split {word!r}: its weight {weight!r} must be a number above 0, "
-                             "as in id:0.7") from None
-        splits.append(Split(name, {}, float(weight or 1)))
+                             "as in id:0.7")
+        splits.append(Split(name, {}, number))
     if not splits:
         raise ValueError("no split is named")
     return splits if weighted else list({split.label: split for split in splits}.values())
@@ -130,7 +131,10 @@ def defaults_of(*makers):
 
 
 def check_known(task, given, allowed, picture_settings):
-    """ValueError if a task lacks a setting, such as `picture_settings` in a task in words."""
+    """ValueError if a given setting is not `allowed`, or is for pictures that a task lacks.
+
+    `picture_settings` is empty in a task with pictures.
+    """
     for name, value in given.items():
         if name not in allowed:
             raise ValueError(f"{name} {value!r}: {task} has no such setting; "

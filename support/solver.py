@@ -38,8 +38,8 @@ def partitions(numbers):
 
     The smaller part stands first: (3, 8, 8) -> [((3,), (8, 8)), ((8,), (3, 8))].
     """
-    found = {}
-    for bits in range(1, 2 ** len(numbers) - 1):
+    found = {}                   # a dict and not a set, since it keeps the order
+    for bits in range(1, 2 ** len(numbers) - 1):     # bit i: is number i in the first part?
         part = tuple(n for i, n in enumerate(numbers) if bits >> i & 1)
         rest = tuple(n for i, n in enumerate(numbers) if not bits >> i & 1)
         if (len(part), part) <= (len(rest), rest):
@@ -49,9 +49,10 @@ def partitions(numbers):
 
 @lru_cache(maxsize=None)
 def expressions(numbers):
-    """Every value that a sorted tuple of integers makes, each used once: {value: {text: strength}}.
+    """Every value that a sorted tuple of integers makes: {value: {text: strength}}.
 
-    (2, 3) -> {5: {"2+3": 0, "3+2": 0}, -1: {"2-3": 0}, ...}, the values as fractions.
+    Each integer is used once, and values are fractions:
+    (2, 3) -> {5: {"2+3": 0, "3+2": 0}, -1: {"2-3": 0}, ...}.
     """
     if len(numbers) == 1:
         return {Fraction(numbers[0]): {str(numbers[0]): 2}}
@@ -75,8 +76,8 @@ def expressions(numbers):
 def last_steps(a, target, others):
     """The last operations that make `target` of a: yield (operator, whether a stands left, b).
 
-    One partner b solves a + b = target, and so on. Where every b does, since 0 * b = 0 and
-    0 / b = 0, b is each of `others`.
+    Each operation has one partner b that makes the target, such as b = target - a for a + b. For
+    a = target = 0 every b does in a * b and a / b; then each of `others` is tried.
     """
     yield "+", True, target - a
     yield "+", False, target - a

@@ -28,7 +28,7 @@ from support.chat import refuse_half_characters
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 NO_LANDMARK = "No landmark nearby"   # as the files spell it
 REACH = 20.0                         # metres: a point moves to the nearest panorama within this
-SPACING = 8.0                        # metres: a place between two points is as far from both
+SPACING = 8.0                        # metres: a place between two points is farther from both
 SHORT_LEG = 5.0                      # metres: a leg that is no longer has no places between
 POINTS_PER_LEG = 5                   # a leg is cut in so many parts
 FOLDERS = {"train": ("train", "nyc_1k_routes"), "unseen": ("unseen",), "mini": ("mini", "VLN_mini")}
@@ -67,6 +67,7 @@ class MappingUnpickler(pickle._Unpickler):
     than a multiple of the file. It is the unpickler that is written in Python, since the one in C
     lets nobody look at tuples. It takes 1.5 s for 500,000 places.
     """
+    # A bytearray is left out: it would take as much memory as the file claims that it needs.
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
                 if code != pickle.BYTEARRAY8[0]}
     for code in b"t\x85\x86\x87":           # the four opcodes of tuples
@@ -130,9 +131,11 @@ class Panoramas:
             if not self.ids or len(self.ids) < len(mapping):
                 raise ValueError("it is empty or holds something else")
         except Exception as error:   # a broken pickle can raise anything
-            told = isinstance(error, (OSError, ValueError, pickle.UnpicklingError))
+            readable = isinstance(error, (OSError, ValueError, pickle.UnpicklingError))
             raise ValueError(f"{path}: not a dict of (latitude, longitude) -> panorama: "
-                             f"{error if told else 'a broken pickle'}") from None
+                             f"{error if readable else 'a broken pickle'}") from None
+        # The size of a cell in degrees: a little above REACH, since 6.3e6 m is below the Earth's
+        # radius. A degree of longitude is shortest at the place that is nearest to a pole.
         self.lat_cell = math.degrees(REACH / 6.3e6)
         narrowest = min(math.cos(math.radians(lat)) for lat, _ in self.ids)
         self.lon_cell = self.lat_cell / max(0.01, narrowest)
@@ -148,11 +151,16 @@ class Panoramas:
         """The place nearest to `point` that has a panorama, or None if none is within reach."""
         if point in self.ids:
             return point
+        # The haversine of a distance grows with it, so the smallest one finds the nearest place.
         lat, lon = map(math.radians, point)
-        best, found = math.sin(REACH / 6371e3 / 2) ** 2, None
+        best = math.sin(REACH / 6371e3 / 2) ** 2      # of REACH itself
+        found = None
         row, column = self.cell(*point)
         around = itertools.product((row - 1, row, row + 1), (column - 1, column, column + 1))
-        for number in sorted(number for cell in around for number in self.cells.get(cell, ())):
+        numbers = []
+        for cell in around:
+            numbers += self.cells.get(cell, [])
+        for number in sorted(numbers):                # as in the file, so the first of equals wins
             place = self.places[number]
             lat2, lon2 = math.radians(place[0]), math.radians(place[1])
             haversine = (math.sin((lat2 - lat) / 2) ** 2
@@ -193,15 +201,18 @@ class Position:
         return self.landmark.removeprefix("The destination ").split(" is on your ")[0]
 
 
-# One field of a block, or the block's end. Example: "landmarks": "The {Marn} Cafe is on your left",
+# One field of a block, or the block's end. Here is a field:
+#     "landmarks": "The {Marn} Cafe is on your left",
 # A value ends at a quote that ends its line or the block. So a name with a brace or a line break is
 # read whole, and a missing quote takes no other field in.
 # Groups: the key, the quote, the value in quotes, the value without.
 MILESTONE = re.compile(r"""
-    (?<![^\n{}]) [ \t]* ["']?(\w+)["']? [ \t]* : [ \t]*
-    (?: (["']) ( (?: (?! \n [ \t]* "\w+"[ \t]*: ) . ){0,500}? ) \2
-                (?= [ \t\r,]* (?: [\n}] | \Z ) )
-      | ([^\n}]*) )
+    (?<![^\n{}]) [ \t]* ["']?(\w+)["']? [ \t]* : [ \t]*      # the key, at a beginning
+    (?: (["'])                                              # a value in quotes:
+        ( (?: (?! \n [ \t]* "\w+"[ \t]*: ) . ){0,500}? )     #   no next key is within
+        \2 (?= [ \t\r,]* (?: [\n}] | \Z ) )                 #   the quote ends line or block
+      | ([^\n}]*)                                           # a value without quotes
+    )
     | }""", re.VERBOSE | re.DOTALL)
 
 
@@ -213,7 +224,9 @@ def parse_milestones(text):
     blocks, fields = [], {}
     for key, quote, quoted, bare in MILESTONE.findall(text + "}"):
         if key:
-            value = quoted if quote else bare.rstrip(" \t\r,").strip().strip("\"'")
+            value = quoted
+            if not quote:                # a quote may be missing at one end only
+                value = bare.rstrip(" \t\r,").strip().strip("\"'")
             fields[key] = " ".join(line.strip() for line in value.splitlines())
         elif fields:
             blocks.append(fields)
@@ -235,10 +248,12 @@ def find_places(points, panoramas, where):
 
     Without `panoramas` every point is its place, and a panorama's name is "".
     """
-    nearest, ids = (lambda point: point), defaultdict(str)
     if panoramas:
         nearest, ids = panoramas.nearest, panoramas.ids
-    panos, between, previous = [], [], points[0]
+    else:
+        nearest, ids = (lambda point: point), defaultdict(str)
+    panos, between = [], []
+    previous = points[0]
     for i, point in enumerate(points):       # the first "leg" has no length and so no places
         length = geodesic(previous, point)   # before the point is moved to its panorama
         place = nearest(point)
@@ -269,6 +284,8 @@ def read_route(record, panoramas, where):
     geocodes = read_key(record, "route_results.geocode_list", where)
     if not isinstance(geocodes, list) or not geocodes:
         raise ValueError(f"{where}, key 'geocode_list': expected a list of points")
+
+    # The points, and what is said of the legs to them.
     points = [start]
     for i, value in enumerate(geocodes):
         points.append(read_point(value, f"{where}, geocode_list {i}"))
@@ -279,6 +296,8 @@ def read_route(record, panoramas, where):
     if len(blocks) != len(geocodes):
         raise ValueError(f"{where}: {len(blocks)} blocks in 'milestone_info', "
                          f"{len(geocodes)} points in 'geocode_list'")
+
+    # Directions and landmarks: where the agent looks first and on each leg, and what it then meets.
     init_heading = record.get("init_heading", 0)
     if type(init_heading) not in (int, float) or not -360 <= init_heading <= 360:
         raise ValueError(f"{where}, key 'init_heading': expected degrees from -360 to 360, "
@@ -297,6 +316,8 @@ def read_route(record, panoramas, where):
         headings.append(int(heading[1]))
         directions.append(heading[2])
         landmarks.append(block.get("landmarks", NO_LANDMARK).replace(NO_LANDMARK, ""))
+
+    # Places: the panoramas on the way, and what is seen between the points.
     panos, between = find_places(points, panoramas, where)
     passed = record.get("passed", {})
     if not (isinstance(passed, dict) and all(isinstance(said, str) for said in passed.values())):
@@ -326,21 +347,22 @@ def load_routes(folder, vision):
     Without a mapping file the rail uses the points as they are, which is enough for words. With
     `vision` every panorama that a rail may visit must be there, twice as wide as high.
     """
-    path, panoramas = folder / "route_infos.json", None
+    path = folder / "route_infos.json"
     try:
         routes, _ = json.loads(path.read_text(encoding="utf-8"))
         records = list(routes)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: expected [routes, cursor]: {error}") from None
-    if (folder / "gps_pano_mapping.pkl").is_file() or vision:
-        panoramas = Panoramas(folder / "gps_pano_mapping.pkl")
+    mapping = folder / "gps_pano_mapping.pkl"
+    panoramas = Panoramas(mapping) if mapping.is_file() or vision else None
     routes = [read_route(record, panoramas, f"{path}, route {i}")
               for i, record in enumerate(records)]
     if not routes:
         raise ValueError(f"{path}: holds no route")
     checked = set()
     for i, route in enumerate(routes if vision else ()):
-        for pano in {*route.panos, *itertools.chain(*route.between)} - checked - {None}:
+        visited = {*route.panos, *itertools.chain(*route.between)}
+        for pano in visited - checked - {None}:
             checked.add(pano)
             picture = folder / "street_views" / f"{pano}.jpg"
             for file in (picture, picture.with_suffix(".metadata.json")):
@@ -387,14 +409,16 @@ def read_panorama(path):
 
 @lru_cache(maxsize=4)
 def view_table(size, width):
-    """Where in a panorama of `width` each pixel of a level view looks that is 90 degrees wide.
+    """Where in a panorama of `width` each pixel of a view looks.
 
-    The view has size x size pixels, and so have the three arrays that are returned. The first has
-    the column in 1/256ths, to which a heading only adds. The second has the index of the first
-    pixel of the upper row, the third the weight of the lower row in 1/256ths.
+    The view is level, 90 degrees wide and high, and has size x size pixels. So have the three
+    arrays that are returned. The first has the column in 1/256ths, to which a heading only adds.
+    The second has the index of the first pixel of the upper row, the third the weight of the lower
+    row in 1/256ths.
     """
-    offset = (np.arange(size) - (size - 1) / 2) / (size / 2)
-    u, v = np.meshgrid(offset, offset)                 # in focal lengths
+    offset = (np.arange(size) - (size - 1) / 2) / (size / 2)     # (size,), from -1 to 1
+    u, v = np.meshgrid(offset, offset)     # (size, size): right and down, in focal lengths
+    # The column x and the row y: a panorama has 360 degrees in its width and 180 in its height.
     x = (np.arctan2(u, 1) / (2 * np.pi) + 0.5) * (width - 1)
     y = (np.arctan2(v, np.hypot(u, 1)) / np.pi + 0.5) * (width // 2 - 1)
     upper = np.minimum(y.astype(np.int32), width // 2 - 2)
@@ -414,12 +438,13 @@ def crop_view(panorama, rotation, heading, size):
     x = x + int(turn / 360 * around)
     x -= np.where(x >= around, around, 0)
     right = (x & 255).astype(np.uint16)[..., None]     # the weight of the pixel to the right
-    at = row + (x >> 8)
+    at = row + (x >> 8)                                # the pixel to the upper left
     flat = panorama.reshape(-1)
 
     def mix(at):
         """The pixels at an index and right of it, weighted: (size, size, 4), at most 255 * 256."""
-        here, beside = (flat.take(index)[..., None].view(np.uint8) for index in (at, at + 1))
+        here = flat.take(at)[..., None].view(np.uint8)
+        beside = flat.take(at + 1)[..., None].view(np.uint8)
         return here * (256 - right) + beside * right
 
     mixed = (mix(at) >> 8) * (256 - below) + (mix(at + width) >> 8) * below
@@ -432,6 +457,7 @@ def view_grid(path, heading, view_headings, size):
     panorama, rotation = read_panorama(path)
     grid = Image.new("RGB", (2 * size + 5, 2 * size + 5))
     for i, turn in enumerate(view_headings):
-        grid.paste(Image.fromarray(crop_view(panorama, rotation, heading + turn, size)),
-                   (i % 2 * (size + 5), i // 2 * (size + 5)))
+        view = crop_view(panorama, rotation, heading + turn, size)
+        row, column = divmod(i, 2)
+        grid.paste(Image.fromarray(view), (column * (size + 5), row * (size + 5)))
     return grid

@@ -30,7 +30,7 @@ TEXTS = {
     "violation_no_intersection": "there is an intersection here",
     "violation_action": "the action is wrong",
 }
-# The forms of a solution: the even {} are numbers, the odd ones operators.
+# The forms of a solution: the first {} is a number, the second an operator, and so on in turn.
 SHAPES = (
     "{}{}{}{}{}{}{}",
     "({}{}{}){}{}{}{}",
@@ -160,9 +160,9 @@ def of_formula(formula, numbers, target, evaluate):
 def of_step(reply, stated, landmark):
     """The violation of a V-IRL reply whose action is wrong.
 
-    It is about the word intersection, which the observation or the landmark in sight may hold.
+    The official code looks for the word intersection in the observation and in the landmark.
     `stated` is what verify.py read in the reply. If it is empty, because the reply has no action,
-    the last observation in the reply is looked at.
+    the last observation in the reply counts.
     """
     key = "current observation"
     observed = stated.get(key) if stated else reading.last_value(reply, key)[0]

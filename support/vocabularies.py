@@ -93,10 +93,11 @@ def draw(names, rng):
 
 
 def words_for(vocabulary, compass, relative):
-    """The word for a direction of which the instructions name both: (the right word, another).
+    """(the right word for a direction, another word for it).
 
-    The other word is the one that a walker says who mixes the rules up. It is the compass word, on
-    which the paper trains, unless that is right; then it is the relative word.
+    The instructions name the direction by its `compass` word and its `relative` word. The other
+    word is that of a walker who mixes the rules up. It is the compass word, on which the paper
+    trains, unless that is right; then it is the relative word.
     """
     word = vocabulary[compass] if compass in vocabulary else vocabulary[relative]
     other = relative if word == compass else compass
@@ -125,7 +126,7 @@ def words_of(names):
 
 
 def check_told(action_space, prompts):
-    """ValueError if a prompt file keeps from the model what words that it can't know stand for."""
+    """ValueError if a prompt file does not define words that the model cannot know."""
     if action_space in PAPER:
         return
     for name, value in (("nav_actions", "words"), ("nav_word", "word"), ("nav_word", "meaning")):
