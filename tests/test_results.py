@@ -253,7 +253,7 @@ def test_what_the_pretrained_model_says_is_that_of_its_rows():
     of_rl = [said["RL, temperature 0.5, 3e-5, one step", step, "rule_ood"]["turns_compass"]
              for step in ("4", "8", "12")]
     assert of_rl == ["6", "28", "35"] and "After 12 updates of RL 35 do" in page
-    assert "six of 36 replies there have a compass word. Four updates later 28 have one" in page
+    assert "six of 36 replies have a compass word. Four updates later 28 have one" in page
     many = said["SFT, many rules", "40", "id"], said["SFT, many rules", "40", "rule_ood"]
     assert (many[0]["turns_compass"], many[1]["turns_left_right"]) == ("36", "36")
     for split in ("id", "rule_ood"):
