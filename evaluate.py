@@ -3,8 +3,8 @@
 An episode of GeneralPoints succeeds when the hand is solved within its tries. An episode of V-IRL
 succeeds when every position of the route is solved, up to the stop. For V-IRL the paper reports
 another measure: the share of all replies that are correct, retries included. Most of these replies
-are moves that are the same under both rules. So `summarise` also has shares for first tries alone,
-and for the positions where a direction must be named (kind "turn").
+would be the same under any rule. So `summarise` also has shares for first tries alone, and for the
+positions where a direction must be named (kind "turn").
 
 Every episode is played until it is solved or out of tries. So one evaluation also gives the success
 within every smaller number of tries. Curves are drawn against `gflops` of metrics.jsonl, which is
@@ -12,17 +12,17 @@ within every smaller number of tries. Curves are drawn against `gflops` of metri
 
     python evaluate.py --model runs/sft/step_000400     # one checkpoint, printed only
     python evaluate.py --run-folder runs/rl             # all checkpoints of a run, and its start
-    python evaluate.py --run-folder runs/rl --splits id rule_ood id rule=11,11,11  # and your rule
-    python evaluate.py --compare runs/sft runs/rl --html page.html    # tables; page: what arms say
+    python evaluate.py --run-folder runs/rl --splits id rule_ood id rule=11,11,11   # a third rule
+    python evaluate.py --compare runs/sft runs/rl --html page.html  # tables; replies go to the page
     API_KEY=... python evaluate.py --api-url https://host/v1 --api-model NAME --out runs/api
 
-Rows go to eval.jsonl of the run, one per checkpoint, split, seed and settings. Rows that are there
-already are not played again, and a stopped evaluation goes on where it was. Task and `--env` are
-those of the run unless a flag changes them. Settings that stood behind the split's name in
-training, as in `--split id rule=11,11,11`, are not taken: repeat them in --splits.
+Rows go to eval.jsonl of the run, one per checkpoint, split, seed and settings. What has a row is
+not played again, and a stopped evaluation goes on where it was. Task and `--env` are those of the
+run unless a flag changes them. Settings that followed the split's name in training, such as
+`rule=11,11,11`, are not taken over: repeat them in --splits.
 support/compare.py says how --compare makes means, errors and p values.
 
-Left out: smoothing (the paper's curves are Savitzky-Golay filtered).
+Left out: smoothing (the paper uses a Savitzky-Golay filter). `# differs N`: docs/differences.md.
 """
 if __name__ == "__main__":
     from support import startup
@@ -54,10 +54,10 @@ def share(hits, counts, groups=None):
     """
     total = max(1, sum(counts))
     rate = sum(hits) / total
-    above = Counter()
+    deviations = Counter()     # group -> its hits above those that the rate would give it
     for group, hit, count in zip(groups or range(len(hits)), hits, counts):
-        above[group] += hit - rate * count
-    return rate, math.sqrt(sum(value ** 2 for value in above.values())) / total
+        deviations[group] += hit - rate * count
+    return rate, math.sqrt(sum(value ** 2 for value in deviations.values())) / total
 
 
 def summarise(episodes, verify_iter, kinds=()):
@@ -88,7 +88,8 @@ def summarise(episodes, verify_iter, kinds=()):
     """
     replies = [info for episode in episodes for info in episode]
     row = {"episodes": len(episodes), "replies": len(replies)}
-    routes = [info["route"] for *_, info in episodes if info.get("route") is not None]
+    # Routes in file order have numbers; one that comes round again counts as one in errors.
+    routes = [each[-1]["route"] for each in episodes if each[-1].get("route") is not None]
 
     def measure(name, hits, counts):
         """Put a share and its error into the row; hits and counts have one number per episode."""
@@ -109,13 +110,13 @@ def summarise(episodes, verify_iter, kinds=()):
     ones = [1] * len(episodes)
     solved = [int(episode[-1]["success"]) for episode in episodes]
     measure("success", solved, ones)
-    row["solved"] = "".join(map(str, solved))      # 1 or 0 per episode: runs are compared by hand
+    row["solved"] = "".join(map(str, solved))      # 1 or 0 per episode, to pair two runs' episodes
     measure_replies("step_accuracy", lambda info: True)
     # differs 22: steps as in the official code; for success on GP-VL see `solved_and_read` above.
-    # Replies behind the first failed position of a guided route do not count in this measure.
+    # With guided=true the expert leads on past a failed position. What follows does not count here.
     unguided = [[info for info in episode if "guided" not in info] for episode in episodes]
     correct = [sum(map(is_correct, episode)) for episode in unguided]
-    with_unread = [len(episode) + (not is_correct(episode[-1])) for episode in unguided]
+    with_unread = [len(episode) + int(not is_correct(episode[-1])) for episode in unguided]
     measure("paper_step_accuracy", correct, with_unread)
     measure_replies("first_try", lambda info: info["try"] == 1)
     measure_replies("retries", lambda info: info["try"] > 1)
@@ -134,7 +135,7 @@ def summarise(episodes, verify_iter, kinds=()):
         both = [int(episode[-1]["success"] and episode[-1]["cards_read"]) for episode in episodes]
         measure("solved_and_read", both, ones)
 
-    # A route is solved within as many tries as its hardest position took.
+    # A solved route needed as many tries as its hardest position.
     tries_needed = [max(info["try"] for info in episode)
                     for episode, success in zip(episodes, solved) if success]
     row["success_within"] = []
@@ -145,7 +146,7 @@ def summarise(episodes, verify_iter, kinds=()):
     if "numbers_right" in replies[0]:
         row["numbers_right"] = sum(info["numbers_right"] for info in replies) / len(replies)
 
-    if routes:                           # they are played in file order, and may come round again
+    if routes:
         row["routes"] = len(set(routes))
         row["success_by_city"] = evaluation.by_city(routes, solved)
     row["statuses"] = dict(sorted(Counter(info["status"] for info in replies).items()))
@@ -183,7 +184,7 @@ class Config:
     start: bool = flag(True, "with --run-folder: evaluate the model that the run started from, too")
     compare: tuple = flag((), "print the tables of these evaluated run folders: runs/sft runs/rl")
     figure: str = flag("", "with --compare: draw the curves into this file (needs matplotlib)")
-    html: str = flag("", "with --compare: write a page with what every arm says, such as page.html")
+    html: str = flag("", "with --compare: write a page with the replies, such as page.html")
     api_url: str = flag("", "evaluate a model behind this OpenAI-style API; API_KEY holds its key")
     api_model: str = flag("", "with --api-url: the name of the model there")
     api_extra: str = flag("", "with --api-url: JSON with more fields for the request; null drops "
@@ -200,7 +201,7 @@ class Config:
     env: tuple = flag((), "settings on top of those of the run, such as: root=city0 verify_iter=3")
     episodes: int = flag(1000, "how many per split and seed", low=1)
     paper: bool = flag(False, "as many as the paper: 234 hands, 48 routes, 18 on visual_ood")
-    seeds: str = flag("0", "comma-separated; no deal has a seed of training, but hands may recur")
+    seeds: str = flag("0", "comma-separated; no deal uses a training seed, but hands may recur")
     temperature: float = flag(0.0, "0 is greedy; the official code samples as the checkpoint says, "
                               "a stock Llama-3.2 at 0.6", low=0)
     top_p: float = flag(1.0, "sample from the likeliest tokens that have this share of the "
@@ -208,7 +209,7 @@ class Config:
     max_new_tokens: int = flag(256, "a reply is cut after so many tokens", low=1)
     generate_tokens: int = flag(65536, "tokens sampled at once, with prompts and padding", low=1)
     kept_gib: float = flag(4.0, "GiB of keys and values kept from turn to turn", low=0)
-    dtype: str = flag("auto", "compute in this type; auto: the run's, else by the processor",
+    dtype: str = flag("auto", "type to compute in; auto: the run's, else what suits the processor",
                       choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "cpu, cuda, or auto")
 
@@ -216,7 +217,7 @@ class Config:
 # ---- Playing -----------------------------------------------------------------------------------
 
 class LocalModel:
-    """A checkpoint as a player. The ids of its dialogues, and what it saw, stay from turn to turn.
+    """A checkpoint as a player. It keeps the ids of its dialogues and what it read between turns.
 
     `stem` is how the paths of files with kept replies begin (`evaluation.KeptReplies`), or None.
     """
@@ -234,9 +235,8 @@ class LocalModel:
         """The next reply in each pending dialogue: pairs (text, ending), in the order of `pending`.
 
         pending: {episode: (messages, whether they begin a dialogue)}. ending: "stop", or "length"
-        if the reply was cut. `of` is a text that names the checkpoint, split, seed and settings.
-        Replies are kept under it, so that a stopped evaluation can go on. `split` is for
-        `ApiModel.reply` alone.
+        if the reply was cut. `of` names the evaluation (weights, split, seed, settings), and
+        replies are kept under it in case of a stop. `split` is for `ApiModel.reply` alone.
         """
         prompts = {}
         for i, (messages, begins) in pending.items():
@@ -272,12 +272,12 @@ class LocalModel:
 
 
 def num_episodes(config, split):
-    counts = envs.TASKS[config.task].paper_episodes
+    counts = envs.TASKS[config.task].paper_episodes      # by split; "" stands for the others
     return counts.get(split.name, counts[""]) if config.paper else config.episodes
 
 
 def play_episodes(reply, environments, seed, first=0):
-    """Play an episode in each environment, side by side: the infos of each episode.
+    """Play an episode in each environment, side by side; returns a list of infos per episode.
 
     Episode numbers begin at `first`. reply(turn, pending) is `LocalModel.reply` with its other
     arguments given. Every process plays its part, and gets the infos of all.
@@ -317,8 +317,8 @@ def play_episodes(reply, environments, seed, first=0):
 def evaluate_model(path, called, known, config, write, stem=None):
     """Evaluate a checkpoint, or the API's model of this name, on every split and seed.
 
-    What has a row in `known` is left out. `write` gets each new row, and what was said in the first
-    episodes. Printed lines name the model as `called`. `stem`: as in LocalModel.
+    What has a row in `known` is left out. `write` gets each new row and the dialogues of the first
+    episodes. Printed lines call the model `called`. `stem`: as in LocalModel.
     """
     model = None
     metrics = envs.TASKS[config.task].metrics
@@ -332,7 +332,8 @@ def evaluate_model(path, called, known, config, write, stem=None):
             label = f"{called}, {split.label}, seed {seed}"
             if seed in done:
                 running.print0(f"{label}: already evaluated")
-                if evaluation.is_hidden(done[seed], known):    # repeat it: tables take the last row
+                # Tables take the last row of a seed. If that has other settings, write this again.
+                if evaluation.is_hidden(done[seed], known):
                     write(done[seed], [])
                 continue
             # The model is loaded when the first seed has to be played, not before.
@@ -340,7 +341,6 @@ def evaluate_model(path, called, known, config, write, stem=None):
                 model = api.ApiModel(config)
             elif model is None:
                 model = LocalModel(path, env.vision, config, stem)
-            # The name of this evaluation, under which its replies are kept in case it is stopped.
             of = json.dumps([str(path), evaluation.weights_of(path), split.label, seed, chosen])
             reply = partial(model.reply, of, split.label, seed)
             episodes, num = [], num_episodes(config, split)

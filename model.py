@@ -1,6 +1,6 @@
 """The policy: a Hugging Face (vision-)language model with the paper's value head.
 
-The paper trains one model by SFT and by RL. Here is what both need of it; no line knows the games.
+The paper trains one model by SFT and by RL. This file has what both share; no game is named in it.
 
     messages  -- encode -->  prompt_ids  -- generate -->  response_ids  -- decode_reply -->  text
     dialogues of (prompt_ids, response_ids)  -- collate -->  batch  -- forward -->  logprobs, values
@@ -17,11 +17,12 @@ A model is a folder that any Hugging Face tool opens. Text models are causal LMs
 Vision models are Mllama (the paper's Llama-3.2-Vision), Qwen2.5-VL and Qwen3-VL.
 
 Left out: other architectures, several pictures in a dialogue, and videos. In support/: loading.py
-checks a folder, vision.py has the families of vision models, decoder.py decodes over a cache, and
-running.py spreads weights over processes.
+checks a folder, vision.py has the kinds of vision models, decoder.py keeps keys and values while
+sampling, running.py spreads weights over processes. `# differs N`: see docs/differences.md.
 """
 import contextlib
 import math
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -40,14 +41,14 @@ IMAGE_TOKEN = "<|image|>"
 def text_after_last_reply(processor, messages):
     """What the chat template writes after the last reply, its end-of-turn included.
 
-    The ids of earlier replies are kept, so only this text is encoded. The dialogue is rendered with
+    `encode` keeps the ids of all that comes before it. To find it, the dialogue is rendered with
     a placeholder for the last reply, and only what follows the placeholder is returned:
 
         <user>Make 24<end><assistant>(the last reply)<end><user>Wrong, again<end><assistant>
                                                      ^----------- returned -----------------
     """
     placeholder = "(the last reply)"
-    while placeholder in str(messages):
+    while placeholder in str(messages):        # it must not stand in the dialogue
         placeholder = f"({placeholder})"
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     marked = list(messages)
@@ -72,8 +73,7 @@ def encode(processor, messages, prior_ids=None):
     token belongs to the prompt, and so to no loss.
     """
     tokenizer = tokenizer_of(processor)
-    if prior_ids:
-        # differs 12: sampled ids are kept, never decoded and encoded again
+    if prior_ids:    # differs 12: sampled ids are kept, never decoded and encoded again
         text = text_after_last_reply(processor, messages)
         # `text` begins with the reply's end-of-turn, so that token is dropped from the ids kept.
         # `text` has it because some tokenizers, such as Llama 2's, put a blank before a text that
@@ -84,7 +84,8 @@ def encode(processor, messages, prior_ids=None):
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if processor is not tokenizer:       # a vision model: one image token becomes many
         ids = repeat_image_tokens(processor, kept, ids, picture_of(messages))
-    # A text that is tokenized must not hold control tokens. A reply that is kept as ids may.
+    # A text that is tokenized must not hold a control token, such as an end-of-turn: it would end
+    # the turn. A reply that is kept as ids may hold one.
     for message in messages:
         kept_as_ids = prior_ids and message["role"] == "assistant"
         if not kept_as_ids:
@@ -113,7 +114,7 @@ def collate(dialogues: list[list[tuple[list[int], list[int]]]], device, pictures
 
     A dialogue is a list of turns (prompt_ids, response_ids). Each prompt begins with the turn
     before, so the last turn holds the whole dialogue. One pass over it serves all turns: five tries
-    cost no more tokens than the fifth alone. For example, a dialogue of two tries and one of one:
+    cost no more tokens than the fifth alone. Here one dialogue has two tries, the other has one:
 
         [[([1, 5], [7, 2]), ([1, 5, 7, 2, 6], [8, 2])],      input_ids   1 5 7 2 6 8 2
          [([1, 4], [9, 2])]]                                             1 4 9 2 0 0 0
@@ -139,13 +140,13 @@ def collate(dialogues: list[list[tuple[list[int], list[int]]]], device, pictures
             turn = prompt + response
             assert ids[:len(turn)] == turn, "a prompt does not begin with the turn before"
             replies.append((i, len(prompt), len(response)))
-    row, prompt_length, response_length = torch.tensor(replies, device=device).T
+    row, prompt_length, response_length = torch.tensor(replies, device=device).T       # (B,) each
     return {"input_ids": input_ids.to(device), "row": row, "prompt_length": prompt_length,
             "response_length": response_length, "pictures": pictures}
 
 
-def longest_first(lengths):
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))         # row indices
+def longest_first(lengths):      # indices of rows; among equally long ones the first stays first
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
 def micro_batches(lengths: list[int], token_budget, group_cost=None) -> list[list[int]]:
@@ -157,24 +158,25 @@ def micro_batches(lengths: list[int], token_budget, group_cost=None) -> list[lis
 
         lengths [9, 8, 2, 2], budget 20, group_cost 3    ->    [[0, 1], [2, 3]], cost 18+3 + 4+3
 
-    This is dynamic programming: best[end] holds the least cost of the first `end` rows. If their
-    last group begins at `start`, the rows before it cost best[start], which is known by then.
+    This is dynamic programming: best[end] is for the first `end` of the sorted rows. If their last
+    group begins at `start`, the rows before it cost what best[start] says, which is known by then.
     """
     order = longest_first(lengths)
     group_cost = token_budget / 16 if group_cost is None else group_cost
-    best = [(0, 0)]                    # for each end: the least cost, where the last group starts
+    best = [(0, 0)]      # for each end: (the least cost, where the last group of that way starts)
     for end in range(1, len(order) + 1):
         ways = []
         for start in reversed(range(end)):
             tokens = (end - start) * lengths[order[start]]
-            if ways and tokens > token_budget:
+            if ways and tokens > token_budget:         # but a single row may be longer
                 break
-            ways.append((best[start][0] + tokens + group_cost, start))
+            cost_before, _ = best[start]
+            ways.append((cost_before + tokens + group_cost, start))
         best.append(min(ways))
     # Read the groups off from behind.
     groups, end = [], len(order)
     while end > 0:
-        start = best[end][1]
+        _, start = best[end]
         groups.insert(0, order[start:end])
         end = start
     return groups
@@ -183,18 +185,17 @@ def micro_batches(lengths: list[int], token_budget, group_cost=None) -> list[lis
 def aligned_micro_batches(lengths: list[int], token_budget) -> list[list[int]]:
     """`micro_batches` of this process's rows, cut at the same places in all processes.
 
-    All processes make their passes together, and a pass takes as long as its longest row. So the
-    cuts are made for an imaginary process, whose n-th longest row is the longest n-th row of all:
+    All processes make their passes together, and a pass takes as long as its longest row. So each
+    process sorts its rows, and cuts are made for the longest of all processes at each place:
 
         sorted lengths [9, 5] here, [7, 6, 3] in the other process    ->    cuts made for [9, 6, 3]
 
     A process with fewer rows may have fewer groups.
     """
     order = longest_first(lengths)
-    sorted_lengths = running.gather([lengths[i] for i in order])           # of every process
-    longest = []
-    for place in range(max(map(len, sorted_lengths))):
-        longest.append(max(each[place] for each in sorted_lengths if place < len(each)))
+    sorted_lengths = running.gather([lengths[i] for i in order])       # a list from each process
+    by_place = zip_longest(*sorted_lengths, fillvalue=0)
+    longest = [max(lengths_there) for lengths_there in by_place]
     groups = []
     for places in micro_batches(longest, token_budget):
         rows = [order[place] for place in places if place < len(order)]
@@ -246,11 +247,10 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 class Policy(nn.Module):
-    """A causal LM that also predicts its reward: one value a reply, read at the last prompt token.
+    """A causal LM with a value head: one value for each reply, read at the last prompt token.
 
-    The paper's value head (D -> 1024 -> 512 -> 1, ReLU) reads the policy's hidden states. `dtype`
-    is the type of the passes; log-softmax and sums of log-probs are always float32. The weights are
-    stored in the `param_dtype` of `load_policy`, float32 by default.
+    The paper's value head (D -> 1024 -> 512 -> 1, ReLU) guesses rewards from hidden states. Passes
+    compute in `dtype`, log-softmax in float32. `load_policy` stores the weights in `param_dtype`.
     """
 
     def __init__(self, backbone, processor, dtype="float32"):
@@ -261,9 +261,9 @@ class Policy(nn.Module):
                                         nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1))
         self.eos_id = tokenizer.eos_token_id
         num_ids = backbone.lm_head.weight.shape[0]                                         # V
-        banned = loading.never_sampled(tokenizer, backbone.config, num_ids)                # (V,)
+        banned = loading.never_sampled(tokenizer, backbone.config, num_ids)    # (V,) of bool
         self.register_buffer("banned", banned, persistent=False)
-        # Granite's logits are divided by this: by token_logprobs, and in sampling by the decoder.
+        # Granite models divide logits by this: here in token_logprobs, in sampling in the decoder.
         self.logits_scaling = getattr(config, "logits_scaling", 1.0)
         self.dtype, self.context = getattr(torch, dtype), loading.context_of(config)
         self.vision = None
@@ -295,9 +295,9 @@ class Policy(nn.Module):
         num = len(prompt_ids) + len(response_ids)
         return num if picture is None else num + self.picture_tokens
 
-    def check_length(self, num_tokens, counted=""):
+    def check_length(self, num_tokens, remark=""):
         if num_tokens > self.context:
-            raise ValueError(f"a dialogue of {num_tokens} tokens{counted} does not fit the model's "
+            raise ValueError(f"a dialogue of {num_tokens} tokens{remark} does not fit the model's "
                              f"context of {self.context} (or its sliding window, or the original "
                              "length of longrope)")
 
@@ -307,9 +307,9 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def forward(self, batch, temperature=None):
-        """Log-probs (B, R), zero behind each reply's end, and values (B,).
+        """Log-probs (B, R), zero after each reply's end, and values (B,).
 
-        With a temperature the log-probs are those of sampling, where special ids are shut out.
+        With a temperature the log-probs are those of sampling, where `banned` ids are shut out.
         Without one they are those of the plain model, for SFT.
         """
         row, first = batch["row"], batch["prompt_length"]      # (B,); first: a reply's first column
@@ -340,14 +340,14 @@ class Policy(nn.Module):
         return logprobs, values[:, 0].float()
 
     def token_logprobs(self, hidden, targets, temperature):
-        """Log-probs (n,) of target ids (n,) that follow hidden states (n, D)."""
+        """Log-probs (n,) of target ids (n,), each predicted from its hidden state (n, D)."""
         if temperature is None:
             ban = self.banned.new_zeros(0, dtype=torch.long)
         else:
             ban = self.banned.nonzero()[:, 0]
         weight = self.backbone.lm_head.weight.to(self.dtype)
-        scale = (temperature or 1.0) * self.logits_scaling
-        return TokenLogprobs.apply(hidden.to(self.dtype), weight, ban, targets, scale)
+        divisor = (temperature or 1.0) * self.logits_scaling
+        return TokenLogprobs.apply(hidden.to(self.dtype), weight, ban, targets, divisor)
 
     @torch.no_grad()
     def see(self, pictures):
@@ -364,10 +364,10 @@ class Policy(nn.Module):
                       one reply. Apart from rounding, a reply does not depend on the others
         temperature   0 takes the likeliest token
         token_budget  at most so many tokens, with padding, are decoded together
-        pictures      one for each prompt, or None for each
+        pictures      one for each prompt, or None in all places
         memory        a RolloutMemory, which keeps what was read and seen for the next call
-        owners        for each prompt the key in `memory` of an earlier dialogue, of which what both
-                      begin with is reused; if not given, the prompt's index
+        owners        a key for each prompt, by default its index. Under it `memory` keeps a
+                      dialogue. The tokens that begin both dialogue and prompt are not read again
         top_p         sample from the likeliest tokens that make up this share; for evaluation alone
 
         The log-probs returned serve only to check those that `forward` computes later.
@@ -386,16 +386,16 @@ class Policy(nn.Module):
             decoder = (LlamaDecoder if plain_llama else CacheDecoder)(self, memory)
             lengths = [self.num_tokens(prompt, (), picture) + max_new_tokens
                        for prompt, picture in zip(prompts, pictures)]
-            # Groups are decoded one after another, so there should be as few as possible. At this
-            # cost one group more outweighs whatever padding it could save.
+            # Groups are decoded one after another, so there should be as few as possible. With this
+            # group_cost one more group costs more than all the padding it could save.
             group_cost = len(prompts) * token_budget
             for rows in micro_batches(lengths, token_budget, group_cost):
-                self.check_length(max(len(prompts[row]) for row in rows) + max_new_tokens,
-                                  f" (with --max-new-tokens {max_new_tokens})")
+                longest = max(len(prompts[row]) for row in rows) + max_new_tokens
+                self.check_length(longest, f" (with --max-new-tokens {max_new_tokens})")
+                seen_here = [seen[row] for row in rows] if seen else None  # None without pictures
                 logits = decoder.prefill(                                  # (B, V)
                     [prompts[row] for row in rows], [owners[row] for row in rows],
-                    [pictures[row] for row in rows], max_new_tokens,
-                    seen and [seen[row] for row in rows])                  # None without pictures
+                    [pictures[row] for row in rows], max_new_tokens, seen_here)
                 sampled = self.sample(decoder, logits, uniforms[rows], max_new_tokens,
                                       temperature, top_p)
                 for row, reply in zip(rows, sampled):
@@ -404,7 +404,7 @@ class Policy(nn.Module):
 
     def sample(self, decoder, logits, uniforms, max_new_tokens, temperature, top_p):
         """Replies to the prompts that a decoder has read, from its first logits (B, V)."""
-        # What is drawn stands here. What a row draws after the end of its reply is cut off below.
+        # All draws are noted here. Those that a row makes after its reply's end are cut off below.
         drawn_logprobs = torch.zeros(len(logits), max_new_tokens, device=self.device)      # (B, R)
         drawn_ids = torch.zeros_like(drawn_logprobs, dtype=torch.long)                     # (B, R)
         # Rows are dropped as replies end. For each row that is left: the index of its reply, and
@@ -419,8 +419,8 @@ class Policy(nn.Module):
             num_going = int(going.sum())
             if num_going == 0 or t == max_new_tokens - 1:
                 break
-            # Each drop copies the cache, so ended rows are dropped in bulk: once more than a tenth
-            # have ended. With CUDA graphs, which are then captured anew, once more than half have.
+            # Each drop copies the cache, so rows wait until more than a tenth have ended. With CUDA
+            # graphs, which each drop captures anew, they wait until more than half have.
             if num_going < (0.5 if decoder.graphs else 0.9) * len(ids):
                 kept = going.nonzero()[:, 0]
                 decoder.keep(kept)
@@ -447,10 +447,10 @@ class Policy(nn.Module):
             ids = logits.argmax(-1)
         else:
             probs = logprobs.exp()
-            # Top-p: a token is shut out if the likelier ones together already reach top_p.
-            if top_p < 1:
-                sorted_probs, order = probs.sort(-1, descending=True)
-                beyond = sorted_probs.cumsum(-1) - sorted_probs >= top_p   # likeliest token first
+            if top_p < 1:    # shut out a token if the likelier ones together already reach top_p
+                sorted_probs, order = probs.sort(-1, descending=True)      # likeliest token first
+                sum_of_likelier = sorted_probs.cumsum(-1) - sorted_probs
+                beyond = sum_of_likelier >= top_p
                 shut_out = torch.zeros_like(beyond).scatter(-1, order, beyond)             # by id
                 probs = probs.masked_fill(shut_out, 0.0)
             # The probs may sum to less than one, so each uniform is scaled by their sum.
@@ -464,7 +464,7 @@ SAMPLES, SHUFFLES, EVALUATION = 0, 1, 2        # a random stream's key begins wi
 
 
 def sampling_uniforms(keys, max_new_tokens):
-    """Uniforms (len(keys), max_new_tokens) for `generate`; a key, some integers, seeds each row."""
+    """Uniforms (len(keys), max_new_tokens) for `generate`. A key, some ints, seeds each row."""
     return np.stack([np.random.default_rng(key).random(max_new_tokens) for key in keys])
 
 

@@ -13,14 +13,15 @@ ratio. The log-prob is a weighted sum over the reply's tokens: those before the 
 The same command continues a stopped run, half-played episodes included. On Ctrl-C or SIGTERM a run
 drops its rollout or finishes its update, saves, and exits with 130 or 143.
 
-Left out: a KL penalty and an entropy bonus (the paper has neither), token-level advantages.
+Left out: a KL penalty and an entropy bonus (the paper has neither), and token-level advantages.
 
     E   environments                             B   turns of a micro-batch
-    S   turns of an environment in an update     R   tokens of the longest reply in it
+    S   turns of an environment in an update     R   tokens of a micro-batch's longest reply
     N   turns of an update, S x E
 
 Under torchrun every process plays a part of the environments and trains on its turns. Deals,
 samples and minibatches do not depend on the number of processes; weights differ by rounding alone.
+A comment `# differs N` marks a difference from the official code: item N of docs/differences.md.
 """
 if __name__ == "__main__":
     from support import startup
@@ -54,12 +55,12 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
 
     Where an episode is done after turn s, V and A of turn s+1 count as 0: nothing passes its end.
     After the last turn V is `next_values` (E,), read at the prompts that come next, and A is 0.
-    rewards, values, dones are (S, E).
+    rewards, values and dones are (S, E).
     """
     advantages = torch.zeros_like(rewards)
     next_advantages = torch.zeros_like(next_values)
     for s in reversed(range(len(rewards))):
-        going = 1.0 - dones[s]     # differs 5: 0 if truncated, too; not so in the official code
+        going = 1.0 - dones[s]     # differs 5: 0 if truncated, too; the official code has 1 there
         delta = rewards[s] + gamma * next_values * going - values[s]
         next_advantages = delta + gamma * gae_lambda * going * next_advantages
         advantages[s] = next_advantages
@@ -68,7 +69,7 @@ def compute_gae(rewards, values, dones, next_values, gamma, gae_lambda):
 
 
 def ppo_loss(logprobs, old_logprobs, values, old_values, advantages, returns, clip, value_clip=0.0):
-    """Policy loss, value loss, and what to log, each (B,), of tensors (B,); the caller averages.
+    """The policy loss, the value loss and a dict to log. All tensors are (B,); the caller averages.
 
         ratio = exp(logp - old_logp)
         policy loss = -min(ratio A, clip(ratio, 1 - c, 1 + c) A), where c is `clip`
@@ -108,7 +109,7 @@ class Config(training.RunConfig):
     # PPO; the paper prints no values
     updates: int = flag(20, "rollouts in all, each followed by an update", low=1)
     epochs: int = flag(4, "passes over a rollout", low=1)
-    minibatch_turns: int = flag(1024, "turns per optimizer step, roughly: 128 x 8 GPUs", low=1)
+    minibatch_turns: int = flag(1024, "turns per optimizer step, roughly (128 x 8 GPUs)", low=1)
     lr: float = flag(1e-6, "Adam learning rate", low=1e-12)
     value_lr: float = flag(0.0, "learning rate of the value head; 0: the same as --lr", low=0)
     lr_warmup: int = flag(0, "updates in which --lr warms up; --value-lr does not", low=0)
@@ -132,7 +133,7 @@ class Config(training.RunConfig):
 
 @dataclass(frozen=True)
 class Turn:
-    """One prompt, one reply, what it earned."""
+    """One prompt, one reply and its reward."""
     prompt_ids: list[int]     # (P,)
     response_ids: list[int]   # (R,)
     answer_start: int         # the index of the answer's first token; those before are thought
@@ -142,12 +143,12 @@ class Turn:
     info: dict
     picture: object = None    # the PIL picture of the dialogue
     number: int = 0           # its place among the turns of all processes
-    sampled_logprob: float = 0.0     # of the reply, weighted, as seen in sampling; for logs alone
+    sampled_logprob: float = 0.0     # the turn's log-prob as computed in sampling; for logs alone
 
 
 class Conversation:
-    """One environment and its dialogue as ids. Only (episode, replies so far) are saved: after a
-    stop they are played again. `readable` is the dialogue of the last reply, for turns.jsonl."""
+    """One environment and its dialogue as ids. A checkpoint holds the episode's number and its
+    replies, to play them again. `readable` is the last reply's dialogue, for turns.jsonl."""
 
     def __init__(self, index, env, processor, config, episode=0, replies=()):
         self.index, self.env, self.processor = index, env, processor
@@ -172,16 +173,15 @@ class Conversation:
         self.picture = picture_of(messages)
 
     def play(self, response_ids):
-        """Step the environment with a reply, move on to the next prompt: (reward, done, info)."""
-        before, reply = self.env.messages, decode_reply(self.processor, response_ids)
+        """Give a reply to the environment and move to the next prompt: (reward, done, info)."""
+        reply = decode_reply(self.processor, response_ids)
+        answered = [*self.env.messages, {"role": "assistant", "content": reply}]
         messages, reward, terminated, truncated, info = self.env.step(reply)
         done = terminated or truncated
         self.verdicts = [*self.verdicts, [info["status"], reward]]
-        # After a correct reply at a position `messages` may already be the next, new dialogue. Then
-        # the log shows the old dialogue, with this reply at its end.
-        dialogue = messages
-        if info["new_dialogue"]:
-            dialogue = [*before, {"role": "assistant", "content": reply}]
+        # After a correct reply `messages` may already be the next position's dialogue. Then the log
+        # shows the old dialogue, with this reply at its end.
+        dialogue = answered if info["new_dialogue"] else messages
         texts = [message | {"content": read_text(message)} for message in dialogue]
         self.readable = {"env": self.index, "episode": self.episode, "verdicts": self.verdicts,
                          "messages": texts}
@@ -202,8 +202,8 @@ class Conversation:
 
 
 def find_answer(processor, response_ids, answer_at):
-    """The index of the token with which the reply's text gets longer than `answer_at` characters;
-    len(response_ids) if it never does."""
+    """The index of the first token that makes the reply's text longer than `answer_at` characters,
+    or len(response_ids) if none does."""
     # differs 7: where the verifier read the answer; the official code looks for fixed token ids
     low, high = 0, len(response_ids)
     # A binary search. A character that is cut in half ("\ufffd") does not count yet.
@@ -219,7 +219,7 @@ def find_answer(processor, response_ids, answer_at):
 
 @running.memory_advice("--generate-tokens or --kept-gib")
 def collect_turns(policy, processor, conversations, update, config, stop) -> list[Turn] | None:
-    """S turns of every conversation, sampled, ordered (S, E); None if a stop was asked for."""
+    """Sample turn 1 of every conversation, then turn 2, up to S. None if a stop was asked for."""
     turns = []
     # Keys and values hold only for the present weights, so each rollout has a memory of its own.
     memory = RolloutMemory(policy, config.generate_tokens, config.kept_gib * 2 ** 30)
@@ -237,14 +237,15 @@ def collect_turns(policy, processor, conversations, update, config, stop) -> lis
         for conversation, turn, (response_ids, logprobs) in zip(conversations, unanswered, replies):
             reward, done, info = conversation.play(response_ids)
             answer_start = find_answer(processor, response_ids, info["answer_at"])
-            thought, answer = sum(logprobs[:answer_start]), sum(logprobs[answer_start:])
+            thought_logprob = config.thought_coef * sum(logprobs[:answer_start])
+            answer_logprob = sum(logprobs[answer_start:])
             turns.append(replace(turn, response_ids=response_ids, answer_start=answer_start,
                                  reward=reward, done=done, info=info,
                                  number=s * config.num_envs + conversation.index,
-                                 sampled_logprob=config.thought_coef * thought + answer))
-            # The dialogues of two environments are logged: reading them shows reward hacking.
-            ended = done or info["new_dialogue"] or s == config.turns_per_env - 1
-            if conversation in conversations[:2] and ended:
+                                 sampled_logprob=thought_logprob + answer_logprob))
+            # Two environments log each dialogue at its last turn here: this shows reward hacking.
+            is_last = done or info["new_dialogue"] or s == config.turns_per_env - 1
+            if conversation in conversations[:2] and is_last:
                 row = {**info, **conversation.readable, "step": update + 1, "done": done}
                 running.log_jsonl(Path(config.out) / "turns.jsonl", **row)
     return turns
@@ -253,7 +254,7 @@ def collect_turns(policy, processor, conversations, update, config, stop) -> lis
 # ---- From turns to batches -----------------------------------------------------------------------
 
 def group_dialogues(turns: list[Turn]) -> list[list[int]]:
-    """The indices of the turns, a list for each dialogue, in the order in which they were played.
+    """The indices of the turns, a list for each dialogue. Dialogues that began earlier come first.
 
     Say E = 2 and S = 3. The first environment, whose turns are 0, 2 and 4, needs two tries for a
     hand and one for the next. The second, with turns 1, 3 and 5, fails three times. This returns
@@ -276,11 +277,13 @@ def turn_batches(policy, turns, dialogues, config, filler=None):
 
     The turns of a dialogue share a row; long rows come first. If two rows fit, the example of
     `group_dialogues` gives [([[1, 3, 5], [0, 2]], 1.0), ([[4]], 1.0)]. All processes make equally
-    many passes: one with fewer repeats its last with weight 0, one that has none takes `filler`.
+    many passes. A process with fewer repeats its last, or `filler` if it has none, with weight 0.
     """
     lengths = [dialogue_length(policy, turns, dialogue) for dialogue in dialogues]
-    groups = aligned_micro_batches(lengths, config.micro_batch_tokens)
-    return running.pad_batches([[dialogues[i] for i in group] for group in groups], filler)
+    batches = []
+    for group in aligned_micro_batches(lengths, config.micro_batch_tokens):
+        batches.append([dialogues[i] for i in group])
+    return running.pad_batches(batches, filler)
 
 
 class Minibatch(NamedTuple):
@@ -293,7 +296,7 @@ class Minibatch(NamedTuple):
 def draw_minibatches(policy, turns, update, config) -> list[Minibatch]:
     """The minibatches of an update. They are drawn and cut into micro-batches once.
 
-    How a row's log-prob is rounded depends on the rows beside it, in bfloat16 by more than the
+    How a row's log-prob is rounded depends on the rows beside it; in bfloat16 this may exceed the
     clip. So scoring and all epochs see the same rows together. An epoch only reorders minibatches.
 
     Whole dialogues are shuffled and laid end to end. A dialogue belongs to the minibatch in which
@@ -329,10 +332,9 @@ def draw_minibatches(policy, turns, update, config) -> list[Minibatch]:
 # ---- Scores and update ---------------------------------------------------------------------------
 
 def turn_logprobs(policy, turns, dialogues: list[list[int]], config):
-    """Weighted log-prob of each reply (B,) and value of each prompt (B,).
+    """The weighted log-prob of each reply (B,) and the value of each prompt (B,).
 
-    Scores and updates both use this function. `dialogues` are lists of turn indices, and B runs
-    over them in that order.
+    Scores and updates both use this. `dialogues` are lists of turn indices; B is in their order.
     """
     samples, pictures, starts = [], [], []
     for dialogue in dialogues:
@@ -342,7 +344,7 @@ def turn_logprobs(policy, turns, dialogues: list[list[int]], config):
     batch = collate(samples, policy.device, pictures)
     logprobs, values = policy(batch, config.temperature)                       # (B, R), (B,)
     starts = torch.tensor(starts, device=policy.device)                        # (B,)
-    is_thought = torch.arange(logprobs.shape[1], device=policy.device) < starts[:, None]
+    is_thought = torch.arange(logprobs.shape[1], device=policy.device) < starts[:, None]   # (B, R)
     weights = torch.where(is_thought, config.thought_coef, 1.0)                # (B, R)
     return (logprobs * weights).sum(1), values
 
@@ -350,10 +352,8 @@ def turn_logprobs(policy, turns, dialogues: list[list[int]], config):
 @running.memory_advice("--micro-batch-tokens or set --gradient-checkpointing")
 @torch.no_grad()
 def score_turns(policy, turns, groups, config):
-    """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,).
-
-    `groups` are the micro-batches, as `turn_batches` returns them.
-    """
+    """`turn_logprobs` of all turns without a gradient: old_logprobs (N,) and values (N,). `groups`
+    are micro-batches from `turn_batches`."""
     logprobs, values = torch.zeros(len(turns)), torch.zeros(len(turns))
     for group, weight in groups:
         micro_logprobs, micro_values = turn_logprobs(policy, turns, group, config)
@@ -377,7 +377,7 @@ def estimate_advantages(turns, values, next_values, config):
 
 
 def epoch_steps(minibatches, update, config):
-    """(a name for messages, minibatch) of every optimizer step of an update."""
+    """A pair for every optimizer step of an update: a name for error messages, the minibatch."""
     steps = []
     for epoch in range(config.epochs):
         rng = np.random.default_rng((SHUFFLES, config.seed, update, epoch))
@@ -399,7 +399,7 @@ def ppo_update(policy, optimizer, turns, minibatches, old_logprobs, old_values, 
     # differs 27: the official code does so in each process for itself
     mean, variance = running.mean_and_variance(advantages)
     normalised = (advantages - mean) / (math.sqrt(variance) + 1e-8)
-    columns = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)
+    table = torch.stack([old_logprobs, old_values, normalised, returns]).to(policy.device)  # (4, N)
     sums, grad_norms, first_ratios = Counter(), [], []
     steps = epoch_steps(minibatches, update, config)
     for where, minibatch in running.progress(steps, nested=True, desc="update"):
@@ -408,7 +408,7 @@ def ppo_update(policy, optimizer, turns, minibatches, old_logprobs, old_values, 
         for group, weight in minibatch.groups:
             indices = [i for dialogue in group for i in dialogue]
             logprobs, values = turn_logprobs(policy, turns, group, config)
-            old_logprob, old_value, advantage, return_ = columns[:, indices]   # (B,) each
+            old_logprob, old_value, advantage, return_ = table[:, indices]     # (B,) each
             policy_loss, value_loss, watched = ppo_loss(
                 logprobs, old_logprob, values, old_value, advantage, return_, config.clip,
                 config.value_clip)
@@ -418,8 +418,8 @@ def ppo_update(policy, optimizer, turns, minibatches, old_logprobs, old_values, 
             # norm below is then not finite in any process, and all of them stop there.
             if not torch.isfinite(loss):
                 fault = f"turns {[turns[i].number for i in indices[:8]]}...: loss {loss}"
-            # `loss` is divided by the turns of all processes, so their gradients should be summed.
-            # They get averaged instead. The factor WORLD, the number of processes, undoes that.
+            # `num_turns` is of all processes, so gradients should be summed over processes. FSDP2
+            # averages them. The factor WORLD, the number of processes, makes that the sum.
             (loss * running.WORLD).backward()
             # Before the first optimizer step nothing has changed, so these ratios should be 1.
             if weight and not grad_norms:
@@ -520,7 +520,7 @@ def main(config):
             minibatches = draw_minibatches(policy, turns, update, config)
             groups = [group for minibatch in minibatches for group in minibatch.groups]
             old_logprobs, values = score_turns(policy, turns, groups, config)  # (N,), (N,)
-            # differs 10: the next value is read at a prompt alone; the official code adds a reply
+            # differs 10: next values are read at prompts alone; the official code adds a reply
             upcoming = [conversation.next_turn() for conversation in conversations]
             groups = turn_batches(policy, upcoming, group_dialogues(upcoming), config)
             _, next_values = score_turns(policy, upcoming, groups, config)     # (E,)
@@ -548,7 +548,7 @@ def main(config):
             seconds=state["seconds"], seconds_rollout=collected - began,
             seconds_update=updated - collected)
         run.show(correct=f"{played['step_accuracy']:.2f}", reward=f"{played['reward']:.2f}")
-        # differs 14: model, value head and optimizer; the official code saves the base model alone
+        # differs 14: value head and optimizer are saved, too; the official code saves neither
         run.save_if_due(state, config.updates, stop)
     running.print_finished(config.out)
 

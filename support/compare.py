@@ -10,11 +10,11 @@ Words used here:
              and its number, so it is the same for all runs
 
 Runs of one arm are averaged. The error is over starts, or over runs if there is one start, but
-never below the error over hands. That alone is the error of one run, and of a single start. Play
-each run on other hands (--seeds): then the error holds the draw of hands as well. A change is that
-of each run since the start it went on from, on the same hands.
+never below the error over hands. A single run, or a single start, has the error over hands alone.
+Where each run plays hands of its own (--seeds), chance in the hands is part of the error over runs.
+A change is taken run by run, against the start that the run went on from, on the same hands.
 
-What the paper found is handed in (`Reference`), so this file imports none of the six.
+What the paper found is handed in (`Reference`), so this file imports none of the six files.
 recipes/panels.py names arms and computes errors with the functions of this file as well.
 """
 import json
@@ -38,7 +38,7 @@ TITLES = {
     "rule_family": "a family of rules",
 }
 
-# Measures of ours that stand beside the paper's, and are never above it (docs/differences.md, 22).
+# Measures of ours that are never above the paper's, for which they stand (docs/differences.md, 22).
 LOWER_BOUNDS = ("solved_and_read",)
 
 # Settings that say how a run is executed. Runs that differ only in these are one arm.
@@ -46,7 +46,7 @@ NOT_OF_THE_METHOD = {
     "out", "model", "seed", "updates", "rounds", "save_every", "keep_resume", "micro_batch_tokens",
     "generate_tokens", "kept_gib", "gradient_checkpointing", "dtype", "param_dtype", "device",
 }
-# The script whose Config says what a run was made with where its own config does not.
+# The script that makes runs of a method. Its defaults stand in for options that an old run lacks.
 SCRIPTS = {"SFT": "sft.py", "RL": "rl.py", "RFT": "recipes/rft.py"}
 
 
@@ -77,7 +77,7 @@ def method_of(arm):
 
 
 def in_words(metric):
-    """A metric as a reader is shown it, which says if it is a bound of the paper's measure."""
+    """A metric's name as it is printed, with a remark if it is a lower bound of the paper's."""
     words = metric.replace("_", " ")
     return f"{words} (lower bound)" if metric in LOWER_BOUNDS else words
 
@@ -124,9 +124,10 @@ def clusters(rows):
     Rows of one group are no independent samples, so they are averaged before the error is taken.
     """
     several_starts = len({row["start"] for row in rows}) > 1
+    key = "start" if several_starts else "run"
     grouped = {}
     for row in rows:
-        grouped.setdefault(row["start" if several_starts else "run"], []).append(row)
+        grouped.setdefault(row[key], []).append(row)
     return list(grouped.values())
 
 
@@ -141,6 +142,7 @@ def metric_and_error(rows, metric):
         means.append(100 * mean([row[metric] for row in cluster]))
     if len(means) > 1:
         return mean_and_standard_error(means)
+    # The rows of the one run are of different seeds, so their errors are independent.
     squares = sum(row.get(f"{metric}_stderr", math.nan) ** 2 for row in rows)
     return means[0], 100 * math.sqrt(squares) / len(rows)
 
@@ -151,10 +153,10 @@ def hands_of(row):
 
 
 def error_over_episodes(rows, metric):
-    """The standard error of the mean of a metric over the episodes of these rows, in %.
+    """The standard error, in %, that the episodes of these rows give the mean of a metric.
 
     Rows of one seed have the same hands. They are no independent samples, so their errors are
-    averaged. nan where rows of an earlier version hold no error.
+    averaged. The result is nan where rows of an earlier version hold no error.
     """
     by_seed = {}
     for row in rows:
@@ -178,18 +180,23 @@ def score_and_error(rows, metric):
 
 
 def solved_by_hand(rows):
-    """{seed: the share of the rows that solved each hand}; None where rows keep no single hands."""
-    by_seed = {}
+    """{seed: [for each hand the share of the rows that solved it]}.
+
+    None if a row does not tell which hands it solved, or if rows of one seed have not equally many.
+    """
+    by_seed = {}       # seed -> texts of 1 and 0, a digit for each hand
     for row in rows:
         solved = row.get("solved", "")
-        period = row.get("routes") or len(solved) or 1       # routes in order come round again
+        # Routes that are played in order come round again: then each round is a text.
+        period = row.get("routes") or len(solved) or 1
         rounds = [solved[at:at + period] for at in range(0, len(solved), period)]
         by_seed.setdefault(hands_of(row), []).extend(rounds or [""])
     shares = {}
     for seed, texts in by_seed.items():
-        if len(texts[0]) < 2 or {len(text) for text in texts} != {len(texts[0])}:
+        lengths = {len(text) for text in texts}
+        if len(lengths) > 1 or min(lengths) < 2:       # one hand alone gives no standard error
             return None
-        shares[seed] = [column.count("1") / len(texts) for column in zip(*texts)]
+        shares[seed] = [digits.count("1") / len(texts) for digits in zip(*texts)]
     return shares
 
 
@@ -197,18 +204,20 @@ def error_over_hands(rows, other_rows, metric):
     """The standard error, in points, of the mean of `rows` less that of `other_rows`, over hands.
 
     The difference is taken hand by hand. A hand that several runs have played counts once, with the
-    mean of its differences. Only success is known by hand: None for other metrics, and for rows of
-    earlier versions.
+    mean of its differences. None for metrics other than success, which alone is known hand by hand,
+    and None unless both have the same hands.
     """
     one, other = solved_by_hand(rows), solved_by_hand(other_rows)
-    lengths = [shares and {seed: len(hands) for seed, hands in shares.items()}
-               for shares in (one, other)]
-    if metric != "success" or not one or lengths[0] != lengths[1]:
+    if metric != "success" or not one or not other:
+        return None
+    num_hands = [{seed: len(shares) for seed, shares in each.items()} for each in (one, other)]
+    if num_hands[0] != num_hands[1]:
         return None
     squares = 0.0
     for seed in one:
         differences = [100 * (ours - theirs) for ours, theirs in zip(one[seed], other[seed])]
-        squares += mean_and_standard_error(differences)[1] ** 2
+        _, error = mean_and_standard_error(differences)
+        squares += error ** 2
     return math.sqrt(squares) / len(one)
 
 
@@ -225,45 +234,46 @@ def on_the_same_hands(run_rows, start_rows):
         raise ValueError(f"{run_rows[0]['run']} was tested on {split} with seed {first}, but its "
                          f"start {start} never was, so both have no hands in common: run "
                          f"evaluate.py --run-folder {run_rows[0]['run']} --seeds {first}")
-    return [[row for row in each if row["seed"] in seeds] for each in (run_rows, rows)]
+    run_rows = [row for row in run_rows if row["seed"] in seeds]
+    return run_rows, [row for row in rows if row["seed"] in seeds]
 
 
 def change_and_error(rows, start_rows, metric):
     """The mean change of a metric since the start and its standard error, both in points.
 
     Each run is compared with the start that it went on from, on the same hands. The error is over
-    starts or runs, but never below the error over hands: a few runs may agree by chance. Where
-    single hands are not known, that is the error over the episodes of the runs. With one start it
-    is then never below that of the start's own score, either.
+    starts or runs, but never below a bound, the error over hands: a few runs may agree by chance.
+    Where single hands are not known, the bound is the error over the episodes of the runs. With one
+    start it then also holds the error over the start's episodes, as if both were independent.
     """
     # The change of each run is written as a row, in shares as all rows are. So `metric_and_error`
     # averages changes as it averages scores.
-    changes, played = [], []
+    changes, all_before = [], []
     for run in dict.fromkeys(row["run"] for row in rows):
         after = [row for row in rows if row["run"] == run]
         after, before = on_the_same_hands(after, start_rows)
-        played += before
+        all_before += before
         change = mean([row[metric] for row in after]) - mean([row[metric] for row in before])
         error = error_over_hands(after, before, metric)
         if error is None:
-            error = math.hypot(*[metric_and_error(each, metric)[1] for each in (after, before)])
-        start = after[0]["start"]
-        changes.append({"run": run, "start": start, metric: change,
+            errors = [metric_and_error(each, metric)[1] for each in (after, before)]
+            error = math.hypot(*errors)
+        changes.append({"run": run, "start": after[0]["start"], metric: change,
                         f"{metric}_stderr": error / 100})
-    change, error = metric_and_error(changes, metric)
+    change, error = metric_and_error(changes, metric)        # now in points
 
-    bound = error_over_hands(rows, played, metric)
+    bound = error_over_hands(rows, all_before, metric)
     if bound is None:
         bound = error_over_episodes(rows, metric)
         if len({row["start"] for row in rows}) == 1:
-            bound = math.hypot(bound, error_over_episodes(played, metric))
+            bound = math.hypot(bound, error_over_episodes(all_before, metric))
     if math.isnan(error) or math.isnan(bound):   # rows of an earlier version: no bound
         return change, error
     return change, max(error, bound)
 
 
 def p_value(change, error, num):
-    """How likely a mean change at least this far from 0 is, if there is none: Student's t test.
+    """Student's t test: how likely a mean change as far from 0 as this is, if there is no change.
 
     `num` starts or runs give the mean `change` and its standard error `error`. Where
     `change_and_error` raised that to the error over episodes, the p value is too large. The test is
@@ -320,8 +330,8 @@ def name_setting(key, value, values):
     if all(other == value for other in values):
         return ""
     if isinstance(value, list):
-        # The order of words counts: in `id fold=train rule_ood` the fold is of id alone. Where the
-        # words that differ would name two settings alike, all words do.
+        # A setting is named by its own words. But the order of words counts, too: in `id fold=train
+        # rule_ood` the fold is of id alone. If own words name two settings alike, all words stand.
         named = own_words(value, values)
         alike = any(own_words(other, values) == named for other in values if other != value)
         value = " ".join(value) if alike else named
@@ -348,7 +358,7 @@ def defaults_of(method):
 def name_arms(configs):
     """The arm of each run, by the run's config: its method, and the settings in which runs differ.
 
-    A run from before an option was there has its default.
+    Where a run's config lacks an option, since it is older, the option's default counts.
 
     >>> name_arms({"a": {"steps": 400, "lr": 0.001, "seed": 0},
     ...            "b": {"steps": 400, "lr": 0.0001, "seed": 1},
@@ -364,12 +374,12 @@ def name_arms(configs):
     configs = {run: defaults_of(methods[run]) | config for run, config in configs.items()}
     names = {}
     for run, config in configs.items():
-        alike = [configs[other] for other in configs if methods[other] == methods[run]]
+        of_method = [configs[other] for other in configs if methods[other] == methods[run]]
         words = [methods[run]]
         for key in sorted(config.keys() - NOT_OF_THE_METHOD):
             if key == "lr_final" and config[key] == config.get("lr"):
                 continue   # a constant learning rate is named once
-            word = name_setting(key, config[key], [other.get(key) for other in alike])
+            word = name_setting(key, config[key], [other.get(key) for other in of_method])
             if word:
                 words.append(word)
         names[run] = " ".join(words)
@@ -377,8 +387,8 @@ def name_arms(configs):
 
 
 def differing_settings(one, two):
-    """In words, in what two settings of an evaluation differ; "" if in nothing."""
-    one = {**one, **one.get("env", {})}
+    """In words, how the settings of two evaluations differ; "" if they do not."""
+    one = {**one, **one.get("env", {})}        # settings of the environment beside the others
     two = {**two, **two.get("env", {})}
     found = []
     for name in {**one, **two}:
@@ -392,7 +402,7 @@ def read_rows(run, metrics):
     """The rows of a run's eval.jsonl, without those that a later row replaces.
 
     ValueError if one lacks a metric that its task has today. ValueError if a checkpoint was trained
-    anew between two tests, so that its rows are of two models.
+    anew between two tests: then its rows are of two models.
     """
     rows = {}
     keys = ("step", "split", "seed", "settings", "gflops")
@@ -416,11 +426,12 @@ def collect_rows(folders, metrics):
     """The evaluated rows of run folders by arm: {"start": [row, ...], "SFT": [...], "RL": [...]}.
 
     `metrics`: as in Reference. Each row also names its "start" and its "run". A start's rows belong
-    to no run: each seed that it was evaluated on counts as one. ValueError unless a split was
-    evaluated with one set of settings, and each run is there once: no two of an arm have the same
-    start and --seed.
+    to no run: each seed that it was evaluated on counts as one. ValueError unless all were tested
+    on one task, and on each split with one set of settings. ValueError if a run is there twice, as
+    are two of an arm with the same start and --seed.
     """
-    runs = {os.path.realpath(folder): Path(folder) for folder in folders}   # each run once
+    # Each folder once, SFT first.
+    runs = {os.path.realpath(folder): Path(folder) for folder in folders}
     runs = list(runs.values())
     for run in runs:
         logs.check_evaluated(run)
@@ -432,9 +443,10 @@ def collect_rows(folders, metrics):
     spellings = {}     # real path of a start -> how the first run spells it
     first_rows = {}    # split -> the first run that was evaluated on it, and its settings
     first_task = None  # the first run, and the task that it was tested on
-    starts_seen = {}   # (start, split, seed) -> the run that told of it first, and what
+    starts_seen = {}   # (start, split, seed) -> the first run with this row, and its results
     seeds_seen = {}    # (arm, start, seed of the training) -> the run
     for run in runs:
+        # Find the run's start, and see that no other run is the same.
         rows = read_rows(run, metrics)
         if "model" not in configs[run]:
             raise ValueError(f"run {str(run)!r}: its config.json is gone, or names no model that "
@@ -447,6 +459,7 @@ def collect_rows(folders, metrics):
                 raise ValueError(f"{twin} and {run} have one start, method and --seed "
                                  f"{configs[run]['seed']}, so they are one run twice: leave one "
                                  "out")
+        # Put its rows into its arm, those of step 0 under "start".
         for row in rows:
             split = row["split"]
             task = row["settings"]["task"]
@@ -464,20 +477,20 @@ def collect_rows(folders, metrics):
                 continue
             # Several runs may hold the start's row. It is one model only if the rows agree.
             key = (start, split, row["seed"])
-            told = [row.get(name) for name in ("success", "replies", "statuses", "reward")]
-            earlier = starts_seen.setdefault(key, (run, told))
-            if earlier[1] != told:
+            results = [row.get(name) for name in ("success", "replies", "statuses", "reward")]
+            earlier_run, earlier_results = starts_seen.setdefault(key, (run, results))
+            if earlier_results != results:
                 raise ValueError(f"on {split} the start {start} has another result in {run} than "
-                                 f"in {earlier[0]}: it was made anew or played on another machine "
+                                 f"in {earlier_run}: it was made anew or played on another machine "
                                  "in between. Evaluate both runs anew")
-            if earlier[0] == run:
+            if earlier_run == run:
                 arms["start"].append({**row, "start": start, "run": (start, row["seed"])})
     check_no_run_is_there_twice(arms)
     return arms
 
 
 def load_arms(folders, metrics):
-    """`collect_rows` of runs for --compare, and in words which rows were left out.
+    """The rows of --compare: arms as from `collect_rows`, and in words which rows were left out.
 
     ValueError unless every start has all arms, on the same splits and hands.
     """
@@ -521,21 +534,22 @@ def check_all_were_tested_on_every_split(arms):
 
 
 def check_no_run_is_there_twice(arms):
-    """ValueError if two runs of an arm have a row in common, as a copied folder has, or a longer
-    run with the same settings: they would count as two."""
+    """ValueError if two runs of an arm have a row in common, since one run would count as two.
+
+    That happens with a copied folder, or a longer run with the same settings.
+    """
     for arm in arms.keys() - {"start"}:
-        seen = {}      # a row -> the folder of its run
+        seen = {}      # a row without paths -> the folder of its run
         for row in arms[arm]:
-            told = json.dumps({**row, "run": "", "checkpoint": ""}, sort_keys=True)
-            twin = seen.setdefault(told, row["run"])
+            content = json.dumps({**row, "run": "", "checkpoint": ""}, sort_keys=True)
+            twin = seen.setdefault(content, row["run"])
             if twin != row["run"]:
                 raise ValueError(f"{twin} and {row['run']} have the same row of step "
                                  f"{row['step']}, so they are one run twice: leave one out")
 
 
 def on_common_hands(arms):
-    """(the arms without rows of seeds that another arm of the same start was not tested with, in
-    words which rows those are).
+    """Drop rows of seeds that not all arms of a start have: (arms, in words what was dropped).
 
     So values and differences are taken on the same hands. ValueError where there are none.
     """
@@ -551,20 +565,24 @@ def on_common_hands(arms):
             of_arms = seeds[row["start"], row["split"]]
             common = set.intersection(*of_arms.values())
             if not common:
-                told = "; ".join(f"{each}: {', '.join(map(str, sorted(of_arms[each])))}"
-                                 for each in of_arms)
+                told = []
+                for each, its_seeds in of_arms.items():
+                    told.append(f"{each}: {', '.join(map(str, sorted(its_seeds)))}")
                 raise ValueError(f"--compare: on {row['split']} the arms were tested with other "
-                                 f"seeds, so they have no hands in common ({told}): evaluate them "
-                                 "with the same --seeds")
+                                 f"seeds, so they have no hands in common ({'; '.join(told)}): "
+                                 "evaluate them with the same --seeds")
             if row["seed"] in common:
                 kept[arm].append(row)
             else:
-                dropped[f"{arm} on {row['split']}, seed {row['seed']}"] = None    # in order
+                dropped[f"{arm} on {row['split']}, seed {row['seed']}"] = None    # each once
     return kept, "; ".join(dropped)
 
 
 def common_checkpoints(rows, split):
-    """[(mean GFLOPs, rows), ...] of the checkpoints that all runs on a split have, oldest first."""
+    """[(mean GFLOPs, rows), ...] of the checkpoints at which every run was tested on this split.
+
+    The oldest checkpoint comes first.
+    """
     rows = [row for row in rows if row["split"] == split]
     num_runs = len({row["run"] for row in rows})
     by_step = {}
@@ -590,7 +608,7 @@ class Cell(NamedTuple):
 
 
 class Sign(NamedTuple):
-    """A change of an arm on a split beside the sign of the paper's."""
+    """An arm's change on a split, beside the direction in which it goes in the paper."""
     arm: str
     split: str
     cell: Cell
@@ -607,7 +625,7 @@ class Study(NamedTuple):
     tried: list      # the arms but "start"
     splits: list
     metrics: list
-    budget: float    # GFLOPs: the arms are compared at the checkpoints nearest to them
+    budget: float    # the GFLOPs that all arms reached; compared are the checkpoints nearest to it
     cells: dict      # (metric, split, arm) -> Cell
     signs: list
 
@@ -635,7 +653,7 @@ def study_runs(folders, paper):
     splits = list(dict.fromkeys(row["split"] for row in arms["start"]))
     metrics = [*paper.metrics[task], "first_try", "retries", "repeats"]
 
-    # The compute that every arm has reached on every split.
+    # The most compute that every arm has reached on every split.
     budget = math.inf
     for arm in tried:
         for split in splits:
@@ -662,8 +680,10 @@ def study_runs(folders, paper):
 
 
 def check_hands_of_the_table(study):
-    """ValueError if the checkpoints that stand side by side were played on other hands, as one is
-    that was tested later with fewer seeds."""
+    """ValueError unless the checkpoints that the table shows were played on the start's hands.
+
+    A checkpoint that was tested later may have fewer seeds.
+    """
     for split in study.splits:
         hands = {"start": {(row["start"], row["seed"]) for row in study.arms["start"]
                            if row["split"] == split}}
@@ -687,18 +707,19 @@ class Difference(NamedTuple):
 def difference(study, one, other, metric, split):
     """The paired Difference of two arms on a split.
 
-    Both are compared at their checkpoints nearest to the budget. With several starts the difference
-    is that of each start, and the error is over starts. With one it is over runs, if an arm has
-    several, as if the arms had nothing in common. It is never below the error over hands.
+    Both are compared at their checkpoints nearest to the budget. With several starts a difference
+    is taken at each start, and the error is over starts. With one start the error is over runs if
+    an arm has several, as if the arms had nothing in common. It is never below that over hands.
     """
-    means = []
+    means = []         # for each arm: start -> mean
     rows_of = [study.nearest(arm, split) for arm in (one, other)]
     for rows in rows_of:
         by_start = {}
         for row in rows:
             by_start.setdefault(row["start"], []).append(100 * row[metric])
         means.append({start: mean(values) for start, values in by_start.items()})
-    by_start = {start: value - means[1][start] for start, value in means[0].items()}
+    means_of_one, means_of_other = means
+    by_start = {start: value - means_of_other[start] for start, value in means_of_one.items()}
     differences = list(by_start.values())
     value, error = differences[0], 0.0
     if len(differences) > 1:
@@ -708,7 +729,9 @@ def difference(study, one, other, metric, split):
     bound = error_over_hands(*rows_of, metric)
     if bound is None:
         bound = math.hypot(*[error_over_episodes(rows, metric) for rows in rows_of])
-    return Difference(value, error if math.isnan(bound) else max(error, bound), by_start)
+    if not math.isnan(bound):          # it is nan for rows of an earlier version
+        error = max(error, bound)
+    return Difference(value, error, by_start)
 
 
 # ---- In words ------------------------------------------------------------------------------------
@@ -727,12 +750,12 @@ def beside_paper(task, row, numbers):
 
 
 def change_in_words(cell):
-    """Such as "57.6 (+36.4 ± 2.8)": the value after a run, and its change since the start."""
+    """A value and its change since the start, such as "57.6 (+36.4 ± 2.8)"."""
     return f"{cell.value:5.1f} ({cell.change:+.1f} ± {cell.change_error:.1f})"
 
 
 def metric_rows(study, metric, paper):
-    """The rows of one metric, (name, a cell for each split): the start, the arms, the paper."""
+    """The lines of one metric as pairs (name, a text for each split): start, arms, paper."""
     starts = [study.cells[metric, split, "start"] for split in study.splits]
     rows = [("start", [f"{cell.value:5.1f} ± {cell.error:.1f}" for cell in starts])]
     for arm in study.tried:
@@ -740,7 +763,7 @@ def metric_rows(study, metric, paper):
         rows.append((arm, [change_in_words(cell) for cell in cells]))
     numbers = [paper.numbers.get((study.task, split, metric)) for split in study.splits]
     if any(numbers):
-        for i, name in enumerate(("start", "SFT", "RL")):
+        for i, name in enumerate(("start", "SFT", "RL")):    # the order within a split's numbers
             values = [f"{of_split[i]:5.1f}" if of_split else "" for of_split in numbers]
             rows.append((f"paper: {name}", values))
     return rows
@@ -761,7 +784,7 @@ def table_of(study, metric, paper):
 
 
 def judged_by(study, paper):
-    """The measures in which what was found is told, in words."""
+    """The measures by which the findings below a table are told, in words."""
     splits = [split for split in study.splits if split in paper.signs] or study.splits
     names = [in_words(paper.metric(study.task, split)) for split in splits]
     return " and ".join(dict.fromkeys(names))
@@ -778,16 +801,18 @@ def difference_in_words(found):
 
 
 def contrasts(study, paper):
-    """What one method has more than another from the same starts, a sentence for each pair of arms
-    and split."""
-    sentences = []
+    """How much more one method has than another: a sentence for each pair of arms and split."""
     pairs = []
-    for methods in ("RL", "SFT"), ("RL", "RFT"), ("RFT", "SFT"):
-        pairs += [(one, other) for one in study.tried for other in study.tried
-                  if (method_of(one), method_of(other)) == methods]
+    for method, other_method in ("RL", "SFT"), ("RL", "RFT"), ("RFT", "SFT"):
+        for one in study.tried:
+            for other in study.tried:
+                if method_of(one) == method and method_of(other) == other_method:
+                    pairs.append((one, other))
+    sentences = []
     for one, other in pairs:
         for split in study.splits:
             told = []
+            # The paper's measure needs no name here: `judged_by` names it above the sentences.
             measures = {paper.metric(study.task, split): "", "first_try": "first tries "}
             for metric, words in measures.items():
                 found = difference(study, one, other, metric, split)
@@ -798,17 +823,17 @@ def contrasts(study, paper):
 
 
 def findings(study, paper):
-    """What was found, a sentence each."""
+    """What was found: a sentence for each change, how many go as in the paper, the contrasts."""
     sentences = []
     for sign in study.signs:
-        p = ""
+        cell, p = sign.cell, ""
         if sign.num > 1:
-            p = f" (p = {p_value(sign.cell.change, sign.cell.change_error, sign.num):.2g})"
-        beside = {"met": "as in the paper, where it goes",
-                  "not met": "unlike the paper, where it goes",
-                  "undecided": "undecided; in the paper it goes"}[sign.verdict]
-        sentences.append(f"{sign.arm} on {title_of(sign.split)}: {sign.cell.change:+.1f} ± "
-                         f"{sign.cell.change_error:.1f} points{p}, {beside} {sign.expected}.")
+            p = f" (p = {p_value(cell.change, cell.change_error, sign.num):.2g})"
+        in_paper = {"met": "as in the paper, where it goes",
+                    "not met": "unlike the paper, where it goes",
+                    "undecided": "undecided; in the paper it goes"}[sign.verdict]
+        sentences.append(f"{sign.arm} on {title_of(sign.split)}: {cell.change:+.1f} ± "
+                         f"{cell.change_error:.1f} points{p}, {in_paper} {sign.expected}.")
     counts = Counter(sign.verdict for sign in study.signs)
     if study.signs:
         sentences.append(f"Of these {len(study.signs)} changes {counts['met']} go as in the paper, "
@@ -830,16 +855,18 @@ def how_many(study):
     num_starts = len({row["start"] for row in study.arms["start"]})
 
     # A start or run that was tested with two seeds has played twice as many.
-    hands = {}         # (start or run, split) -> seed -> hands
+    num_hands = {}     # (start or run, split) -> seed -> how many hands
     for arm in study.arms:
         for row in study.arms[arm]:
             who = row["start"] if arm == "start" else row["run"]
             if row["split"] in study.splits:
-                of_seeds = hands.setdefault((who, row["split"]), {})
-                of_seeds[hands_of(row)] = row.get("routes", row["episodes"])
-    tested = dict.fromkeys(f"{sum(by_seed.values()):,}" for by_seed in hands.values())
+                by_seed = num_hands.setdefault((who, row["split"]), {})
+                by_seed[hands_of(row)] = row.get("routes", row["episodes"])
+    tested = dict.fromkeys(f"{sum(by_seed.values()):,}" for by_seed in num_hands.values())
 
-    played = over = episodes_called(study)
+    # What the errors are over: starts, else runs of arms that have several, else hands or routes.
+    played = episodes_called(study)
+    over = played
     several = [arm for arm in study.tried if len(runs[arm]) > 1]
     if several:
         single = [arm for arm in study.tried if arm not in several] + ["the start"]
@@ -854,8 +881,10 @@ def compared_at(study):
     """Such as "SFT at 13,926 and RL at 14,101 GFLOPs": the checkpoints in the tables."""
     words = []
     for arm in study.tried:
-        points = dict.fromkeys(f"{mean([row['gflops'] for row in study.nearest(arm, split)]):,.0f}"
-                               for split in study.splits)
+        points = {}        # in words, each once
+        for split in study.splits:
+            gflops = mean([row["gflops"] for row in study.nearest(arm, split)])
+            points[f"{gflops:,.0f}"] = None
         words.append(f"{arm} at {' or '.join(points)}")
     return f"{' and '.join(words)} GFLOPs"
 
@@ -863,16 +892,17 @@ def compared_at(study):
 def left_out(study):
     """The splits and rows that were tested but are not shown, in words; "" if there are none."""
     tested = {row["split"] for arm in study.tried for row in study.arms[arm]}
-    told, lost = [], ", ".join(sorted(tested - set(study.splits)))
-    if lost:
-        told.append(f"Not shown: {lost}, on which the start was not tested.")
+    not_shown = sorted(tested - set(study.splits))
+    told = []
+    if not_shown:
+        told.append(f"Not shown: {', '.join(not_shown)}, on which the start was not tested.")
     if study.dropped:
         told.append(f"Left out, since not all arms were tested on these hands: {study.dropped}.")
     return " ".join(told)
 
 
 def cut_replies(study):
-    """Whose replies were cut at their limit, if more than a twentieth was; else ""."""
+    """Which arms had more than a twentieth of their replies cut at the limit, in words, or ""."""
     told = []
     for arm in ("start", *study.tried):
         rows = []
@@ -911,8 +941,8 @@ def print_study(study, paper):
 def compare(folders, figure, paper, write_page=None):
     """Compare run folders, of SFT and of RL: print the tables, draw the curves and write a page.
 
-    figure: a path, or "" for none. paper: a Reference. write_page(study, paper), if it is there,
-    returns what is to be printed of the page. All arms are compared at the checkpoints nearest to
+    figure: a path, or "" for none. paper: a Reference. write_page(study, paper), if given, writes
+    the page and returns what to print about it. All arms are compared at the checkpoints nearest to
     the compute that every arm has spent.
     """
     study = study_runs(folders, paper)
@@ -982,7 +1012,7 @@ def draw(study, figure, paper):
 
 
 def curve_of(study, arm, metric, split, steps=None):
-    """The points (GFLOPs, %, error) of an arm, from the start on; at these steps, or at all."""
+    """The points (GFLOPs, %, error) of an arm, the start's first; `steps` limits them if given."""
     start = study.cells[metric, split, "start"]
     points = [(0.0, start.value, start.error)]
     for gflops, rows in common_checkpoints(study.arms[arm], split):
@@ -1011,13 +1041,16 @@ def draw_method(axis, study, method, colours, metric, split):
         return
     # The checkpoints of one method are at nearly the same GFLOPs in all settings. A run that was
     # stopped has one more, which is left out.
-    columns = list(zip(*curves))
-    gflops = [mean([point[0] for point in column]) for column in columns]
-    values = [[point[1] for point in column] for column in columns]
-    axis.plot(gflops, [mean(some) for some in values], color=colours[0], marker="o", markersize=3,
+    gflops, means, lows, highs = [], [], [], []
+    for points in zip(*curves):        # of one checkpoint, a point for each arm
+        arm_gflops, arm_values, _ = zip(*points)
+        gflops.append(mean(arm_gflops))
+        means.append(mean(arm_values))
+        lows.append(min(arm_values))
+        highs.append(max(arm_values))
+    axis.plot(gflops, means, color=colours[0], marker="o", markersize=3,
               label=f"{method}, {len(arms)} settings: mean and range")
-    axis.fill_between(gflops, [min(some) for some in values], [max(some) for some in values],
-                      color=colours[0], alpha=0.2)
+    axis.fill_between(gflops, lows, highs, color=colours[0], alpha=0.2)
 
 
 def draw_paper(axis, numbers):

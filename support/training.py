@@ -1,12 +1,12 @@
 """What sft.py and rl.py share around their method: how a run begins, goes on and is saved.
 
-After a stop the newest checkpoint is step_K/, with weights, value head and optimizer. Its state
-holds the tokens spent and what tells --data from another file. In rl.py it also holds where each
+A stopped run goes on from its newest checkpoint step_K/: weights, value head, optimizer and state.
+The state holds the tokens spent and a digest of the --data file. In rl.py it also holds where each
 environment stood before the rollout: its episode and the replies so far, which are played again.
 Log lines after step K are cut when the run goes on.
 
-Beside that: options that contradict each other, and what rl.py logs of an update. `load_policy` and
-the optimizer are handed in, since support/ uses none of the six files.
+This file also refuses options that contradict each other, and computes what rl.py logs of an
+update. `load_policy` and the optimizer are handed in, since support/ imports none of the six files.
 """
 import hashlib
 import math
@@ -39,7 +39,7 @@ class RunConfig:
 
 
 def digest_of(path):
-    """What tells the content of a file from others; "" if no file is named."""
+    """A short digest of a file's content; "" if no file is named."""
     if not path:
         return ""
     with open(path, "rb") as file:
@@ -49,7 +49,7 @@ def digest_of(path):
 # ---- A run ---------------------------------------------------------------------------------------
 
 class Run:
-    """A run, new or from its newest checkpoint. The three steps to it are called in this order.
+    """A run, new or from its newest checkpoint. It begins with three calls in this order:
 
     Run(...)    chooses the numeric type, finds the checkpoint and loads the weights
     resume      puts the optimizer and the state of the checkpoint back
@@ -74,8 +74,8 @@ class Run:
             self.policy, self.processor = running.load_spread(load, device)
 
     def resume(self, optimizer, first_state):
-        """Keep the optimizer, and set `state` to that of the checkpoint or, in a new run, to
-        `first_state`. A state holds the number of its step, tokens and seconds so far."""
+        """Set `optimizer` and `state`, filled from the checkpoint if there is one. A new run begins
+        with `first_state`. A state holds the number of its step, and tokens and seconds so far."""
         self.optimizer = optimizer
         self.state = first_state
         if self.newest:
@@ -98,7 +98,7 @@ class Run:
         return self.bar
 
     def show(self, **figures):
-        """Write figures behind the progress bar."""
+        """Show figures after the progress bar."""
         self.bar.set_postfix(refresh=False, **figures)
 
     def check_first_ratios(self, stats):
@@ -168,7 +168,8 @@ def check_rl(config):
     """The one split to train on.
 
     ValueError unless both folders are named, the minibatches divide an update, the processes
-    divide the environments, and there is one split. All settings must have an effect.
+    divide the environments, and there is one split. ValueError if a setting has no effect; only
+    `solution` is let pass, with a remark.
     """
     check_folders(config)
     num_turns = config.num_envs * config.turns_per_env
@@ -202,9 +203,10 @@ def check_dialogue(config, verify_iter):
 def rollout_stats(turns, eos_id):
     """Counts and means over one rollout.
 
-    `success` is over the episodes that ended in it. In the first rollouts of a run long episodes
-    have had no time to end, so it is biased. In GeneralPoints it is then too high, at first 1. In
-    V-IRL it is too low. `step_accuracy`, which is over all replies, has no such bias.
+    `success` is over the episodes that ended in this rollout. In the first rollouts of a run only
+    short episodes have had time to end, so it is biased. In GeneralPoints most of these are solved
+    hands, so it is too high: 1 until a hand has used up its tries. In V-IRL they are failed routes,
+    so it is too low. `step_accuracy`, which is over all replies, has no such bias.
     """
     own_rows = []
     for turn in turns:
@@ -239,11 +241,15 @@ def update_stats(sums, first_ratios, grad_norms, gaps, residuals, returns, epoch
     """
     num_seen = epochs * running.total(len(returns))
     stats = {name: running.total(value) / num_seen for name, value in sorted(sums.items())}
-    ratios = [ratio for part in running.gather(first_ratios) for ratio in part]
-    residual_variance = running.mean_and_variance(residuals)[1]
-    unexplained = residual_variance / (running.mean_and_variance(returns)[1] + 1e-8)
+    ratios = []
+    for part in running.gather(first_ratios):
+        ratios += part
+    _, residual_variance = running.mean_and_variance(residuals)
+    _, return_variance = running.mean_and_variance(returns)
+    _, gap_variance = running.mean_and_variance(gaps)
+    unexplained = residual_variance / (return_variance + 1e-8)
     return {**stats, "ratio_max_first": max(ratios), "ratio_min_first": min(ratios),
-            "scored_sampled_std": math.sqrt(running.mean_and_variance(gaps)[1]),
+            "scored_sampled_std": math.sqrt(gap_variance),
             "scored_sampled_max": max(running.gather(float(gaps.abs().max()))),
             "grad_norm": sum(grad_norms) / len(grad_norms), "optimizer_steps": len(grad_norms),
             "explained_variance": 1 - unexplained}
@@ -252,21 +258,21 @@ def update_stats(sums, first_ratios, grad_norms, gaps, residuals, returns, epoch
 def count_read_and_sampled(policy, turns, dialogues):
     """The tokens that this process read and sampled in a rollout.
 
-    Each prompt is compared with its environment's last turn, prompt and reply. What both begin with
-    is known and does not count, unless the picture is another. A picture counts once in a dialogue.
-    What is read again because --kept-gib had no room for it is not counted.
+    Each prompt is compared with the prompt and reply of its environment's turn before. The tokens
+    that begin both are known and do not count, unless the picture is another. A picture counts once
+    in a dialogue. What is read again because --kept-gib had no room for it does not count, either.
     """
     with_picture = sum(turns[dialogue[-1]].picture is not None for dialogue in dialogues)
     tokens = policy.picture_tokens * with_picture
-    last = {}          # environment -> the ids of its last turn, its picture
+    before = {}        # environment -> the ids of its turn before, and the picture
     for turn in turns:
-        env = turn.dialogue_key[0]
-        known_ids, picture = last.get(env, ([], None))
-        known = 0
+        env, _, _ = turn.dialogue_key
+        ids_before, picture = before.get(env, ([], None))
+        num_known = 0
         if picture is turn.picture:
-            known = len(os.path.commonprefix([known_ids, turn.prompt_ids]))
-        tokens += len(turn.prompt_ids) - known + len(turn.response_ids)
-        last[env] = turn.prompt_ids + turn.response_ids, turn.picture
+            num_known = len(os.path.commonprefix([ids_before, turn.prompt_ids]))   # of two lists
+        tokens += len(turn.prompt_ids) - num_known + len(turn.response_ids)
+        before[env] = turn.prompt_ids + turn.response_ids, turn.picture
     return tokens
 
 
