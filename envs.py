@@ -407,7 +407,7 @@ class Navigation(Environment):
                  for old, new in zip(before, route.headings)]
         self.sentences = self.instruct(route, sides)
         kept = []
-        for places in route.between:           # None, where no place fits, takes a draw, too
+        for places in route.between:           # a None among them uses up a draw, too
             kept.append([place for place in places if self.rng.random() >= DROP_RATE])
         self.vocabulary = vocabularies.draw(self.word_kinds, self.rng)
         self.rail = list(self.lay_rail(route, heading, sides, kept))

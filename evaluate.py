@@ -12,7 +12,7 @@ within every smaller number of tries. Curves are drawn against `gflops` of metri
 
     python evaluate.py --model runs/sft/step_000400     # one checkpoint, printed only
     python evaluate.py --run-folder runs/rl             # all checkpoints of a run, and its start
-    python evaluate.py --run-folder runs/rl --splits id rule_ood id rule=11,11,11   # a third rule
+    python evaluate.py --run-folder runs/rl --splits id rule=11,11,11    # J, Q, K count 11
     python evaluate.py --compare runs/sft runs/rl --html page.html  # tables; replies go to the page
     API_KEY=... python evaluate.py --api-url https://host/v1 --api-model NAME --out runs/api
 
@@ -50,7 +50,7 @@ def share(hits, counts, groups=None):
         error = sqrt(sum over episodes of (hits - rate * counts)^2) / sum of counts
 
     The error is over episodes, since replies of one episode are no independent samples; episodes
-    with one name in `groups` count as one. If all counts are 1, it is sqrt(rate (1 - rate) / n).
+    with the same name in `groups` count as one. With all counts 1 it is sqrt(rate (1 - rate) / n).
     """
     total = max(1, sum(counts))
     rate = sum(hits) / total
@@ -332,7 +332,7 @@ def evaluate_model(path, called, known, config, write, stem=None):
             label = f"{called}, {split.label}, seed {seed}"
             if seed in done:
                 running.print0(f"{label}: already evaluated")
-                # Tables take the last row of a seed. If that has other settings, write this again.
+                # Tables use a seed's last row. If it has other settings, append this one again.
                 if evaluation.is_hidden(done[seed], known):
                     write(done[seed], [])
                 continue

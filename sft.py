@@ -104,8 +104,8 @@ class Config(training.RunConfig):
 # ---- Samples -------------------------------------------------------------------------------------
 
 class Samples:
-    """samples[i] is (messages, expert's reply). An environment makes it, or it is read from a file,
-    whose order is drawn. ValueError says which settings contradict each other."""
+    """samples[i] is (messages, expert's reply), by an environment or from a file that is shuffled.
+    ValueError says which settings contradict each other."""
 
     def __init__(self, config):
         self.config = config
@@ -133,10 +133,10 @@ class Samples:
         rng = random.Random(f"{self.config.seed}/mix/{i}")
         env = rng.choices(self.envs, self.weights)[0]
         env.reset(f"{self.config.seed}/sft/{i}", episode=i, begin=False)
-        messages = env.skip_ahead(rng, self.config.balance)
+        messages = env.skip_ahead(rng, self.config.balance)      # begins at a drawn position
         for _ in range(rng.randint(0, self.config.failed_tries)):
             messages, *_ = env.step(env.flawed_reply())
-        return messages, env.demonstrate()
+        return messages, env.demonstrate()     # the expert's reply; with `faults` it may be wrong
 
     def read(self, i):
         """Sample i of a file, which is shuffled anew for each pass over it."""

@@ -218,7 +218,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     `vision`: they are shown as a picture. `phrases` are the sentences for the model. `feedback`:
     "informative" names the fault and its values, "plain" only says that the try failed.
     """
-    reply = reading.without_thought(reply)         # blanks replace thought, so positions stay
+    reply = reading.without_thought(reply)         # blanks replace it, so answer_at fits
     # `stated` is {"formula": ..., "cards": ..., "number": ...}, or {} if there is no formula.
     stated, answer_at = reading.read_reply(reply, ("formula", "cards", "number"))
     stated_cards = stated.get("cards")
@@ -269,7 +269,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     "informative" says what was wrong, but never what would be right. `reading.names_intersection`
     decides whether an observation names or denies an intersection.
     """
-    reply = reading.without_thought(reply)         # blanks replace thought, so positions stay
+    reply = reading.without_thought(reply)         # blanks replace it, so answer_at fits
     # `stated` is {"action": ..., "current observation": ...}, or {} if there is no action.
     stated, answer_at = reading.read_reply(reply, ("action", "current observation"))
     said = stated.get("action")

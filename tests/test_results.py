@@ -19,7 +19,7 @@ def finding():
 
 @pytest.mark.parametrize("task", ["GP-L", "V-IRL-L", "GP-VL"])
 def test_the_readmes_table_has_the_means_and_errors_of_the_rows(finding, task):
-    line = re.search(rf"^\| {task} \(.*$", (ROOT / "README.md").read_text(), re.M)[0]
+    line = re.search(rf"^\| \[{task}\]\(.*$", (ROOT / "README.md").read_text(), re.M)[0]
     cells = [cell.strip().replace("*", "") for cell in line.split("|")[2:8]]
     measure = finding.TASKS[task].measure
     starts, checkpoints = finding.read_rows(finding.TASKS[task])
