@@ -263,7 +263,7 @@ class Policy(nn.Module):
         num_ids = backbone.lm_head.weight.shape[0]                                         # V
         banned = loading.never_sampled(tokenizer, backbone.config, num_ids)    # (V,) of bool
         self.register_buffer("banned", banned, persistent=False)
-        # Granite models divide logits by this, in token_logprobs and, while sampling, in the decoder.
+        # Granite models divide logits by this: in token_logprobs; while sampling, in the decoder.
         self.logits_scaling = getattr(config, "logits_scaling", 1.0)
         self.dtype, self.context = getattr(torch, dtype), loading.context_of(config)
         self.vision = None
