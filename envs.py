@@ -52,7 +52,7 @@ split itself sets:
 import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from zlib import crc32
 
 from support import cards, demonstrator, play, prompts, settings, streets, vocabularies
@@ -105,7 +105,7 @@ class Environment:
             def format_reply(self, answer): return json.dumps({"said": str(answer)})
             def expert_reply(self): return self.format_reply(self.number)
             def flawed_reply(self): return self.format_reply(0)
-        TASKS["echo"] = Task(Echo, {"vision": False}, {"id": {}}, ("success",), 1.0, {"": 10})
+        TASKS["echo"] = Task(Echo, fixed={"vision": False}, splits={"id": {}})
 
     A subclass takes its settings in `__init__`, as GeneralPoints does; `**common` are those below.
     """
@@ -366,14 +366,14 @@ class Navigation(Environment):
     action_space  the words of turn_direction(x): "absolute" (compass words), "relative" (left,
                   right, ...), or others, drawn for each route: "random" draws from all kinds in
                   support/vocabularies.py, "letters,clock" from these two, and so on
-    turn_words    whether angles are "wrapped" to at most 180 degrees before they become relative
-                  words, or "unwrapped" (official; a quarter of the words name the wrong side)
+    turn_words    "wrapped": left or right by the shorter way round; "unwrapped": as officially,
+                  where a quarter of these words name the wrong side
     view_headings where the four views look, relative to the agent: "prompt" (front, right, back,
                   left, as the prompt says) or "official" (what the official code crops)
     resolution    pixels of a view's side; the picture of all four is 2 * resolution + 5 wide
     verify_iter   tries at a position (2 in the paper)
     vision, feedback, prompt_file, faults, faulty_tries, reward   as in GeneralPoints
-    guided        the expert goes on where all tries have failed: support/demonstrator.py
+    guided        after a failed last try the expert takes the step: support/demonstrator.py
     """
     kinds = ("turn", "forward", "stop")
     retry_prompt = "nav_retry"
@@ -524,9 +524,9 @@ class Task:
     environment: type
     fixed: dict             # settings that make it this task, and cannot be changed
     splits: dict            # name -> settings
-    metrics: tuple          # measures for tables (evaluate.summarise); the paper's comes first
-    paper_lambda: float     # paper C.3: tokens in RL's rollouts for each token trained
-    paper_episodes: dict    # how many episodes the paper tests, by split; "": on all other splits
+    metrics: tuple = ("success",)    # measures for tables (evaluate.summarise); the paper's first
+    paper_lambda: float = 1.0        # paper C.3: tokens in RL's rollouts for each token trained
+    paper_episodes: dict = field(default_factory=lambda: {"": 100})    # of a split; "": of others
 
 
 GP_SPLITS = {

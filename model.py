@@ -158,8 +158,8 @@ def micro_batches(lengths: list[int], token_budget, group_cost=None) -> list[lis
 
         lengths [9, 8, 2, 2], budget 20, group_cost 3    ->    [[0, 1], [2, 3]], cost 18+3 + 4+3
 
-    This is dynamic programming: best[end] is for the first `end` of the sorted rows. If their last
-    group begins at `start`, the rows before it cost what best[start] says, which is known by then.
+    This is dynamic programming: best[end] has the least cost of the first `end` sorted rows. If
+    their last group begins at `start`, the rows before it cost best[start], which is known by then.
     """
     order = longest_first(lengths)
     group_cost = token_budget / 16 if group_cost is None else group_cost
@@ -276,9 +276,9 @@ class Policy(nn.Module):
         return self.banned.device
 
     def gflops(self, tokens_trained, tokens_rollout=0):
-        """GFLOPs, the figures' x-axis (paper C.3): 6 N a trained token, 2 N a read or sampled one.
+        """GFLOPs, the figures' x-axis (paper C.3): 6 N per trained token, 2 N per rollout token.
 
-        N is `num_params`. `rl.count_compute` counts both kinds; SFT has no rollout tokens.
+        N is `num_params`. Rollout tokens are read or sampled (`rl.count_compute`); SFT has none.
         """
         return 2 * self.num_params * (3 * tokens_trained + tokens_rollout) / 1e9
 

@@ -415,7 +415,7 @@ def ppo_update(policy, optimizer, turns, minibatches, old_logprobs, old_values, 
             loss = weight * (policy_loss + config.value_coef * value_loss).sum()
             loss = loss / minibatch.num_turns
             # A loss that is not finite is noted, not raised: other processes wait for this one. The
-            # norm below is then not finite in any process, and all of them stop there.
+            # norm below is over all processes. So it is not finite, either, and all stop there.
             if not torch.isfinite(loss):
                 fault = f"turns {[turns[i].number for i in indices[:8]]}...: loss {loss}"
             # `num_turns` is of all processes, so gradients should be summed over processes. FSDP2
@@ -427,7 +427,7 @@ def ppo_update(policy, optimizer, turns, minibatches, old_logprobs, old_values, 
             if weight:
                 for name, value in watched.items():
                     sums[name] += float(value.sum())
-        # One optimizer step. The norm is that of all processes, so all stop if it is not finite.
+        # One optimizer step, unless the gradients' norm is not finite.
         grad_norms.append(running.clip_gradients(policy.parameters(), config.max_grad_norm))
         if not math.isfinite(grad_norms[-1]):
             faults = [text for text in running.gather(fault) if text]

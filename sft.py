@@ -115,7 +115,7 @@ class Samples:
         # Unless the user sets verify_iter, it allows the failed tries and one more: the expert's.
         common.setdefault("verify_iter", config.failed_tries + 1)
         self.envs = []
-        # With --data environments are made only to check the settings that the user gave.
+        # With --data they only check --env and --mix. None is made if both are the defaults.
         if not config.data or config.env or tuple(config.mix) != ("id",):
             self.envs = [envs.make_env(config.task, split.name, common, **split.settings)
                          for split in splits]

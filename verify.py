@@ -218,7 +218,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     `vision`: they are shown as a picture. `phrases` are the sentences for the model. `feedback`:
     "informative" names the fault and its values, "plain" only says that the try failed.
     """
-    reply = reading.without_thought(reply)         # blanks replace it, so answer_at fits
+    reply = reading.without_thought(reply)     # as long: blanks replace the thought
     # `stated` is {"formula": ..., "cards": ..., "number": ...}, or {} if there is no formula.
     stated, answer_at = reading.read_reply(reply, ("formula", "cards", "number"))
     stated_cards = stated.get("cards")
@@ -231,7 +231,7 @@ def judge_general_points(reply, cards, numbers, target=24, vision=False, feedbac
     if isinstance(formula, str):
         formula = formula.split("=", 1)[0]
         status, values = check_formula(formula, numbers, target)
-    else:      # a list or a number; or nothing at all, for which the message is "no_formula" below
+    else:      # not text; if there is no formula at all, the message below is "no_formula"
         status, values = "illegal_formula", {"fault": "it is not text"}
 
     # The reward follows from the status. With pictures, misread cards cost 1.5 more.
@@ -269,7 +269,7 @@ def judge_navigation(reply, action, landmark, intersection, feedback="informativ
     "informative" says what was wrong, but never what would be right. `reading.names_intersection`
     decides whether an observation names or denies an intersection.
     """
-    reply = reading.without_thought(reply)         # blanks replace it, so answer_at fits
+    reply = reading.without_thought(reply)     # as long: blanks replace the thought
     # `stated` is {"action": ..., "current observation": ...}, or {} if there is no action.
     stated, answer_at = reading.read_reply(reply, ("action", "current observation"))
     said = stated.get("action")
