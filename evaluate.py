@@ -341,7 +341,7 @@ def evaluate_model(path, called, known, config, write, stem=None):
                 model = api.ApiModel(config)
             elif model is None:
                 model = LocalModel(path, env.vision, config, stem)
-            of = json.dumps([str(path), evaluation.weights_of(path), split.label, seed, chosen])
+            of = json.dumps([str(path), evaluation.content_of(path), split.label, seed, chosen])
             reply = partial(model.reply, of, split.label, seed)
             episodes, num = [], num_episodes(config, split)
             recorder = evaluation.Recorder(config.dialogues)

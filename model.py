@@ -407,8 +407,7 @@ class Policy(nn.Module):
         # All draws are noted here. Those that a row makes after its reply's end are cut off below.
         drawn_logprobs = torch.zeros(len(logits), max_new_tokens, device=self.device)      # (B, R)
         drawn_ids = torch.zeros_like(drawn_logprobs, dtype=torch.long)                     # (B, R)
-        # Rows are dropped as replies end. For each row that is left: the index of its reply, and
-        # whether that reply goes on.
+        # Rows are dropped as replies end. Of each row left: its reply's index, and if it goes on.
         reply_of_row = torch.arange(len(logits), device=self.device)
         going = torch.ones_like(reply_of_row, dtype=torch.bool)
         for t in range(max_new_tokens):
@@ -428,6 +427,7 @@ class Policy(nn.Module):
             logits = decoder.append(ids)
         # Keep no row: the RolloutMemory gets the keys and values of each row that is dropped.
         decoder.keep(reply_of_row.new_empty(0))
+        loading.check_drawn(drawn_logprobs)
         replies = []
         for ids, logprobs in zip(drawn_ids.tolist(), drawn_logprobs.tolist()):
             length = ids.index(self.eos_id) + 1 if self.eos_id in ids else max_new_tokens

@@ -469,7 +469,7 @@ def set_up(config):
     environments = [envs.make_env(config.task, split.name, common, **split.settings)
                     for _ in numbers]
     training.check_dialogue(config, environments[0].verify_iter)
-    run = training.Run(config, device, load_policy, environments[0].vision)
+    run = training.Run(config, device, load_policy, environments[0].vision, environments[:1])
     # Two groups, since `set_learning_rates` gives trunk and value head rates of their own.
     groups = [{"params": run.policy.backbone.parameters()},
               {"params": run.policy.value_head.parameters()}]

@@ -122,9 +122,9 @@ class Samples:
         self.weights = [split.weight for split in splits]
         training.check_samples(config, splits, self.envs)
         self.pairs = []
+        self.vision = envs.TASKS[config.task].fixed["vision"]
         if config.data:
-            vision = envs.TASKS[config.task].fixed["vision"]
-            self.pairs = conversations.read_conversations(config.data, vision, IMAGE_TOKEN,
+            self.pairs = conversations.read_conversations(config.data, self.vision, IMAGE_TOKEN,
                                                           config.pictures)
 
     def __getitem__(self, i):
@@ -160,7 +160,7 @@ def set_up(config):
     training.check_sft(config)
     device = running.start_processes(config.device)
     samples = Samples(config)
-    run = training.Run(config, device, load_policy, envs.TASKS[config.task].fixed["vision"])
+    run = training.Run(config, device, load_policy, samples.vision, samples.envs)
     # A text that does not fit the model fails here, not in the middle of the run.
     conversations.check_pairs(config.data, samples.pairs, run.policy, run.processor, encode_pair)
     encode_pair(run.processor, *samples[0])

@@ -105,11 +105,13 @@ def main(config):
         if not config.out or not config.model:
             raise ValueError("--out and --model are required: a new file such as own.json, and a "
                              "model folder")
+        settings.check_temperature(config.temperature)
         splits = settings.read_splits(config.mix, weighted=True)
         common = settings.read_settings(config.env)
         for split in splits:
-            demonstrator.refuse_without_effect({**common, **split.settings}, ["reward"],
-                                               "a dialogue holds no rewards")
+            given = {**common, **split.settings}
+            demonstrator.refuse_without_effect(given, ["reward"], "a dialogue holds no rewards")
+            demonstrator.check_taught(given)
         # The default leaves a try for the expert after the failed ones.
         common.setdefault("verify_iter", config.failed_tries + 1)
         kinds = [partial(envs.make_env, config.task, split.name, common, **split.settings)

@@ -146,6 +146,7 @@ def main(config):
                              "model folder")
         if Path(config.out).exists():
             raise ValueError(f"--out {config.out}: must be a new file")
+        settings.check_temperature(config.temperature)
         split, *more = settings.read_splits(config.split)
         if more:
             raise ValueError(f"--split {' '.join(config.split)}: one split only, not "

@@ -12,7 +12,7 @@
 #
 # Settings, as environment variables:
 #   TASK=gp-l          or virl-l, gp-vl, virl-vl
-#   BASE=folder        the folder to write [data/base/TASK]
+#   BASE=folder        the new folder to write [data/base/TASK, which is start 0, so for SEED=0]
 #   OUT=folder         where the three stages go [runs/base-TASK]
 #   SEED=0             another seed makes another start
 #   SIZE=160x4         width and layers of the model [by task]
@@ -68,10 +68,21 @@ virl-l | virl-vl) size=128x4 faults=walk_past:0.6,other_word:0.15 ;;
 esac
 size=${SIZE:-$size} faults=${FAULTS-$faults} faulty_tries=${FAULTY_TRIES:-5}
 LRS=${LRS:-2e-3 1e-3 1e-3}
+[ "$SEED" = 0 ] || [ "$BASE" != "data/base/$TASK" ] || {
+    echo "SEED=$SEED: needs BASE=folder, since $BASE is start 0" >&2
+    exit 2
+}
+# What lies at BASE is replaced at the end, unless KEEP is set.
+[ -n "${KEEP:-}" ] || [ -f "$OUT/writes" ] || [ ! -e "$BASE" ] ||
+    [ "$BASE" = "data/base/$TASK" ] || {
+    echo "BASE=$BASE: is there already, and not from OUT=$OUT: choose another BASE" >&2
+    exit 2
+}
 mkdir -p "$OUT"
+same_settings "$OUT/writes" "BASE=$BASE"
 # Some stages leave files that do not tell how they were made.
 same_settings "$OUT/settings" "TASK=$TASK SEED=$SEED SIZE=$size LRS=$LRS FAULTS=$faults \
-FAULTY_TRIES=$faulty_tries AFTER=${AFTER:-}"
+FAULTY_TRIES=$faulty_tries AFTER=${AFTER:-}${SMOKE:+ SMOKE=1}"
 [ -z "${KEEP:-}" ] || [ ! -d "$BASE" ] || exit 0
 newest() { ls -d "$1"/step_?????? | tail -1; }
 say() { echo "== $TASK start: $1 ($((SECONDS / 60)) minutes so far)"; }

@@ -65,8 +65,12 @@ def main():
             checkpoints = run_folder.checkpoints(Path(run))
             if not checkpoints:
                 raise ValueError(f"run {run!r}: it has no checkpoint yet")
-            start, _ = load_policy(config["model"])
             common = settings.read_settings(config.get("env", ()))
+            if envs.make_env(config["task"], SPLITS[0], common).vision:
+                raise ValueError(f"run {run!r}: {config['task']} has pictures; a distance is "
+                                 "measured in words alone")
+            run_folder.check_start(run, config["model"])
+            start, _ = load_policy(config["model"])
             for checkpoint in checkpoints if args.every else checkpoints[-1:]:
                 policy, processor = load_policy(str(checkpoint))
                 cells = []

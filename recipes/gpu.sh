@@ -28,11 +28,17 @@ export SIZE=${SIZE:-512x8} LRS=${LRS:-6e-4 3e-4 3e-4}
 export MORE_RL=${MORE_RL:---updates 40 --save-every 10 --lr-horizon 40}
 export MORE_SFT=${MORE_SFT:---steps 700 --save-every 175} SFT_SETTINGS=${SFT_SETTINGS:---lr 3e-5}
 export MORE_TEST=${MORE_TEST:---episodes 1000}
+for setting in BAND RL_SETTINGS RFT_SETTINGS; do
+    [ -z "${!setting:-}" ] || {
+        echo "$setting=${!setting}: this recipe has one arm of PPO and no RFT" >&2
+        exit 2
+    }
+done
 mkdir -p "$OUT"
 check_numbers SEEDS
 # The folder of a start does not tell how it was made.
 same_settings "$OUT/settings" "SIZE=$SIZE LRS=$LRS FAULTS=${FAULTS-default} \
-FAULTY_TRIES=${FAULTY_TRIES-default}"
+FAULTY_TRIES=${FAULTY_TRIES-default}${AFTER:+ AFTER=$AFTER}${SMOKE:+ SMOKE=1}"
 IFS=';' read -ra sft_settings <<<"$SFT_SETTINGS"
 runs=() jobs=()
 for seed in $SEEDS; do

@@ -28,7 +28,7 @@ if [ -n "${SMOKE:-}" ]; then
     SEEDS=0
 fi
 mkdir -p "$OUT"
-same_settings "$OUT/settings" "FAMILY=$FAMILY"
+same_settings "$OUT/settings" "FAMILY=$FAMILY${SMOKE:+ SMOKE=1}"
 for seed in ${SEEDS:-0}; do
     [ -d "$OUT/blank_$seed" ] ||
         python support/tiny.py --task gp-vl --family "$FAMILY" --out "$OUT/blank_$seed" \

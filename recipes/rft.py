@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs
-from support import command_line, demonstrator, logs, settings
+from support import command_line, demonstrator, digests, logs, settings
 from support.command_line import flag
 
 LOCK = ".training.lock"
@@ -93,17 +93,40 @@ def hold(out):
 
 
 def check(config):
-    """ValueError if the start or a setting is not allowed. Nothing is written before this."""
+    """An environment of the run; ValueError if the start or a setting is not allowed. Nothing is
+    written before this."""
     command_line.check_folders(config)
     if config.sampler == "start" or not newest_round(config.out):
         command_line.check_model(config.model)
+    settings.check_temperature(config.temperature)
     split, *more = settings.read_splits(config.split)
     if more:
         raise ValueError(f"--split {' '.join(config.split)}: one split only, not {more[0].name} "
                          "as well")
     given = settings.read_settings(config.env)
     demonstrator.check_own_replies({**given, **split.settings})
-    envs.make_env(config.task, split.name, given, **split.settings)
+    return envs.make_env(config.task, split.name, given, **split.settings)
+
+
+def check_inputs(config, env, done):
+    """Write inputs.json, or ValueError if what the run began with is not what it was.
+
+    After the first round the start counts only if it still plays. A run of an earlier version has
+    no such file.
+    """
+    path = Path(config.out) / "inputs.json"
+    inputs = {"start": None, "files": digests.files_of([env])}
+    if not done or config.sampler == "start":
+        inputs["start"] = digests.weights_of(config.model)
+    if not done and not path.exists():
+        write(path, json.dumps(inputs) + "\n")
+    began = logs.read_object(path)
+    if inputs["start"] and began.get("start", inputs["start"]) != inputs["start"]:
+        raise ValueError(f"start {config.model}: has other weights than when {config.out} began: "
+                         "put them back, or choose another --out")
+    if began.get("files", inputs["files"]) != inputs["files"]:
+        raise ValueError(f"{config.out}: a prompt file, city or card_dir of its settings is not "
+                         "what it was when the run began: put it back, or choose another --out")
 
 
 def open_folder(config):
@@ -265,8 +288,9 @@ def play_round(config, number, stop):
 def main(config):
     stop = Stop()
     try:
-        check(config)
+        env = check(config)
         config, lock = open_folder(config)  # noqa: F841    it is lost with this name
+        check_inputs(config, env, newest_round(config.out))
         for number in range(newest_round(config.out) + 1, config.rounds + 1):
             print(f"round {number} of {config.rounds}", flush=True)
             config = play_round(config, number, stop)

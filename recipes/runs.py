@@ -200,6 +200,9 @@ def run_all(waiting, side_by_side, screen):
     screen.clear()
     if stop.status:
         screen.say("stopped; the same command goes on", stopping=True)
+    # Python drops its handlers before it ends. A late signal would then change the exit status.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     return ending
 
 

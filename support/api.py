@@ -25,6 +25,7 @@ from pathlib import Path
 from huggingface_hub.utils import httpx   # comes with transformers
 
 from support import run_folder, running
+from support.logs import without_twins
 
 MAX_BYTES = 10_000_000      # of an answer, unpacked
 MAX_WAIT = 600              # seconds that a server may ask us to wait
@@ -329,7 +330,7 @@ def check_options(config, hide_key):
 def read_extra(text):
     """The fields of --api-extra, {} if it is not given; ValueError if they are none."""
     try:
-        extra = json.loads(text or "{}")
+        extra = json.loads(text or "{}", object_pairs_hook=without_twins)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--api-extra {text!r}: {error}") from None
     if not isinstance(extra, dict) or "messages" in extra:

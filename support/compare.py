@@ -390,6 +390,7 @@ def differing_settings(one, two):
     """In words, how the settings of two evaluations differ; "" if they do not."""
     one = {**one, **one.get("env", {})}        # settings of the environment beside the others
     two = {**two, **two.get("env", {})}
+    one, two = {"files": two.get("files"), **one}, {"files": one.get("files"), **two}
     found = []
     for name in {**one, **two}:
         differ = run_folder.resolved(one.get(name)) != run_folder.resolved(two.get(name))
@@ -412,13 +413,15 @@ def read_rows(run, metrics):
         if lacking := set(metrics[row["settings"]["task"]]) - row.keys():
             raise ValueError(f"run {str(run)!r}: its eval.jsonl is from an earlier version, "
                              f"without {min(lacking)}; run evaluate.py --run-folder {run} again")
-    weights = {}       # step -> those of its first row
+    content = {}       # (step, what a row tells of its model) -> that of the first such row
     for row in rows.values():
-        own = row.get("weights")           # rows of an earlier version do not tell
-        if own and weights.setdefault(row["step"], own) != own:
+        for name in "weights", "texts":    # rows of an earlier version do not tell
+            own = row.get(name)
+            if not own or content.setdefault((row["step"], name), own) == own:
+                continue
             raise ValueError(f"run {str(run)!r}: the model of step {row['step']} was made anew "
-                             f"between two tests; run evaluate.py --run-folder {run} again, with "
-                             "all --splits and --seeds")
+                             f"between two tests (its {name} are others); run evaluate.py "
+                             f"--run-folder {run} again, with all --splits and --seeds")
     return list(rows.values())
 
 
@@ -443,6 +446,7 @@ def collect_rows(folders, metrics):
     spellings = {}     # real path of a start -> how the first run spells it
     first_rows = {}    # split -> the first run that was evaluated on it, and its settings
     first_task = None  # the first run, and the task that it was tested on
+    began_with = {}    # start -> the first run that tells of its weights, and those weights
     starts_seen = {}   # (start, split, seed) -> the first run with this row, and its results
     seeds_seen = {}    # (arm, start, seed of the training) -> the run
     for run in runs:
@@ -453,6 +457,15 @@ def collect_rows(folders, metrics):
                              "it started from")
         model = configs[run]["model"]
         start = spellings.setdefault(os.path.realpath(model), os.path.normpath(model))
+        # A start is known by its path. Other weights may have come there between two runs.
+        weights = [row.get("weights") for row in rows if row["step"] == 0]
+        weights.append(logs.read_object(run / "inputs.json").get("start"))
+        for own in filter(None, weights):
+            first_run, first = began_with.setdefault(start, (run, own))
+            if own != first:
+                raise ValueError(f"the start {start} has other weights in {run} than in "
+                                 f"{first_run}: it was made anew in between, so these runs have no "
+                                 "start in common")
         if "seed" in configs[run]:
             twin = seeds_seen.setdefault((names[run], start, configs[run]["seed"]), run)
             if twin != run:
@@ -541,8 +554,10 @@ def check_no_run_is_there_twice(arms):
     for arm in arms.keys() - {"start"}:
         seen = {}      # a row without paths -> the folder of its run
         for row in arms[arm]:
-            content = json.dumps({**row, "run": "", "checkpoint": ""}, sort_keys=True)
-            twin = seen.setdefault(content, row["run"])
+            # One of the two may be of a version that told less of the model.
+            content = {name: value for name, value in row.items()
+                       if name not in ("run", "checkpoint", "weights", "texts")}
+            twin = seen.setdefault(json.dumps(content, sort_keys=True), row["run"])
             if twin != row["run"]:
                 raise ValueError(f"{twin} and {row['run']} have the same row of step "
                                  f"{row['step']}, so they are one run twice: leave one out")

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from support import running
 from support.cards import open_picture
 from support.chat import refuse_half_characters
+from support.logs import without_twins
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "model": "assistant", "system": "system"}
@@ -60,7 +61,7 @@ def read_records(path):
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix == ".jsonl" or re.match(r"\s*{[^\n]*\n\s*{", text):
             text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
-        records = json.loads(text)
+        records = json.loads(text, object_pairs_hook=without_twins)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"data file {path}: {error}") from None
     if isinstance(records, dict):                # a file of lines that has a single one
@@ -318,6 +319,8 @@ def dump(samples, config):
         raise ValueError(f"--dump with --failed-tries {config.failed_tries}: in the released shape "
                          "every reply is a target, so failed ones would be learnt; make such "
                          "dialogues on the fly")
+    if config.out:
+        raise ValueError(f"--out {config.out}: has no effect with --dump, which trains nothing")
     if config.data:
         raise ValueError(f"--dump with --data {config.data}: that is such a file already")
     if running.RANK > 0:

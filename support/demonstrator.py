@@ -130,6 +130,13 @@ def refuse_without_effect(given, names, why):
             raise ValueError(f"{name} {given[name]!r}: has no effect here, since {why}")
 
 
+def check_taught(given):
+    """ValueError if a setting has no effect where a model learns the replies of a demonstrator."""
+    refuse_without_effect(given, ["guided"], "no route is played to its end")
+    if "faults" not in given:
+        refuse_without_effect(given, ["faulty_tries"], "the demonstrator has no faults")
+
+
 def check_own_replies(given):
     """ValueError if a setting has no effect where a model learns its own right replies."""
     refuse_without_effect(given, NOT_OF_OWN_REPLIES, "a model that learns its own right replies "

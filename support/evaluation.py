@@ -3,7 +3,6 @@
 It checks options against each other, and takes task and settings from a run. It knows which rows
 are there already, and keeps the replies of a stopped evaluation. It prints what a row says.
 """
-import hashlib
 import json
 import os
 from dataclasses import fields, replace
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from support import api, run_folder, running, settings, transcripts
+from support import api, digests, run_folder, running, settings, transcripts
 from support.chat import read_text
 from support.command_line import flag_of
 from support.demonstrator import Wrapper, refuse_without_effect
@@ -45,6 +44,7 @@ def check_options(config):
     for split in settings.read_splits(config.splits):
         given = {**settings.read_settings(config.env), **split.settings}
         refuse_without_effect(given, ["faults", "faulty_tries"], "no expert plays in a test")
+    settings.check_temperature(config.temperature)
     if config.top_p != 1 and config.temperature == 0:
         raise ValueError(f"--top-p {config.top_p}: has no effect at --temperature 0, which always "
                          "takes the likeliest token")
@@ -76,24 +76,17 @@ def check_used(config):
 # ---- A run and its checkpoints -----------------------------------------------------------------
 
 RULES = {"rule", "target", "action_space"}       # settings that make another rule
-PIECE = 16384        # bytes of a file of weights, of which `weights_of` reads some
 
 
-def weights_of(checkpoint):
-    """What tells the weights of a checkpoint from others: a digest of pieces of their files.
+def content_of(checkpoint):
+    """What a row holds of a checkpoint's folder, which tells it from others of the same path."""
+    return {"weights": digests.weights_of(checkpoint), "texts": digests.texts_of(checkpoint)}
 
-    The files are too large to be read whole. The pieces stand at equal distances, so a part that
-    was not trained, such as a vision tower, does not hide one that was.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(f"{path.name} {size} ".encode())
-            for start in (*range(0, size, max(PIECE, size // 256)), max(0, size - PIECE)):
-                file.seek(start)
-                digest.update(file.read(PIECE))
-    return digest.hexdigest()[:16]
+
+def is_of(row, content):
+    """Whether a row is of a checkpoint with this content; one of an earlier version does not
+    tell."""
+    return all(row.get(name, value) == value for name, value in content.items())
 
 
 class Checkpoint(NamedTuple):
@@ -106,20 +99,22 @@ class Checkpoint(NamedTuple):
     def numbers(self):
         """What the rows of a checkpoint begin with."""
         return {"step": self.step, "gflops": self.gflops, "gflops_paper": self.gflops_paper,
-                "weights": weights_of(self.path)}
+                **content_of(self.path)}
 
     def rows(self, known):
-        """Those of the rows of a run that are of this checkpoint.
+        """Those of the rows of a run that are of this step.
 
-        One that was trained anew has other weights, and no rows. ValueError if the start was made
-        anew: the run began with the old one.
+        A row of other content, as of a checkpoint that was trained anew or has got another
+        template, comes without its settings: it is no finished evaluation of this checkpoint, but
+        it may hide an earlier row in tables. ValueError if the start was made anew: the run began
+        with the old one.
         """
-        found, weights = [row for row in known if row["step"] == self.step], weights_of(self.path)
-        own = [row for row in found if row.get("weights", weights) == weights]
-        if self.step == 0 and len(own) < len(found):
+        found, content = [row for row in known if row["step"] == self.step], content_of(self.path)
+        weights = content["weights"]
+        if self.step == 0 and any(row.get("weights", weights) != weights for row in found):
             raise ValueError(f"start {self.path}: has other weights than when it was tested with "
                              "this run, which did not begin with them: use --no-start")
-        return own
+        return [row if is_of(row, content) else {**row, "settings": {}} for row in found]
 
 
 def list_checkpoints(run, trained, with_start):
@@ -133,6 +128,7 @@ def list_checkpoints(run, trained, with_start):
         if not Path(start).is_dir():
             raise ValueError(f"run {str(run)!r} started from {start!r}, which is no folder: use "
                              "--no-start")
+        run_folder.check_start(run, start)
         found.append(Checkpoint(0, Path(start), 0.0, 0.0))
     paths = {run_folder.checkpoint_step(path): path for path in run_folder.checkpoints(run)}
     paths.pop(0, None)
@@ -149,6 +145,18 @@ def list_checkpoints(run, trained, with_start):
             raise ValueError(f"{run}/metrics.jsonl: the row of step {step} has no {min(lacking)}")
         found.append(Checkpoint(step, path, row["gflops"], row["gflops_paper"]))
     return found
+
+
+def played_held_out(trained):
+    """Whether a run may have trained on hands of the held-out fold; `trained` is its config.json.
+
+    Nobody knows that of a file of data.
+    """
+    common = settings.read_settings(trained.get("env", ()))
+    words = trained.get("split") or trained.get("mix") or ("id",)
+    folds = [{**common, **split.settings}.get("fold") for split in
+             settings.read_splits(words, weighted=True)]
+    return bool(trained.get("data")) or any(fold != "train" for fold in folds)
 
 
 def take_settings(config, run, trained, tasks):
@@ -195,6 +203,12 @@ def take_settings(config, run, trained, tasks):
         changed.append(f"task {task} instead of {trained['task']}")
     for name, split_name in fixed_by.items():
         changed.append(f"{name}, which split {split_name} has of its own")
+    held_out = [split.label for split in settings.read_splits(config.splits)
+                if {**tasks[task].splits.get(split.name, {}), **given,
+                    **split.settings}.get("fold") == "test"]
+    if same_task and held_out and played_held_out(trained):
+        running.print0(f"{run}: was not trained with fold=train alone, so it may know the hands of "
+                       f"{', '.join(held_out)}")
     but_for = f" but for {', '.join(changed)}" if changed else ""
     running.print0(f"{run}: task {' '.join([task, *env])}, as in its training{but_for}")
 
@@ -229,14 +243,22 @@ def chosen_settings(config, env):
         chosen["env"].pop("guided", None)
     if config.api_url and (extra := api.read_extra(config.api_extra)):
         chosen["api_extra"] = extra
+    if files := digests.files_of([env]):
+        chosen["files"] = files
     return chosen
+
+
+def are_settings(of_row, chosen):
+    """Whether a row has these settings; one of an earlier version does not tell of files."""
+    files = {"files": chosen["files"]} if "files" in chosen else {}
+    return {**files, **of_row} == chosen
 
 
 def finished_rows(known, split, chosen, metrics):
     """{seed: its row} of those rows that are of a split, with these settings and all metrics."""
     found = {}
     for row in known:
-        same = row["split"] == split.label and row["settings"] == chosen
+        same = row["split"] == split.label and are_settings(row["settings"], chosen)
         if same and row.keys() >= set(metrics):   # else it is from an earlier version
             found[row["seed"]] = row
     return found
@@ -264,6 +286,8 @@ class KeptReplies:
         if stem is None:
             return
         self.path = Path(f"{stem}_{os.getpid()}.jsonl")
+        if self.path.exists():      # of a killed process with this number: without its torn end
+            running.write_whole_lines(self.path)
         for file in self.files():
             for row in running.read_jsonl(file, "of", "turn", "replies"):
                 for episode, ids in row["replies"].items():
@@ -359,10 +383,10 @@ def open_out(out, checkpoint):
     check_out(out)
     running.gather(None)   # all have looked
     Path(out).mkdir(parents=True, exist_ok=True)
-    weights = weights_of(checkpoint)
+    content = content_of(checkpoint)
     known = known_rows(out, str(Path(checkpoint)))   # as rows name it, without a last slash
-    known = [row for row in known if row.get("weights", weights) == weights]
-    return known, partial(log_evaluation, out, weights=weights)
+    known = [row for row in known if is_of(row, content)]
+    return known, partial(log_evaluation, out, **content)
 
 
 def known_rows(folder, checkpoint):
@@ -398,6 +422,7 @@ def log_evaluation(folder, row, said, **point):
     """
     if said:
         about = {name: row[name] for name in ("checkpoint", "split", "seed", "settings")}
+        about |= {name: point[name] for name in transcripts.CONTENT if name in point}
         running.log_jsonl(Path(folder) / "dialogues.jsonl", step=point.get("step", 0), **about,
                           dialogues=said)
     running.log_jsonl(Path(folder) / "eval.jsonl", **{**point, **row})
@@ -445,7 +470,7 @@ def print_path(run, config, make_env, metric):
         chosen[split.label] = chosen_settings(config, env)
     lines = {}
     for row in run_folder.read_steps(run / "eval.jsonl"):
-        if row["settings"] == chosen.get(row["split"]) and metric in row:
+        if are_settings(row["settings"], chosen.get(row["split"], {})) and metric in row:
             lines.setdefault((row["split"], row["seed"]), {})[row["step"]] = 100 * row[metric]
     for (split, seed), values in lines.items():
         path = ", ".join(f"{value:.1f} ({step})" for step, value in sorted(values.items()))

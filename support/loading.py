@@ -339,6 +339,12 @@ def check_model(path, backbone, processor, vision, encode, encode_reply):
         raise ValueError(f"model {path!r}: its tokenizer has more tokens ({len(tokenizer)}) than "
                          f"the model ({num_logits}): resize the model's embeddings")
 
+    # A number that is none may be where no text below leads: at a rare token, in a vision tower.
+    for name, weight in backbone.named_parameters():
+        if weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            raise ValueError(f"model {path!r}: its weights {name} hold values that are no finite "
+                             "numbers")
+
     with torch.no_grad():
         text = torch.tensor([[i for i in ids if i < num_logits]])      # <|image|> has no row
         expected = backbone(text).logits
@@ -360,6 +366,16 @@ def check_model(path, backbone, processor, vision, encode, encode_reply):
     if backbone.lm_head.bias is not None or not torch.allclose(expected, product, atol=1e-4):
         raise ValueError(f"model {path!r}: its logits are not plain products of hidden states and "
                          f"lm_head ({backbone.config.model_type}), which is not supported")
+
+
+def check_drawn(logprobs):
+    """ValueError if a log-prob of a sampled token is no number.
+
+    Then the logits were none, as of a model whose training diverged, and the token means nothing.
+    """
+    if logprobs.isnan().any():
+        raise ValueError("the model's logits are no finite numbers, so no reply can be sampled: "
+                         "its training may have diverged")
 
 
 # ---- Parts ---------------------------------------------------------------------------------------

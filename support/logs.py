@@ -15,6 +15,19 @@ NAMES = {int: "a whole number", str: "a text", dict: "an object", list: "a list"
          NUMBER: "a number", (dict, int): "an object or a whole number"}
 
 
+def without_twins(pairs):
+    """For json.loads as `object_pairs_hook`: the object, or ValueError if a key stands in it twice.
+
+    Python would take the last value, without a word.
+    """
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} stands twice in one object")
+        found[key] = value
+    return found
+
+
 def check_row(row, keys):
     """ValueError unless a row is an object that has these keys, and no value of another kind."""
     if not isinstance(row, dict) or not row.keys() >= set(keys):

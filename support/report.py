@@ -339,7 +339,9 @@ def hands(study, make_env):
         episodes = {}                        # arm -> episodes whose dialogues were kept
         for arm, tested in chosen.items():
             of = kept.get("start" if arm == "start" else tested["run"], {})
-            dialogues = of.get(transcripts.evaluation_of(tested), {})
+            dialogues = {place: row for place, row in
+                         of.get(transcripts.evaluation_of(tested), {}).items()
+                         if transcripts.are_of(row, tested)}
             episodes[arm] = {episode for episode, _ in dialogues}
             for place, row in dialogues.items():
                 played.setdefault(place, {})[arm] = row

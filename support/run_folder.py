@@ -3,6 +3,7 @@
     config.json        the settings; a run goes on only with the same ones
     metrics.jsonl      one line for each optimizer step (sft.py) or update (rl.py)
     turns.jsonl        whole conversations (rl.py)
+    inputs.json        digests of what the run began with: its start, and files that settings name
     step_000400/       a Hugging Face folder, value_head.safetensors, and resume/ to go on from
     step_000500.tmp/   a checkpoint that was never finished: it is skipped
     .training.lock     locked by the process that trains here; evaluate.py has its own lock
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from support import loading, portable, running
+from support import digests, loading, portable, running
 
 # Fields that say how a run is executed, not what it computes: they may differ when it goes on.
 MAY_DIFFER = {"out", "device", "micro_batch_tokens", "generate_tokens", "kept_gib", "save_every",
@@ -174,14 +175,36 @@ def newest_checkpoint(config):
     return newest
 
 
-def open_run(config, newest):
-    """Make the run folder with its config.json. If the run goes on from a checkpoint, cut its logs
-    back to that."""
+def check_start(run, start):
+    """ValueError unless the weights of a start are those that a run began with.
+
+    A run of an earlier version, which does not tell, and a folder that is gone pass.
+    """
+    began = running.read_object(Path(run) / "inputs.json").get("start")
+    if began and Path(start).is_dir() and digests.weights_of(start) != began:
+        raise ValueError(f"start {start}: has other weights than those that {run} began with: put "
+                         "them back; evaluate.py can leave the start out (--no-start)")
+
+
+def check_inputs(config, inputs):
+    """ValueError if a run would go on with other files behind its settings than it began with."""
+    out = Path(config.out)
+    began = running.read_object(out / "inputs.json")
+    if began.get("files", inputs["files"]) != inputs["files"]:
+        raise ValueError(f"{out}: a prompt file, city or card_dir of its settings is not what it "
+                         "was when the run began: put it back, or choose another --out")
+
+
+def open_run(config, newest, inputs=None):
+    """Make the run folder with its config.json and, in a new run, inputs.json. If the run goes on
+    from a checkpoint, cut its logs back to that."""
     running.gather(None)                     # all have looked at the folder
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     hold(out, "training")                    # for a folder that was not there before
     running.write_atomically(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    if not newest:
+        running.write_atomically(out / "inputs.json", json.dumps(inputs or {}) + "\n")
     last_step = checkpoint_step(newest) if newest else 0
     for path in (out / name for name in LOGS):
         if path.is_file():

@@ -175,6 +175,12 @@ def write_jsonl(path, rows):
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_whole_lines(path):
+    """Cut a file back to its whole lines, so that a row can be appended."""
+    content = Path(path).read_bytes()
+    os.truncate(path, content.rfind(b"\n") + 1)
+
+
 def log_jsonl(path, **row):
     """Append a row to a log, in the first process."""
     if RANK > 0:

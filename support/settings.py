@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.chat import refuse_half_characters
+from support.logs import without_twins
 
 
 class Split(NamedTuple):
@@ -97,6 +98,13 @@ def check_whole(name, value, low, high=None):
         raise ValueError(f"{name} {value}: must be at most {high}")
 
 
+def check_temperature(value):
+    """ValueError if a temperature is so near to 0 that logits divided by it are no numbers."""
+    if 0 < value < 0.001:
+        raise ValueError(f"--temperature {value}: must be 0, for the likeliest token, or at least "
+                         "0.001")
+
+
 def check_letters(name, value, allowed):
     """ValueError unless a setting is a text of some of the allowed letters, each once."""
     known = isinstance(value, str) and value and set(value) <= set(allowed)
@@ -161,7 +169,8 @@ def load_templates(path, templates, more_values, rule=""):
     if not path:
         return templates
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        given = json.loads(Path(path).read_text(encoding="utf-8"),
+                           object_pairs_hook=without_twins)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"prompt file {path}: {error}") from None
     if not isinstance(given, dict):

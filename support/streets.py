@@ -24,6 +24,7 @@ from PIL import Image
 
 from support.cards import is_turned, open_picture, picture_file
 from support.chat import refuse_half_characters
+from support.logs import without_twins
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 NO_LANDMARK = "No landmark nearby"   # as the files spell it
@@ -349,7 +350,7 @@ def load_routes(folder, vision):
     """
     path = folder / "route_infos.json"
     try:
-        routes, _ = json.loads(path.read_text(encoding="utf-8"))
+        routes, _ = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_twins)
         records = list(routes)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: expected [routes, cursor]: {error}") from None

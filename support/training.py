@@ -8,7 +8,6 @@ Log lines after step K are cut when the run goes on.
 This file also refuses options that contradict each other, and computes what rl.py logs of an
 update. `load_policy` and the optimizer are handed in, since support/ imports none of the six files.
 """
-import hashlib
 import math
 import os
 from collections import Counter
@@ -17,7 +16,7 @@ from functools import partial
 
 import torch
 
-from support import demonstrator, run_folder, running, settings
+from support import demonstrator, digests, run_folder, running, settings
 from support.command_line import check_folders
 from support.running import flag, print0
 
@@ -34,16 +33,9 @@ class RunConfig:
     param_dtype: str = flag("float32", "type of the master weights; bfloat16 takes half the memory "
                                        "and loses small updates", choices=TYPES)
     device: str = flag("auto", "cpu, cuda, or auto")
-    seed: int = flag(0, "fixes every sample, deal and reply, and a new value head", low=0)
+    seed: int = flag(0, "fixes every sample, deal and reply, and a new value head", low=0,
+                     high=1_000_000_000_000_000_000)     # torch takes no more than 64 bits
     keep_resume: int = flag(2, "number of checkpoints that keep their optimizer state", low=1)
-
-
-def digest_of(path):
-    """A short digest of a file's content; "" if no file is named."""
-    if not path:
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 # ---- A run ---------------------------------------------------------------------------------------
@@ -58,11 +50,12 @@ class Run:
     ValueError says what is wrong with the settings, the run folder, the model or the checkpoint.
     """
 
-    def __init__(self, config, device, load_policy, vision):
-        """`vision`: whether the task needs a model that reads pictures."""
+    def __init__(self, config, device, load_policy, vision, environments):
+        """`vision`: whether the task needs a model that reads pictures. `environments` are those of
+        the run, or one of each kind: their settings name files."""
         dtype = running.pick_dtype(config.dtype, device, config.out)
         self.config = replace(config, dtype=dtype)
-        self.data = digest_of(getattr(config, "data", ""))
+        self.data = digests.of_file(getattr(config, "data", ""))
         self.told_of_ratios = False
         self.newest = run_folder.newest_checkpoint(self.config)
         # A model without a value head gets a new one, drawn from this seed.
@@ -70,6 +63,11 @@ class Run:
         load = partial(load_policy, str(self.newest or config.model), dtype, vision=vision,
                        freeze=config.freeze, param_dtype=config.param_dtype,
                        gradient_checkpointing=config.gradient_checkpointing)
+        self.inputs = {"files": digests.files_of(environments)}
+        if self.newest:
+            run_folder.check_inputs(self.config, self.inputs)
+        else:
+            self.inputs["start"] = digests.weights_of(config.model)
         with run_folder.damage_advice(self.newest):
             self.policy, self.processor = running.load_spread(load, device)
 
@@ -88,7 +86,7 @@ class Run:
         """Make the run folder, or cut its logs back to the checkpoint. ValueError if a GPU is too
         small."""
         running.check_memory(self.policy, self.config)
-        run_folder.open_run(self.config, self.newest)
+        run_folder.open_run(self.config, self.newest, self.inputs)
 
     def steps(self, last_step, name):
         """A progress bar over the steps that are left, counted from 0."""
@@ -134,6 +132,9 @@ class Run:
 def check_sft(config):
     """ValueError unless both folders are named and every process has a sample of each step."""
     check_folders(config)
+    if config.num != type(config)().num:
+        raise ValueError(f"--num {config.num}: is for --dump; --steps and --batch-size say how "
+                         "much is trained")
     if config.batch_size < running.WORLD:
         raise ValueError(f"--batch-size {config.batch_size}: must be at least the number of "
                          f"processes, {running.WORLD}")
@@ -149,6 +150,8 @@ def check_samples(config, splits, environments):
         if config.data:
             demonstrator.refuse_without_effect(given, demonstrator.NOT_OF_OWN_REPLIES,
                                                "replies are learnt as they stand in --data")
+        else:
+            demonstrator.check_taught(given)
     for split, env in zip(splits, environments):
         if env.verify_iter <= config.failed_tries:
             raise ValueError(f"--mix {split.label}: verify_iter {env.verify_iter} must be above "
@@ -173,6 +176,9 @@ def check_rl(config):
     """
     check_folders(config)
     num_turns = config.num_envs * config.turns_per_env
+    if num_turns == 1:
+        raise ValueError("--num-envs 1, --turns-per-env 1: the advantage of a turn is measured "
+                         "against those of the others, so with one the policy would not learn")
     if num_turns % config.minibatch_turns:
         raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must divide the "
                          f"{num_turns} turns of an update ({config.num_envs} environments x "
@@ -266,7 +272,7 @@ def count_read_and_sampled(policy, turns, dialogues):
     tokens = policy.picture_tokens * with_picture
     before = {}        # environment -> the ids of its turn before, and the picture
     for turn in turns:
-        env, _, _ = turn.dialogue_key
+        env = turn.dialogue_key[0]
         ids_before, picture = before.get(env, ([], None))
         num_known = 0
         if picture is turn.picture:

@@ -36,6 +36,7 @@ CONFIG = {"task": str, "split": list, "env": list, "seed": int, "num_envs": int}
 KINDS = {str: "a text", int: "a whole number", list: "a list of texts"}
 SHOWN = ("step", "env", "episode", "done", "success", "verdicts", "messages")
 SHOWN_TESTED = ("episode", "position", "expert", "done", "success", "verdicts", "messages")
+CONTENT = ("weights", "texts")             # tells models of one path apart (evaluation.content_of)
 FILTERS = "failed, solved, face_card, step=4, split=rule_ood, seed=0 and episode=3"
 
 
@@ -61,6 +62,12 @@ def evaluation_of(row):
     """What tells the evaluation of a row, of eval.jsonl or dialogues.jsonl, from all others."""
     keys = ("checkpoint", "split", "seed", "settings")
     return json.dumps([row.get("step", 0), *[row[key] for key in keys]], sort_keys=True)
+
+
+def are_of(row, tested):
+    """Whether a dialogue is of the model that a row of eval.jsonl tested; one of an earlier version
+    does not tell."""
+    return all(row.get(name, tested.get(name)) == tested.get(name) for name in CONTENT)
 
 
 def read_rows(run):

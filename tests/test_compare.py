@@ -272,3 +272,33 @@ def test_files_are_written_before_anything_is_printed(tmp_path, monkeypatch):
         evaluate.compare_runs(evaluate.Config(compare=(f"{tmp_path}/sft,{tmp_path}/rl",),
                                               html=str(page), figure=str(figure)))
     assert "</html>" in page.read_text() and figure.read_text() == "drawn"
+
+
+def test_runs_from_one_path_with_other_weights_there_are_not_compared(tmp_path):
+    """The start was made anew between the two runs, and the second was tested without it."""
+    runs = []
+    for name, length, weights in ("sft", {"steps": 5}, "a"), ("rl", {"updates": 5}, "b"):
+        write_run(tmp_path / name, 5, length)
+        runs.append(f"{tmp_path}/{name}")
+        (tmp_path / name / "inputs.json").write_text(json.dumps({"start": weights}))
+    metrics = {name: task.metrics for name, task in TASKS.items()}
+    with pytest.raises(ValueError, match="the start start has other weights in .*rl than in .*sft"):
+        compare.collect_rows(runs, metrics)
+    (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "a"}))
+    assert compare.collect_rows(runs, metrics)
+
+
+def test_tests_on_other_files_of_one_name_are_not_compared():
+    one, two = {"env": {}, "files": "a"}, {"env": {}, "files": "b"}
+    assert compare.differing_settings(one, two) == "files 'a' and 'b'"
+    assert compare.differing_settings(one, {"env": {}}) == ""      # an earlier version
+
+
+def test_a_copy_of_a_run_that_was_tested_again_is_known(tmp_path):
+    """Its rows tell more than those of an earlier version."""
+    write_run(tmp_path / "a", 5, {"steps": 5})
+    rows = [{**row, "start": "start", "run": "a"} for row in
+            running.read_jsonl(tmp_path / "a/eval.jsonl")]
+    again = [{**row, "run": "b", "weights": "w", "texts": "t"} for row in rows]
+    with pytest.raises(ValueError, match="a and b have the same row of step 0"):
+        compare.check_no_run_is_there_twice({"SFT": [*rows, *again]})

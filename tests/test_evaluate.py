@@ -197,7 +197,7 @@ def test_episodes_in_blocks_make_the_row_that_all_at_once_make(monkeypatch, tmp_
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         evaluated(monkeypatch, 3, tmp_path)
-    monkeypatch.setattr(evaluation, "weights_of", lambda path: "others")
+    monkeypatch.setattr(evaluation, "content_of", lambda path: "others")
     assert evaluated(monkeypatch, 3, tmp_path) == at_once
     assert len(calls) == 4 + 8
 
@@ -678,6 +678,20 @@ def test_a_row_is_the_same_whichever_splits_are_tested_beside_it():
         chosen.append((first.label, evaluation.chosen_settings(config, env)))
     assert chosen[0][0] == "rule_ood" and chosen[0][1]["env"]["fold"] == "train"
     assert chosen[1] == chosen[2] == chosen[0]
+
+
+@pytest.mark.parametrize("trained, told", [
+    ({"mix": ["id"]}, True), ({"mix": ["id", "fold=train"]}, False), ({}, True),
+    ({"split": ["id"], "env": ["fold=train"]}, False), ({"data": "d.json"}, True),
+    ({"mix": ["id:0.9", "fold=train", "rule_family:0.1"]}, True)])
+def test_held_out_hands_that_a_run_may_have_trained_on_are_said(trained, told, capsys):
+    trained = {"model": "x", "task": "gp-l", "dtype": "float32", **trained}
+    for splits in ("id", "unseen"), ("id", "rule_ood", "fold=test"):
+        take_settings(evaluate.Config(splits=splits), trained)
+        said = capsys.readouterr().out
+        assert ("so it may know the hands of " + " ".join(splits[1:]) in said) == told
+    take_settings(evaluate.Config(splits=("id", "rule_ood")), trained)
+    assert "may know the hands" not in capsys.readouterr().out
 
 
 def test_a_run_that_was_to_be_saved_every_0_steps_can_be_tested(tmp_path):

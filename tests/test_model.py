@@ -1,6 +1,7 @@
 """The policy: encoding, log-probs, sampling, loading."""
 import contextlib
 import itertools
+import copy
 import json
 import logging
 import math
@@ -725,6 +726,28 @@ def broken_weights(folder, change):
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def untied_with(folder, value):
+    """Embeddings of their own, with this value at one token."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][-1] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_model_whose_logits_overflow_says_so_and_replies_nothing(tiny):
+    """Its weights are finite numbers, and so may be the logits of the text that is tried first. The
+    likeliest of tokens whose logits are none is the first one of all."""
+    policy, processor = copy.deepcopy(tiny[0]), tiny[1]
+    with torch.no_grad():
+        policy.backbone.model.norm.weight.mul_(1e30)
+        untied = torch.nn.Parameter(policy.backbone.lm_head.weight * 1e30)
+        policy.backbone.lm_head.weight = untied
+    with pytest.raises(ValueError, match="logits are no finite numbers, so no reply can be sampl"):
+        policy.generate(some_prompts(processor, 2), torch.zeros(2, 4), 4, 0.0)
+
+
 def template_in_config(folder, template):
     (folder / "chat_template.jinja").unlink()
     path = folder / "tokenizer_config.json"
@@ -739,6 +762,9 @@ def template_in_config(folder, template):
     (lambda folder: save_file({"0.weight": torch.zeros(2)}, folder / "value_head.safetensors"),
      "value_head.safetensors: not this"),
     (lambda folder: broken_weights(folder, lambda _, w: w * float("nan")), "no finite numbers"),
+    # Only a rare token leads to it.
+    (lambda folder: untied_with(folder, float("inf")),
+     "its weights model.embed_tokens.weight hold values that are no finite numbers"),
     (lambda folder: (folder / "tokenizer.json").write_text("[" * 9999),
      "not a causal language model shaped like Llama"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b""),

@@ -266,3 +266,36 @@ def test_each_part_on_a_gpus_page_has_its_own_command(tmp_path):
     page, = (tmp_path / "out").glob("gpu_*.md")
     commands = re.findall(r"## (\w+)\n\n`(\S+ \S+)", page.read_text())
     assert commands == [("update", "update 64x2"), ("profile", "python tests/bench.py")], done
+
+
+def test_what_lies_where_a_start_is_to_go_is_not_deleted(recipe, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").write_text("a model of mine")
+    status, told, lines = recipe("base", OUT=tmp_path / "making", BASE=mine)
+    assert (status, lines) == (2, []) and "is there already, and not from OUT=" in told
+    assert (mine / "config.json").read_text() == "a model of mine"
+    # Nor where the folder of the stages is one that has made another start.
+    assert recipe("base", OUT=tmp_path / "making", BASE=tmp_path / "base")[0] == 0
+    assert recipe("base", OUT=tmp_path / "making", BASE=mine)[0] == 2 and mine.is_dir()
+
+
+def test_another_seed_does_not_take_the_place_of_start_0(recipe, tmp_path):
+    status, told, lines = recipe("base", OUT=tmp_path / "making", SEED=1)
+    assert (status, lines) == (2, [])
+    assert told == "SEED=1: needs BASE=folder, since data/base/gp-l is start 0\n"
+
+
+def test_a_smoke_run_leaves_nothing_that_a_whole_run_would_take(recipe, tmp_path):
+    """Its files, such as 64 dialogues, do not tell how many were asked for."""
+    settings = {"OUT": tmp_path / "making", "BASE": tmp_path / "base"}
+    assert recipe("base", SMOKE=1, **settings)[0] == 0
+    status, told, lines = recipe("base", **settings)
+    assert (status, lines) == (2, []) and "AFTER= SMOKE=1" in told
+
+
+@pytest.mark.parametrize("setting", ["BAND", "RL_SETTINGS", "RFT_SETTINGS"])
+def test_arms_that_the_table_of_the_gpu_run_would_leave_out_are_refused(recipe, tmp_path, setting):
+    status, told, lines = recipe("gpu", OUT=tmp_path / "gpu", **{setting: "--lr 1e-3"})
+    assert (status, lines, (tmp_path / "gpu").exists()) == (2, [], False)
+    assert told.startswith(f"{setting}=--lr 1e-3: this recipe has one arm of PPO")

@@ -9,7 +9,7 @@ import pytest
 
 import envs
 import evaluate
-from support import compare, evaluation, report, running, transcripts
+from support import compare, digests, evaluation, report, running, transcripts
 
 HOSTILE = '</p><script>alert(1)</script>\x1b]0;owned\x07 "number": [<b>9</b>, 2]'
 
@@ -231,7 +231,7 @@ def test_a_tower_that_was_not_trained_does_not_hide_what_was(tmp_path):
     path, found = tmp_path / "model.safetensors", set()
     for trained in (b"1", b"2"):
         path.write_bytes(trained * 1_000_000 + b"0" * 9_000_000)
-        found.add(evaluation.weights_of(tmp_path))
+        found.add(digests.weights_of(tmp_path))
     assert len(found) == 2
 
 

@@ -1,6 +1,7 @@
 """data/own_successes.py and recipes/rft.py: a model learns its own replies that were right."""
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import sft
 from conftest import ROOT
-from support import evaluation, logs
+from support import digests, evaluation, logs
 from support.command_line import parse_config
 from verify import judge_general_points
 
@@ -175,6 +176,28 @@ def test_a_folder_is_held_and_a_log_without_a_round_is_refused(tmp_path):
     lock.close()
     with pytest.raises(ValueError, match="--rounds 1: .* has 2 rounds already"):
         rft.open_folder(replace(config, rounds=1))
+
+
+def test_a_start_or_prompt_file_that_was_replaced_meanwhile_is_refused(tmp_path):
+    """Round 1 may have sampled already, and the start plays on where --sampler names it."""
+    shutil.copytree(GP_L, tmp_path / "start")
+    (tmp_path / "p.json").write_text('{"gp_output": "one"}')
+    config = rft.Config(model=str(tmp_path / "start"), out=str(tmp_path / "run"),
+                        env=(f"prompt_file={tmp_path}/p.json",))
+    (tmp_path / "run").mkdir()
+    env = rft.check(config)
+    rft.check_inputs(config, env, done=0)
+    rft.check_inputs(config, env, done=0)
+    before = digests.weights_of(tmp_path / "start")
+    (tmp_path / "start/model.safetensors").write_bytes(b"other")
+    for changed, done in (config, 0), (replace(config, sampler="start"), 3):
+        with pytest.raises(ValueError, match="start .*: has other weights than when"):
+            rft.check_inputs(changed, env, done)
+    rft.check_inputs(config, env, done=3)
+    assert json.loads((tmp_path / "run/inputs.json").read_text())["start"] == before
+    (tmp_path / "p.json").write_text('{"gp_output": "two"}')
+    with pytest.raises(ValueError, match="a prompt file, city or card_dir .* is not what it was"):
+        rft.check_inputs(config, env, done=3)
 
 
 def test_the_start_may_play_in_all_rounds(tmp_path, monkeypatch):

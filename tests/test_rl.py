@@ -369,6 +369,12 @@ def test_an_update_that_minibatches_do_not_divide_is_refused():
         training.check_rl(config(out="a", model="b", minibatch_turns=5))
 
 
+def test_an_update_of_one_turn_from_which_nothing_is_learnt_is_refused():
+    with pytest.raises(ValueError, match="with one the policy would not learn"):
+        training.check_rl(config(out="a", model="b", num_envs=1, turns_per_env=1,
+                                 minibatch_turns=1))
+
+
 def test_a_setting_of_the_expert_is_refused_or_said_to_have_no_effect(capsys):
     for knobs in (dict(env=("faults=ten:0.5",)), dict(split=("id", "faulty_tries=2"))):
         with pytest.raises(ValueError, match="fault.*: has no effect here, since RL reads no exp"):

@@ -500,7 +500,15 @@ def test_the_distance_of_a_run_from_its_start_is_0_at_first_and_grows(start, tmp
     run = shutil.copytree(start, tmp_path / "run")
     first, last = run_folder.checkpoints(run)
     config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"task": "gp-vl"}))
+    with pytest.raises(SystemExit):
+        rows(run, "--num", 2)
+    assert "gp-vl has pictures; a distance is" in capsys.readouterr().err
     (run / "config.json").write_text(json.dumps(config | {"model": str(first)}))
+    with pytest.raises(SystemExit):
+        rows(run, "--num", 2)
+    assert f"start {first}: has other weights than those" in capsys.readouterr().err
+    (run / "inputs.json").unlink()
     every = rows(run, "--num", 64, "--every")
     assert [row[0] for row in every] == [f"| {run}, {path.name}" for path in (first, last)]
     assert every[0][1:] == ["0.00 ± 0.00", "0.00 ± 0.00 |"]

@@ -10,7 +10,7 @@ import envs
 import model
 import sft
 from conftest import tiny_folder
-from support import running
+from support import demonstrator, running
 
 
 def some_samples(processor, num=6):
@@ -145,12 +145,24 @@ def test_a_setting_without_effect_is_refused(where, tmp_path):
 
     with pytest.raises(ValueError, match="reward 'random': has no effect here, since SFT gets no"):
         samples("reward=random")
+    with pytest.raises(ValueError, match="faulty_tries '2': .*, since the demonstrator has no fau"):
+        samples("faulty_tries=2")
+    with pytest.raises(ValueError, match="guided 'true': .*, since no route is played to its end"):
+        demonstrator.check_taught({"guided": "true"})
     assert samples("faults=ten:0.5") and samples("solution=random")
     (tmp_path / "data.json").write_text(json.dumps([
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]))
     for setting in ("faults=ten:0.5", "faulty_tries=2", "solution=random"):
         with pytest.raises(ValueError, match="has no effect here, since replies are learnt as"):
             samples(setting, data=str(tmp_path / "data.json"))
+
+
+def test_options_of_a_dump_and_of_a_training_are_not_mixed(tmp_path, capsys):
+    for knobs, told in (({"num": 7}, "--num 7: is for --dump"),
+                        ({"dump": f"{tmp_path}/d.json"}, "has no effect with --dump")):
+        with pytest.raises(SystemExit):
+            sft.main(sft.Config(out=str(tmp_path / "run"), model=tiny_folder(), **knobs))
+        assert told in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_learning_rate_falls_to_0_or_stays(tmp_path):

@@ -1,0 +1,85 @@
+"""What tells files from others that had the same names: digests of what is in them.
+
+A run and a row of eval.jsonl belong to what was read when they were made: weights, the texts of a
+model's folder, and the files that settings name. All may change under the same path later.
+"""
+import hashlib
+import os
+from pathlib import Path
+
+PIECE = 16384        # bytes of a file of weights, of which `weights_of` reads some
+# Files of a model folder that decide how a dialogue becomes tokens and what reads them.
+TEXTS = ("added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json",
+         "merges.txt", "preprocessor_config.json", "processor_config.json",
+         "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+         "vocab.json")
+CITY = ("route_infos.json", "gps_pano_mapping.pkl")      # of a data folder of V-IRL
+
+
+def shorten(digest):
+    return digest.hexdigest()[:16]
+
+
+def of_file(path):
+    """A digest of a file; "" if none is named."""
+    if not path:
+        return ""
+    with open(path, "rb") as file:
+        return shorten(hashlib.file_digest(file, "sha256"))
+
+
+def weights_of(folder):
+    """A digest of the weights of a model folder: of pieces of their files.
+
+    The files are too large to be read whole. The pieces stand at equal distances, so a part that
+    was not trained, such as a vision tower, does not hide one that was.
+    """
+    digest = hashlib.sha256()
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
+    for path in files:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size} ".encode())
+            for start in (*range(0, size, max(PIECE, size // 256)), max(0, size - PIECE)):
+                file.seek(start)
+                digest.update(file.read(PIECE))
+    return shorten(digest)
+
+
+def add_files(digest, paths):
+    """Add names and contents of those of these files that are there."""
+    for path in paths:
+        if path.is_file():
+            digest.update(f"{path.name} {of_file(path)} ".encode())
+
+
+def texts_of(folder):
+    """A digest of what a model folder holds beside its weights: tokenizer, template, configs."""
+    digest = hashlib.sha256()
+    add_files(digest, [Path(folder) / name for name in TEXTS])
+    return shorten(digest)
+
+
+def files_of(environments):
+    """A digest of the files that the settings of environments name; "" if they name none.
+
+    A prompt file and the routes of a city are read whole. Of pictures, which are many, names and
+    sizes count.
+    """
+    digest, found = hashlib.sha256(), False
+    for env in environments:
+        paths, pictures = [], []
+        if prompt_file := env.settings.get("prompt_file"):
+            paths.append(Path(prompt_file))
+        if folder := getattr(env, "folder", None):
+            paths += [folder / name for name in CITY]
+            pictures.append(folder / "street_views")
+        if card_dir := env.settings.get("card_dir"):
+            pictures.append(Path(card_dir))
+        add_files(digest, paths)
+        for folder in pictures if env.vision else ():
+            with os.scandir(folder) as entries:
+                sizes = sorted((entry.name, entry.stat().st_size) for entry in entries)
+            digest.update(repr(sizes).encode())
+        found = found or bool(paths or pictures)
+    return shorten(digest) if found else ""
