@@ -453,10 +453,10 @@ class Policy(nn.Module):
                 beyond = sum_of_likelier >= top_p
                 shut_out = torch.zeros_like(beyond).scatter(-1, order, beyond)             # by id
                 probs = probs.masked_fill(shut_out, 0.0)
-            # The probs may sum to less than one, so each uniform is scaled by their sum.
-            cumulative = probs.cumsum(-1, dtype=torch.float64)
-            points = (uniforms * cumulative[:, -1])[:, None]               # (B, 1)
-            ids = torch.searchsorted(cumulative, points, right=True)[:, 0]
+            # Probs may sum to less than 1, so uniforms are scaled by their sum. NaN: the last id.
+            sums = probs.cumsum(-1, dtype=torch.float64)
+            points = (uniforms * sums[:, -1])[:, None]                     # (B, 1)
+            ids = torch.searchsorted(sums, points, right=True)[:, 0].clamp(max=len(self.banned) - 1)
         return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
 

@@ -736,7 +736,8 @@ def untied_with(folder, value):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_model_whose_logits_overflow_says_so_and_replies_nothing(tiny):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_logits_overflow_says_so_and_replies_nothing(tiny, temperature):
     """Its weights are finite numbers, and so may be the logits of the text that is tried first. The
     likeliest of tokens whose logits are none is the first one of all."""
     policy, processor = copy.deepcopy(tiny[0]), tiny[1]
@@ -745,7 +746,7 @@ def test_a_model_whose_logits_overflow_says_so_and_replies_nothing(tiny):
         untied = torch.nn.Parameter(policy.backbone.lm_head.weight * 1e30)
         policy.backbone.lm_head.weight = untied
     with pytest.raises(ValueError, match="logits are no finite numbers, so no reply can be sampl"):
-        policy.generate(some_prompts(processor, 2), torch.zeros(2, 4), 4, 0.0)
+        policy.generate(some_prompts(processor, 2), torch.zeros(2, 4), 4, temperature)
 
 
 def template_in_config(folder, template):

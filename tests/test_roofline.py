@@ -52,7 +52,8 @@ def test_the_shapes_have_as_many_weights_as_was_published(name):
     assert total / 1e9 == pytest.approx(PUBLISHED[name], rel=0.01)
 
 
-@pytest.mark.parametrize("folder", [LLAMA, MLLAMA, str(ROOT / "data/base/gp-l")])
+@pytest.mark.parametrize("folder", [LLAMA, MLLAMA, str(ROOT / "data/base/gp-l")],
+                         ids=["llama", "mllama", "gp-l"])      # names alike in all processes
 def test_the_bytes_of_the_weights_are_those_of_the_checkpoint(folder):
     policy, _ = model.load_policy(folder)
     tensors = load_file(f"{folder}/model.safetensors").values()
