@@ -155,11 +155,10 @@ def test_a_signal_while_torch_is_imported_ends_a_script_with_one_line(tmp_path, 
                                                                        status, told):
     env = without_torch(tmp_path, f"import os; os.kill(os.getpid(), {int(number)}); os._exit(0)")
 
-    def ignore():
-        signal.signal(number, signal.SIG_IGN)                # as a shell does for `script &`
+    def set_handler():     # a shell ignores SIGINT for `script &`, and so for tests in `pytest &`
+        signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     done = subprocess.run([sys.executable, str(ROOT / "evaluate.py")], env=env,
-                          capture_output=True, text=True, timeout=60,
-                          preexec_fn=ignore if ignored else None)
+                          capture_output=True, text=True, timeout=60, preexec_fn=set_handler)
     assert (done.returncode, done.stderr) == (status, told)
 
 
