@@ -33,6 +33,7 @@
 #   DATA=folder        V-IRL: the city to walk in; a synthetic one is made if there is none
 #   JOBS=1             runs side by side; each needs some 6 GB, and gets its part of the cores
 #   RL_SETTINGS, SFT_SETTINGS, RFT_SETTINGS, MORE_RL, MORE_SFT, MORE_TEST     as in recipes/tiny.sh
+#                      (an --env in MORE_TEST takes the place of guided=true: repeat it there)
 #   SMOKE=1            a few steps, in a separate folder
 set -euo pipefail
 cd "$(dirname "$0")/.."
