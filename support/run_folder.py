@@ -106,7 +106,11 @@ def check_owner(config):
             script = "rl.py" if "updates" in theirs else "sft.py"
             raise ValueError(f"out folder {config.out} holds a run of {script}: choose another "
                              "--out (OUT= of a recipe)")
-        if names := differing(theirs, ours):
+        names = differing(theirs, ours)
+        # PPO's learning rate follows --lr-horizon, not --updates: a run may be made longer.
+        if names == ["updates"] and ours["updates"] > theirs["updates"]:
+            names = []
+        if names:
             listed = ", ".join(f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
                                for name in names)
             raise ValueError(f"out folder {config.out} belongs to another config ({listed}): "

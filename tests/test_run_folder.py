@@ -188,6 +188,19 @@ def test_paths_of_a_config_are_compared_however_they_are_spelt(tmp_path, monkeyp
             run_folder.newest_checkpoint(Config(**other))
 
 
+def test_a_run_of_ppo_may_be_made_longer_but_not_shorter(tmp_path):
+    @dataclass
+    class Config:
+        out: str = str(tmp_path / "run")
+        updates: int = 8
+        lr: float = 1e-4
+    run_folder.open_run(Config(), None)
+    assert run_folder.newest_checkpoint(Config(updates=9)) is None
+    for other in (dict(updates=7), dict(updates=9, lr=1e-3)):
+        with pytest.raises(ValueError, match="belongs to another config .updates 8 there"):
+            run_folder.newest_checkpoint(Config(**other))
+
+
 def test_a_run_from_before_an_option_was_there_goes_on_where_that_is_off(tmp_path, monkeypatch):
     @dataclass
     class Before:

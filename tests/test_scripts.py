@@ -177,8 +177,9 @@ def assert_saved(run):
 def test_a_stopped_rl_run_goes_on_to_the_same_numbers(start, tmp_path, device, how, status):
     knobs = dict(model=start / "step_000004", device=device, save_every=2, **{**RL, "updates": 12})
     rl.main(rl.Config(out=str(tmp_path / "straight"), **{**knobs, "model": str(knobs["model"])}))
-    assert interrupted("rl.py", knobs, tmp_path / "stopped", how, lines=3) == status
-    assert len(metrics(tmp_path / "stopped")) < 12
+    shorter = {**knobs, "updates": 11}                  # a run may be made longer later
+    assert interrupted("rl.py", shorter, tmp_path / "stopped", how, lines=3) == status
+    assert len(metrics(tmp_path / "stopped")) < 11
     if how != signal.SIGKILL:
         assert_saved(tmp_path / "stopped")
     # Memory may have run out: less of it for keys and values changes no number.
