@@ -107,7 +107,7 @@ class Config(training.RunConfig):
     max_new_tokens: int = flag(512, "a reply is cut after so many tokens", low=1)
     temperature: float = flag(0.2, "temperature of sampling and of the log-probs", low=0.01)
     # PPO; the paper prints no values
-    updates: int = flag(20, "rollouts, each followed by an update; a larger number lengthens a run", low=1)
+    updates: int = flag(20, "rollouts, each with an update after it; more lengthen a run", low=1)
     epochs: int = flag(4, "passes over a rollout", low=1)
     minibatch_turns: int = flag(1024, "turns per optimizer step, roughly (128 x 8 GPUs)", low=1)
     lr: float = flag(1e-6, "Adam learning rate", low=1e-12)
