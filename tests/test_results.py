@@ -219,7 +219,7 @@ def pretrained_rows(name, start="0"):
                 if row["start"] == start}
 
 
-@pytest.mark.parametrize("start", ["0"])
+@pytest.mark.parametrize("start", ["0", "1"])
 def test_the_tables_of_the_pretrained_model_are_those_of_its_rows(start):
     rows = pretrained_rows("every_evaluation", start)
     before, heading, behind = (ROOT / "results" / "pretrained.md").read_text().partition(
@@ -275,15 +275,45 @@ def test_what_the_pretrained_model_says_is_that_of_its_rows():
     assert "70 % were in the seventh. In the first update it was 19 % for both" in page
 
 
+def test_what_is_said_of_the_second_pretrained_start_is_that_of_its_rows():
+    page = " ".join((ROOT / "results" / "pretrained.md").read_text().split())
+    said, rl = pretrained_rows("words", "1"), "RL, temperature 0.5, 3e-5, one step"
+    of_other = said[rl, "16", "rule_ood"]
+    assert (of_other["turns_left_right"], of_other["turns_compass"]) == ("22", "4")
+    assert "By then 22 of 38 replies still have a word of that rule, four a compass word" in page
+    assert said["SFT, 5e-5, first steps", "12", "rule_ood"]["turns_compass"] == "38"
+    assert "After 12 steps all 38 replies name a compass word" in page
+    kept, lost = [], []          # per-step accuracy on the other rule
+    for start in "01":
+        rows = pretrained_rows("every_evaluation", start)
+        for (arm, step, split), row in rows.items():
+            if split == "id" and (arm == rl or arm.startswith("SFT, 5e-5")):
+                other = float(rows[arm, step, "rule_ood"]["paper_step_accuracy"])
+                (lost if float(row["paper_step_accuracy"]) > 60 else kept).append(other)
+    assert (round(max(lost)), min(kept)) == (8, 34.0) and len(kept + lost) == 19
+    assert "above 60 % on the training rule, less than 8 % is left" in page
+    scores = [pretrained_rows("every_evaluation", "1")[key]["paper_step_accuracy"] for key in (
+        (rl, "16", "id"), (rl, "16", "rule_ood"), ("SFT, many rules", "20", "rule_ood"),
+        ("SFT, many rules", "40", "rule_ood"), ("start", "0", "rule_ood"))]
+    assert "scores {} % on the training rule".format(scores[0]) in page
+    assert "ends at its lowest, {} ± 5.0 %".format(scores[1]) in page
+    assert "scores {} and then {} % on the other rule; the start scores {}".format(
+        *scores[2:]) in page
+
+
 def test_the_speed_on_the_pretrained_model_is_that_of_its_rows():
     page = " ".join((ROOT / "results" / "pretrained.md").read_text().split())
     with open(ROOT / "results" / "data" / "bench_pretrained.csv") as file:
         rows = list(csv.DictReader(file))
-    steps = [row for row in rows if row["section"] == "sft" and row["ratio"]]
-    assert len(steps) == 3
+    steps = [row for row in rows if row["section"] in ("sft", "trl") and row["ratio"]]
+    assert len(steps) == 5
     for row in steps:
         theirs, ours = (f"{float(row[side].split()[0]):.1f}" for side in ("baseline", "ours"))
         assert f", {row['dtype']} | {theirs} s | {ours} s | {row['ratio']} |" in page
+    for row in rows:
+        if row["section"] == "turns" and "anew" not in row["what"]:
+            assert (f", {row['dtype']} | {row['baseline']} | {row['ours']} | {row['ratio']} |"
+                    in page)
     share, = (row for row in rows if row["what"].startswith("share of the float32 matrix rate"))
     ours, theirs = (round(float(share[side].split()[0])) for side in ("ours", "baseline"))
     assert f"our step runs at {ours} % of the rate of a plain matrix product" in page
