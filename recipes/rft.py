@@ -124,9 +124,7 @@ def check_inputs(config, env, done):
     if inputs["start"] and began.get("start", inputs["start"]) != inputs["start"]:
         raise ValueError(f"start {config.model}: has other weights than when {config.out} began: "
                          "put them back, or choose another --out")
-    if began.get("files", inputs["files"]) != inputs["files"]:
-        raise ValueError(f"{config.out}: a prompt file, city or card_dir of its settings is not "
-                         "what it was when the run began: put it back, or choose another --out")
+    digests.check_files(config.out, began, inputs["files"])
 
 
 def open_folder(config):

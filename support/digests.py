@@ -60,6 +60,13 @@ def texts_of(folder):
     return shorten(digest)
 
 
+def check_files(run, began, files):
+    """ValueError if files behind a run's settings changed; `began` is what inputs.json holds."""
+    if began.get("files", files) != files:
+        raise ValueError(f"{run}: a prompt file, city or card_dir of its settings is not what it "
+                         "was when the run began: put it back, or choose another --out")
+
+
 def files_of(environments):
     """A digest of the files that the settings of environments name; "" if they name none.
 

@@ -83,12 +83,6 @@ def content_of(checkpoint):
     return {"weights": digests.weights_of(checkpoint), "texts": digests.texts_of(checkpoint)}
 
 
-def is_of(row, content):
-    """Whether a row is of a checkpoint with this content; one of an earlier version does not
-    tell."""
-    return all(row.get(name, value) == value for name, value in content.items())
-
-
 class Checkpoint(NamedTuple):
     """A checkpoint of a run, or its start as step 0, and the compute since the start."""
     step: int
@@ -114,7 +108,8 @@ class Checkpoint(NamedTuple):
         if self.step == 0 and any(row.get("weights", weights) != weights for row in found):
             raise ValueError(f"start {self.path}: has other weights than when it was tested with "
                              "this run, which did not begin with them: use --no-start")
-        return [row if is_of(row, content) else {**row, "settings": {}} for row in found]
+        return [row if transcripts.is_of(row, content) else {**row, "settings": {}}
+                for row in found]
 
 
 def list_checkpoints(run, trained, with_start):
@@ -147,7 +142,7 @@ def list_checkpoints(run, trained, with_start):
     return found
 
 
-def played_held_out(trained):
+def may_know_held_out(trained):
     """Whether a run may have trained on hands of the held-out fold; `trained` is its config.json.
 
     Nobody knows that of a file of data.
@@ -206,7 +201,7 @@ def take_settings(config, run, trained, tasks):
     held_out = [split.label for split in settings.read_splits(config.splits)
                 if {**tasks[task].splits.get(split.name, {}), **given,
                     **split.settings}.get("fold") == "test"]
-    if same_task and held_out and played_held_out(trained):
+    if same_task and held_out and may_know_held_out(trained):
         running.print0(f"{run}: was not trained with fold=train alone, so it may know the hands of "
                        f"{', '.join(held_out)}")
     but_for = f" but for {', '.join(changed)}" if changed else ""
@@ -385,7 +380,7 @@ def open_out(out, checkpoint):
     Path(out).mkdir(parents=True, exist_ok=True)
     content = content_of(checkpoint)
     known = known_rows(out, str(Path(checkpoint)))   # as rows name it, without a last slash
-    known = [row for row in known if is_of(row, content)]
+    known = [row for row in known if transcripts.is_of(row, content)]
     return known, partial(log_evaluation, out, **content)
 
 

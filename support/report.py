@@ -341,7 +341,7 @@ def hands(study, make_env):
             of = kept.get("start" if arm == "start" else tested["run"], {})
             dialogues = {place: row for place, row in
                          of.get(transcripts.evaluation_of(tested), {}).items()
-                         if transcripts.are_of(row, tested)}
+                         if transcripts.is_of(row, tested)}
             episodes[arm] = {episode for episode, _ in dialogues}
             for place, row in dialogues.items():
                 played.setdefault(place, {})[arm] = row

@@ -190,15 +190,6 @@ def check_start(run, start):
                          "them back; evaluate.py can leave the start out (--no-start)")
 
 
-def check_inputs(config, inputs):
-    """ValueError if a run would go on with other files behind its settings than it began with."""
-    out = Path(config.out)
-    began = running.read_object(out / "inputs.json")
-    if began.get("files", inputs["files"]) != inputs["files"]:
-        raise ValueError(f"{out}: a prompt file, city or card_dir of its settings is not what it "
-                         "was when the run began: put it back, or choose another --out")
-
-
 def open_run(config, newest, inputs=None):
     """Make the run folder with its config.json and, in a new run, inputs.json. If the run goes on
     from a checkpoint, cut its logs back to that."""

@@ -65,7 +65,8 @@ class Run:
                        gradient_checkpointing=config.gradient_checkpointing)
         self.inputs = {"files": digests.files_of(environments)}
         if self.newest:
-            run_folder.check_inputs(self.config, self.inputs)
+            began = running.read_object(os.path.join(config.out, "inputs.json"))
+            digests.check_files(config.out, began, self.inputs["files"])
         else:
             self.inputs["start"] = digests.weights_of(config.model)
         with run_folder.damage_advice(self.newest):

@@ -64,9 +64,11 @@ def evaluation_of(row):
     return json.dumps([row.get("step", 0), *[row[key] for key in keys]], sort_keys=True)
 
 
-def are_of(row, tested):
-    """Whether a dialogue is of the model that a row of eval.jsonl tested; one of an earlier version
-    does not tell."""
+def is_of(row, tested):
+    """Whether a row is of the model that another row tested, or that `evaluation.content_of` tells.
+
+    A row of an earlier version, which does not tell, passes.
+    """
     return all(row.get(name, tested.get(name)) == tested.get(name) for name in CONTENT)
 
 

@@ -357,10 +357,16 @@ def rollout_in_turns(args, rates):
             for prompts, _, replies in turns:
                 baseline_generate(theirs, prompts, max(map(len, replies)))
 
-        # Rounding changes a token here and there, in bfloat16 in most replies of a real model.
-        same = [ids == other for ids, other in zip(itertools.chain(*sample()),
-                                                   itertools.chain(*sample(0)))]
-        assert policy.dtype == torch.bfloat16 or sum(same) > len(same) / 2
+        # Rounding changes a token in some replies of a random model in bfloat16, where only first
+        # tokens are compared, and of a real one in float32. In bfloat16 it changes most of these.
+        rounded = policy.dtype == torch.bfloat16
+        compared = 1 if rounded else R
+        same = [ids[:compared] == other[:compared]
+                for ids, other in zip(itertools.chain(*sample()), itertools.chain(*sample(0)))]
+        if not rounded and not args.model:
+            assert all(same)
+        elif not rounded or not args.model:
+            assert sum(same) > len(same) / 2
         t_ours, t_official, t_kept, t_batched, t_anew = medians(args, ours, official, sample,
                                                                 batched, lambda: sample(0))
         num, num_few = (sum(len(reply) for _, _, replies in turns for reply in replies[:rows])

@@ -35,11 +35,11 @@ def test_weights_in_a_pickle_of_torch_are_told_apart_too(tmp_path):
 def test_a_folder_with_another_template_or_tokenizer_is_another_model(tmp_path, name):
     (tmp_path / name).write_text("1")
     content = evaluation.content_of(tmp_path)
-    assert evaluation.is_of({**content, "step": 1}, content) and evaluation.is_of({}, content)
+    assert transcripts.is_of({**content, "step": 1}, content) and transcripts.is_of({}, content)
     (tmp_path / "README.md").write_text("notes")
     assert evaluation.content_of(tmp_path) == content
     (tmp_path / name).write_text("2")
-    assert not evaluation.is_of(content, evaluation.content_of(tmp_path))
+    assert not transcripts.is_of(content, evaluation.content_of(tmp_path))
 
 
 def test_the_files_behind_settings_are_told_apart(tmp_path, city):
@@ -145,8 +145,8 @@ def test_dialogues_of_other_weights_do_not_stand_beside_a_row(tmp_path):
     evaluation.log_evaluation(tmp_path, row, [], step=1, weights="b", texts="t")
     kept, = transcripts.read_dialogues(tmp_path / "dialogues.jsonl")
     rows = running.read_jsonl(tmp_path / "eval.jsonl")
-    assert [transcripts.are_of(kept, row) for row in rows] == [True, False]
-    assert transcripts.are_of(dialogue, rows[1])       # of an earlier version
+    assert [transcripts.is_of(kept, row) for row in rows] == [True, False]
+    assert transcripts.is_of(dialogue, rows[1])       # of an earlier version
 
 
 def test_replies_kept_by_a_killed_process_of_the_same_number_stay_readable(tmp_path):
