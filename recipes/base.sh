@@ -165,7 +165,7 @@ virl-vl)
         [ -f "$OUT/captions.json" ] ||
             python data/captions.py --root "$OUT/city" --out "$OUT/captions.json" --num $num \
                 --seed $seed_1
-        train 1 "$OUT/blank" 400 $seed_1 --lr "$first" --data "$OUT/captions.json" \
+        train 1 "$OUT/blank" 300 $seed_1 --lr "$first" --data "$OUT/captions.json" \
             --batch-size 64 --save-every 100
         train 2 "$(newest "$OUT/1")" 300 $seed_2 --lr "$second" --mix id:0.8 rule_ood:0.2 \
             --save-every 50
