@@ -17,8 +17,9 @@ import json
 import re
 from pathlib import Path
 
+from support import digests
 from support.chat import printable
-from support.logs import check_row, read_jsonl, read_run_config
+from support.logs import check_row, read_jsonl, read_object, read_run_config
 from support.settings import read_settings, read_splits
 
 STYLE = """
@@ -161,7 +162,8 @@ def as_text(row):
 def picture_of_row(row, make_env, config=None):
     """The picture of a dialogue (PIL), drawn again from its seed; None for a task in words.
 
-    config: that of the run, for a row of turns.jsonl.
+    config: that of the run, for a row of turns.jsonl. ValueError if the city or the cards are not
+    those that the model saw.
     """
     if config:
         split = read_splits(config["split"])[0]
@@ -169,14 +171,20 @@ def picture_of_row(row, make_env, config=None):
         # As in rl.Conversation.begin.
         seed = f"{config['seed']}/rl/{row['env']}/{row['episode']}"
         number = row["episode"] * config["num_envs"] + row["env"]
+        files = config.get("files")
     else:
         chosen = dict(row["settings"]["env"])
         if not chosen.pop("vision", False):
             return None
         env = make_env(row["settings"]["task"], **chosen)
         seed, number = f"{row['seed']}/evaluate/{row['episode']}", row["episode"]
+        files = row["settings"].get("files")
     if not env.vision:
         return None
+    if files and files != digests.files_of([env]):   # earlier versions did not keep them
+        raise ValueError(f"{title(row)}: its picture cannot be drawn again, since a city, card_dir "
+                         "or prompt file of its settings has changed: put it back, or leave --html "
+                         "out")
     env.reset(seed, number)
     if "position" in row:
         if row["position"] not in range(len(env.rail)):
@@ -271,6 +279,7 @@ def read_run(run, file, make_env, only=()):
         rows = read_dialogues(path)
     else:
         config, rows = read_rows(run)
+        config = {**config, "files": read_object(path / "inputs.json").get("files")}
     rows = [row for row in rows if wanted(row, only)]
     if not rows:
         where, hint = path, ""

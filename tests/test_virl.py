@@ -9,10 +9,12 @@ import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections import OrderedDict, defaultdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from PIL import ExifTags, Image
 import envs
 from conftest import ROOT, write_conversations
 from envs import Navigation, make_env
-from support import streets, transcripts, vocabularies
+from support import digests, streets, transcripts, vocabularies
 from support.chat import read_text
 from support.conversations import read_conversations
 from support.streets import Panoramas, crop_view, geodesic, parse_milestones, read_panorama
@@ -833,6 +835,29 @@ def test_the_page_of_a_run_shows_the_views_of_every_position(pictures, tmp_path,
     for env.at, data in enumerate(shown):
         assert Image.open(io.BytesIO(base64.b64decode(data))).tobytes() == env.picture().tobytes()
     assert env.at == len(env.rail) - 1
+
+
+def test_pictures_of_another_city_of_the_same_name_are_not_drawn(pictures, tmp_path):
+    city = tmp_path / "city"
+    shutil.copytree(pictures, city)
+    env = make_env("virl-vl", root=str(city), resolution=16)
+    env.reset("5/rl/0/0", episode=0)
+    turn = {"step": 1, "env": 0, "episode": 0, "position": 0, "done": False, "success": False,
+            "verdicts": [], "messages": []}
+    run = write_conversations(tmp_path / "run", turn, task="virl-vl",
+                              env=[f"root={city}", "resolution=16"], split=["id"], seed=5)
+    files = digests.files_of([env])
+    (run / "inputs.json").write_text(json.dumps({"files": files}))
+    row = {"split": "id", "seed": 0, "episode": 0, "position": 0, "success": True,
+           "settings": {"task": "virl-vl", "env": dict(env.settings), "files": files}}
+    transcripts.read_run(run, tmp_path / "page.html", make_env)
+    assert transcripts.picture_of_row(row, make_env)
+    routes = city / "train" / "route_infos.json"
+    routes.write_text(routes.read_text() + "\n")
+    for draw in (partial(transcripts.read_run, run, tmp_path / "page.html", make_env),
+                 partial(transcripts.picture_of_row, row, make_env)):
+        with pytest.raises(ValueError, match="cannot be drawn again, since a city, card_dir"):
+            draw()
 
 
 def test_a_dump_writes_the_pictures_beside_the_released_shape(pictures, tmp_path):
