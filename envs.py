@@ -389,7 +389,7 @@ class Navigation(Environment):
         self.word_kinds = vocabularies.read_kinds(action_space)
         self.rule_name = action_space
         super().__init__(verify_iter=verify_iter, **common)
-        vocabularies.check_told(action_space, self.prompts)    # new words must be defined
+        vocabularies.check_told(action_space, self.prompts)    # new words need a prompt
         self.folder = streets.find_folder(root, data)
         self.routes = streets.load_routes(self.folder, self.vision)
         self.in_order = in_order

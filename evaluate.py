@@ -178,7 +178,6 @@ SIDE_BY_SIDE = 500   # episodes that a process plays at once: more of them need 
 @dataclass
 class Config:
     """Defaults are ours: the paper does not say how it decodes in its tests."""
-    # differs 25: greedy by default; the official code samples
     model: str = flag("", "evaluate this one checkpoint")
     run_folder: str = flag("", "evaluate all checkpoints of this run, and its start")
     start: bool = flag(True, "with --run-folder: evaluate the model that the run started from, too")
@@ -202,6 +201,7 @@ class Config:
     episodes: int = flag(1000, "how many per split and seed", low=1)
     paper: bool = flag(False, "as many as the paper: 234 hands, 48 routes, 18 on visual_ood")
     seeds: str = flag("0", "comma-separated; no deal uses a training seed, but hands may recur")
+    # differs 25: greedy by default; the official code samples
     temperature: float = flag(0.0, "0 is greedy; the official code samples as the checkpoint says, "
                               "a stock Llama-3.2 at 0.6", low=0)
     top_p: float = flag(1.0, "sample from the likeliest tokens that have this share of the "
@@ -332,7 +332,7 @@ def evaluate_model(path, called, known, config, write, stem=None):
             label = f"{called}, {split.label}, seed {seed}"
             if seed in done:
                 running.print0(f"{label}: already evaluated")
-                # Tables use a seed's last row. If it has other settings, append this one again.
+                # Tables use a seed's last row. If it has other settings, append this one anew.
                 if evaluation.is_hidden(done[seed], known):
                     write(done[seed], [])
                 continue

@@ -468,7 +468,7 @@ def set_up(config):
     numbers = running.local_part(range(config.num_envs))
     environments = [envs.make_env(config.task, split.name, common, **split.settings)
                     for _ in numbers]
-    training.check_dialogue(config, environments[0].verify_iter)
+    training.check_minibatch(config, environments[0].verify_iter)   # holds a dialogue
     run = training.Run(config, device, load_policy, environments[0].vision, environments[:1])
     # Two groups, since `set_learning_rates` gives trunk and value head rates of their own.
     groups = [{"params": run.policy.backbone.parameters()},

@@ -139,7 +139,7 @@ class Samples:
         return messages, env.demonstrate()     # the expert's reply; with `faults` it may be wrong
 
     def read(self, i):
-        """Sample i of a file, which is shuffled anew for each pass over it."""
+        """Sample i of a file. Each pass over it has an order of its own, drawn from the seed."""
         epoch, at = divmod(i, len(self.pairs))
         if epoch != self.epoch:
             rng = random.Random(f"{self.config.seed}/order/{epoch}")

@@ -198,7 +198,7 @@ def check_rl(config):
     return split
 
 
-def check_dialogue(config, verify_iter):
+def check_minibatch(config, verify_iter):
     """rl.py: ValueError if a dialogue of `verify_iter` turns is longer than a minibatch."""
     if config.minibatch_turns < verify_iter:
         raise ValueError(f"--minibatch-turns {config.minibatch_turns}: must be at least "
