@@ -337,10 +337,9 @@ def evaluate_model(path, called, known, config, write, stem=None):
                     write(done[seed], [])
                 continue
             # The model is loaded when the first seed has to be played, not before.
-            if model is None and config.api_url:
-                model = api.ApiModel(config)
-            elif model is None:
-                model = LocalModel(path, env.vision, config, stem)
+            if model is None:
+                model = (api.ApiModel(config) if config.api_url
+                         else LocalModel(path, env.vision, config, stem))
             of = json.dumps([str(path), evaluation.content_of(path), split.label, seed, chosen])
             reply = partial(model.reply, of, split.label, seed)
             episodes, num = [], num_episodes(config, split)
@@ -392,6 +391,7 @@ def evaluate_run(config):
     """Evaluate every checkpoint of a run; rows carry its step and the compute since the start."""
     run = Path(config.run_folder)
     trained = logs.read_trained(run)
+    evaluation.check_files(config, run, trained, envs.make_env)
     config = finish_config(evaluation.take_settings(config, run, trained, envs.TASKS))
     run_folder.hold(run, "evaluating")
     checkpoints = evaluation.list_checkpoints(run, trained, config.start)

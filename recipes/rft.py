@@ -115,16 +115,15 @@ def check_inputs(config, env, done):
     no such file.
     """
     path = Path(config.out) / "inputs.json"
-    inputs = {"start": None, "files": digests.files_of([env])}
-    if not done or config.sampler == "start":
-        inputs["start"] = digests.weights_of(config.model)
+    files = digests.files_of([env])
     if not done and not path.exists():
-        write(path, json.dumps(inputs) + "\n")
+        write(path, json.dumps({"files": files, **digests.of_start(config.model)}) + "\n")
     began = logs.read_object(path)
-    if inputs["start"] and began.get("start", inputs["start"]) != inputs["start"]:
-        raise ValueError(f"start {config.model}: has other weights than when {config.out} began: "
+    plays = not done or config.sampler == "start"
+    if plays and (changed := digests.changed_of_start(began, config.model)):
+        raise ValueError(f"start {config.model}: has other {changed} than when {config.out} began: "
                          "put them back, or choose another --out")
-    digests.check_files(config.out, began, inputs["files"])
+    digests.check_files(config.out, began, files)
 
 
 def open_folder(config):

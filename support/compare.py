@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from support import command_line, logs, run_folder, running
+from support import command_line, digests, logs, run_folder, running
 
 # What a split is called in a figure.
 TITLES = {
@@ -425,6 +425,31 @@ def read_rows(run, metrics):
     return list(rows.values())
 
 
+def check_inputs(run, config, rows, start, seen):
+    """ValueError if a run began with other files of one name than the runs before it.
+
+    A start is known by its path, and so are prompt files, cities and cards. Others may have come
+    there between two runs. `seen` holds what is named -> (the first run that tells, a digest).
+    """
+    inputs = logs.read_object(run / "inputs.json")
+    told = [("start", row.get("weights")) for row in rows if row["step"] == 0]
+    told += [("start_texts", row.get("texts")) for row in rows if row["step"] == 0]
+    told += [(name, inputs.get(name)) for name in digests.WORDS_OF]
+    for name, own in told:
+        first_run, first = seen.setdefault((name, start), (run, own)) if own else (run, own)
+        if own != first:
+            raise ValueError(f"the start {start} has other {digests.WORDS_OF[name]} in {run} than "
+                             f"in {first_run}: it was made anew in between, so these runs have no "
+                             "start in common")
+    named = json.dumps([config.get("task"), config.get("env"),
+                        config.get("split") or config.get("mix")])
+    own = inputs.get("files")
+    first_run, first = seen.setdefault(named, (run, own)) if own else (run, own)
+    if own != first:
+        raise ValueError(f"{run} was trained with another prompt file, city or card_dir than "
+                         f"{first_run}, under the same name: train one of them anew")
+
+
 def collect_rows(folders, metrics):
     """The evaluated rows of run folders by arm: {"start": [row, ...], "SFT": [...], "RL": [...]}.
 
@@ -446,7 +471,7 @@ def collect_rows(folders, metrics):
     spellings = {}     # real path of a start -> how the first run spells it
     first_rows = {}    # split -> the first run that was evaluated on it, and its settings
     first_task = None  # the first run, and the task that it was tested on
-    began_with = {}    # start -> the first run that tells of its weights, and those weights
+    began_with = {}    # for `check_inputs`
     starts_seen = {}   # (start, split, seed) -> the first run with this row, and its results
     seeds_seen = {}    # (arm, start, seed of the training) -> the run
     for run in runs:
@@ -457,15 +482,7 @@ def collect_rows(folders, metrics):
                              "it started from")
         model = configs[run]["model"]
         start = spellings.setdefault(os.path.realpath(model), os.path.normpath(model))
-        # A start is known by its path. Other weights may have come there between two runs.
-        weights = [row.get("weights") for row in rows if row["step"] == 0]
-        weights.append(logs.read_object(run / "inputs.json").get("start"))
-        for own in filter(None, weights):
-            first_run, first = began_with.setdefault(start, (run, own))
-            if own != first:
-                raise ValueError(f"the start {start} has other weights in {run} than in "
-                                 f"{first_run}: it was made anew in between, so these runs have no "
-                                 "start in common")
+        check_inputs(run, configs[run], rows, start, began_with)
         if "seed" in configs[run]:
             twin = seeds_seen.setdefault((names[run], start, configs[run]["seed"]), run)
             if twin != run:

@@ -13,6 +13,8 @@ TEXTS = ("added_tokens.json", "chat_template.jinja", "chat_template.json", "conf
          "merges.txt", "preprocessor_config.json", "processor_config.json",
          "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
          "vocab.json")
+NAME_FILES = ("prompt_file", "root", "card_dir")          # settings of environments
+WORDS_OF = {"start": "weights", "start_texts": "tokenizer, template or configs"}
 CITY = ("route_infos.json", "gps_pano_mapping.pkl")      # of a data folder of V-IRL
 
 
@@ -58,6 +60,22 @@ def texts_of(folder):
     digest = hashlib.sha256()
     add_files(digest, [Path(folder) / name for name in TEXTS])
     return shorten(digest)
+
+
+def of_start(folder):
+    """What inputs.json tells of a start: digests of its weights and of its other files."""
+    return {"start": weights_of(folder), "start_texts": texts_of(folder)}
+
+
+def changed_of_start(began, folder):
+    """In words, which files of a start are not those that a run began with; "" if none.
+
+    `began` is what the run's inputs.json holds; one of an earlier version does not tell.
+    """
+    for name, digest in of_start(folder).items():
+        if began.get(name, digest) != digest:
+            return WORDS_OF[name]
+    return ""
 
 
 def check_files(run, began, files):

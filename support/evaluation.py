@@ -154,6 +154,25 @@ def may_know_held_out(trained):
     return bool(trained.get("data")) or any(fold != "train" for fold in folds)
 
 
+def check_files(config, run, trained, make_env):
+    """ValueError if a file that a run's settings name is not what it was in training. A file that
+    --env names here is what the user wants.
+
+    `trained` is the run's config.json. A run of an earlier version does not tell, and passes.
+    """
+    began = running.read_object(run / "inputs.json").get("files")
+    named = settings.read_settings(config.env).keys() & set(digests.NAME_FILES)
+    if not began or named or config.task not in ("", trained["task"]):
+        return
+    common = settings.read_settings(trained.get("env", ()))
+    words = trained.get("split") or trained.get("mix") or ("id",)
+    environments = [make_env(trained["task"], split.name, common, **split.settings)
+                    for split in settings.read_splits(words, weighted=True)]
+    if digests.files_of(environments) != began:
+        raise ValueError(f"{run}: a prompt file, city or card_dir of its settings is not what it "
+                         "was in training: put it back, or name the file to test with by --env")
+
+
 def take_settings(config, run, trained, tasks):
     """The config with task, environment and type of a run where no flag says otherwise.
 

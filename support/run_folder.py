@@ -180,14 +180,14 @@ def newest_checkpoint(config):
 
 
 def check_start(run, start):
-    """ValueError unless the weights of a start are those that a run began with.
+    """ValueError unless weights, tokenizer and configs of a start are those that a run began with.
 
     A run of an earlier version, which does not tell, and a folder that is gone pass.
     """
-    began = running.read_object(Path(run) / "inputs.json").get("start")
-    if began and Path(start).is_dir() and digests.weights_of(start) != began:
-        raise ValueError(f"start {start}: has other weights than those that {run} began with: put "
-                         "them back; evaluate.py can leave the start out (--no-start)")
+    began = running.read_object(Path(run) / "inputs.json")
+    if Path(start).is_dir() and (changed := digests.changed_of_start(began, start)):
+        raise ValueError(f"start {start}: has other {changed} than those that {run} began with: "
+                         "put them back; evaluate.py can leave the start out (--no-start)")
 
 
 def open_run(config, newest, inputs=None):

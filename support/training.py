@@ -68,7 +68,7 @@ class Run:
             began = running.read_object(os.path.join(config.out, "inputs.json"))
             digests.check_files(config.out, began, self.inputs["files"])
         else:
-            self.inputs["start"] = digests.weights_of(config.model)
+            self.inputs |= digests.of_start(config.model)
         with run_folder.damage_advice(self.newest):
             self.policy, self.processor = running.load_spread(load, device)
 

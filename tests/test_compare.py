@@ -288,6 +288,26 @@ def test_runs_from_one_path_with_other_weights_there_are_not_compared(tmp_path):
     assert compare.collect_rows(runs, metrics)
 
 
+@pytest.mark.parametrize("name, told", [
+    ("start_texts", "the start start has other tokenizer, template or configs in .*rl than in "),
+    ("files", "rl was trained with another prompt file, city or card_dir than .*sft, under the")])
+def test_runs_that_were_trained_on_other_files_of_one_name_are_not_compared(tmp_path, name, told):
+    runs, metrics = [], {task: each.metrics for task, each in TASKS.items()}
+    for arm, length, digest in ("sft", {"steps": 5}, "a"), ("rl", {"updates": 5}, "b"):
+        write_run(tmp_path / arm, 5, {**length, "task": "gp-vl", "env": ["prompt_file=p.json"]})
+        runs.append(f"{tmp_path}/{arm}")
+        (tmp_path / arm / "inputs.json").write_text(json.dumps({"start": "w", name: digest}))
+    with pytest.raises(ValueError, match=told):
+        compare.collect_rows(runs, metrics)
+    (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "w", name: "a"}))
+    assert compare.collect_rows(runs, metrics)
+    # Of another name they may differ: the arms were given different files.
+    (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "w", "files": "b"}))
+    config = json.loads((tmp_path / "rl/config.json").read_text())
+    (tmp_path / "rl/config.json").write_text(json.dumps({**config, "env": ["prompt_file=q.json"]}))
+    assert compare.collect_rows(runs, metrics)
+
+
 def test_tests_on_other_files_of_one_name_are_not_compared():
     one, two = {"env": {}, "files": "a"}, {"env": {}, "files": "b"}
     assert compare.differing_settings(one, two) == "files 'a' and 'b'"

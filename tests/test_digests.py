@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,14 +119,21 @@ def test_a_run_goes_on_with_the_files_and_is_tested_with_the_start_that_it_began
     with pytest.raises(SystemExit):
         sft.main(config)
     assert "a prompt file, city or card_dir of its settings is not what" in capsys.readouterr().err
+    # Nor is it tested with other texts, unless they are named.
+    trained = running.read_run_config(tmp_path / "run")
+    check = partial(evaluation.check_files, run=tmp_path / "run", trained=trained,
+                    make_env=envs.make_env)
+    with pytest.raises(ValueError, match="is not what it was in training: put it back, or name"):
+        check(evaluate.Config())
+    check(evaluate.Config(env=(f"prompt_file={prompts}",)))
     say(prompts, "one")
+    check(evaluate.Config())
 
     # Its checkpoint has the weights, so it goes on without the start.
     weights = load_file(start / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, start / "model.safetensors",
               metadata={"format": "pt"})
     sft.main(config)
-    trained = running.read_run_config(tmp_path / "run")
     with pytest.raises(ValueError, match="start .* has other weights than those that .* began"):
         evaluation.list_checkpoints(tmp_path / "run", trained, with_start=True)
     assert len(evaluation.list_checkpoints(tmp_path / "run", trained, with_start=False)) == 2
