@@ -141,6 +141,8 @@ def open_folder(config):
         ours = json.loads(json.dumps(asdict(config)))
         differing = [name for name in {**theirs, **ours} if name not in MAY_DIFFER
                      and theirs.get(name) != ours.get(name)]
+        if "model" in differing and digests.is_start(out, config.model):
+            differing.remove("model")      # it was moved
         if differing:
             raise ValueError(f"out folder {out} belongs to another config "
                              f"({', '.join(differing)} differ): choose another --out")

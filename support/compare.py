@@ -471,6 +471,7 @@ def collect_rows(folders, metrics):
     spellings = {}     # real path of a start -> how the first run spells it
     first_rows = {}    # split -> the first run that was evaluated on it, and its settings
     first_task = None  # the first run, and the task that it was tested on
+    first_spelling = {}  # digest of a start's weights -> how the first run spells it
     began_with = {}    # for `check_inputs`
     starts_seen = {}   # (start, split, seed) -> the first run with this row, and its results
     seeds_seen = {}    # (arm, start, seed of the training) -> the run
@@ -483,6 +484,9 @@ def collect_rows(folders, metrics):
         model = configs[run]["model"]
         start = spellings.setdefault(os.path.realpath(model), os.path.normpath(model))
         check_inputs(run, configs[run], rows, start, began_with)
+        # A copy of a start is no other start.
+        if digest := logs.read_object(run / "inputs.json").get("start"):
+            start = first_spelling.setdefault(digest, start)
         if "seed" in configs[run]:
             twin = seeds_seen.setdefault((names[run], start, configs[run]["seed"]), run)
             if twin != run:

@@ -7,15 +7,19 @@ import hashlib
 import os
 from pathlib import Path
 
+from support import logs
+
 PIECE = 16384        # bytes of a file of weights, of which `weights_of` reads some
 # Files of a model folder that decide how a dialogue becomes tokens and what reads them.
 TEXTS = ("added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json",
          "merges.txt", "preprocessor_config.json", "processor_config.json",
          "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
          "vocab.json")
-NAME_FILES = ("prompt_file", "root", "card_dir")          # settings of environments
+# What inputs.json tells of a start, and in words.
 WORDS_OF = {"start": "weights", "start_texts": "tokenizer, template or configs"}
+NAME_FILES = ("prompt_file", "root", "card_dir")         # settings of environments
 CITY = ("route_infos.json", "gps_pano_mapping.pkl")      # of a data folder of V-IRL
+PICTURES = (".jpg", ".png", ".json")                     # cards, street views and their metadata
 
 
 def shorten(digest):
@@ -78,6 +82,14 @@ def changed_of_start(began, folder):
     return ""
 
 
+def is_start(run, folder):
+    """Whether a folder holds the start of a run, wherever it lay then. A run of an earlier version
+    does not tell."""
+    began = logs.read_object(Path(run) / "inputs.json")
+    return bool(began.get("start") and Path(folder).is_dir()
+                and not changed_of_start(began, folder))
+
+
 def check_files(run, began, files):
     """ValueError if files behind a run's settings changed; `began` is what inputs.json holds."""
     if began.get("files", files) != files:
@@ -88,8 +100,8 @@ def check_files(run, began, files):
 def files_of(environments):
     """A digest of the files that the settings of environments name; "" if they name none.
 
-    A prompt file and the routes of a city are read whole. Of pictures, which are many, names and
-    sizes count.
+    A prompt file and the routes of a city are read whole. Of pictures and what is told of each,
+    which are many, names and sizes count. What else lies beside them, such as .DS_Store, does not.
     """
     digest, found = hashlib.sha256(), False
     for env in environments:
@@ -103,8 +115,13 @@ def files_of(environments):
             pictures.append(Path(card_dir))
         add_files(digest, paths)
         for folder in pictures if env.vision else ():
+            sizes = []
             with os.scandir(folder) as entries:
-                sizes = sorted((entry.name, entry.stat().st_size) for entry in entries)
+                for entry in entries:
+                    counts = Path(entry.name).suffix in PICTURES and entry.name[0] != "."
+                    if counts and entry.is_file():
+                        sizes.append((entry.name, entry.stat().st_size))
+            sizes.sort()
             digest.update(repr(sizes).encode())
         found = found or bool(paths or pictures)
     return shorten(digest) if found else ""

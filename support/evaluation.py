@@ -121,8 +121,8 @@ def list_checkpoints(run, trained, with_start):
     found, start, save_every = [], trained["model"], trained.get("save_every") or 1
     if with_start:
         if not Path(start).is_dir():
-            raise ValueError(f"run {str(run)!r} started from {start!r}, which is no folder: use "
-                             "--no-start")
+            raise ValueError(f"run {str(run)!r} started from {start!r}, which is no folder: put "
+                             "it, or a link to it, there, or use --no-start")
         run_folder.check_start(run, start)
         found.append(Checkpoint(0, Path(start), 0.0, 0.0))
     paths = {run_folder.checkpoint_step(path): path for path in run_folder.checkpoints(run)}

@@ -107,6 +107,8 @@ def check_owner(config):
             raise ValueError(f"out folder {config.out} holds a run of {script}: choose another "
                              "--out (OUT= of a recipe)")
         names = differing(theirs, ours)
+        if "model" in names and digests.is_start(out, config.model):
+            names.remove("model")      # it was moved
         # PPO's learning rate follows --lr-horizon, not --updates: a run may be made longer.
         if names == ["updates"] and ours["updates"] > theirs["updates"]:
             names = []

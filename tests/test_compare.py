@@ -288,6 +288,18 @@ def test_runs_from_one_path_with_other_weights_there_are_not_compared(tmp_path):
     assert compare.collect_rows(runs, metrics)
 
 
+def test_a_copy_of_a_start_is_no_other_start(tmp_path):
+    runs, metrics = [], {name: task.metrics for name, task in TASKS.items()}
+    for name, length in ("sft", {"steps": 5}), ("rl", {"updates": 5}):
+        write_run(tmp_path / name, 5, length)
+        runs.append(f"{tmp_path}/{name}")
+        (tmp_path / name / "inputs.json").write_text(json.dumps({"start": "a"}))
+    config = json.loads((tmp_path / "rl/config.json").read_text())
+    (tmp_path / "rl/config.json").write_text(json.dumps({**config, "model": "elsewhere/start"}))
+    arms = compare.collect_rows(runs, metrics)
+    assert {row["start"] for rows in arms.values() for row in rows} == {"start"}
+
+
 @pytest.mark.parametrize("name, told", [
     ("start_texts", "the start start has other tokenizer, template or configs in .*rl than in "),
     ("files", "rl was trained with another prompt file, city or card_dir than .*sft, under the")])

@@ -62,6 +62,13 @@ def test_the_files_behind_settings_are_told_apart(tmp_path, city):
     env.vision, before = True, digests.files_of([env])
     (tmp_path / "city/train/street_views/1.jpg").touch()
     assert env.env.vision and digests.files_of([env]) != before
+    # What a file browser leaves there is no picture, nor is a link to nowhere.
+    before = digests.files_of([env])
+    for name in ".DS_Store", "Thumbs.db", "._1.jpg":
+        (tmp_path / "city/train/street_views" / name).touch()
+    (tmp_path / "city/train/street_views/2.jpg").symlink_to("nowhere")
+    (tmp_path / "city/train/street_views/3.jpg").mkdir()
+    assert digests.files_of([env]) == before
 
 
 def test_an_evaluation_with_another_prompt_file_is_another_one(monkeypatch, tmp_path):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model
-from conftest import ROOT
-from support import run_folder, running
+from conftest import ROOT, tiny_folder
+from support import digests, run_folder, running
 from test_model import some_prompts
 
 
@@ -199,6 +199,21 @@ def test_a_run_of_ppo_may_be_made_longer_but_not_shorter(tmp_path):
     for other in (dict(updates=7), dict(updates=9, lr=1e-3)):
         with pytest.raises(ValueError, match="belongs to another config .updates 8 there"):
             run_folder.newest_checkpoint(Config(**other))
+
+
+def test_a_run_goes_on_from_a_start_that_was_moved(tmp_path):
+    @dataclass
+    class Config:
+        out: str = str(tmp_path / "run")
+        model: str = str(tmp_path / "start")
+    shutil.copytree(tiny_folder(), tmp_path / "start")
+    run_folder.open_run(Config(), None, digests.of_start(tmp_path / "start"))
+    (tmp_path / "start").rename(tmp_path / "moved")
+    moved = Config(model=str(tmp_path / "moved"))
+    assert run_folder.newest_checkpoint(moved) is None
+    (tmp_path / "moved/chat_template.jinja").write_text("another")
+    with pytest.raises(ValueError, match="belongs to another config .model"):
+        run_folder.newest_checkpoint(moved)
 
 
 def test_a_run_from_before_an_option_was_there_goes_on_where_that_is_off(tmp_path, monkeypatch):
