@@ -66,12 +66,18 @@ gp-vl) size=128x4 faults=leave_out:0.6,ten:0.15 ;;
 virl-l | virl-vl) size=128x4 faults=walk_past:0.6,other_word:0.15 ;;
 *) echo "TASK=$TASK: allowed are gp-l, virl-l, gp-vl and virl-vl" >&2; exit 2 ;;
 esac
-size=${SIZE:-$size} faults=${FAULTS-$faults} faulty_tries=${FAULTY_TRIES:-5}
-LRS=${LRS:-2e-3 1e-3 1e-3}
 [ "$SEED" = 0 ] || [ "$BASE" != "data/base/$TASK" ] || {
     echo "SEED=$SEED: needs BASE=folder, since $BASE is start 0" >&2
     exit 2
 }
+[ -z "${FAULTS+given}${SIZE:-}${LRS:-}${AFTER:-}${FAULTY_TRIES:-}" ] ||
+    [ "$BASE" != "data/base/$TASK" ] || {
+    echo "FAULTS, SIZE, LRS, AFTER and FAULTY_TRIES need BASE=folder, since $BASE is the start that" \
+        "comes of their defaults" >&2
+    exit 2
+}
+size=${SIZE:-$size} faults=${FAULTS-$faults} faulty_tries=${FAULTY_TRIES:-5}
+LRS=${LRS:-2e-3 1e-3 1e-3}
 # What lies at BASE is replaced at the end, unless KEEP is set.
 [ -n "${KEEP:-}" ] || [ -f "$OUT/writes" ] || [ ! -e "$BASE" ] ||
     [ "$BASE" = "data/base/$TASK" ] || {

@@ -49,6 +49,21 @@ def evaluated_runs(folder):
     return sorted(path.parent for path in folder.glob("*/eval.jsonl"))
 
 
+def of_common_steps(arm, rows):
+    """The rows of steps that all runs of an arm were tested at: one run may have gone on longer."""
+    tested = {}        # step -> the runs that were tested at it
+    for row in rows:
+        tested.setdefault(row["step"], set()).add(row["run"])
+    runs = {row["run"] for row in rows}
+    common = {step for step in tested if tested[step] == runs}
+    if not common:
+        raise ValueError(f"{arm}: its runs have no checkpoint in common: {', '.join(sorted(runs))}")
+    if left_out := sorted(tested.keys() - common):
+        print(f"{arm}: left out for want of a run: step {', '.join(map(str, left_out))}",
+              file=sys.stderr)
+    return [row for row in rows if row["step"] in common]
+
+
 def read_panel(folder):
     """{arm: {step: {split: [(value at the start, change since), ...]}}} of a folder of runs.
 
@@ -62,7 +77,7 @@ def read_panel(folder):
 
     found = {}    # arm -> step -> split -> start -> pairs
     for arm in sorted(arms):
-        for row in arms[arm]:
+        for row in of_common_steps(arm, arms[arm]):
             start, split = row["start"], row["split"]
             before = starts.get((start, split, row["seed"]))
             if before is None:

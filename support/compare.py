@@ -573,15 +573,18 @@ def check_no_run_is_there_twice(arms):
     That happens with a copied folder, or a longer run with the same settings.
     """
     for arm in arms.keys() - {"start"}:
-        seen = {}      # a row without paths -> the folder of its run
+        seen = {}      # a row without paths -> earlier rows of this content
         for row in arms[arm]:
-            # One of the two may be of a version that told less of the model.
             content = {name: value for name, value in row.items()
                        if name not in ("run", "checkpoint", "weights", "texts")}
-            twin = seen.setdefault(json.dumps(content, sort_keys=True), row["run"])
-            if twin != row["run"]:
-                raise ValueError(f"{twin} and {row['run']} have the same row of step "
-                                 f"{row['step']}, so they are one run twice: leave one out")
+            twins = seen.setdefault(json.dumps(content, sort_keys=True), [])
+            for twin in twins:
+                # One of the two may be of a version that told nothing of the model.
+                weights = {twin.get("weights"), row.get("weights")} - {None}
+                if twin["run"] != row["run"] and len(weights) < 2:
+                    raise ValueError(f"{twin['run']} and {row['run']} have the same row of step "
+                                     f"{row['step']}, so they are one run twice: leave one out")
+            twins.append(row)
 
 
 def on_common_hands(arms):

@@ -860,6 +860,18 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(
         assert message in capsys.readouterr().err
 
 
+def test_an_arm_is_averaged_at_the_last_step_that_all_of_its_runs_have(tmp_path, monkeypatch,
+                                                                      capsys):
+    monkeypatch.syspath_prepend(Path(evaluate.__file__).parent / "recipes")
+    import panels
+    for seed, scores in enumerate(([(0, 0.0, 0.1), (1, 5.0, 0.2)],
+                                   [(0, 0.0, 0.1), (1, 5.0, 0.4), (2, 10.0, 0.9)])):
+        write_run(tmp_path / f"rl{seed}", "RL", scores, knobs={"task": "gp-l", "seed": seed})
+    row, *_ = panels.rows_of({"panel": panels.read_panel(tmp_path)})
+    assert (row.runs, round(row.change, 6)) == (2, 20)
+    assert "RL: left out for want of a run: step 2" in capsys.readouterr().err
+
+
 def test_the_gates_picture_holds_the_shares_that_were_run(tmp_path, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.syspath_prepend(Path(evaluate.__file__).parent / "recipes")
