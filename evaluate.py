@@ -347,7 +347,8 @@ def evaluate_model(path, called, known, config, write, stem=None):
             while len(episodes) < num:
                 block = min(num - len(episodes), SIDE_BY_SIDE * running.WORLD)
                 environments = [recorder.watch(make_env()) for _ in range(block)]
-                episodes += play_episodes(reply, environments, seed, first=len(episodes))
+                with running.one_line_errors(label):       # maybe in one process alone
+                    episodes += play_episodes(reply, environments, seed, first=len(episodes))
             row = {"checkpoint": str(path), "split": split.label, "seed": seed,
                    **summarise(episodes, env.verify_iter, env.kinds), "settings": chosen}
             write(row, recorder.rows())
@@ -373,9 +374,7 @@ def finish_config(config):
 def evaluate_checkpoint(config):
     """Evaluate one checkpoint. Its rows go to eval.jsonl in --out, or are printed."""
     config = finish_config(config)
-    known, write = [], evaluation.print_one
-    if config.out:
-        known, write = evaluation.open_out(config.out, config.model)
+    known, write = evaluation.open_out(config.out, config.model)
     evaluate_model(Path(config.model), config.model, known, config, write)
 
 

@@ -72,8 +72,8 @@ esac
 }
 [ -z "${FAULTS+given}${SIZE:-}${LRS:-}${AFTER:-}${FAULTY_TRIES:-}" ] ||
     [ "$BASE" != "data/base/$TASK" ] || {
-    echo "FAULTS, SIZE, LRS, AFTER and FAULTY_TRIES need BASE=folder, since $BASE is the start that" \
-        "comes of their defaults" >&2
+    echo "FAULTS, SIZE, LRS, AFTER and FAULTY_TRIES need BASE=folder, since $BASE is the start" \
+        "that comes of their defaults" >&2
     exit 2
 }
 size=${SIZE:-$size} faults=${FAULTS-$faults} faulty_tries=${FAULTY_TRIES:-5}

@@ -140,7 +140,7 @@ def open_folder(config):
             config = replace(config, dtype=theirs["dtype"])
         ours = json.loads(json.dumps(asdict(config)))
         differing = [name for name in {**theirs, **ours} if name not in MAY_DIFFER
-                     and theirs.get(name) != ours.get(name)]
+                     and logs.resolved(theirs.get(name)) != logs.resolved(ours.get(name))]
         if "model" in differing and digests.is_start(out, config.model):
             differing.remove("model")      # it was moved
         if differing:

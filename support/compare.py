@@ -388,12 +388,17 @@ def name_arms(configs):
 
 def differing_settings(one, two):
     """In words, how the settings of two evaluations differ; "" if they do not."""
+    # The same files may lie elsewhere.
+    same_files = one.get("files") and one.get("files") == two.get("files")
+    moved = digests.NAME_FILES if same_files else ()
     one = {**one, **one.get("env", {})}        # settings of the environment beside the others
     two = {**two, **two.get("env", {})}
     one, two = {"files": two.get("files"), **one}, {"files": one.get("files"), **two}
     found = []
     for name in {**one, **two}:
-        differ = run_folder.resolved(one.get(name)) != run_folder.resolved(two.get(name))
+        if name in moved:
+            continue
+        differ = logs.resolved(one.get(name)) != logs.resolved(two.get(name))
         if name != "env" and differ:
             found.append(f"{name} {one.get(name)!r} and {two.get(name)!r}")
     return ", ".join(found)

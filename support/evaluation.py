@@ -392,8 +392,10 @@ def open_out(out, checkpoint):
     """Make the folder --out if it is not there.
 
     Returns the rows that it holds of this checkpoint with these weights, and a function that writes
-    a row with its dialogues.
+    a row with its dialogues. Without --out a row is printed.
     """
+    if not out:
+        return [], print_one
     check_out(out)
     running.gather(None)   # all have looked
     Path(out).mkdir(parents=True, exist_ok=True)

@@ -296,6 +296,11 @@ def check_weights(path, faults):
 
 # ---- Does it behave ------------------------------------------------------------------------------
 
+def is_finite(weight):
+    """Whether all values of a tensor are finite numbers."""
+    return not weight.numel() or bool(torch.stack(weight.detach().aminmax()).isfinite().all())
+
+
 def check_template(path, processor, vision, encode, encode_reply):
     """The ids (P,) of a first prompt; ValueError unless `encode` can use the chat template.
 
@@ -341,7 +346,7 @@ def check_model(path, backbone, processor, vision, encode, encode_reply):
 
     # A number that is none may be where no text below leads: at a rare token, in a vision tower.
     for name, weight in backbone.named_parameters():
-        if weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+        if not is_finite(weight):
             raise ValueError(f"model {path!r}: its weights {name} hold values that are no finite "
                              "numbers")
 
@@ -397,7 +402,12 @@ def load_value_head(path, value_head):
     file = Path(path) / "value_head.safetensors"
     if file.is_file():
         try:
-            value_head.load_state_dict(load_file(file))
+            weights = load_file(file)
+            value_head.load_state_dict(weights)
         except (OSError, SafetensorError, RuntimeError) as error:
             told = " ".join(str(error).split())
             raise ValueError(f"{file}: not this model's value head: {told}") from None
+        for name, weight in weights.items():
+            if not is_finite(weight):
+                raise ValueError(f"{file}: its weights {name} hold values that are no finite "
+                                 "numbers")

@@ -3,6 +3,7 @@
 This file needs no torch, so envs.py can read a run, too.
 """
 import json
+import os
 from pathlib import Path
 
 NUMBER = (int, float)
@@ -76,6 +77,16 @@ def read_object(path):
 
 
 # ---- Run folders: what can be said of one without torch ------------------------------------------
+
+def resolved(setting):
+    """A setting in a form in which two spellings of a path are equal, also behind `root=`."""
+    if isinstance(setting, (list, tuple)):
+        return [resolved(word) for word in setting]
+    if not isinstance(setting, str) or not setting:
+        return setting
+    name, _, path = setting.rpartition("=")
+    return name, os.path.realpath(path)
+
 
 def read_run_config(run):
     """config.json of a run folder, {} if there is none; ValueError if it is no JSON object."""

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from support import digests, loading, portable, running
+from support import digests, loading, logs, portable, running
 
 # Fields that say how a run is executed, not what it computes: they may differ when it goes on.
 MAY_DIFFER = {"out", "device", "micro_batch_tokens", "generate_tokens", "kept_gib", "save_every",
@@ -45,16 +45,6 @@ def checkpoints(out):
     found = [path for path in Path(out).glob("step_*")
              if re.fullmatch(name, path.name) and path.is_dir() and not path.is_symlink()]
     return sorted(found, key=checkpoint_step)
-
-
-def resolved(setting):
-    """A setting in a form in which two spellings of a path are equal, also behind `root=`."""
-    if isinstance(setting, (list, tuple)):
-        return [resolved(word) for word in setting]
-    if not isinstance(setting, str) or not setting:
-        return setting
-    name, _, path = setting.rpartition("=")
-    return name, os.path.realpath(path)
 
 
 def hold(folder, use):
@@ -81,10 +71,29 @@ def hold(folder, use):
         raise ValueError(f"{folder}: process {holder} is {use} here; wait for its end, or stop it")
 
 
-def differing(theirs, ours):
-    """The fields in which two configs differ, but for those that may."""
-    return [name for name in {**theirs, **ours} if name not in MAY_DIFFER
-            and resolved(theirs.get(name, MISSING)) != resolved(ours.get(name, MISSING))]
+def without_paths(setting):
+    """A list of settings, such as --env, without the paths of files."""
+    if not isinstance(setting, (list, tuple)):
+        return setting
+    files = tuple(f"{name}=" for name in digests.NAME_FILES)
+    return [word.partition("=")[0] if str(word).startswith(files) else word for word in setting]
+
+
+def differing(theirs, ours, moved=False):
+    """The fields in which two configs differ, but for those that may.
+
+    `moved`: files that settings name may have other paths. `digests.check_files` sees whether they
+    are what they were.
+    """
+    found = []
+    for name in {**theirs, **ours}:
+        values = [config.get(name, MISSING) for config in (theirs, ours)]
+        if moved:
+            values = [without_paths(value) for value in values]
+        one, two = map(logs.resolved, values)
+        if name not in MAY_DIFFER and one != two:
+            found.append(name)
+    return found
 
 
 def check_owner(config):
@@ -106,7 +115,8 @@ def check_owner(config):
             script = "rl.py" if "updates" in theirs else "sft.py"
             raise ValueError(f"out folder {config.out} holds a run of {script}: choose another "
                              "--out (OUT= of a recipe)")
-        names = differing(theirs, ours)
+        told = running.read_object(out / "inputs.json").get("files")
+        names = differing(theirs, ours, moved=bool(told))
         if "model" in names and digests.is_start(out, config.model):
             names.remove("model")      # it was moved
         # PPO's learning rate follows --lr-horizon, not --updates: a run may be made longer.
@@ -291,6 +301,20 @@ def write_checkpoint(folder, policy, processor, optimizer, state, with_value_hea
     running.gather(None)
 
 
+def check_finite(policy, final):
+    """End the run if a weight is no finite number: such a checkpoint would take the place of whole
+    ones."""
+    broken = []
+    for name, weight in policy.named_parameters():
+        values = weight.to_local() if isinstance(weight, DTensor) else weight
+        if not loading.is_finite(values):
+            broken.append(name)
+    broken = sum(running.gather(broken), [])
+    if broken:
+        running.fail(f"{final}: weights {broken[0]} hold values that are no finite numbers, so it "
+                     "is not saved; the checkpoints before it are whole")
+
+
 def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resume=2,
                       with_value_head=True):
     """Write step_000400/, unless it is there: a Hugging Face folder, value_head.safetensors, and
@@ -304,6 +328,7 @@ def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resum
     temporary = final.with_suffix(".tmp")
     if any(running.gather(final in checkpoints(out))):
         return final
+    check_finite(policy, final)
     try:
         write_checkpoint(temporary, policy, processor, optimizer, state, with_value_head)
         if running.RANK == 0:

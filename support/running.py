@@ -46,13 +46,13 @@ def one_line_errors(where=None, out=None):
     """The user's mistakes (ValueError) and numbers that are not finite end with one line and no
     traceback.
 
-    `where` names the step or update of a run that has begun, and `out` its folder. Before that all
-    processes meet the same error, and the first one prints it.
+    `where` names what has begun: a step or an update, of a run with the folder `out`, or a test.
+    Before that all processes meet the same error, and the first one prints it.
     """
     begun = "" if where is None else f"{where}: "
 
     def has_checkpoint():
-        names = [path.name for path in Path(out).glob("step_*")] if begun else []
+        names = [path.name for path in Path(out).glob("step_*")] if out else []
         return any(re.fullmatch("step_[0-9]+", name) for name in names)
 
     try:

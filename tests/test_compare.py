@@ -324,6 +324,11 @@ def test_tests_on_other_files_of_one_name_are_not_compared():
     one, two = {"env": {}, "files": "a"}, {"env": {}, "files": "b"}
     assert compare.differing_settings(one, two) == "files 'a' and 'b'"
     assert compare.differing_settings(one, {"env": {}}) == ""      # an earlier version
+    # The same files may lie elsewhere.
+    one, two = {"env": {"root": "old"}, "files": "a"}, {"env": {"root": "new"}, "files": "a"}
+    assert compare.differing_settings(one, two) == ""
+    del one["files"]
+    assert compare.differing_settings(one, two) == "root 'old' and 'new'"
 
 
 def test_a_copy_of_a_run_that_was_tested_again_is_known(tmp_path):

@@ -14,7 +14,7 @@ import envs
 import evaluate
 import model
 from conftest import tiny_folder
-from support import compare, evaluation, running, settings
+from support import command_line, compare, evaluation, running, settings
 from support.settings import Split
 
 SMALL = tiny_folder()
@@ -858,6 +858,17 @@ def test_panels_of_a_study_are_told_by_arm_with_changes_since_the_own_start(
         with pytest.raises(SystemExit):
             told(tmp_path / folder, *flags)
         assert message in capsys.readouterr().err
+
+
+def test_an_error_that_one_process_meets_alone_is_told_by_it(monkeypatch, capsys):
+    def too_long(*_, **__):
+        raise ValueError("its 125 tokens are too many")
+    monkeypatch.setattr(evaluate, "play_episodes", too_long)
+    monkeypatch.setattr(command_line, "RANK", 1)
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.Config(model=tiny_folder(), device="cpu", dtype="float32"))
+    assert capsys.readouterr().err.endswith(
+        f"error: {tiny_folder()}, id, seed 0: its 125 tokens are too many\n")
 
 
 def test_an_arm_is_averaged_at_the_last_step_that_all_of_its_runs_have(tmp_path, monkeypatch,

@@ -749,6 +749,12 @@ def test_a_model_whose_logits_overflow_says_so_and_replies_nothing(tiny, tempera
         policy.generate(some_prompts(processor, 2), torch.zeros(2, 4), 4, temperature)
 
 
+def broken_value_head(folder, value):
+    weights = model.load_policy(folder)[0].value_head.state_dict()
+    weights["0.bias"].fill_(value)
+    save_file(weights, folder / "value_head.safetensors")
+
+
 def template_in_config(folder, template):
     (folder / "chat_template.jinja").unlink()
     path = folder / "tokenizer_config.json"
@@ -762,6 +768,8 @@ def template_in_config(folder, template):
      "value_head.safetensors: not this model's value head"),
     (lambda folder: save_file({"0.weight": torch.zeros(2)}, folder / "value_head.safetensors"),
      "value_head.safetensors: not this"),
+    (lambda folder: broken_value_head(folder, float("nan")),
+     "value_head.safetensors: its weights 0.bias hold values that are no finite numbers"),
     (lambda folder: broken_weights(folder, lambda _, w: w * float("nan")), "no finite numbers"),
     # Only a rare token leads to it.
     (lambda folder: untied_with(folder, float("inf")),

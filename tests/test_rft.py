@@ -211,6 +211,19 @@ def test_the_start_may_play_in_all_rounds(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "run").glob("step_*")) == ["step_000002"]
 
 
+def test_a_run_goes_on_under_another_spelling_of_its_model_and_after_that_was_moved(tmp_path):
+    shutil.copytree(GP_L, tmp_path / "start")
+    config = rft.Config(model=str(tmp_path / "start"), out=str(tmp_path / "run"))
+    rft.open_folder(config)[1].close()
+    rft.check_inputs(config, rft.check(config), done=0)
+    (tmp_path / "link").symlink_to("start")
+    rft.open_folder(replace(config, model=f"{tmp_path}/run/../link"))[1].close()
+    (tmp_path / "start").rename(tmp_path / "moved")
+    rft.open_folder(replace(config, model=str(tmp_path / "moved")))[1].close()
+    with pytest.raises(ValueError, match="belongs to another config .model differ"):
+        rft.open_folder(replace(config, model=str(tmp_path)))
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text('{"lr": 1}')
     with pytest.raises(SystemExit):

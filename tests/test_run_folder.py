@@ -90,6 +90,22 @@ def test_a_full_disk_leaves_the_checkpoints_before_it_whole(tiny, tmp_path, monk
                                         {"step": 2}).name == "step_000002"
 
 
+def test_weights_that_are_no_numbers_take_no_whole_checkpoints_place(tiny, tmp_path, capsys):
+    policy, processor = tiny
+    optimizer = torch.optim.Adam(policy.parameters())
+    run_folder.ensure_checkpoint(tmp_path, 1, policy, processor, optimizer, {"step": 1}, 1)
+    bias = policy.value_head[0].bias
+    with torch.no_grad():
+        before = bias.clone()
+        bias.fill_(float("nan"))
+    with pytest.raises(SystemExit):
+        run_folder.ensure_checkpoint(tmp_path, 2, policy, processor, optimizer, {"step": 2}, 1)
+    with torch.no_grad():
+        bias.copy_(before)
+    assert "weights value_head.0.bias hold values that are no finite" in capsys.readouterr().err
+    assert run_folder.load_resume(tmp_path / "step_000001", policy, optimizer) == {"step": 1}
+
+
 def make_run(tmp_path, **changes):
     @dataclass
     class Config:
@@ -206,11 +222,21 @@ def test_a_run_goes_on_from_a_start_that_was_moved(tmp_path):
     class Config:
         out: str = str(tmp_path / "run")
         model: str = str(tmp_path / "start")
+        env: tuple = ("root=old", "target=24")
     shutil.copytree(tiny_folder(), tmp_path / "start")
     run_folder.open_run(Config(), None, digests.of_start(tmp_path / "start"))
     (tmp_path / "start").rename(tmp_path / "moved")
     moved = Config(model=str(tmp_path / "moved"))
     assert run_folder.newest_checkpoint(moved) is None
+    # So may files that settings name. Whether they are what they were is seen later.
+    elsewhere = Config(model=moved.model, env=("root=new", "target=24"))
+    with pytest.raises(ValueError, match="belongs to another config .env"):
+        run_folder.newest_checkpoint(elsewhere)
+    inputs = tmp_path / "run/inputs.json"
+    inputs.write_text(json.dumps({**json.loads(inputs.read_text()), "files": "a"}))
+    assert run_folder.newest_checkpoint(elsewhere) is None
+    with pytest.raises(ValueError, match="belongs to another config .env"):
+        run_folder.newest_checkpoint(Config(model=moved.model, env=("root=new", "target=36")))
     (tmp_path / "moved/chat_template.jinja").write_text("another")
     with pytest.raises(ValueError, match="belongs to another config .model"):
         run_folder.newest_checkpoint(moved)
