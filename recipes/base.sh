@@ -20,7 +20,8 @@
 #   FAULTS=...         faults of the demonstrator in stage 3, with shares [by task]; empty for none
 #   FAULTY_TRIES=5     gp-l and gp-vl: how many of a hand's tries, from the first, may hold a fault
 #   AFTER=folder       the model that stage 3 begins with; stages 1 and 2 are then left out
-#   KEEP=1             leave a BASE that is there as it is; refuse settings that did not make it
+#   KEEP=1             leave a BASE that is there as it is; if OUT tells how it was made, refuse
+#                      other settings
 #   SMOKE=1            a few steps; writes to OUT/base, never to data/base
 #
 # The three stages are all SFT, and training stops while the model is still weak:
@@ -59,6 +60,7 @@ TASK=${TASK:-gp-l}
 OUT=${OUT:-runs/base-$TASK${SMOKE:+-smoke}}
 [ -z "${SMOKE:-}" ] || BASE=${BASE:-$OUT/base}
 BASE=${BASE:-data/base/$TASK}
+BASE=${BASE%/}
 SEED=${SEED:-0}
 case $TASK in
 gp-l) size=160x4 faults=leave_out:0.6,ten:0.15 ;;
@@ -84,6 +86,7 @@ LRS=${LRS:-2e-3 1e-3 1e-3}
     echo "BASE=$BASE: is there already, and not from OUT=$OUT: choose another BASE" >&2
     exit 2
 }
+[ -z "${KEEP:-}" ] || [ ! -d "$BASE" ] || [ -f "$OUT/settings" ] || exit 0
 mkdir -p "$OUT"
 same_settings "$OUT/writes" "BASE=$BASE"
 # Some stages leave files that do not tell how they were made.

@@ -83,6 +83,9 @@ def content_of(checkpoint):
     return {"weights": digests.weights_of(checkpoint), "texts": digests.texts_of(checkpoint)}
 
 
+WORDS_OF = {"weights": "weights", "texts": "tokenizer, template or configs"}
+
+
 class Checkpoint(NamedTuple):
     """A checkpoint of a run, or its start as step 0, and the compute since the start."""
     step: int
@@ -104,10 +107,11 @@ class Checkpoint(NamedTuple):
         with the old one.
         """
         found, content = [row for row in known if row["step"] == self.step], content_of(self.path)
-        weights = content["weights"]
-        if self.step == 0 and any(row.get("weights", weights) != weights for row in found):
-            raise ValueError(f"start {self.path}: has other weights than when it was tested with "
-                             "this run, which did not begin with them: use --no-start")
+        for name in content if self.step == 0 else ():
+            if any(row.get(name, content[name]) != content[name] for row in found):
+                raise ValueError(f"start {self.path}: has other {WORDS_OF[name]} than when it was "
+                                 "tested with this run, which did not begin with them: use "
+                                 "--no-start")
         return [row if transcripts.is_of(row, content) else {**row, "settings": {}}
                 for row in found]
 
@@ -297,6 +301,7 @@ class KeptReplies:
         self.stem = stem
         self.path = None
         self.known = {}   # (evaluation, turn, episode) -> ids of the reply
+        self.told = set()   # evaluations that go on
         if stem is None:
             return
         self.path = Path(f"{stem}_{os.getpid()}.jsonl")
@@ -306,15 +311,18 @@ class KeptReplies:
             for row in running.read_jsonl(file, "of", "turn", "replies"):
                 for episode, ids in row["replies"].items():
                     self.known[row["of"], row["turn"], int(episode)] = ids
-        if self.known:
-            running.print0(f"goes on with {len(self.known)} replies of an earlier evaluation")
 
     def files(self):
         return sorted(self.stem.parent.glob(f"{self.stem.name}_*.jsonl"))
 
     def find(self, of, turn, episode):
         """The ids of a reply, or None. `of` is a text that names the evaluation."""
-        return self.known.get((of, turn, episode))
+        ids = self.known.get((of, turn, episode))
+        if ids is not None and of not in self.told:
+            self.told.add(of)
+            num = sum(of == key[0] for key in self.known)
+            running.print0(f"goes on with {num} replies of an earlier evaluation")
+        return ids
 
     def add(self, of, turn, replies):
         """Keep the replies {episode: ids} of one turn."""

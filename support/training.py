@@ -193,6 +193,9 @@ def check_rl(config):
                          "as well")
     given = {**settings.read_settings(config.env), **split.settings}
     demonstrator.refuse_without_effect(given, ["faults", "faulty_tries"], "RL reads no expert")
+    if config.updates > config.lr_horizon and config.lr_final < config.lr:
+        print0(f"updates after --lr-horizon {config.lr_horizon} have the learning rate --lr-final "
+               f"{config.lr_final:g}")
     if "solution" in given:              # SFT and RL may be given the same settings
         print0(f"solution {given['solution']!r}: has no effect here, since RL reads no expert")
     return split

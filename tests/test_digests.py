@@ -164,13 +164,17 @@ def test_dialogues_of_other_weights_do_not_stand_beside_a_row(tmp_path):
     assert transcripts.is_of(dialogue, rows[1])       # of an earlier version
 
 
-def test_replies_kept_by_a_killed_process_of_the_same_number_stay_readable(tmp_path):
+def test_replies_kept_by_a_killed_process_of_the_same_number_stay_readable(tmp_path,
+                                                                                  capsys):
     """In a container a process often has the number that it had before."""
     path = tmp_path / f"kept_{os.getpid()}.jsonl"
     path.write_text('{"of": "a", "turn": 0, "replies": {"0": [1]}}\n{"of": "a", "tu')
     evaluation.KeptReplies(tmp_path / "kept").add("a", 1, {0: [2]})
     kept = evaluation.KeptReplies(tmp_path / "kept")
+    # Only an evaluation that is the same goes on with them.
+    assert kept.find("b", 1, 0) is None and capsys.readouterr().out == ""
     assert (kept.find("a", 0, 0), kept.find("a", 1, 0)) == ([1], [2])
+    assert capsys.readouterr().out == "goes on with 2 replies of an earlier evaluation\n"
 
 
 def test_a_temperature_that_no_logit_stands_is_refused():

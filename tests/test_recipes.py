@@ -275,8 +275,11 @@ def test_what_lies_where_a_start_is_to_go_is_not_deleted(recipe, tmp_path):
     status, told, lines = recipe("base", OUT=tmp_path / "making", BASE=mine)
     assert (status, lines) == (2, []) and "is there already, and not from OUT=" in told
     assert (mine / "config.json").read_text() == "a model of mine"
+    # Whoever keeps it has no other folder's word for how it was made.
+    assert recipe("base", OUT=tmp_path / "other", BASE=mine, KEEP=1) == (0, "", [])
+    assert not (tmp_path / "other").exists()
     # Nor where the folder of the stages is one that has made another start.
-    assert recipe("base", OUT=tmp_path / "making", BASE=tmp_path / "base")[0] == 0
+    assert recipe("base", OUT=tmp_path / "making", BASE=f"{tmp_path}/base/")[0] == 0
     assert recipe("base", OUT=tmp_path / "making", BASE=mine)[0] == 2 and mine.is_dir()
 
 

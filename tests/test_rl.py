@@ -386,6 +386,15 @@ def test_a_setting_of_the_expert_is_refused_or_said_to_have_no_effect(capsys):
         "solution 'random': has no effect here, since RL reads no expert\n")
 
 
+def test_updates_after_the_learning_rate_has_reached_its_end_are_told_of(capsys):
+    training.check_rl(config(out="a", model="b", updates=30, lr_horizon=20, lr_final=1e-9))
+    told = capsys.readouterr().out
+    assert "after --lr-horizon 20 have the learning rate --lr-final 1e-09" in told
+    for knobs in (dict(updates=20), dict(updates=30, lr_final=1e-5, lr=1e-5)):
+        training.check_rl(config(out="a", model="b", lr_horizon=20, **knobs))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_prompt_counts_from_where_it_leaves_what_was_said_before(tiny):
     policy, _ = tiny
 
