@@ -20,6 +20,7 @@ recipes/panels.py names arms and computes errors with the functions of this file
 import json
 import math
 import os
+import re
 import textwrap
 from collections import Counter
 from dataclasses import asdict
@@ -479,7 +480,7 @@ def collect_rows(folders, metrics):
     first_spelling = {}  # digest of a start's weights -> how the first run spells it
     began_with = {}    # for `check_inputs`
     starts_seen = {}   # (start, split, seed) -> the first run with this row, and its results
-    seeds_seen = {}    # (arm, start, seed of the training) -> the run
+    seeds_seen = {}    # (arm, start, seed of the training, numeric types) -> the run
     for run in runs:
         # Find the run's start, and see that no other run is the same.
         rows = read_rows(run, metrics)
@@ -493,7 +494,8 @@ def collect_rows(folders, metrics):
         if digest := logs.read_object(run / "inputs.json").get("start"):
             start = first_spelling.setdefault(digest, start)
         if "seed" in configs[run]:
-            twin = seeds_seen.setdefault((names[run], start, configs[run]["seed"]), run)
+            numbers = configs[run].get("dtype"), configs[run].get("param_dtype")
+            twin = seeds_seen.setdefault((names[run], start, configs[run]["seed"], numbers), run)
             if twin != run:
                 raise ValueError(f"{twin} and {run} have one start, method and --seed "
                                  f"{configs[run]['seed']}, so they are one run twice: leave one "
@@ -945,6 +947,19 @@ def left_out(study):
     return " ".join(told)
 
 
+def trained_on(study):
+    """Sentences on the arms that were trained on another rule than that of the split `id`."""
+    sentences = []
+    for arm in study.tried:
+        config = running.read_run_config(study.arms[arm][0]["run"])
+        words = [*config.get("mix", ()), *config.get("split", ()), *config.get("env", ())]
+        if config.get("data"):
+            sentences.append(f"{arm} was trained on the file {config['data']}.")
+        elif any(re.match("rule|action_space|target", word) for word in words):
+            sentences.append(f"{arm} was trained on {' '.join(words)}.")
+    return " ".join(sentences)
+
+
 def cut_replies(study):
     """Which arms had more than a twentieth of their replies cut at the limit, in words, or ""."""
     told = []
@@ -969,7 +984,7 @@ def print_study(study, paper):
     print(f"\n{task_name(study.task)}: values in %, changes since the start in points, ± standard "
           "errors")
     for words in (how_many(study), f"Compared: {compared_at(study)} of post-training.",
-                  left_out(study), cut_replies(study)):
+                  left_out(study), trained_on(study), cut_replies(study)):
         if words:
             print(textwrap.fill(words, 80))
     for metric in study.metrics:

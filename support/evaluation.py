@@ -75,9 +75,6 @@ def check_used(config):
 
 # ---- A run and its checkpoints -----------------------------------------------------------------
 
-RULES = {"rule", "target", "action_space"}       # settings that make another rule
-
-
 def content_of(checkpoint):
     """What a row holds of a checkpoint's folder, which tells it from others of the same path."""
     return {"weights": digests.weights_of(checkpoint), "texts": digests.texts_of(checkpoint)}
@@ -206,7 +203,7 @@ def take_settings(config, run, trained, tasks):
             if not own and name not in given:
                 added[name] = theirs[name]
         splits.append(split._replace(settings={**split.settings, **added},
-                                     of_training=tuple(sorted(added.keys() - RULES))))
+                                     of_training=tuple(sorted(added.keys() - settings.RULES))))
     config = replace(config, splits=tuple(splits))
     env = tuple(f"{name}={value}" for name, value in {**taken, **given}.items())
 

@@ -408,19 +408,6 @@ def how_it_was_made(study):
     return "\n".join(parts)
 
 
-def trained_on(study):
-    """Sentences on the arms that were trained on another rule than that of the split `id`."""
-    sentences = []
-    for arm in study.tried:
-        config = running.read_run_config(study.arms[arm][0]["run"])
-        words = [*config.get("mix", ()), *config.get("split", ()), *config.get("env", ())]
-        if config.get("data"):
-            sentences.append(f"{text(arm)} was trained on the file {text(config['data'])}.")
-        elif any(re.match("rule|action_space", word) for word in words):
-            sentences.append(f"{text(arm)} was trained on {text(' '.join(words))}.")
-    return " ".join(sentences) or "No arm is trained on the other rule."
-
-
 def claim(study, paper):
     """The finding in a sentence for each split, as "On the other rule SFT went from 1.2 to 0.0"."""
     sentences = []
@@ -454,12 +441,13 @@ def page(study, paper, make_env):
     played = compare.episodes_called(study)
     marks = "an action" if played == "routes" else "a number or a card"
     name = f"{compare.task_name(study.task)}: what SFT and RL do to a rule they were not trained on"
+    trained_on = compare.trained_on(study) or "No arm is trained on the other rule."
     return "\n".join([
         '<!doctype html>', '<html lang="en">', '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{text(name)}</title>", f"<style>{STYLE}</style>",
         f"<main><h1>{text(name)}</h1>",
-        f"<p>{RULES.get(study.task.partition('-')[0], '')} {trained_on(study)} {WORDS}</p>",
+        f"<p>{RULES.get(study.task.partition('-')[0], '')} {text(trained_on)} {WORDS}</p>",
         f'<p class="soft">{text(compare.how_many(study))} Compared: '
         f"{text(compare.compared_at(study))}. {text(compare.left_out(study))} "
         f"{text(compare.cut_replies(study))}</p>",

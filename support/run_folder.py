@@ -202,6 +202,22 @@ def check_start(run, start):
                          "put them back; evaluate.py can leave the start out (--no-start)")
 
 
+def drop_tests(out, last_step, inputs):
+    """Leave out the rows of tests whose checkpoint is gone, and will be made anew. In a new run
+    these may be tests of another start."""
+    def stays(row):
+        if row["step"] == 0:
+            start = (inputs or {}).get("start")
+            return bool(last_step) or row.get("weights", start) == start
+        return row["step"] <= last_step or (out / f"step_{row['step']:06d}").is_dir()
+
+    for path in (out / "eval.jsonl", out / "dialogues.jsonl"):
+        rows = read_steps(path) if path.is_file() else []
+        kept = [row for row in rows if stays(row)]
+        if kept != rows:
+            running.write_jsonl(path, kept)
+
+
 def open_run(config, newest, inputs=None):
     """Make the run folder with its config.json and, in a new run, inputs.json. If the run goes on
     from a checkpoint, cut its logs back to that."""
@@ -216,6 +232,7 @@ def open_run(config, newest, inputs=None):
     for path in (out / name for name in LOGS):
         if path.is_file():
             running.write_jsonl(path, [row for row in read_steps(path) if row["step"] <= last_step])
+    drop_tests(out, last_step, inputs)
     if newest:
         running.print0(f"{out}: goes on after step {last_step}")
     running.gather(None)

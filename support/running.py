@@ -47,7 +47,7 @@ def one_line_errors(where=None, out=None):
     traceback.
 
     `where` names what has begun: a step or an update, of a run with the folder `out`, or a test.
-    Before that all processes meet the same error, and the first one prints it.
+    Before that all processes mostly meet the same error, and the first one prints it.
     """
     begun = "" if where is None else f"{where}: "
 
@@ -64,7 +64,9 @@ def one_line_errors(where=None, out=None):
         fail(f"{begun}{error}; {advice} with a smaller --lr and another --out")
     except ValueError as error:              # in a run such as a picture that cannot be read
         advice = "; the last checkpoint is whole" if has_checkpoint() else ""
-        fail(f"{begun}{error}{advice}", alone=bool(begun))
+        if RANK and not begun:
+            time.sleep(3)        # torchrun ends this process if the first one has failed as well
+        fail(f"{begun}{error}{advice}", alone=True)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,9 @@ from support.chat import refuse_half_characters
 from support.logs import without_twins
 
 
+RULES = {"rule", "target", "action_space"}       # settings that make another rule
+
+
 class Split(NamedTuple):
     """A split as a user names it, with settings that are for it alone."""
     name: str

@@ -288,6 +288,26 @@ def test_runs_from_one_path_with_other_weights_there_are_not_compared(tmp_path):
     assert compare.collect_rows(runs, metrics)
 
 
+def test_the_table_says_which_arms_were_trained_by_another_rule(tmp_path, capsys):
+    write_run(tmp_path / "sft", 5, {"steps": 5, "mix": ["rule_ood"]})
+    write_run(tmp_path / "rl", 5, {"updates": 5, "split": ["id"], "env": ["target=30"]})
+    evaluate.compare_runs(evaluate.Config(compare=(f"{tmp_path}/sft,{tmp_path}/rl",)))
+    told = " ".join(capsys.readouterr().out.split())
+    assert "SFT was trained on rule_ood. RL was trained on id target=30." in told
+
+
+def test_runs_of_one_seed_in_two_numeric_types_are_two(tmp_path):
+    metrics = {name: task.metrics for name, task in TASKS.items()}
+    for name, dtype, weights in ("a", "float32", "v"), ("b", "bfloat16", "w"):
+        write_run(tmp_path / name, 5, {"steps": 5, "seed": 0, "dtype": dtype})
+        rows = running.read_jsonl(tmp_path / name / "eval.jsonl")
+        for row in rows:
+            row["weights"] = weights if row["step"] else "start"
+        running.write_jsonl(tmp_path / name / "eval.jsonl", rows)
+    arms = compare.collect_rows([tmp_path / "a", tmp_path / "b"], metrics)
+    assert len(arms["SFT"]) == 2
+
+
 def test_a_copy_of_a_start_is_no_other_start(tmp_path):
     runs, metrics = [], {name: task.metrics for name, task in TASKS.items()}
     for name, length in ("sft", {"steps": 5}), ("rl", {"updates": 5}):

@@ -106,6 +106,29 @@ def test_weights_that_are_no_numbers_take_no_whole_checkpoints_place(tiny, tmp_p
     assert run_folder.load_resume(tmp_path / "step_000001", policy, optimizer) == {"step": 1}
 
 
+def test_a_run_that_is_made_again_keeps_no_test_of_checkpoints_that_are_gone(tmp_path):
+    @dataclass
+    class Config:
+        out: str = str(tmp_path / "run")
+    run_folder.open_run(Config(), None, {"start": "a"})
+    log = tmp_path / "run/eval.jsonl"
+
+    def rows():
+        return [(row["step"], row["weights"]) for row in running.read_jsonl(log)]
+    running.write_jsonl(log, [{"step": step, "weights": "a"} for step in (0, 1, 2, 3)])
+    # It goes on from step 1, and step 3 is still there.
+    for step in 1, 3:
+        (tmp_path / f"run/step_{step:06d}").mkdir()
+    run_folder.open_run(Config(), tmp_path / "run/step_000001")
+    assert rows() == [(0, "a"), (1, "a"), (3, "a")]
+    for step in 1, 3:
+        (tmp_path / f"run/step_{step:06d}").rmdir()
+    run_folder.open_run(Config(), None, {"start": "a"})
+    assert rows() == [(0, "a")]
+    run_folder.open_run(Config(), None, {"start": "b"})
+    assert rows() == []
+
+
 def make_run(tmp_path, **changes):
     @dataclass
     class Config:
