@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple

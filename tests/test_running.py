@@ -34,6 +34,16 @@ class Example:
     words: tuple = running.flag(("id",), "words up to the next flag")
 
 
+def test_a_mistake_before_a_run_is_told_by_the_process_that_outlives_the_first_one(monkeypatch,
+                                                                                  capsys):
+    waited = []
+    monkeypatch.setattr(running, "RANK", 1)
+    monkeypatch.setattr(running.time, "sleep", waited.append)
+    with pytest.raises(SystemExit), running.one_line_errors():
+        raise ValueError("a landmark has a control token")
+    assert waited and capsys.readouterr().err.endswith("error: a landmark has a control token\n")
+
+
 def test_a_config_comes_from_the_command_line():
     assert running.parse_config(Example, []) == Example()
     found = running.parse_config(Example, ["--lr", "0.5", "--fast", "--name", "b"])
