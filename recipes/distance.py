@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
 from model import EVALUATION, collate, encode, load_policy, sampling_uniforms
-from support import run_folder, running, settings
+from support import evaluation, run_folder, running, settings
 
 SPLITS = ("id", "rule_ood")
 LONGEST = 64                    # tokens of a reply
@@ -70,6 +70,7 @@ def main():
                 raise ValueError(f"run {run!r}: {config['task']} has pictures; a distance is "
                                  "measured in words alone")
             run_folder.check_start(run, config["model"])
+            evaluation.check_files(Path(run), config, envs.make_env)
             start, _ = load_policy(config["model"])
             for checkpoint in checkpoints if args.every else checkpoints[-1:]:
                 policy, processor = load_policy(str(checkpoint))

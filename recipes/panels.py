@@ -68,14 +68,14 @@ def read_panel(folder):
     """{arm: {step: {split: [(value at the start, change since), ...]}}} of a folder of runs.
 
     Values are in percent. There is one pair for every start; with a single start there is one for
-    every run and seed of its tests. ValueError if the start of a run was not evaluated, and if
-    `compare.collect_rows` finds that runs do not fit each other.
+    every run, over all seeds of its tests. ValueError if the start of a run was not evaluated, and
+    if `compare.collect_rows` finds that runs do not fit each other.
     """
     metrics = {name: task.metrics for name, task in envs.TASKS.items()}
     arms = compare.collect_rows(evaluated_runs(folder), metrics)
     starts = {(row["start"], row["split"], row["seed"]): row for row in arms.pop("start")}
 
-    found = {}    # arm -> step -> split -> start -> pairs
+    found = {}    # arm -> step -> split -> start -> run -> pairs, one for each seed of the tests
     for arm in sorted(arms):
         for row in of_common_steps(arm, arms[arm]):
             start, split = row["start"], row["split"]
@@ -86,7 +86,8 @@ def read_panel(folder):
             metric = metrics[row["settings"]["task"]][0]
             pair = (100 * before[metric], 100 * (row[metric] - before[metric]))
             splits = found.setdefault(arm, {}).setdefault(row["step"], {})
-            splits.setdefault(split, {}).setdefault(start, []).append(pair)
+            runs = splits.setdefault(split, {}).setdefault(start, {})
+            runs.setdefault(row["run"], []).append(pair)
 
     panel = {}
     for arm, steps in found.items():
@@ -94,18 +95,19 @@ def read_panel(folder):
         for step, splits in steps.items():
             panel[arm][step] = {}
             for split, by_start in splits.items():
-                panel[arm][step][split] = over_starts(list(by_start.values()))
+                panel[arm][step][split] = over_starts(by_start)
     return panel
 
 
+def mean_pair(pairs):
+    return mean(start for start, _ in pairs), mean(change for _, change in pairs)
+
+
 def over_starts(by_start):
-    """[[pair, ...] of each start] -> one mean pair for each; of a single start all of its pairs."""
-    if len(by_start) == 1:
-        return by_start[0]
-    means = []
-    for pairs in by_start:
-        means.append((mean(start for start, _ in pairs), mean(change for _, change in pairs)))
-    return means
+    """{start: {run: [pair, ...]}} -> a mean pair for each start; of a single start, for each run.
+    """
+    of_runs = [[mean_pair(pairs) for pairs in runs.values()] for runs in by_start.values()]
+    return of_runs[0] if len(of_runs) == 1 else [mean_pair(pairs) for pairs in of_runs]
 
 
 def with_error(values):

@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from support import command_line, digests, logs, run_folder, running
+from support import command_line, digests, logs, running
 
 # What a split is called in a figure.
 TITLES = {
@@ -434,8 +434,8 @@ def read_rows(run, metrics):
 def check_inputs(run, config, rows, start, seen):
     """ValueError if a run began with other files of one name than the runs before it.
 
-    A start is known by its path, and so are prompt files, cities and cards. Others may have come
-    there between two runs. `seen` holds what is named -> (the first run that tells, a digest).
+    A start is known by its path, and so are prompt files, cities, cards and data. Others may have
+    come there between two runs. `seen` holds what is named -> (the first run that tells, a digest).
     """
     inputs = logs.read_object(run / "inputs.json")
     told = [("start", row.get("weights")) for row in rows if row["step"] == 0]
@@ -447,13 +447,15 @@ def check_inputs(run, config, rows, start, seen):
             raise ValueError(f"the start {start} has other {digests.WORDS_OF[name]} in {run} than "
                              f"in {first_run}: it was made anew in between, so these runs have no "
                              "start in common")
-    named = json.dumps([config.get("task"), config.get("env"),
-                        config.get("split") or config.get("mix")])
-    own = inputs.get("files")
-    first_run, first = seen.setdefault(named, (run, own)) if own else (run, own)
-    if own != first:
-        raise ValueError(f"{run} was trained with another prompt file, city or card_dir than "
-                         f"{first_run}, under the same name: train one of them anew")
+    words = config.get("split") or config.get("mix")
+    named = {"files": json.dumps([config.get("task"), config.get("env"), words]),
+             "data": os.path.realpath(config.get("data") or "")}
+    for name, what in ("files", "prompt file, city or card_dir"), ("data", "file of --data"):
+        own = inputs.get(name)
+        first_run, first = seen.setdefault(named[name], (run, own)) if own else (run, own)
+        if own != first:
+            raise ValueError(f"{run} was trained with another {what} than {first_run}, under the "
+                             "same name: train one of them anew")
 
 
 def collect_rows(folders, metrics):

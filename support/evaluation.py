@@ -155,15 +155,15 @@ def may_know_held_out(trained):
     return bool(trained.get("data")) or any(fold != "train" for fold in folds)
 
 
-def check_files(config, run, trained, make_env):
-    """ValueError if a file that a run's settings name is not what it was in training. A file that
-    --env names here is what the user wants.
+def check_files(run, trained, make_env, task="", env=()):
+    """ValueError if a file that a run's settings name is not what it was in training.
 
-    `trained` is the run's config.json. A run of an earlier version does not tell, and passes.
+    `trained` is the run's config.json. A run of an earlier version does not tell, and passes. So
+    does a test on another `task`, or with a file that `env` names: that is what the user wants.
     """
     began = running.read_object(run / "inputs.json").get("files")
-    named = settings.read_settings(config.env).keys() & set(digests.NAME_FILES)
-    if not began or named or config.task not in ("", trained["task"]):
+    named = settings.read_settings(env).keys() & set(digests.NAME_FILES)
+    if not began or named or task not in ("", trained["task"]):
         return
     common = settings.read_settings(trained.get("env", ()))
     words = trained.get("split") or trained.get("mix") or ("id",)

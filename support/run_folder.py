@@ -188,6 +188,10 @@ def newest_checkpoint(config):
         with damage_advice(newest):
             if not (newest / "resume" / "state.json").is_file():
                 raise ValueError(f"{newest}/resume/state.json is missing")
+    elif any(row["step"] for row in read_steps(out / "eval.jsonl")):
+        # To begin anew would take the logs of its training and these tests away.
+        raise ValueError(f"out folder {out} has tests in eval.jsonl, but their checkpoints are "
+                         "gone: choose another --out, or move eval.jsonl away")
     return newest
 
 

@@ -63,7 +63,7 @@ class Run:
         load = partial(load_policy, str(self.newest or config.model), dtype, vision=vision,
                        freeze=config.freeze, param_dtype=config.param_dtype,
                        gradient_checkpointing=config.gradient_checkpointing)
-        self.inputs = {"files": digests.files_of(environments)}
+        self.inputs = {"files": digests.files_of(environments), "data": self.data}
         if self.newest:
             began = running.read_object(os.path.join(config.out, "inputs.json"))
             digests.check_files(config.out, began, self.inputs["files"])

@@ -322,7 +322,8 @@ def test_a_copy_of_a_start_is_no_other_start(tmp_path):
 
 @pytest.mark.parametrize("name, told", [
     ("start_texts", "the start start has other tokenizer, template or configs in .*rl than in "),
-    ("files", "rl was trained with another prompt file, city or card_dir than .*sft, under the")])
+    ("files", "rl was trained with another prompt file, city or card_dir than .*sft, under the"),
+    ("data", "rl was trained with another file of --data than .*sft, under the same name")])
 def test_runs_that_were_trained_on_other_files_of_one_name_are_not_compared(tmp_path, name, told):
     runs, metrics = [], {task: each.metrics for task, each in TASKS.items()}
     for arm, length, digest in ("sft", {"steps": 5}, "a"), ("rl", {"updates": 5}, "b"):

@@ -128,13 +128,13 @@ def test_a_run_goes_on_with_the_files_and_is_tested_with_the_start_that_it_began
     assert "a prompt file, city or card_dir of its settings is not what" in capsys.readouterr().err
     # Nor is it tested with other texts, unless they are named.
     trained = running.read_run_config(tmp_path / "run")
-    check = partial(evaluation.check_files, run=tmp_path / "run", trained=trained,
-                    make_env=envs.make_env)
+    check = partial(evaluation.check_files, tmp_path / "run", trained, envs.make_env)
     with pytest.raises(ValueError, match="is not what it was in training: put it back, or name"):
-        check(evaluate.Config())
-    check(evaluate.Config(env=(f"prompt_file={prompts}",)))
+        check()
+    check(env=(f"prompt_file={prompts}",))
+    check(task="gp-vl")
     say(prompts, "one")
-    check(evaluate.Config())
+    check()
 
     # Its checkpoint has the weights, so it goes on without the start.
     weights = load_file(start / "model.safetensors")

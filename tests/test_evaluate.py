@@ -881,6 +881,9 @@ def test_an_arm_is_averaged_at_the_last_step_that_all_of_its_runs_have(tmp_path,
     row, *_ = panels.rows_of({"panel": panels.read_panel(tmp_path)})
     assert (row.runs, round(row.change, 6)) == (2, 20)
     assert "RL: left out for want of a run: step 2" in capsys.readouterr().err
+    # Of one run that was tested with two seeds the change has no error over runs.
+    pairs = panels.over_starts({"start": {"run": [(10, 20), (20, 40)]}})
+    assert pairs == [(15, 30)]
 
 
 def test_the_gates_picture_holds_the_shares_that_were_run(tmp_path, monkeypatch):

@@ -106,6 +106,19 @@ def test_weights_that_are_no_numbers_take_no_whole_checkpoints_place(tiny, tmp_p
     assert run_folder.load_resume(tmp_path / "step_000001", policy, optimizer) == {"step": 1}
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew_over_its_tests(tmp_path):
+    @dataclass
+    class Config:
+        out: str = str(tmp_path / "run")
+    run_folder.open_run(Config(), None, {"start": "a"})
+    log = tmp_path / "run/eval.jsonl"
+    running.write_jsonl(log, [{"step": 0}])
+    assert run_folder.newest_checkpoint(Config()) is None
+    running.write_jsonl(log, [{"step": 0}, {"step": 1}])
+    with pytest.raises(ValueError, match="tests in eval.jsonl, but their checkpoints are gone"):
+        run_folder.newest_checkpoint(Config())
+
+
 def test_a_run_that_is_made_again_keeps_no_test_of_checkpoints_that_are_gone(tmp_path):
     @dataclass
     class Config:
