@@ -40,6 +40,19 @@ def check_row(row, keys):
             raise ValueError(f"key {key!r} is {str(value)[:40]!r}, must be {NAMES[kind]}")
 
 
+def whole_lines(content):
+    """The lines of a log (bytes), without a last one that was never finished.
+
+    A whole row whose line break is lost, as in an editor, counts.
+    """
+    *lines, last = content.split(b"\n")
+    try:
+        is_row = isinstance(json.loads(last.decode()), dict)
+    except (ValueError, RecursionError):
+        is_row = False
+    return [*lines, last] if is_row else lines
+
+
 def read_jsonl(path, *keys):
     """The rows of a log. Blank lines and a last line that was never finished are left out; a file
     that is not there is empty.
@@ -49,7 +62,7 @@ def read_jsonl(path, *keys):
     """
     rows, lines = [], []
     if Path(path).is_file():
-        lines = Path(path).read_bytes().split(b"\n")[:-1]
+        lines = whole_lines(Path(path).read_bytes())
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

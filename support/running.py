@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # Scripts find these here as well: running.flag, running.read_jsonl.
-from support import command_line
+from support import command_line, logs
 from support.command_line import (RANK, OneLineParser, fail, flag,  # noqa: F401
                                   flush_console, parse_config)
 from support.logs import read_jsonl, read_object, read_run_config  # noqa: F401
@@ -181,7 +181,11 @@ def write_jsonl(path, rows):
 def write_whole_lines(path):
     """Cut a file back to its whole lines, so that a row can be appended."""
     content = Path(path).read_bytes()
-    os.truncate(path, content.rfind(b"\n") + 1)
+    size = sum(len(line) + 1 for line in logs.whole_lines(content))
+    if size > len(content):                 # the last line lacks its break
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    os.truncate(path, size)
 
 
 def log_jsonl(path, **row):

@@ -177,6 +177,16 @@ def test_replies_kept_by_a_killed_process_of_the_same_number_stay_readable(tmp_p
     assert capsys.readouterr().out == "goes on with 2 replies of an earlier evaluation\n"
 
 
+def test_a_row_that_lost_its_line_break_counts_and_a_torn_one_does_not(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for text, steps in ('{"step": 1}\n{"step": 2}', [1, 2]), ('{"step": 1}\n{"step": 2', [1]):
+        path.write_text(text)
+        assert [row["step"] for row in running.read_jsonl(path)] == steps
+        running.write_whole_lines(path)
+        running.log_jsonl(path, step=3)
+        assert [row["step"] for row in running.read_jsonl(path)] == [*steps, 3]
+
+
 def test_a_temperature_that_no_logit_stands_is_refused():
     config = evaluate.Config(model="m", temperature=1e-40)
     with pytest.raises(ValueError, match="--temperature 1e-40: must be 0"):
