@@ -390,7 +390,7 @@ def evaluate_run(config):
     """Evaluate every checkpoint of a run; rows carry its step and the compute since the start."""
     run = Path(config.run_folder)
     trained = logs.read_trained(run)
-    evaluation.check_files(run, trained, envs.make_env, config.task, config.env)
+    evaluation.check_files(run, trained, envs.make_env, config.task, config.env + config.splits)
     config = finish_config(evaluation.take_settings(config, run, trained, envs.TASKS))
     run_folder.hold(run, "evaluating")
     checkpoints = evaluation.list_checkpoints(run, trained, config.start)

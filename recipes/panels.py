@@ -49,19 +49,18 @@ def evaluated_runs(folder):
     return sorted(path.parent for path in folder.glob("*/eval.jsonl"))
 
 
-def of_common_steps(arm, rows):
-    """The rows of steps that all runs of an arm were tested at: one run may have gone on longer."""
-    tested = {}        # step -> the runs that were tested at it
+def of_all_runs(arm, rows):
+    """The rows of steps and splits that all runs of an arm were tested at: one run may have gone on
+    longer, or its test may have been stopped."""
+    tested = {}        # (step, split) -> the runs that were tested there
     for row in rows:
-        tested.setdefault(row["step"], set()).add(row["run"])
+        tested.setdefault((row["step"], row["split"]), set()).add(row["run"])
     runs = {row["run"] for row in rows}
-    common = {step for step in tested if tested[step] == runs}
-    if not common:
-        raise ValueError(f"{arm}: its runs have no checkpoint in common: {', '.join(sorted(runs))}")
-    if left_out := sorted(tested.keys() - common):
-        print(f"{arm}: left out for want of a run: step {', '.join(map(str, left_out))}",
-              file=sys.stderr)
-    return [row for row in rows if row["step"] in common]
+    for step, split in sorted(tested):
+        if lacking := runs - tested[step, split]:
+            print(f"{arm}: step {step} on {split} is left out, since {min(lacking)} was not tested "
+                  "there", file=sys.stderr)
+    return [row for row in rows if tested[row["step"], row["split"]] == runs]
 
 
 def read_panel(folder):
@@ -77,7 +76,7 @@ def read_panel(folder):
 
     found = {}    # arm -> step -> split -> start -> run -> pairs, one for each seed of the tests
     for arm in sorted(arms):
-        for row in of_common_steps(arm, arms[arm]):
+        for row in of_all_runs(arm, arms[arm]):
             start, split = row["start"], row["split"]
             before = starts.get((start, split, row["seed"]))
             if before is None:

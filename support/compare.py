@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from support import command_line, digests, logs, running
+from support import command_line, digests, logs, running, settings
 
 # What a split is called in a figure.
 TITLES = {
@@ -431,24 +431,57 @@ def read_rows(run, metrics):
     return list(rows.values())
 
 
-def check_inputs(run, config, rows, start, seen):
+def files_of(config):
+    """The task and splits of a run, and the paths of the files that its settings name."""
+    found = [config.get("task")]
+    common = settings.read_settings(config.get("env") or ())
+    words = config.get("split") or config.get("mix") or ("id",)
+    for split in settings.read_splits(words, weighted=True):
+        chosen = {**common, **split.settings}
+        paths = [os.path.realpath(chosen.get(name, "")) for name in digests.NAME_FILES]
+        found.append([split.name, *paths])
+    return found
+
+
+def name_starts(configs):
+    """{run: its start, as the first run spells it}. ValueError if a config.json names none.
+
+    A start is known by its path, and a copy of it by the digests that runs tell of it.
+    """
+    told = {}          # real path -> digests, from the first run that tells
+    for run, config in configs.items():
+        if "model" not in config:
+            raise ValueError(f"run {str(run)!r}: its config.json is gone, or names no model that "
+                             "it started from")
+        inputs = logs.read_object(run / "inputs.json")
+        if "start" in inputs:
+            content = tuple(inputs.get(name) for name in digests.WORDS_OF)
+            told.setdefault(os.path.realpath(config["model"]), content)
+    spellings, names = {}, {}
+    for run, config in configs.items():
+        path = os.path.realpath(config["model"])
+        names[run] = spellings.setdefault(told.get(path, path), os.path.normpath(config["model"]))
+    return names
+
+
+def check_inputs(run, config, rows, seen):
     """ValueError if a run began with other files of one name than the runs before it.
 
     A start is known by its path, and so are prompt files, cities, cards and data. Others may have
     come there between two runs. `seen` holds what is named -> (the first run that tells, a digest).
     """
-    inputs = logs.read_object(run / "inputs.json")
+    inputs, start = logs.read_object(run / "inputs.json"), os.path.normpath(config["model"])
     told = [("start", row.get("weights")) for row in rows if row["step"] == 0]
     told += [("start_texts", row.get("texts")) for row in rows if row["step"] == 0]
     told += [(name, inputs.get(name)) for name in digests.WORDS_OF]
     for name, own in told:
-        first_run, first = seen.setdefault((name, start), (run, own)) if own else (run, own)
+        key = name, os.path.realpath(start)
+        first_run, first = seen.setdefault(key, (run, own)) if own else (run, own)
         if own != first:
             raise ValueError(f"the start {start} has other {digests.WORDS_OF[name]} in {run} than "
                              f"in {first_run}: it was made anew in between, so these runs have no "
                              "start in common")
-    words = config.get("split") or config.get("mix")
-    named = {"files": json.dumps([config.get("task"), config.get("env"), words]),
+    named = {"files": json.dumps(files_of(config)),
              "data": os.path.realpath(config.get("data") or "")}
     for name, what in ("files", "prompt file, city or card_dir"), ("data", "file of --data"):
         own = inputs.get(name)
@@ -475,26 +508,18 @@ def collect_rows(folders, metrics):
     names = name_arms(configs)
     runs.sort(key=lambda run: (not names[run].startswith("SFT"), names[run]))
 
+    start_of = name_starts({run: configs[run] for run in runs})
     arms = {"start": []}
-    spellings = {}     # real path of a start -> how the first run spells it
     first_rows = {}    # split -> the first run that was evaluated on it, and its settings
     first_task = None  # the first run, and the task that it was tested on
-    first_spelling = {}  # digest of a start's weights -> how the first run spells it
     began_with = {}    # for `check_inputs`
     starts_seen = {}   # (start, split, seed) -> the first run with this row, and its results
     seeds_seen = {}    # (arm, start, seed of the training, numeric types) -> the run
     for run in runs:
         # Find the run's start, and see that no other run is the same.
         rows = read_rows(run, metrics)
-        if "model" not in configs[run]:
-            raise ValueError(f"run {str(run)!r}: its config.json is gone, or names no model that "
-                             "it started from")
-        model = configs[run]["model"]
-        start = spellings.setdefault(os.path.realpath(model), os.path.normpath(model))
-        check_inputs(run, configs[run], rows, start, began_with)
-        # A copy of a start is no other start.
-        if digest := logs.read_object(run / "inputs.json").get("start"):
-            start = first_spelling.setdefault(digest, start)
+        start = start_of[run]
+        check_inputs(run, configs[run], rows, began_with)
         if "seed" in configs[run]:
             numbers = configs[run].get("dtype"), configs[run].get("param_dtype")
             twin = seeds_seen.setdefault((names[run], start, configs[run]["seed"], numbers), run)

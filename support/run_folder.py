@@ -116,7 +116,7 @@ def check_owner(config):
             raise ValueError(f"out folder {config.out} holds a run of {script}: choose another "
                              "--out (OUT= of a recipe)")
         told = running.read_object(out / "inputs.json").get("files")
-        names = differing(theirs, ours, moved=bool(told))
+        names = differing(theirs, ours, moved=bool(told and checkpoints(out)))
         if "model" in names and digests.is_start(out, config.model):
             names.remove("model")      # it was moved
         # PPO's learning rate follows --lr-horizon, not --updates: a run may be made longer.
@@ -191,7 +191,7 @@ def newest_checkpoint(config):
     elif any(row["step"] for row in read_steps(out / "eval.jsonl")):
         # To begin anew would take the logs of its training and these tests away.
         raise ValueError(f"out folder {out} has tests in eval.jsonl, but their checkpoints are "
-                         "gone: choose another --out, or move eval.jsonl away")
+                         "gone: choose another --out (OUT= of a recipe)")
     return newest
 
 
@@ -211,8 +211,8 @@ def drop_tests(out, last_step, inputs):
     these may be tests of another start."""
     def stays(row):
         if row["step"] == 0:
-            start = (inputs or {}).get("start")
-            return bool(last_step) or row.get("weights", start) == start
+            began = {"weights": inputs.get("start"), "texts": inputs.get("start_texts")}
+            return bool(last_step) or all(row.get(name, own) == own for name, own in began.items())
         return row["step"] <= last_step or (out / f"step_{row['step']:06d}").is_dir()
 
     for path in (out / "eval.jsonl", out / "dialogues.jsonl"):
@@ -236,7 +236,7 @@ def open_run(config, newest, inputs=None):
     for path in (out / name for name in LOGS):
         if path.is_file():
             running.write_jsonl(path, [row for row in read_steps(path) if row["step"] <= last_step])
-    drop_tests(out, last_step, inputs)
+    drop_tests(out, last_step, inputs or {})
     if newest:
         running.print0(f"{out}: goes on after step {last_step}")
     running.gather(None)

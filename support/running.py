@@ -65,8 +65,10 @@ def one_line_errors(where=None, out=None):
         fail(f"{begun}{error}; {advice} with a smaller --lr and another --out")
     except ValueError as error:              # in a run such as a picture that cannot be read
         advice = "; the last checkpoint is whole" if has_checkpoint() else ""
-        if RANK and not begun:
-            time.sleep(3)        # torchrun ends this process if the first one has failed as well
+        if RANK and not out:
+            # If the first process has failed as well, torchrun ends this one meanwhile.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
         fail(f"{begun}{error}{advice}", alone=True)
 
 

@@ -318,6 +318,16 @@ def test_a_copy_of_a_start_is_no_other_start(tmp_path):
     (tmp_path / "rl/config.json").write_text(json.dumps({**config, "model": "elsewhere/start"}))
     arms = compare.collect_rows(runs, metrics)
     assert {row["start"] for rows in arms.values() for row in rows} == {"start"}
+    # Of the same weights with another template it is another start.
+    (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "a", "start_texts": "t"}))
+    arms = compare.collect_rows(runs, metrics)
+    assert {row["start"] for row in arms["RL"]} == {"elsewhere/start"}
+    # A run of an earlier version tells nothing of the copy that others tell of.
+    (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "a"}))
+    write_run(tmp_path / "old", 5, {"updates": 9, "model": "elsewhere/start", "lr": 1})
+    found = compare.name_starts({run: running.read_run_config(run) for run in
+                                 (tmp_path / "old", tmp_path / "sft", tmp_path / "rl")})
+    assert set(found.values()) == {"elsewhere/start"}
 
 
 @pytest.mark.parametrize("name, told", [
@@ -334,6 +344,13 @@ def test_runs_that_were_trained_on_other_files_of_one_name_are_not_compared(tmp_
         compare.collect_rows(runs, metrics)
     (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "w", name: "a"}))
     assert compare.collect_rows(runs, metrics)
+    # What names no file is of no account here, nor is another spelling.
+    (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "w", name: "b"}))
+    config = json.loads((tmp_path / "rl/config.json").read_text())
+    more = {**config, "env": ["prompt_file=./p.json", "verify_iter=3"]}
+    (tmp_path / "rl/config.json").write_text(json.dumps(more))
+    with pytest.raises(ValueError, match=told):
+        compare.collect_rows(runs, metrics)
     # Of another name they may differ: the arms were given different files.
     (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "w", "files": "b"}))
     config = json.loads((tmp_path / "rl/config.json").read_text())

@@ -131,7 +131,7 @@ def test_a_run_goes_on_with_the_files_and_is_tested_with_the_start_that_it_began
     check = partial(evaluation.check_files, tmp_path / "run", trained, envs.make_env)
     with pytest.raises(ValueError, match="is not what it was in training: put it back, or name"):
         check()
-    check(env=(f"prompt_file={prompts}",))
+    check(named=("id", f"prompt_file={prompts}"))
     check(task="gp-vl")
     say(prompts, "one")
     check()

@@ -880,7 +880,12 @@ def test_an_arm_is_averaged_at_the_last_step_that_all_of_its_runs_have(tmp_path,
         write_run(tmp_path / f"rl{seed}", "RL", scores, knobs={"task": "gp-l", "seed": seed})
     row, *_ = panels.rows_of({"panel": panels.read_panel(tmp_path)})
     assert (row.runs, round(row.change, 6)) == (2, 20)
-    assert "RL: left out for want of a run: step 2" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"RL: step 2 on id is left out, since {tmp_path}/rl0 was not tested there\n" in told
+    # A test that was stopped between two splits.
+    rows = [{"step": 1, "split": split, "run": run} for split, run in
+            (("id", "a"), ("id", "b"), ("rule_ood", "a"))]
+    assert panels.of_all_runs("RL", rows) == rows[:2]
     # Of one run that was tested with two seeds the change has no error over runs.
     pairs = panels.over_starts({"start": {"run": [(10, 20), (20, 40)]}})
     assert pairs == [(15, 30)]

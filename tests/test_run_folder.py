@@ -138,8 +138,13 @@ def test_a_run_that_is_made_again_keeps_no_test_of_checkpoints_that_are_gone(tmp
         (tmp_path / f"run/step_{step:06d}").rmdir()
     run_folder.open_run(Config(), None, {"start": "a"})
     assert rows() == [(0, "a")]
-    run_folder.open_run(Config(), None, {"start": "b"})
-    assert rows() == []
+    running.write_jsonl(log, [{"step": 0, "weights": "a", "texts": "t"}])
+    run_folder.open_run(Config(), None, {"start": "a", "start_texts": "t"})
+    assert rows() == [(0, "a")]
+    for inputs in {"start": "a", "start_texts": "other"}, {"start": "b", "start_texts": "t"}:
+        running.write_jsonl(log, [{"step": 0, "weights": "a", "texts": "t"}])
+        run_folder.open_run(Config(), None, inputs)
+        assert rows() == []
 
 
 def make_run(tmp_path, **changes):
@@ -270,7 +275,12 @@ def test_a_run_goes_on_from_a_start_that_was_moved(tmp_path):
         run_folder.newest_checkpoint(elsewhere)
     inputs = tmp_path / "run/inputs.json"
     inputs.write_text(json.dumps({**json.loads(inputs.read_text()), "files": "a"}))
-    assert run_folder.newest_checkpoint(elsewhere) is None
+    with pytest.raises(ValueError, match="belongs to another config .env"):
+        run_folder.newest_checkpoint(elsewhere)       # it has no checkpoint to go on from
+    (tmp_path / "run/step_000001/resume").mkdir(parents=True)
+    (tmp_path / "run/step_000001/resume/state.json").write_text("{}")
+    running.write_jsonl(tmp_path / "run/metrics.jsonl", [{"step": 1}])
+    run_folder.check_owner(elsewhere)
     with pytest.raises(ValueError, match="belongs to another config .env"):
         run_folder.newest_checkpoint(Config(model=moved.model, env=("root=new", "target=36")))
     (tmp_path / "moved/chat_template.jinja").write_text("another")
