@@ -4,11 +4,10 @@
 #   bash recipes/base.sh                 data/base/gp-l: half an hour on one core
 #   TASK=virl-l bash recipes/base.sh     data/base/virl-l: about 25 minutes on one core
 #   TASK=gp-vl bash recipes/base.sh      data/base/gp-vl: 40 minutes on one core
-#   TASK=virl-vl bash recipes/base.sh    data/base/virl-vl: more than an hour by estimate,
-#                                        not yet run whole
+#   TASK=virl-vl bash recipes/base.sh    data/base/virl-vl: an hour on one core, beside another job
 #
-# The committed folders of data/base/ are start 0 of a task, in bfloat16 (SEED=0). virl-vl has none.
-# The stages stay in OUT. Ctrl-C stops the script at any time; the same command goes on.
+# The committed folders of data/base/ are start 0 of a task, in bfloat16 (SEED=0). The stages stay
+# in OUT. Ctrl-C stops the script at any time; the same command goes on.
 #
 # Settings, as environment variables:
 #   TASK=gp-l          or virl-l, gp-vl, virl-vl
@@ -51,8 +50,7 @@
 # pixels. It walks through another city than the runs will. There the boards of landmarks have any
 # colour, and only the shape on a board tells the kind of place. In stage 1 it names what is in
 # pictures of the city (data/captions.py), in stage 2 it walks. In stage 3 the failed tries are not
-# its own but random ones, since pictures for its own would fill a gigabyte. These settings are
-# first guesses, and no stage has been run whole.
+# its own but random ones, since pictures for its own would fill a gigabyte.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/common.sh
@@ -191,9 +189,11 @@ rm -rf "$BASE.tmp"
 python - "$start" "$BASE.tmp" <<'PY'
 import sys, torch
 from model import load_policy
+from support import loading, portable
 policy, processor = load_policy(sys.argv[1])
 policy.backbone.to(torch.bfloat16).save_pretrained(sys.argv[2])
 processor.save_pretrained(sys.argv[2])
+portable.make_portable(sys.argv[2], loading.tokenizer_of(processor))
 PY
 rm -rf "$BASE"
 mv "$BASE.tmp" "$BASE"

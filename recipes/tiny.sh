@@ -5,7 +5,7 @@
 #   bash recipes/tiny.sh                    GeneralPoints in words: about 13 minutes on two cores
 #   TASK=virl-l bash recipes/tiny.sh        V-IRL in words: about 9 minutes
 #   TASK=gp-vl bash recipes/tiny.sh         GeneralPoints from pictures: about 13 minutes
-#   TASK=virl-vl bash recipes/tiny.sh       V-IRL from pictures: so far run with SMOKE=1 alone
+#   TASK=virl-vl bash recipes/tiny.sh       V-IRL from pictures: about 20 minutes
 #   SMOKE=1 bash recipes/tiny.sh            everything once, in a minute; the numbers mean nothing
 #   STARTS="0 1 2" BAND=1 bash recipes/tiny.sh        the runs of results/gp_l.md: half an hour for
 #                                           each start, and as long to make one
@@ -33,12 +33,11 @@
 #
 # What the starts know. No start of gp-l or gp-vl has seen either rule of the paper: the test asks
 # for generalisation. The starts of virl-l have walked by both rules: there the test asks for
-# retention. Their routes had two or three legs; the routes here have up to five. The starts of
-# gp-vl have seen red suits in a fifth of their hands; the runs here train on black ones alone.
+# retention; those of virl-vl, too. Their routes had two or three legs; the routes here have up to
+# five. The starts of gp-vl have seen red suits in a fifth of their hands; the runs here train on black ones alone.
 #
-# virl-vl has no committed start: the script makes start 0, too. The boards of its landmarks show a
-# shape for each of six kinds of place. In the city of the runs their colour tells the kind as well,
-# so an arm may come to read colours. The test of another look has 18 routes, two in each of nine
+# In virl-vl the boards of landmarks show a shape for each of six kinds of place. In the city of the
+# runs their colour tells the kind as well, so an arm may come to read colours. The test of another look has 18 routes, two in each of nine
 # other cities, where the colours tell nothing. Each route is played several times, each time from
 # another heading. RL's rate is the better of two on the training rule, from a start that is not
 # reported.
