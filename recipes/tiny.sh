@@ -32,15 +32,16 @@
 #   MORE_RL=...        further options for every PPO run; MORE_SFT and MORE_TEST likewise
 #
 # What the starts know. No start of gp-l or gp-vl has seen either rule of the paper: the test asks
-# for generalisation. The starts of virl-l have walked by both rules: there the test asks for
-# retention; those of virl-vl, too. Their routes had two or three legs; the routes here have up to
-# five. The starts of gp-vl have seen red suits in a fifth of their hands; the runs here train on black ones alone.
+# for generalisation. The starts of virl-l and virl-vl have walked by both rules: there the test
+# asks for retention. Their routes had two or three legs; the routes here have up to five. The
+# starts of gp-vl have seen red suits in a fifth of their hands; the runs here train on black ones
+# alone.
 #
 # In virl-vl the boards of landmarks show a shape for each of six kinds of place. In the city of the
-# runs their colour tells the kind as well, so an arm may come to read colours. The test of another look has 18 routes, two in each of nine
-# other cities, where the colours tell nothing. Each route is played several times, each time from
-# another heading. RL's rate is the better of two on the training rule, from a start that is not
-# reported.
+# runs their colour tells the kind as well, so an arm may come to read colours. The test of another
+# look has 18 routes, two in each of nine other cities, where the colours tell nothing. Each route
+# is played several times, each time from another heading. RL's rate is the better of two on the
+# training rule, from a start that is not reported.
 #
 # Why these settings. Learning rates are larger than the published defaults, updates have fewer
 # turns, and the value head learns faster. recipes/grid.sh compared settings on the training rule
