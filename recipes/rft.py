@@ -139,8 +139,8 @@ def open_folder(config):
         if config.dtype == "auto":
             config = replace(config, dtype=theirs["dtype"])
         ours = json.loads(json.dumps(asdict(config)))
-        differing = [name for name in {**theirs, **ours} if name not in MAY_DIFFER
-                     and logs.resolved(theirs.get(name)) != logs.resolved(ours.get(name))]
+        told = newest_round(out) and logs.read_object(out / "inputs.json").get("files")
+        differing = logs.differing(theirs, ours, MAY_DIFFER, digests.NAME_FILES if told else ())
         if "model" in differing and digests.is_start(out, config.model):
             differing.remove("model")      # it was moved
         if differing:
@@ -156,6 +156,15 @@ def open_folder(config):
     rows = logs.read_jsonl(log, "step")[:done]
     if [row["step"] for row in rows] != list(range(1, done + 1)):
         raise ValueError(f"{log} lacks a round of 1 to {done}: put it back from a copy")
+    for path in out / "eval.jsonl", out / "dialogues.jsonl":
+        tested = logs.read_jsonl(path, "step")
+        if not done and any(row["step"] for row in tested):
+            raise ValueError(f"{path} has tests, but their checkpoints are gone: choose another "
+                             "--out")
+        # Of rounds that are made again the tests are of no account.
+        of_rounds = [row for row in tested if row["step"] <= done]
+        if of_rounds != tested:
+            write(path, "".join(json.dumps(row) + "\n" for row in of_rounds))
     write_config(config)
     if log.exists():
         write(log, "".join(json.dumps(row) + "\n" for row in rows))

@@ -101,6 +101,28 @@ def resolved(setting):
     return name, os.path.realpath(path)
 
 
+def differing(theirs, ours, may_differ, moved=()):
+    """The fields in which two configs differ, but for those that may.
+
+    `moved`: settings such as root, whose files may have another path. `digests.check_files` sees
+    whether they are what they were.
+    """
+    files = tuple(f"{name}=" for name in moved)
+
+    def comparable(value):
+        if isinstance(value, list) and moved:
+            value = [word.partition("=")[0] if str(word).startswith(files) else word
+                     for word in value]
+        return resolved(value)
+
+    found = []
+    for name in {**theirs, **ours}:
+        one, two = (comparable(config.get(name)) for config in (theirs, ours))
+        if name not in may_differ and one != two:
+            found.append(name)
+    return found
+
+
 def read_run_config(run):
     """config.json of a run folder, {} if there is none; ValueError if it is no JSON object."""
     return read_object(Path(run) / "config.json")

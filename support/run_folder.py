@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import socket
-from dataclasses import MISSING, asdict
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -71,31 +71,6 @@ def hold(folder, use):
         raise ValueError(f"{folder}: process {holder} is {use} here; wait for its end, or stop it")
 
 
-def without_paths(setting):
-    """A list of settings, such as --env, without the paths of files."""
-    if not isinstance(setting, (list, tuple)):
-        return setting
-    files = tuple(f"{name}=" for name in digests.NAME_FILES)
-    return [word.partition("=")[0] if str(word).startswith(files) else word for word in setting]
-
-
-def differing(theirs, ours, moved=False):
-    """The fields in which two configs differ, but for those that may.
-
-    `moved`: files that settings name may have other paths. `digests.check_files` sees whether they
-    are what they were.
-    """
-    found = []
-    for name in {**theirs, **ours}:
-        values = [config.get(name, MISSING) for config in (theirs, ours)]
-        if moved:
-            values = [without_paths(value) for value in values]
-        one, two = map(logs.resolved, values)
-        if name not in MAY_DIFFER and one != two:
-            found.append(name)
-    return found
-
-
 def check_owner(config):
     """ValueError unless --out is new or holds a run with this config.
 
@@ -116,7 +91,8 @@ def check_owner(config):
             raise ValueError(f"out folder {config.out} holds a run of {script}: choose another "
                              "--out (OUT= of a recipe)")
         told = running.read_object(out / "inputs.json").get("files")
-        names = differing(theirs, ours, moved=bool(told and checkpoints(out)))
+        moved = digests.NAME_FILES if told and checkpoints(out) else ()
+        names = logs.differing(theirs, ours, MAY_DIFFER, moved)
         if "model" in names and digests.is_start(out, config.model):
             names.remove("model")      # it was moved
         # PPO's learning rate follows --lr-horizon, not --updates: a run may be made longer.

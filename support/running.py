@@ -68,7 +68,7 @@ def one_line_errors(where=None, out=None):
         if RANK and not out:
             # If the first process has failed as well, torchrun ends this one meanwhile.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+            time.sleep(8)
         fail(f"{begun}{error}{advice}", alone=True)
 
 

@@ -224,6 +224,20 @@ def test_a_run_goes_on_under_another_spelling_of_its_model_and_after_that_was_mo
         rft.open_folder(replace(config, model=str(tmp_path)))
 
 
+def test_tests_of_rounds_that_are_gone_are_neither_kept_nor_lost_with_their_log(tmp_path):
+    config = rft.Config(model=GP_L, out=str(tmp_path / "run"))
+    rft.open_folder(config)[1].close()
+    log = tmp_path / "run/eval.jsonl"
+    log.write_text("".join(f'{{"step": {step}}}\n' for step in (0, 1, 2)))
+    with pytest.raises(ValueError, match="eval.jsonl has tests, but their checkpoints are gone"):
+        rft.open_folder(config)
+    assert len(logs.read_jsonl(log)) == 3
+    (tmp_path / "run/step_000001").mkdir()                     # round 2 was moved away
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
+    rft.open_folder(config)[1].close()
+    assert [row["step"] for row in logs.read_jsonl(log)] == [0, 1]
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text('{"lr": 1}')
     with pytest.raises(SystemExit):
