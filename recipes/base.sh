@@ -70,10 +70,10 @@ esac
     echo "SEED=$SEED: needs BASE=folder, since $BASE is start 0" >&2
     exit 2
 }
-[ -z "${FAULTS+given}${SIZE:-}${LRS:-}${AFTER:-}${FAULTY_TRIES:-}" ] ||
+[ -z "${FAULTS+given}${SIZE:-}${LRS:-}${AFTER:-}${FAULTY_TRIES:-}${SMOKE:-}" ] ||
     [ "$BASE" != "data/base/$TASK" ] || {
-    echo "FAULTS, SIZE, LRS, AFTER and FAULTY_TRIES need BASE=folder, since $BASE is the start" \
-        "that comes of their defaults" >&2
+    echo "FAULTS, SIZE, LRS, AFTER, FAULTY_TRIES and SMOKE need another BASE, since $BASE is the" \
+        "start that comes of their defaults" >&2
     exit 2
 }
 size=${SIZE:-$size} faults=${FAULTS-$faults} faulty_tries=${FAULTY_TRIES:-5}

@@ -287,10 +287,10 @@ def test_another_seed_does_not_take_the_place_of_start_0(recipe, tmp_path):
     status, told, lines = recipe("base", OUT=tmp_path / "making", SEED=1)
     assert (status, lines) == (2, [])
     assert told == "SEED=1: needs BASE=folder, since data/base/gp-l is start 0\n"
-    for name in "FAULTS", "SIZE", "LRS", "AFTER", "FAULTY_TRIES":
-        given = {name: "" if name == "FAULTS" else "1"}
+    for name in "FAULTS", "SIZE", "LRS", "AFTER", "FAULTY_TRIES", "SMOKE":
+        given = {name: "" if name == "FAULTS" else "1", "BASE": "data/base/gp-l"}
         status, told, lines = recipe("base", OUT=tmp_path / "making", **given)
-        assert (status, lines) == (2, []) and "need BASE=folder, since data/base/gp-l is" in told
+        assert (status, lines) == (2, []) and "need another BASE, since data/base/gp-l is" in told
 
 
 def test_a_smoke_run_leaves_nothing_that_a_whole_run_would_take(recipe, tmp_path):
