@@ -443,6 +443,22 @@ def files_of(config):
     return found
 
 
+def with_first_paths(configs):
+    """The configs, where the files of settings have the paths that the first run with the same
+    files gives them: they may have been moved between two runs."""
+    first, found = {}, {}          # (name, digest) -> the word of the first run
+    for run, config in configs.items():
+        digest = logs.read_object(run / "inputs.json").get("files")
+        words = []
+        for word in config.get("env") or ():
+            name = word.partition("=")[0]
+            if digest and name in digests.NAME_FILES:
+                word = first.setdefault((name, digest), word)
+            words.append(word)
+        found[run] = {**config, "env": words} if words else config
+    return found
+
+
 def name_starts(configs):
     """{run: its start, as the first run spells it}. ValueError if a config.json names none.
 
@@ -505,7 +521,7 @@ def collect_rows(folders, metrics):
     for run in runs:
         logs.check_evaluated(run)
     configs = {run: running.read_run_config(run) for run in runs}
-    names = name_arms(configs)
+    names = name_arms(with_first_paths(configs))
     runs.sort(key=lambda run: (not names[run].startswith("SFT"), names[run]))
 
     start_of = name_starts({run: configs[run] for run in runs})

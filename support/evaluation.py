@@ -268,10 +268,19 @@ def chosen_settings(config, env):
     return chosen
 
 
+def without_paths(chosen):
+    env = {name: value for name, value in chosen["env"].items() if name not in digests.NAME_FILES}
+    return {**chosen, "env": env}
+
+
 def are_settings(of_row, chosen):
-    """Whether a row has these settings; one of an earlier version does not tell of files."""
+    """Whether a row has these settings; one of an earlier version does not tell of files. The same
+    files may lie elsewhere."""
     files = {"files": chosen["files"]} if "files" in chosen else {}
-    return {**files, **of_row} == chosen
+    of_row = {**files, **of_row}
+    if files and of_row["files"] == files["files"]:
+        of_row, chosen = without_paths(of_row), without_paths(chosen)
+    return of_row == chosen
 
 
 def finished_rows(known, split, chosen, metrics):

@@ -191,11 +191,11 @@ def drop_tests(out, last_step, inputs):
             return bool(last_step) or all(row.get(name, own) == own for name, own in began.items())
         return row["step"] <= last_step or (out / f"step_{row['step']:06d}").is_dir()
 
+    if all(map(stays, read_steps(out / "eval.jsonl"))):
+        return
     for path in (out / "eval.jsonl", out / "dialogues.jsonl"):
-        rows = read_steps(path) if path.is_file() else []
-        kept = [row for row in rows if stays(row)]
-        if kept != rows:
-            running.write_jsonl(path, kept)
+        if path.is_file():
+            running.write_jsonl(path, [row for row in read_steps(path) if stays(row)])
 
 
 def open_run(config, newest, inputs=None):
@@ -309,7 +309,7 @@ def check_finite(policy, final):
     broken = sum(running.gather(broken), [])
     if broken:
         running.fail(f"{final}: weights {broken[0]} hold values that are no finite numbers, so it "
-                     "is not saved; the checkpoints before it are whole")
+                     "is not saved; what was saved before is whole")
 
 
 def ensure_checkpoint(out, step, policy, processor, optimizer, state, keep_resume=2,

@@ -10,7 +10,7 @@ import envs
 import evaluate
 from conftest import ROOT
 from envs import TASKS, make_env
-from support import compare, report, running
+from support import compare, evaluation, report, running
 
 READ, SOLVED = 0.6, 0.75
 
@@ -294,6 +294,21 @@ def test_the_table_says_which_arms_were_trained_by_another_rule(tmp_path, capsys
     evaluate.compare_runs(evaluate.Config(compare=(f"{tmp_path}/sft,{tmp_path}/rl",)))
     told = " ".join(capsys.readouterr().out.split())
     assert "SFT was trained on rule_ood. RL was trained on id target=30." in told
+
+
+def test_runs_before_and_after_their_city_was_moved_are_one_arm(tmp_path):
+    configs = {}
+    for name, root, files in ("a", "old", "f"), ("b", "new", "f"), ("c", "other", "g"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inputs.json").write_text(json.dumps({"files": files}))
+        configs[tmp_path / name] = {"updates": 5, "env": [f"root={root}", "resolution=9"]}
+    names = compare.name_arms(compare.with_first_paths(configs))
+    assert list(names.values()) == ["RL root=old", "RL root=old", "RL root=other"]
+    row = {"env": {"root": "old", "guided": True}, "files": "f"}
+    assert evaluation.are_settings(row, {"env": {"root": "new", "guided": True}, "files": "f"})
+    for other in ({"env": {"root": "old", "guided": True}, "files": "g"},
+                  {"env": {"root": "new", "guided": False}, "files": "f"}):
+        assert not evaluation.are_settings(row, other)
 
 
 def test_runs_of_one_seed_in_two_numeric_types_are_two(tmp_path):
