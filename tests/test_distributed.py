@@ -148,9 +148,10 @@ def test_two_processes_have_the_losses_gradients_weights_and_figures_of_one_in_w
         # Weights that differ by rounding have different digests.
         rows = [[{**row, "checkpoint": "", "weights": ""}
                  for row in running.read_jsonl(folder / "eval.jsonl")] for folder in (one, two)]
+        if run == "begun_by_one":        # the tests of its step 3 left with that checkpoint
+            rows[0] = [row for row in rows[0] if row["step"] < 3]
         assert rows[0] == rows[1]
-        tested = run in ("rl_words", "rl_pictures", "begun_by_one")
-        assert len(rows[0]) == (8 if tested else 0)
+        assert len(rows[0]) == {"rl_words": 8, "rl_pictures": 8, "begun_by_one": 6}.get(run, 0)
 
 
 @pytest.mark.slow
