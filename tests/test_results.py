@@ -208,6 +208,7 @@ def test_the_gains_of_more_seeds_are_those_of_their_rows():
 # An arm of the pretrained model's page, and its name in the rows.
 PRETRAINED = {"start": ("start",), "SFT": ("SFT, 5e-5, first steps", "SFT, 5e-5"),
               "SFT on many rules": ("SFT, many rules",),
+              "RFT": ("RFT, temperature 0.7",),
               "RL": ("RL, temperature 0.5, 3e-5, one step",),
               "RL's first setting": ("RL, temperature 0.5, 2e-5",)}
 
@@ -229,7 +230,7 @@ def test_the_tables_of_the_pretrained_model_are_those_of_its_rows(start):
     lines = re.findall(rf"^\| ({arms})(?:, (\d+) \w+)? \| (.*) \|$", page, re.MULTILINE)
     assert len(lines) >= 10
     if start == "0":
-        assert len(lines) >= 13 and {arm for arm, _, _ in lines} == set(PRETRAINED)
+        assert len(lines) >= 14 and {arm for arm, _, _ in lines} == set(PRETRAINED)
     for arm, step, cells in lines:
         name = next(name for name in PRETRAINED[arm] if (name, step or "0", "id") in rows)
         of_id, of_other = (rows[name, step or "0", split] for split in ("id", "rule_ood"))
@@ -255,6 +256,9 @@ def test_what_the_pretrained_model_says_is_that_of_its_rows():
              for step in ("4", "8", "12")]
     assert of_rl == ["6", "28", "35"] and "After 12 updates of RL 35 do" in page
     assert "six of 36 replies have a compass word. Four updates later 28 have one" in page
+    assert said["RFT, temperature 0.7", "2", "rule_ood"]["turns_compass"] == "35"
+    kept = [row["right_replies_kept"] for row in read_data("pretrained_rft")]
+    assert "RFT learns from {} right replies, then from {}".format(*kept) in page
     many = said["SFT, many rules", "40", "id"], said["SFT, many rules", "40", "rule_ood"]
     assert (many[0]["turns_compass"], many[1]["turns_left_right"]) == ("36", "36")
     for split in ("id", "rule_ood"):
