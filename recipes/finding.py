@@ -31,6 +31,7 @@ TASKS = {
     "GP-L": Task("gp_l", "success", "hands solved, %", ("5e-5", "0.2")),
     "V-IRL-L": Task("virl_l", "paper_step_accuracy", "per-step accuracy, %", ("3e-5", "0.2")),
     "GP-VL": Task("gp_vl", "solved_and_read", "hands solved and read, %", ("3e-5", "0.2")),
+    "V-IRL-VL": Task("virl_vl", "paper_step_accuracy", "per-step accuracy, %", ("3e-5", "0.2")),
 }
 RULES = {"id": "training rule", "rule_ood": "the other rule"}
 COLOURS = {"SFT": "tab:orange", "RL": "tab:blue"}
@@ -70,7 +71,7 @@ def main(arguments):
     plt = compare.import_pyplot()
     if plt is None:
         return
-    figure, axes = plt.subplots(len(RULES), len(TASKS), figsize=(10.5, 5.2), layout="constrained")
+    figure, axes = plt.subplots(len(RULES), len(TASKS), figsize=(13.5, 5.2), layout="constrained")
     for column, (title, task) in zip(axes.T, TASKS.items()):
         starts, checkpoints = read_rows(task)
         num_starts = len({row["start"] for row in checkpoints})
