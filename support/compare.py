@@ -446,7 +446,8 @@ def files_of(config):
 def with_first_paths(configs):
     """The configs, where the files of settings have the paths that the first run with the same
     files gives them: they may have been moved between two runs."""
-    first, found = {}, {}          # (name, digest) -> the word of the first run
+    first = {}         # (name, digest) -> the word of the first run
+    found = {}
     for run, config in configs.items():
         digest = logs.read_object(run / "inputs.json").get("files")
         words = []
@@ -470,7 +471,7 @@ def name_starts(configs):
             raise ValueError(f"run {str(run)!r}: its config.json is gone, or names no model that "
                              "it started from")
         inputs = logs.read_object(run / "inputs.json")
-        if "start" in inputs:
+        if inputs.get("start"):
             content = tuple(inputs.get(name) for name in digests.WORDS_OF)
             told.setdefault(os.path.realpath(config["model"]), content)
     spellings, names = {}, {}

@@ -185,10 +185,11 @@ def check_start(run, start):
 def drop_tests(out, last_step, inputs):
     """Leave out the rows of tests whose checkpoint is gone, and will be made anew. In a new run
     these may be tests of another start."""
+    began = {"weights": inputs.get("start"), "texts": inputs.get("start_texts")}
+
     def stays(row):
-        if row["step"] == 0:
-            began = {"weights": inputs.get("start"), "texts": inputs.get("start_texts")}
-            return bool(last_step) or all(row.get(name, own) == own for name, own in began.items())
+        if row["step"] == 0 and not last_step:
+            return all(row.get(name) in (None, own) for name, own in began.items() if own)
         return row["step"] <= last_step or (out / f"step_{row['step']:06d}").is_dir()
 
     if all(map(stays, read_steps(out / "eval.jsonl"))):
