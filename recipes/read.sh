@@ -8,9 +8,9 @@
 #   SMOKE=1 bash recipes/read.sh            a few steps; the numbers mean nothing
 #
 # Expect recognition, the paper's Fig. 8, to come suddenly, within a hundred steps
-# (results/data/read_cards.csv). Recognition means that all four cards are named, in any order, in one reply
-# without a verifier. Rank accuracy counts the cards that are named in their place, by chance one in
-# thirteen. Training has seen none of the hands of the split "unseen".
+# (results/data/read_cards.csv). Recognition means that all four cards are named, in any order, in
+# one reply without a verifier. Rank accuracy counts the cards that are named in their place, by
+# chance one in thirteen. Training has seen none of the hands of the split "unseen".
 #
 # Settings, as environment variables:
 #   SEEDS=0            the seeds, one model each
