@@ -84,6 +84,7 @@ LRS=${LRS:-2e-3 1e-3 1e-3}
     echo "BASE=$BASE: is there already, and not from OUT=$OUT: choose another BASE" >&2
     exit 2
 }
+# An OUT that is new does not tell how BASE was made.
 [ -z "${KEEP:-}" ] || [ ! -d "$BASE" ] || [ -f "$OUT/settings" ] || exit 0
 mkdir -p "$OUT"
 same_settings "$OUT/writes" "BASE=$BASE"

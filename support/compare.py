@@ -456,7 +456,7 @@ def with_first_paths(configs):
             if digest and name in digests.NAME_FILES:
                 word = first.setdefault((name, digest), word)
             words.append(word)
-        found[run] = {**config, "env": words} if words else config
+        found[run] = {**config, "env": words}
     return found
 
 
@@ -472,7 +472,7 @@ def name_starts(configs):
                              "it started from")
         inputs = logs.read_object(run / "inputs.json")
         if inputs.get("start"):
-            content = tuple(inputs.get(name) for name in digests.WORDS_OF)
+            content = tuple(inputs.get(name) for name in digests.OF_START)
             told.setdefault(os.path.realpath(config["model"]), content)
     spellings, names = {}, {}
     for run, config in configs.items():
@@ -488,9 +488,10 @@ def check_inputs(run, config, rows, seen):
     come there between two runs. `seen` holds what is named -> (the first run that tells, a digest).
     """
     inputs, start = logs.read_object(run / "inputs.json"), os.path.normpath(config["model"])
-    told = [("start", row.get("weights")) for row in rows if row["step"] == 0]
-    told += [("start_texts", row.get("texts")) for row in rows if row["step"] == 0]
-    told += [(name, inputs.get(name)) for name in digests.WORDS_OF]
+    told = []
+    for name, of_row in digests.OF_START.items():
+        told += [(of_row, row.get(of_row)) for row in rows if row["step"] == 0]
+        told.append((of_row, inputs.get(name)))
     for name, own in told:
         key = name, os.path.realpath(start)
         first_run, first = seen.setdefault(key, (run, own)) if own else (run, own)

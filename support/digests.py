@@ -15,8 +15,9 @@ TEXTS = ("added_tokens.json", "chat_template.jinja", "chat_template.json", "conf
          "merges.txt", "preprocessor_config.json", "processor_config.json",
          "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
          "vocab.json")
-# What inputs.json tells of a start, and in words.
-WORDS_OF = {"start": "weights", "start_texts": "tokenizer, template or configs"}
+# What rows tell of a model, in words, and the names that inputs.json has for that of a start.
+WORDS_OF = {"weights": "weights", "texts": "tokenizer, template or configs"}
+OF_START = {"start": "weights", "start_texts": "texts"}
 NAME_FILES = ("prompt_file", "root", "card_dir")         # settings of environments
 CITY = ("route_infos.json", "gps_pano_mapping.pkl")      # of a data folder of V-IRL
 PICTURES = (".jpg", ".png", ".json")                     # cards, street views and their metadata
@@ -78,7 +79,7 @@ def changed_of_start(began, folder):
     """
     for name, digest in of_start(folder).items():
         if began.get(name, digest) != digest:
-            return WORDS_OF[name]
+            return WORDS_OF[OF_START[name]]
     return ""
 
 

@@ -80,9 +80,6 @@ def content_of(checkpoint):
     return {"weights": digests.weights_of(checkpoint), "texts": digests.texts_of(checkpoint)}
 
 
-WORDS_OF = {"weights": "weights", "texts": "tokenizer, template or configs"}
-
-
 class Checkpoint(NamedTuple):
     """A checkpoint of a run, or its start as step 0, and the compute since the start."""
     step: int
@@ -106,8 +103,8 @@ class Checkpoint(NamedTuple):
         found, content = [row for row in known if row["step"] == self.step], content_of(self.path)
         for name in content if self.step == 0 else ():
             if any(row.get(name, content[name]) != content[name] for row in found):
-                raise ValueError(f"start {self.path}: has other {WORDS_OF[name]} than when it was "
-                                 "tested with this run, which did not begin with them: use "
+                raise ValueError(f"start {self.path}: has other {digests.WORDS_OF[name]} than when "
+                                 "it was tested with this run, which did not begin with them: use "
                                  "--no-start")
         return [row if transcripts.is_of(row, content) else {**row, "settings": {}}
                 for row in found]

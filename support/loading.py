@@ -301,6 +301,13 @@ def is_finite(weight):
     return not weight.numel() or bool(torch.stack(weight.detach().aminmax()).isfinite().all())
 
 
+def check_finite(weights, where):
+    """ValueError unless all values of (name, tensor), ... are finite numbers."""
+    for name, weight in weights:
+        if not is_finite(weight):
+            raise ValueError(f"{where}: its weights {name} hold values that are no finite numbers")
+
+
 def check_template(path, processor, vision, encode, encode_reply):
     """The ids (P,) of a first prompt; ValueError unless `encode` can use the chat template.
 
@@ -345,10 +352,7 @@ def check_model(path, backbone, processor, vision, encode, encode_reply):
                          f"the model ({num_logits}): resize the model's embeddings")
 
     # A number that is none may be where no text below leads: at a rare token, in a vision tower.
-    for name, weight in backbone.named_parameters():
-        if not is_finite(weight):
-            raise ValueError(f"model {path!r}: its weights {name} hold values that are no finite "
-                             "numbers")
+    check_finite(backbone.named_parameters(), f"model {path!r}")
 
     with torch.no_grad():
         text = torch.tensor([[i for i in ids if i < num_logits]])      # <|image|> has no row
@@ -407,7 +411,4 @@ def load_value_head(path, value_head):
         except (OSError, SafetensorError, RuntimeError) as error:
             told = " ".join(str(error).split())
             raise ValueError(f"{file}: not this model's value head: {told}") from None
-        for name, weight in weights.items():
-            if not is_finite(weight):
-                raise ValueError(f"{file}: its weights {name} hold values that are no finite "
-                                 "numbers")
+        check_finite(weights.items(), file)

@@ -185,7 +185,7 @@ def check_start(run, start):
 def drop_tests(out, last_step, inputs):
     """Leave out the rows of tests whose checkpoint is gone, and will be made anew. In a new run
     these may be tests of another start."""
-    began = {"weights": inputs.get("start"), "texts": inputs.get("start_texts")}
+    began = {of_row: inputs.get(name) for name, of_row in digests.OF_START.items()}
 
     def stays(row):
         if row["step"] == 0 and not last_step:
