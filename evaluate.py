@@ -20,7 +20,7 @@ Rows go to eval.jsonl of the run, one per checkpoint, split, seed and settings. 
 not played again, and a stopped evaluation goes on where it was. Task and `--env` are those of the
 run unless a flag changes them. Settings that followed the split's name in training, such as
 `rule=11,11,11`, are not taken over: repeat them in --splits.
-support/compare.py says how --compare makes means, errors and p values.
+support/errors.py says how --compare makes means, errors and p values.
 
 Left out: smoothing (the paper uses a Savitzky-Golay filter). `# differs N`: docs/differences.md.
 """

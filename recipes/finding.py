@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support import compare, running
+from support import compare, errors, running
 
 DATA = ROOT / "results" / "data"
 
@@ -60,7 +60,7 @@ def curve(rows, measure):
         compute[int(row["step"])].append(float(row["gflops"]) / 1000)
     points = []
     for step, own in sorted(scores.items()):
-        points.append((mean(compute[step]), *compare.mean_and_standard_error(own)))
+        points.append((mean(compute[step]), *errors.mean_and_standard_error(own)))
     return points
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import envs
-from support import compare, running
+from support import collect, compare, errors, running
 
 COLOURS = {"SFT": "tab:orange", "RFT": "tab:green", "RL": "tab:blue"}
 MARKS = {"id": "o", "unseen": "s", "rule_ood": "D"}   # of a split in a picture; others: a cross
@@ -68,10 +68,10 @@ def read_panel(folder):
 
     Values are in percent. There is one pair for every start; with a single start there is one for
     every run, over all seeds of its tests. ValueError if the start of a run was not evaluated, and
-    if `compare.collect_rows` finds that runs do not fit each other.
+    if `collect.collect_rows` finds that runs do not fit each other.
     """
     metrics = {name: task.metrics for name, task in envs.TASKS.items()}
-    arms = compare.collect_rows(evaluated_runs(folder), metrics)
+    arms = collect.collect_rows(evaluated_runs(folder), metrics)
     starts = {(row["start"], row["split"], row["seed"]): row for row in arms.pop("start")}
 
     found = {}    # arm -> step -> split -> start -> run -> pairs, one for each seed of the tests
@@ -113,7 +113,7 @@ def with_error(values):
     """Mean and standard error; no error of a single value."""
     if len(values) == 1:
         return values[0], 0.0
-    return compare.mean_and_standard_error(values)
+    return errors.mean_and_standard_error(values)
 
 
 def rows_of(panels):
@@ -271,7 +271,7 @@ def draw_rows(plt, rows):
 
 def draw_change(axis, row, height):
     """The mark of one row."""
-    colour = "grey" if row.split in ("id", "unseen") else COLOURS[compare.method_of(row.arm)]
+    colour = "grey" if row.split in ("id", "unseen") else COLOURS[collect.method_of(row.arm)]
     axis.errorbar([row.change], [height], xerr=[row.change_error], fmt=MARKS.get(row.split, "x"),
                   color=colour, markersize=5, capsize=2,
                   markerfacecolor="white" if row.split == "unseen" else colour,
@@ -288,7 +288,7 @@ def draw_paths(plt, panels):
     for axis, (name, panel) in zip(axes.flat, panels.items()):
         for kind, shades in (("SFT", plt.cm.Oranges), ("RFT", plt.cm.Greens),
                              ("RL", plt.cm.Blues)):
-            arms = [arm for arm in panel if compare.method_of(arm) == kind]
+            arms = [arm for arm in panel if collect.method_of(arm) == kind]
             for i, arm in enumerate(arms):
                 draw_path(axis, arm, panel[arm], color=shades(0.9 - 0.6 * i / len(arms)),
                           marker="os^vDPX*<>"[i % 10])
@@ -304,14 +304,14 @@ def draw_paths(plt, panels):
 def draw_path(axis, arm, steps, **style):
     """The path of one arm over the checkpoints at which both rules were tested."""
     changes = {"id": [0.0], "rule_ood": [0.0]}
-    errors = {"id": [0.0], "rule_ood": [0.0]}
+    bars = {"id": [0.0], "rule_ood": [0.0]}
     for _, splits in sorted(steps.items()):
         if {"id", "rule_ood"} <= splits.keys():
             for split in ("id", "rule_ood"):
                 change, error = with_error([change for _, change in splits[split]])
                 changes[split].append(change)
-                errors[split].append(error)
-    axis.errorbar(changes["id"], changes["rule_ood"], errors["rule_ood"], errors["id"], label=arm,
+                bars[split].append(error)
+    axis.errorbar(changes["id"], changes["rule_ood"], bars["rule_ood"], bars["id"], label=arm,
                   markersize=5, elinewidth=0.5, **style)
 
 
@@ -323,18 +323,18 @@ def draw_gate(plt, rows):
     """
     found = {}   # (panel, method, split) -> row
     for row in rows:
-        found[row.panel, compare.method_of(row.arm), row.split] = row
+        found[row.panel, collect.method_of(row.arm), row.split] = row
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), squeeze=False, layout="constrained")
     for axis, split in zip(axes.flat, ("id", "rule_ood")):
         for kind, colour in COLOURS.items():
-            shares, changes, errors = [], [], []
+            shares, changes, bars = [], [], []
             for share, panel in GATE.items():
                 if row := found.get((panel, kind, split)):
                     shares.append(share)
                     changes.append(row.change)
-                    errors.append(row.change_error)
+                    bars.append(row.change_error)
             if shares:
-                axis.errorbar(shares, changes, errors, label=kind, color=colour, marker="o",
+                axis.errorbar(shares, changes, bars, label=kind, color=colour, marker="o",
                               markersize=4, capsize=2)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(title=compare.TITLES[split], xlabel="share of mix-ups in the start's last steps",

@@ -18,7 +18,7 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-from support import compare, running, transcripts
+from support import collect, compare, running, transcripts
 from support.chat import printable
 from support.reading import plain_action
 
@@ -133,7 +133,7 @@ def colours_of(arms):
               "RL": ("#0a69da", "#4aa3df", "#6f7fd8", "#1f7a8c")}
     colours, seen = {"start": "var(--start)"}, dict.fromkeys(shades, 0)
     for arm in arms:
-        method = compare.method_of(arm)
+        method = collect.method_of(arm)
         colours[arm] = shades[method][seen[method] % 4]
         seen[method] += 1
     return colours
@@ -173,7 +173,7 @@ def panel(study, split, metric, colours, numbers):
     for name, value in zip(("start", "SFT", "RL"), numbers):
         colour = colours["start"]
         if name != "start":
-            colour = next(colours[arm] for arm in study.tried if compare.method_of(arm) == name)
+            colour = next(colours[arm] for arm in study.tried if collect.method_of(arm) == name)
         parts.append(f'<line class="paper" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" '
                      f'y2="{y(value):.1f}" stroke="{colour}"/><text x="{WIDTH - RIGHT}" '
                      f'y="{y(value) - 3:.1f}" text-anchor="end">paper: {name} {value:g}</text>')

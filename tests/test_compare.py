@@ -10,7 +10,7 @@ import envs
 import evaluate
 from conftest import ROOT
 from envs import TASKS, make_env
-from support import compare, evaluation, report, running
+from support import collect, compare, errors, evaluation, report, running
 
 READ, SOLVED = 0.6, 0.75
 
@@ -218,33 +218,33 @@ def test_what_errors_are_over_and_how_many_hands_are_told_arm_by_arm(tmp_path):
 def test_the_error_of_several_starts_is_never_below_that_over_hands():
     rows = [{"start": start, "run": (start, 0), "seed": 0, "step": 0, "success": 0.3,
              "success_stderr": 0.02} for start in "st"]
-    assert compare.metric_and_error(rows, "success")[1] == 0
-    assert compare.score_and_error(rows, "success") == pytest.approx((30.0, 2.0))
+    assert errors.metric_and_error(rows, "success")[1] == 0
+    assert errors.score_and_error(rows, "success") == pytest.approx((30.0, 2.0))
     del rows[0]["success_stderr"]                                        # of an earlier version
-    assert compare.score_and_error(rows, "success") == pytest.approx((30.0, 0.0))
+    assert errors.score_and_error(rows, "success") == pytest.approx((30.0, 0.0))
 
 
 def test_a_run_from_before_an_option_has_its_default():
     """Both are one arm; `balance` is off and `schedule` is cosine if nothing is said."""
     old = {"steps": 5, "lr": 1e-6}
     configs = {"old": old, "new": {**old, "schedule": "cosine", "balance": False, "beta2": 0.98}}
-    assert set(compare.name_arms(configs).values()) == {"SFT"}
+    assert set(collect.name_arms(configs).values()) == {"SFT"}
     configs["new"]["schedule"] = "constant"
-    assert compare.name_arms(configs) == {"old": "SFT schedule cosine",
+    assert collect.name_arms(configs) == {"old": "SFT schedule cosine",
                                           "new": "SFT schedule constant"}
     for method, option in (("SFT", "mix"), ("RL", "lr_final"), ("RFT", "first_tries")):
-        assert option in compare.defaults_of(method)
+        assert option in collect.defaults_of(method)
 
 
 def test_a_script_whose_defaults_cannot_be_read_is_named(monkeypatch, capsys, tmp_path):
     """Without them a run from before an option was there is an arm of its own."""
-    monkeypatch.setitem(compare.SCRIPTS, "SFT", str(tmp_path / "sft.py"))
+    monkeypatch.setitem(collect.SCRIPTS, "SFT", str(tmp_path / "sft.py"))
     (tmp_path / "sft.py").write_text("class Config:\n    lr: float = flag(1 / 3, 'the rate')\n")
-    compare.defaults_of.cache_clear()
+    collect.defaults_of.cache_clear()
     try:
-        names = compare.name_arms({"a": {"lr": 0.1}, "b": {"lr": 0.1, "data": ""}})
+        names = collect.name_arms({"a": {"lr": 0.1}, "b": {"lr": 0.1, "data": ""}})
     finally:
-        compare.defaults_of.cache_clear()
+        collect.defaults_of.cache_clear()
     assert names == {"a": "SFT", "b": "SFT"}
     told = capsys.readouterr().out
     assert told.startswith("sft.py: its defaults cannot be read (") and told.count("\n") == 1
@@ -283,9 +283,9 @@ def test_runs_from_one_path_with_other_weights_there_are_not_compared(tmp_path):
         (tmp_path / name / "inputs.json").write_text(json.dumps({"start": weights}))
     metrics = {name: task.metrics for name, task in TASKS.items()}
     with pytest.raises(ValueError, match="the start start has other weights in .*rl than in .*sft"):
-        compare.collect_rows(runs, metrics)
+        collect.collect_rows(runs, metrics)
     (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "a"}))
-    assert compare.collect_rows(runs, metrics)
+    assert collect.collect_rows(runs, metrics)
 
 
 def test_the_table_says_which_arms_were_trained_by_another_rule(tmp_path, capsys):
@@ -302,7 +302,7 @@ def test_runs_before_and_after_their_city_was_moved_are_one_arm(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "inputs.json").write_text(json.dumps({"files": files}))
         configs[tmp_path / name] = {"updates": 5, "env": [f"root={root}", "resolution=9"]}
-    names = compare.name_arms(compare.with_first_paths(configs))
+    names = collect.name_arms(collect.with_first_paths(configs))
     assert list(names.values()) == ["RL root=old", "RL root=old", "RL root=other"]
     row = {"env": {"root": "old", "guided": True}, "files": "f"}
     assert evaluation.are_settings(row, {"env": {"root": "new", "guided": True}, "files": "f"})
@@ -319,7 +319,7 @@ def test_runs_of_one_seed_in_two_numeric_types_are_two(tmp_path):
         for row in rows:
             row["weights"] = weights if row["step"] else "start"
         running.write_jsonl(tmp_path / name / "eval.jsonl", rows)
-    arms = compare.collect_rows([tmp_path / "a", tmp_path / "b"], metrics)
+    arms = collect.collect_rows([tmp_path / "a", tmp_path / "b"], metrics)
     assert len(arms["SFT"]) == 2
 
 
@@ -331,16 +331,16 @@ def test_a_copy_of_a_start_is_no_other_start(tmp_path):
         (tmp_path / name / "inputs.json").write_text(json.dumps({"start": "a"}))
     config = json.loads((tmp_path / "rl/config.json").read_text())
     (tmp_path / "rl/config.json").write_text(json.dumps({**config, "model": "elsewhere/start"}))
-    arms = compare.collect_rows(runs, metrics)
+    arms = collect.collect_rows(runs, metrics)
     assert {row["start"] for rows in arms.values() for row in rows} == {"start"}
     # Of the same weights with another template it is another start.
     (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "a", "start_texts": "t"}))
-    arms = compare.collect_rows(runs, metrics)
+    arms = collect.collect_rows(runs, metrics)
     assert {row["start"] for row in arms["RL"]} == {"elsewhere/start"}
     # A run of an earlier version tells nothing of the copy that others tell of.
     (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "a"}))
     write_run(tmp_path / "old", 5, {"updates": 9, "model": "elsewhere/start", "lr": 1})
-    found = compare.name_starts({run: running.read_run_config(run) for run in
+    found = collect.name_starts({run: running.read_run_config(run) for run in
                                  (tmp_path / "old", tmp_path / "sft", tmp_path / "rl")})
     assert set(found.values()) == {"elsewhere/start"}
 
@@ -356,32 +356,32 @@ def test_runs_that_were_trained_on_other_files_of_one_name_are_not_compared(tmp_
         runs.append(f"{tmp_path}/{arm}")
         (tmp_path / arm / "inputs.json").write_text(json.dumps({"start": "w", name: digest}))
     with pytest.raises(ValueError, match=told):
-        compare.collect_rows(runs, metrics)
+        collect.collect_rows(runs, metrics)
     (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "w", name: "a"}))
-    assert compare.collect_rows(runs, metrics)
+    assert collect.collect_rows(runs, metrics)
     # What names no file is of no account here, nor is another spelling.
     (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "w", name: "b"}))
     config = json.loads((tmp_path / "rl/config.json").read_text())
     more = {**config, "env": ["prompt_file=./p.json", "verify_iter=3"]}
     (tmp_path / "rl/config.json").write_text(json.dumps(more))
     with pytest.raises(ValueError, match=told):
-        compare.collect_rows(runs, metrics)
+        collect.collect_rows(runs, metrics)
     # Of another name they may differ: the arms were given different files.
     (tmp_path / "rl/inputs.json").write_text(json.dumps({"start": "w", "files": "b"}))
     config = json.loads((tmp_path / "rl/config.json").read_text())
     (tmp_path / "rl/config.json").write_text(json.dumps({**config, "env": ["prompt_file=q.json"]}))
-    assert compare.collect_rows(runs, metrics)
+    assert collect.collect_rows(runs, metrics)
 
 
 def test_tests_on_other_files_of_one_name_are_not_compared():
     one, two = {"env": {}, "files": "a"}, {"env": {}, "files": "b"}
-    assert compare.differing_settings(one, two) == "files 'a' and 'b'"
-    assert compare.differing_settings(one, {"env": {}}) == ""      # an earlier version
+    assert collect.differing_settings(one, two) == "files 'a' and 'b'"
+    assert collect.differing_settings(one, {"env": {}}) == ""      # an earlier version
     # The same files may lie elsewhere.
     one, two = {"env": {"root": "old"}, "files": "a"}, {"env": {"root": "new"}, "files": "a"}
-    assert compare.differing_settings(one, two) == ""
+    assert collect.differing_settings(one, two) == ""
     del one["files"]
-    assert compare.differing_settings(one, two) == "root 'old' and 'new'"
+    assert collect.differing_settings(one, two) == "root 'old' and 'new'"
 
 
 def test_a_copy_of_a_run_that_was_tested_again_is_known(tmp_path):
@@ -391,7 +391,7 @@ def test_a_copy_of_a_run_that_was_tested_again_is_known(tmp_path):
             running.read_jsonl(tmp_path / "a/eval.jsonl")]
     again = [{**row, "run": "b", "weights": "w", "texts": "t"} for row in rows]
     with pytest.raises(ValueError, match="a and b have the same row of step 0"):
-        compare.check_no_run_is_there_twice({"SFT": [*rows, *again]})
+        collect.check_no_run_is_there_twice({"SFT": [*rows, *again]})
     # Runs of two seeds may answer alike, as a blank model does.
     rows = [{**row, "weights": "v", "texts": "t"} for row in rows]
-    compare.check_no_run_is_there_twice({"SFT": [*rows, *again]})
+    collect.check_no_run_is_there_twice({"SFT": [*rows, *again]})

@@ -14,7 +14,7 @@ import envs
 import evaluate
 import model
 from conftest import tiny_folder
-from support import command_line, compare, evaluation, running, settings
+from support import collect, command_line, compare, errors, evaluation, running, settings
 from support.settings import Split
 
 SMALL = tiny_folder()
@@ -230,13 +230,13 @@ def test_routes_in_file_order_are_the_same_hands_whatever_the_seed(tmp_path):
                           "success_stderr": 0.5 / math.sqrt(18), "solved": rounds * solved})
         return found
 
-    errors = set()
+    found = set()
     for seeds, rounds in (((0,), 1), ((0, 1), 1), ((0,), 3), ((0, 1), 2)):
         before = rows(9 * "0" + 9 * "1", 0, seeds, rounds)
         after = rows(18 * "1", 5, seeds, rounds)
-        assert compare.score_and_error(before, "success")[1] == pytest.approx(50 / math.sqrt(18))
-        errors.add(round(compare.change_and_error(after, before, "success")[1], 9))
-    assert errors == {round(100 * math.sqrt(0.25 / 17), 9)}
+        assert errors.score_and_error(before, "success")[1] == pytest.approx(50 / math.sqrt(18))
+        found.add(round(errors.change_and_error(after, before, "success")[1], 9))
+    assert found == {round(100 * math.sqrt(0.25 / 17), 9)}
 
 
 def test_the_error_of_a_success_is_binomial_and_that_of_steps_is_over_episodes():
@@ -268,11 +268,11 @@ def test_a_row_stands_beside_the_papers_numbers_where_it_has_some():
 
 def test_error_bars_are_binomial_for_one_run_and_over_runs_for_several():
     row = {"success": 0.2, "success_stderr": math.sqrt(0.2 * 0.8 / 100), "run": "a", "start": "s"}
-    assert compare.metric_and_error([row], "success") == pytest.approx((20.0, 4.0))
+    assert errors.metric_and_error([row], "success") == pytest.approx((20.0, 4.0))
     rows = [row, {**row, "success": 0.4, "run": "b"}, {**row, "success": 0.6, "run": "c"}]
-    assert compare.metric_and_error(rows, "success") == pytest.approx((40.0, 20 / math.sqrt(3)))
+    assert errors.metric_and_error(rows, "success") == pytest.approx((40.0, 20 / math.sqrt(3)))
     rows += [{**row, "start": "t", "run": "d", "success": 0.6}]           # two starts: 40 and 60
-    assert compare.metric_and_error(rows, "success") == pytest.approx((50.0, 10.0))
+    assert errors.metric_and_error(rows, "success") == pytest.approx((50.0, 10.0))
 
 
 def test_success_is_compared_hand_by_hand_and_a_repeated_hand_counts_once():
@@ -283,27 +283,27 @@ def test_success_is_compared_hand_by_hand_and_a_repeated_hand_counts_once():
 
     starts, run = [row("s", ("s", 0), "10000000")], [row("s", "a", "11100000")]
     # Two hands of eight are new: 2 (1 - 2/8)^2 + 6 (2/8)^2 = 1.5, over 7, over 8.
-    assert compare.error_over_hands(run, starts, "success") == pytest.approx(
+    assert errors.error_over_hands(run, starts, "success") == pytest.approx(
         100 * math.sqrt(1.5 / 7 / 8))
-    assert compare.change_and_error(run, starts, "success") == pytest.approx(
+    assert errors.change_and_error(run, starts, "success") == pytest.approx(
         (25.0, 100 * math.sqrt(1.5 / 7 / 8)))
     # The same change on other hands is less certain, though both scores are the same.
     other = [row("s", "a", "01110000")]
-    assert compare.error_over_hands(other, starts, "success") > 1.3 * compare.error_over_hands(
+    assert errors.error_over_hands(other, starts, "success") > 1.3 * errors.error_over_hands(
         run, starts, "success")
     # Runs from two starts on the same hands are no sixteen hands. On other hands they are.
     both = [*starts, row("t", ("t", 0), "10000000")], [*run, row("t", "b", "11100000")]
-    error = compare.error_over_hands(both[1], both[0], "success")
-    assert error == compare.error_over_hands(run, starts, "success")
+    error = errors.error_over_hands(both[1], both[0], "success")
+    assert error == errors.error_over_hands(run, starts, "success")
     apart = ([*starts, row("t", ("t", 1), "10000000", 1)], [*run, row("t", "b", "11100000", 1)])
-    assert compare.error_over_hands(apart[1], apart[0], "success") == pytest.approx(
+    assert errors.error_over_hands(apart[1], apart[0], "success") == pytest.approx(
         error / math.sqrt(2))
     # Other metrics, other numbers of hands and rows without hands are not paired.
-    assert compare.error_over_hands(run, starts, "first_try") is None
-    assert compare.error_over_hands([row("s", "a", "1110")], starts, "success") is None
-    assert compare.error_over_hands([{**run[0], "seed": 1}], starts, "success") is None
+    assert errors.error_over_hands(run, starts, "first_try") is None
+    assert errors.error_over_hands([row("s", "a", "1110")], starts, "success") is None
+    assert errors.error_over_hands([{**run[0], "seed": 1}], starts, "success") is None
     del starts[0]["solved"]
-    assert compare.error_over_hands(run, starts, "success") is None
+    assert errors.error_over_hands(run, starts, "success") is None
 
 
 def test_a_change_is_that_of_each_run_from_its_own_start_on_the_same_hands():
@@ -312,7 +312,7 @@ def test_a_change_is_that_of_each_run_from_its_own_start_on_the_same_hands():
                 "success_stderr": 0.03, "split": "id"}
 
     def change(rows):
-        return compare.change_and_error(rows, starts, "success")
+        return errors.change_and_error(rows, starts, "success")
     starts = [row("s", 0, 0.2), row("s", 1, 0.4), row("t", 0, 0.1)]
     one = [row("s", 0, 0.25, "a")]
     assert change(one) == pytest.approx((5.0, 100 * math.hypot(0.03, 0.03)))
@@ -337,7 +337,7 @@ def task_metrics():
 
 
 def load_arms(folders):
-    return compare.load_arms(folders, task_metrics())[0]
+    return collect.load_arms(folders, task_metrics())[0]
 
 
 def compare_runs(folders, figure=""):
@@ -481,10 +481,10 @@ def test_a_start_that_lacks_a_split_and_a_run_that_was_copied_are_refused(tmp_pa
 def test_two_settings_never_have_one_name():
     """The fold is of the split before it; and with a cosine schedule steps are part of the rate."""
     mixes = (["id", "fold=train", "rule_ood"], ["id", "rule_ood", "fold=train"])
-    names = compare.name_arms({i: {"steps": 200, "mix": mix} for i, mix in enumerate(mixes)})
+    names = collect.name_arms({i: {"steps": 200, "mix": mix} for i, mix in enumerate(mixes)})
     assert list(names.values()) == ["SFT mix id fold=train rule_ood",
                                     "SFT mix id rule_ood fold=train"]
-    names = compare.name_arms({0: {"steps": 200}, 1: {"steps": 1000}, 2: {"updates": 5},
+    names = collect.name_arms({0: {"steps": 200}, 1: {"steps": 1000}, 2: {"updates": 5},
                                3: {"updates": 9}})
     assert list(names.values()) == ["SFT steps 200", "SFT steps 1000", "RL", "RL"]
 
@@ -512,7 +512,7 @@ def test_a_curve_of_several_settings_has_the_checkpoints_that_all_of_them_have(t
 
 
 def test_no_error_decides_nothing():
-    assert compare.judge_sign("up", 5.0, math.nan) == "undecided"
+    assert errors.judge_sign("up", 5.0, math.nan) == "undecided"
 
 
 def test_the_evaluation_that_was_asked_for_last_counts_though_it_is_an_older_one(tmp_path):
@@ -607,7 +607,7 @@ def test_a_start_that_two_runs_hold_counts_once(tmp_path):
 def test_a_checkpoint_that_one_run_lacks_is_left_out_of_the_curve(tmp_path):
     rows = [{"split": "id", "step": step, "run": run, "gflops": 1.0 * step}
             for run, steps in (("a", (5, 7, 10)), ("b", (5, 10))) for step in steps]
-    assert [gflops for gflops, _ in compare.common_checkpoints(rows, "id")] == [5.0, 10.0]
+    assert [gflops for gflops, _ in collect.common_checkpoints(rows, "id")] == [5.0, 10.0]
 
 
 def test_comparing_what_was_not_evaluated_says_what_to_run(tmp_path):
@@ -768,7 +768,7 @@ def test_an_arm_is_named_by_what_is_on_in_it_and_not_in_all_of_its_kind():
     configs = {"a": sft, "b": sft | {"freeze": True},
                "c": sft | {"failed_tries": 2, "mix": ["rule_family", "fold=train"]},
                "d": rl, "e": rl | {"env": ["root=city", "reward=random"]}}
-    assert compare.name_arms(configs) == {
+    assert collect.name_arms(configs) == {
         "a": "SFT mix id", "b": "SFT freeze mix id", "c": "SFT failed_tries 2 mix rule_family",
         "d": "RL", "e": "RL reward=random"}
 
@@ -945,14 +945,14 @@ def test_a_run_named_twice_and_rows_that_came_twice_count_once(tmp_path):
 
 def test_the_sentence_judges_each_split_by_the_papers_own_measure_beyond_two_standard_errors(
         tmp_path, capsys):
-    judged = [compare.judge_sign("up", change, 1.0) for change in (2.1, 1.9, -1.9, -2.1)]
+    judged = [errors.judge_sign("up", change, 1.0) for change in (2.1, 1.9, -1.9, -2.1)]
     assert judged == ["met", "undecided", "undecided", "not met"]
-    assert compare.judge_sign("down", -2.1, 1.0) == "met"
+    assert errors.judge_sign("down", -2.1, 1.0) == "met"
     # Student's t that 5 % exceed, by the number of runs
     table = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 10: 2.262}
-    found = [compare.p_value(-t, 1.0, num) for num, t in table.items()]
+    found = [errors.p_value(-t, 1.0, num) for num, t in table.items()]
     assert found == pytest.approx([0.05] * 5, rel=1e-3)
-    assert [compare.p_value(change, 0.0, 3) for change in (0.0, 1.0)] == pytest.approx([1, 0])
+    assert [errors.p_value(change, 0.0, 3) for change in (0.0, 1.0)] == pytest.approx([1, 0])
     paper = compare.Reference(evaluate.PAPER, evaluate.SIGNS, task_metrics())
     assert paper.metric("virl-vl", "visual_ood") == "success"
     assert paper.metric("virl-vl", "id") == "paper_step_accuracy"

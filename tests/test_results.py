@@ -6,7 +6,7 @@ import re
 import pytest
 
 from conftest import ROOT
-from support import compare
+from support import errors
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_paired_difference_of_the_arms_is_that_of_the_rows(finding, task, pa
             ends[row["arm"], row["start"]] = float(row[measure])
     starts = sorted({start for _, start in ends})
     differences = [ends["RL", start] - ends["SFT", start] for start in starts]
-    mean, error = compare.mean_and_standard_error(differences)
+    mean, error = errors.mean_and_standard_error(differences)
     assert (round(mean, 1), round(error, 1)) == said
     assert f"+{said[0]} ± {said[1]}" in (ROOT / "results" / page).read_text()
 
@@ -97,10 +97,10 @@ def test_each_paired_difference_is_that_of_the_evaluations(task, planted):
             if said := row[f"pair_{i}"]:
                 differences.append(rl[str(i)] - sft[str(i)])
                 assert differences[-1] == pytest.approx(float(said), abs=0.01), row
-        mean, error = compare.mean_and_standard_error(differences)
+        mean, error = errors.mean_and_standard_error(differences)
         assert [len(differences), round(mean, 1), round(error, 1)] == [
             int(row["n"]), float(row["mean"]), float(row["error"])], row
-        p = compare.p_value(mean, error, len(differences))
+        p = errors.p_value(mean, error, len(differences))
         assert row["p"] == (f"{p:.1g}" if len(differences) > 2 else ""), row
 
 
@@ -128,10 +128,10 @@ def test_a_line_start_by_start_has_the_mean_error_and_p_of_its_numbers(page, lin
     assert starts in lists_by_start()
     means = [i for i, cell in enumerate(cells) if "±" in cell]
     for i, values in zip(means, (starts, starts[3:])):       # promised: starts 3, 4 and 5
-        mean, error = compare.mean_and_standard_error(values)
+        mean, error = errors.mean_and_standard_error(values)
         said = [float(number) for number in cells[i].split(" ± ")]
         assert said == pytest.approx([mean, error], abs=0.101)
-        p = compare.p_value(mean, error, len(values))
+        p = errors.p_value(mean, error, len(values))
         under = re.fullmatch(r"< (\S+)", cells[i + 1])
         assert p < float(under[1]) if under else f"{p:.1g}" == f"{float(cells[i + 1]):.1g}"
 
@@ -151,8 +151,8 @@ def test_rl_ends_above_the_first_checkpoint_of_sft_at_the_smaller_rate():
     evaluations = read_data("gp_l_every_evaluation")
     rl = scores_at(evaluations, "RL", "0.2, 5e-5", "rule_ood", "success")
     sft = scores_at(evaluations, "SFT", "3e-4, 40 steps", "rule_ood", "success")
-    mean, error = compare.mean_and_standard_error([rl[start] - sft[start] for start in sft])
-    said = f"{mean:.1f} ± {error:.1f} above it (p = {compare.p_value(mean, error, len(sft)):.1g})"
+    mean, error = errors.mean_and_standard_error([rl[start] - sft[start] for start in sft])
+    said = f"{mean:.1f} ± {error:.1f} above it (p = {errors.p_value(mean, error, len(sft)):.1g})"
     assert len(sft) == 5 and said in " ".join((ROOT / "results" / "gp_l.md").read_text().split())
 
 
@@ -185,7 +185,7 @@ def test_errors_of_kind_b_have_the_floor_that_the_page_names(table, name, metric
         ends, over_hands = (scores_at(evaluations, method, setting, row["split"], each)
                             for each in (column, f"{column}_error"))
         played = [start for start in sorted(ends) if of_all or start in ("0", "1", "2")]
-        change, error = compare.mean_and_standard_error([ends[i] - starts[i] for i in played])
+        change, error = errors.mean_and_standard_error([ends[i] - starts[i] for i in played])
         floor = sum(over_hands[i] ** 2 for i in played) ** 0.5 / len(played)
         assert [float(row["change"]), float(row["change_error"])] == pytest.approx(
             [change, max(error, floor)], abs=0.12), row

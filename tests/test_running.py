@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import model
 from conftest import ROOT
-from support import command_line, compare, evaluation, running, startup
+from support import collect, command_line, evaluation, running, startup
 from support.tiny import train_tokenizer
 
 
@@ -381,9 +381,9 @@ def test_a_row_of_a_log_without_the_compute_is_named(tmp_path):
     row = {"step": 1, "split": "id", "seed": 0, "settings": {"task": "gp-l"}}
     running.write_jsonl(tmp_path / "eval.jsonl", [row])
     with pytest.raises(ValueError, match="eval.jsonl, line 1: expected a JSON .*, gflops"):
-        compare.read_rows(tmp_path, {"gp-l": ()})
+        collect.read_rows(tmp_path, {"gp-l": ()})
     running.write_jsonl(tmp_path / "eval.jsonl", [row | {"gflops": 1}])
-    assert len(compare.read_rows(tmp_path, {"gp-l": ()})) == 1
+    assert len(collect.read_rows(tmp_path, {"gp-l": ()})) == 1
 
 
 @contextlib.contextmanager
