@@ -1,4 +1,4 @@
-"""Draw the README's figure from the rows in results/data/: both rules, SFT and RL, three tasks.
+"""Draw the README's figure from the rows in results/data/: both rules, SFT and RL, four tasks.
 
     python recipes/finding.py results/finding.png          # needs matplotlib; no runs, no model
 
@@ -66,8 +66,10 @@ def curve(rows, measure):
 
 def main(arguments):
     with running.one_line_errors():
-        if len(arguments) != 1 or not Path(arguments[0]).resolve().parent.is_dir():
-            raise ValueError("expected one file to draw into, in a folder that is there")
+        if len(arguments) != 1 or arguments[0].startswith("-"):
+            raise ValueError("expected one file to draw into, such as results/finding.png")
+        if not Path(arguments[0]).resolve().parent.is_dir():
+            raise ValueError(f"{arguments[0]}: its folder is not there")
     plt = compare.import_pyplot()
     if plt is None:
         return
