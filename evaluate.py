@@ -18,8 +18,8 @@ within every smaller number of tries. Curves are drawn against `gflops` of metri
 
 Rows go to eval.jsonl of the run, one per checkpoint, split, seed and settings. What has a row is
 not played again, and a stopped evaluation goes on where it was. Task and `--env` are those of the
-run unless a flag changes them. Settings that followed the split's name in training, such as
-`rule=11,11,11`, are not taken over: repeat them in --splits.
+checkpoint's run unless a flag changes them. Settings that followed the split's name in training,
+such as `rule=11,11,11`, are not taken over: repeat them in --splits.
 support/errors.py says how --compare makes means, errors and p values.
 
 Left out: smoothing (the paper uses a Savitzky-Golay filter). `# differs N`: docs/differences.md.
@@ -373,7 +373,7 @@ def finish_config(config):
 
 def evaluate_checkpoint(config):
     """Evaluate one checkpoint. Its rows go to eval.jsonl in --out, or are printed."""
-    config = finish_config(config)
+    config = finish_config(evaluation.as_in_its_run(config, envs.make_env, envs.TASKS))
     known, write = evaluation.open_out(config.out, config.model)
     evaluate_model(Path(config.model), config.model, known, config, write)
 
@@ -390,8 +390,8 @@ def evaluate_run(config):
     """Evaluate every checkpoint of a run; rows carry its step and the compute since the start."""
     run = Path(config.run_folder)
     trained = logs.read_trained(run)
-    evaluation.check_files(run, trained, envs.make_env, config.task, config.env + config.splits)
-    config = finish_config(evaluation.take_settings(config, run, trained, envs.TASKS))
+    config = finish_config(
+        evaluation.take_settings(config, run, trained, envs.make_env, envs.TASKS))
     run_folder.hold(run, "evaluating")
     checkpoints = evaluation.list_checkpoints(run, trained, config.start)
     known = evaluation.open_logs(run, "step")

@@ -5,12 +5,13 @@ are there already, and keeps the replies of a stopped evaluation. It prints what
 """
 import json
 import os
+import re
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from support import api, digests, run_folder, running, settings, transcripts
+from support import api, digests, logs, run_folder, running, settings, transcripts
 from support.chat import read_text
 from support.command_line import flag_of
 from support.demonstrator import Wrapper, refuse_without_effect
@@ -159,7 +160,7 @@ def check_files(run, trained, make_env, task="", named=()):
     does a test on another `task`, or with files that its settings (`named`) name: they are what the
     user wants. A city without the routes of the training passes, too.
     """
-    began = running.read_object(run / "inputs.json").get("files")
+    began = logs.read_object(Path(run) / "inputs.json").get("files")
     if any(word.partition("=")[0] in digests.NAME_FILES for word in named):
         return
     if not began or task not in ("", trained["task"]):
@@ -176,12 +177,13 @@ def check_files(run, trained, make_env, task="", named=()):
                          "was in training: put it back, or name the file to test with by --env")
 
 
-def take_settings(config, run, trained, tasks):
+def take_settings(config, run, trained, make_env, tasks):
     """The config with task, environment and type of a run where no flag says otherwise.
 
     `trained` is the run's config.json, `tasks` is envs.TASKS. What is taken is printed, and so is
-    what differs from the training.
+    what differs from the training. ValueError if a file of the settings has changed.
     """
+    check_files(run, trained, make_env, config.task, config.env + config.splits)
     task = config.task or trained["task"]
     same_task = task == trained["task"]
     theirs = settings.read_settings(trained.get("env", ())) if same_task else {}
@@ -231,6 +233,15 @@ def take_settings(config, run, trained, tasks):
 
     dtype = trained.get("dtype", "auto") if config.dtype == "auto" else config.dtype
     return replace(config, task=task, env=env, dtype=dtype)
+
+
+def as_in_its_run(config, make_env, tasks):
+    """`take_settings` for --model: from the run folder that a checkpoint lies in, if it does."""
+    model = Path(config.model).resolve()
+    trained = logs.read_object(model.parent / "config.json")
+    if not re.fullmatch(r"step_\d+", model.name) or not {"task", "model"} <= trained.keys():
+        return config
+    return take_settings(config, model.parent, trained, make_env, tasks)
 
 
 # ---- Parts of a row ----------------------------------------------------------------------------

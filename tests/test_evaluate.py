@@ -626,7 +626,7 @@ TRAINED = {"model": "x", "task": "gp-vl", "env": ["resolution=112", "verify_iter
 
 
 def take_settings(config, trained):
-    return evaluation.take_settings(config, "runs/a", trained, envs.TASKS)
+    return evaluation.take_settings(config, "runs/a", trained, envs.make_env, envs.TASKS)
 
 
 @pytest.mark.parametrize("flags, task, env, dtype, told", [
@@ -646,6 +646,29 @@ def test_a_run_is_evaluated_as_it_was_trained_but_for_what_flags_say_and_that_is
     assert config.run_folder == "runs/a"
     words = " ".join([task, *env])
     assert capsys.readouterr().out == f"runs/a: task {words}, as in its training{told}\n"
+
+
+def test_a_checkpoint_alone_is_evaluated_as_in_the_run_that_it_lies_in(tmp_path, capsys):
+    run = tmp_path / "run"
+    for folder in "step_000004", "named", "step_000004/inside/step_000001":
+        (run / folder).mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(TRAINED))
+
+    def settled(model, **flags):
+        given = evaluate.Config(model=str(model), **flags)
+        config = evaluation.as_in_its_run(given, envs.make_env, envs.TASKS)
+        return config.task, config.env, capsys.readouterr().out
+    as_trained = "gp-vl", ("resolution=112", "verify_iter=4")
+    told = f"{run}: task gp-vl resolution=112 verify_iter=4, as in its training\n"
+    assert settled(run / "step_000004") == (*as_trained, told)
+    (tmp_path / "start_0").symlink_to(run / "step_000004")
+    assert settled(tmp_path / "start_0") == (*as_trained, told)
+    assert settled(run / "step_000004", env=("resolution=60",))[1][0] == "resolution=60"
+    # Of a folder that is no checkpoint of a run nothing is known.
+    for other in run / "named", run / "step_000004/inside/step_000001", tmp_path / "none":
+        assert settled(other) == ("", (), "")
+    (run / "config.json").write_text('{"model_type": "llama"}')
+    assert settled(run / "step_000004") == ("", (), "")
 
 
 def test_settings_of_a_run_give_way_to_a_split_that_has_them_of_its_own(capsys):
