@@ -183,7 +183,7 @@ def take_settings(config, run, trained, make_env, tasks):
     `trained` is the run's config.json, `tasks` is envs.TASKS. What is taken is printed, and so is
     what differs from the training. ValueError if a file of the settings has changed.
     """
-    check_files(run, trained, make_env, config.task, config.env + config.splits)
+    check_files(run, trained, make_env, config.task, (*config.env, *config.splits))
     task = config.task or trained["task"]
     same_task = task == trained["task"]
     theirs = settings.read_settings(trained.get("env", ())) if same_task else {}
