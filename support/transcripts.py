@@ -38,7 +38,7 @@ KINDS = {str: "a text", int: "a whole number", list: "a list of texts"}
 SHOWN = ("step", "env", "episode", "done", "success", "verdicts", "messages")
 SHOWN_TESTED = ("episode", "position", "expert", "done", "success", "verdicts", "messages")
 CONTENT = ("weights", "texts")             # tells models of one path apart (evaluation.content_of)
-FILTERS = "failed, solved, face_card, step=4, split=rule_ood, seed=0 and episode=3"
+FILTERS = "failed, solved, face_card, step=4, split=rule_ood, seed=0, episode=3, checkpoint=PATH"
 
 
 def read_dialogues(path):
@@ -125,13 +125,38 @@ def check_conversation(row, where, keys=SHOWN):
         raise ValueError(f"{where}: {len(row['verdicts'])} verdicts for {len(replies)} replies")
 
 
+def settings_of(row):
+    """The settings of a test by name, those of its environment among them."""
+    return {**row["settings"], **row["settings"].get("env", {})}
+
+
+def tell_apart(rows):
+    """Rows of tests, each with "called": its model, and settings of its split that rows differ in.
+
+    In a run folder a model is known by its step, elsewhere by its path.
+    """
+    of_a_run = any(row["step"] for row in rows)
+    values = {}                        # (split, setting) -> values
+    for row in rows:
+        for name, value in settings_of(row).items():
+            values.setdefault((row["split"], name), set()).add(str(value))
+    found = []
+    for row in rows:
+        called = [f"step {row['step']}" if of_a_run else row["checkpoint"]]
+        for name, value in settings_of(row).items():
+            if name != "env" and len(values[row["split"], name]) > 1:
+                called.append(f"{name} {value}")
+        found.append({**row, "called": ", ".join(called)})
+    return found
+
+
 def title(row):
     if "split" in row:
         ending = "solved" if row["success"] else "out of tries"
-        step = f", step {row['step']}" if "step" in row else ""
+        called = row.get("called") or f"step {row.get('step', 0)}"
         on_route = row["settings"]["task"].startswith("virl")
         place = f", position {row['position']}" if on_route else ""
-        return (f"{row['split']}{step}, seed {row['seed']}, episode {row['episode']}{place}: "
+        return (f"{row['split']}, {called}, seed {row['seed']}, episode {row['episode']}{place}: "
                 f"{ending}")
     ending = ("solved" if row["success"] else "out of tries") if row["done"] else "goes on"
     return f"update {row['step']}, environment {row['env']}, episode {row['episode']}: {ending}"
@@ -159,39 +184,51 @@ def as_text(row):
     return "\n".join(parts)
 
 
-def picture_of_row(row, make_env, config=None):
-    """The picture of a dialogue (PIL), drawn again from its seed; None for a task in words.
-
-    config: that of the run, for a row of turns.jsonl. ValueError if the city or the cards are not
-    those that the model saw.
-    """
+def env_of_row(row, make_env, config=None):
+    """(the environment of a dialogue, the seed and the number of its episode, a digest of its
+    files). config: that of the run, for a row of turns.jsonl."""
     if config:
         split = read_splits(config["split"])[0]
         env = make_env(config["task"], split.name, read_settings(config["env"]), **split.settings)
         # As in rl.Conversation.begin.
         seed = f"{config['seed']}/rl/{row['env']}/{row['episode']}"
         number = row["episode"] * config["num_envs"] + row["env"]
-        files = config.get("files")
-    else:
-        chosen = dict(row["settings"]["env"])
-        if not chosen.pop("vision", False):
-            return None
-        env = make_env(row["settings"]["task"], **chosen)
-        seed, number = f"{row['seed']}/evaluate/{row['episode']}", row["episode"]
-        files = row["settings"].get("files")
-    if not env.vision:
-        return None
+        return env, seed, number, config.get("files")
+    chosen = dict(row["settings"]["env"])
+    chosen.pop("vision", None)                       # the task fixes it
+    env = make_env(row["settings"]["task"], **chosen)
+    seed = f"{row['seed']}/evaluate/{row['episode']}"
+    return env, seed, row["episode"], row["settings"].get("files")
+
+
+def lay_out_again(row, make_env, config=None):
+    """The environment of a dialogue, laid out from its seed, at the dialogue's position.
+
+    ValueError if the city or the cards are not those that the model saw.
+    """
+    env, seed, number, files = env_of_row(row, make_env, config)
     if files and files != digests.files_of([env]):   # earlier versions did not keep them
-        raise ValueError(f"{title(row)}: its picture cannot be drawn again, since a city, card_dir "
-                         "or prompt file of its settings has changed: put it back, or leave --html "
-                         "out")
+        raise ValueError(f"{title(row)}: it cannot be drawn again, since a city, card_dir or "
+                         "prompt file of its settings has changed: put it back, or leave --html "
+                         "and face_card out")
     env.reset(seed, number)
     if "position" in row:
         if row["position"] not in range(len(env.rail)):
             raise ValueError(f"{title(row)}: position {row['position']!r} is not on its route of "
                              f"{len(env.rail)} positions")
         env.at = row["position"]
-    return env.picture()
+    return env
+
+
+def picture_of_row(row, make_env, config=None):
+    """The picture of a dialogue (PIL), drawn again from its seed; None for a task in words.
+
+    config: as in `env_of_row`. ValueError as in `lay_out_again`.
+    """
+    if not config and not row["settings"]["env"].get("vision"):
+        return None
+    env, *_ = env_of_row(row, make_env, config)
+    return lay_out_again(row, make_env, config).picture() if env.vision else None
 
 
 def as_image(picture):
@@ -208,23 +245,31 @@ def check_filter(word):
     """ValueError unless --only knows this word."""
     name, _, value = word.partition("=")
     flags = ("failed", "solved", "face_card")
-    if word not in flags and not (name in ("step", "split", "seed", "episode") and value):
+    names = ("step", "split", "seed", "episode", "checkpoint")
+    if word not in flags and not (name in names and value):
         raise ValueError(f"--only {word}: allowed are {FILTERS}")
 
 
-def wanted(row, words):
+def has_face_card(row, make_env, config=None):
+    """Whether a dialogue is about a hand with J, Q or K."""
+    if "expert" in row:                # of a test: the expert names the cards
+        return bool(re.search(r"\b[JQK]\b", row["expert"]))
+    hand = getattr(lay_out_again(row, make_env, config), "cards", ())
+    return not {"J", "Q", "K"}.isdisjoint(hand)
+
+
+def wanted(row, words, make_env, config=None):
     """Whether a dialogue is one that the words of --only name."""
     for word in words:
         name, _, value = word.partition("=")
         if word == "failed":
-            # In turns.jsonl a dialogue may still go on.
-            ended = row["done"] or "position" in row
+            # In turns.jsonl a dialogue may still go on; one of a test has ended, maybe not its route.
+            ended = row["done"] or "split" in row
             fits = ended and row["verdicts"][-1][0] != "correct"
         elif word == "solved":
             fits = row["verdicts"][-1][0] == "correct"
         elif word == "face_card":
-            # The expert names the cards; a row of turns.jsonl has the prompt alone.
-            fits = re.search('"[JQK]"', row.get("expert") or row["messages"][0]["content"])
+            fits = has_face_card(row, make_env, config)
         else:
             fits = str(row.get(name)) == value
         if not fits:
@@ -271,16 +316,16 @@ def read_run(run, file, make_env, only=()):
     for word in only:
         check_filter(word)
     path, config = Path(run), None
-    # Only tests have a split and a seed. Without such a word what was said in training is read.
-    of_tests = any(word.startswith(("split=", "seed=")) for word in only)
+    # Only tests have these. Without such a word what was said in training is read.
+    of_tests = any(word.startswith(("split=", "seed=", "checkpoint=")) for word in only)
     if of_tests or not (path / "turns.jsonl").is_file():
         path = path / "dialogues.jsonl" if (path / "dialogues.jsonl").is_file() else path
     if path.is_file():
-        rows = read_dialogues(path)
+        rows = tell_apart(read_dialogues(path))
     else:
         config, rows = read_rows(run)
         config = {**config, "files": read_object(path / "inputs.json").get("files")}
-    rows = [row for row in rows if wanted(row, only)]
+    rows = [row for row in rows if wanted(row, only, make_env, config)]
     if not rows:
         where, hint = path, ""
         if config:

@@ -86,6 +86,63 @@ def test_the_page_of_a_run_in_pictures_shows_what_the_model_saw(tmp_path, device
     assert len(set(shown)) > 1
 
 
+@pytest.mark.parametrize("task", ["gp-l", "gp-vl"])
+def test_hands_with_a_face_card_are_found_whatever_the_prompt_shows_of_them(tmp_path, capsys, task):
+    """In pictures it shows none, and a prompt file may write them in another way."""
+    texts, env = tmp_path / "texts.json", []
+    texts.write_text(json.dumps({"gp_card": "'{card}'"}))
+    if task == "gp-l":
+        env = [f"prompt_file={texts}"]
+    rows, num = [], 0
+    for episode in range(8):
+        own = make_env(task, "id", [word.split("=") for word in env])
+        own.reset(f"0/rl/0/{episode}", episode)
+        num += any(card in "JQK" for card in own.cards)
+        prompt = ROW["messages"][0] if own.vision else own.messages[0]
+        rows.append({**ROW, "episode": episode,
+                     "messages": [prompt, {"role": "assistant", "content": "no"}]})
+    run = write_conversations(tmp_path / "run", *rows, task=task, env=env)
+    assert 0 < num < 8
+    transcripts.read_run(run, "", make_env, ["face_card"])
+    assert capsys.readouterr().out.count("---- update") == num
+
+
+def test_a_dialogue_that_goes_on_has_not_failed(tmp_path, capsys):
+    """Also on a route, where rows of training name their position, too."""
+    going = {**ROW, "done": False, "success": False, "position": 3,
+             "verdicts": [["wrong_action", -1.0]]}
+    run = write_conversations(tmp_path / "run", going, {**going, "done": True, "episode": 1})
+    transcripts.read_run(run, "", make_env, ["failed"])
+    out = capsys.readouterr().out
+    assert out.count("---- ") == 1 and "episode 1: out of tries" in out
+
+
+def test_tests_of_several_models_or_settings_can_be_told_apart(tmp_path, capsys):
+    """Where --out holds them, or one run was tested with other settings later."""
+    def row(checkpoint, step=0, **chosen):
+        env = {"feedback": chosen.pop("feedback", "informative")}
+        talk = {"episode": 0, "position": 0, "expert": "", "done": True, "success": True,
+                "verdicts": ROW["verdicts"], "messages": ROW["messages"][:2]}
+        return {"step": step, "checkpoint": checkpoint, "split": "id", "seed": 0,
+                "settings": {"task": "gp-l", "temperature": 0.0, **chosen, "env": env},
+                "dialogues": [talk]}
+
+    def titles(rows, *only):
+        running.write_jsonl(tmp_path / "dialogues.jsonl", rows)
+        transcripts.read_run(tmp_path / "dialogues.jsonl", "", make_env, only)
+        return re.findall("^---- (.*): solved ----$", capsys.readouterr().out, re.M)
+    two = [row("base"), row("runs/sft/step_000004")]
+    assert titles(two) == ["id, base, seed 0, episode 0",
+                           "id, runs/sft/step_000004, seed 0, episode 0"]
+    assert titles(two, "checkpoint=base") == ["id, base, seed 0, episode 0"]
+    assert titles([row("base"), row("runs/a/step_000004", 4)]) == [
+        "id, step 0, seed 0, episode 0", "id, step 4, seed 0, episode 0"]
+    again = row("runs/a/step_000004", 4, temperature=1.0, feedback="plain")
+    assert titles([row("runs/a/step_000004", 4), again]) == [
+        "id, step 4, temperature 0.0, feedback informative, seed 0, episode 0",
+        "id, step 4, temperature 1.0, feedback plain, seed 0, episode 0"]
+
+
 ROW = {"step": 1, "env": 0, "episode": 0, "done": True, "success": True,
        "verdicts": [["correct", 5]],
        "messages": [{"role": "user", "content": "a <b> & c"},
