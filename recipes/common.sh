@@ -33,6 +33,24 @@ check_model() {
     }
 }
 
+# check_data: if DATA is set, it must be a folder.
+check_data() {
+    [ -z "${DATA:-}" ] || [ -d "$DATA" ] || {
+        echo "DATA=$DATA: no such folder; without DATA a synthetic city is made" >&2
+        exit 2
+    }
+}
+
+# check_plurals: this recipe reads SEEDS and STARTS, so SEED or START would have no effect.
+check_plurals() {
+    for setting in SEED START; do
+        [ -z "${!setting:-}" ] || {
+            echo "$setting=${!setting}: has no effect here; ${setting}S=\"${!setting}\" has" >&2
+            exit 2
+        }
+    done
+}
+
 # check_jobs: JOBS must be a whole number, at least 1.
 check_jobs() {
     [[ $JOBS =~ ^[1-9][0-9]*$ ]] || {

@@ -30,7 +30,7 @@
 #   STARTS=0           seeds of the starts of each kind, such as "0 1"
 #   START_STEPS=20     SFT steps that make a start, of 16 samples each
 #   OUT=folder         where everything goes [runs/pretrained-TASK]
-#   DATA=folder        V-IRL: the city to walk in; a synthetic one is made if there is none
+#   DATA=folder        V-IRL: the city to walk in [a synthetic one, made as OUT/city]
 #   JOBS=1             runs side by side; each needs some 6 GB, and gets its part of the cores
 #   RL_SETTINGS, SFT_SETTINGS, RFT_SETTINGS, MORE_RL, MORE_SFT, MORE_TEST     as in recipes/tiny.sh
 #                      (an --env in MORE_TEST takes the place of guided=true: repeat it there)
@@ -44,6 +44,8 @@ KINDS=${KINDS:-family}
 STARTS=${STARTS:-0}
 START_STEPS=${START_STEPS:-20}
 export JOBS=${JOBS:-1}
+check_data
+check_plurals
 case $TASK in
 virl-l)
     export DATA=${DATA:-$OUT/city}

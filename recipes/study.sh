@@ -38,7 +38,7 @@
 #   PANELS="..."       which panels [all of them, in this order]
 #   STARTS="0 1 2"     numbers of the starts; each has one seed
 #   OUT=folder         where everything goes [runs/study]
-#   DATA=folder        the city to walk in; a synthetic one is made if there is none
+#   DATA=folder        the city to walk in [a synthetic one, made as OUT/city]
 #   JOBS=2, SMOKE=1    as in recipes/tiny.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -47,6 +47,8 @@ OUT=${OUT:-runs/study${SMOKE:+-smoke}}
 STARTS=${STARTS:-0 1 2}
 [ -z "${SMOKE:-}" ] || STARTS=0
 PANELS=${PANELS:-virl two_by_two gate long no_start overfit cards arms frozen}
+check_data
+check_plurals
 export DATA=${DATA:-$OUT/city} SEEDS=0
 unset MODEL                # it would take the place of start 0 in all panels
 mkdir -p "$OUT"

@@ -22,7 +22,7 @@
 #   STARTS=0           numbers of the starts; 0 is data/base/TASK, recipes/base.sh makes the others
 #   SEEDS=0            seeds of the runs from each start, from 0 to 9
 #   MODEL=folder       another model as start 0
-#   DATA=folder        V-IRL: the city to walk in; a synthetic one is made if there is none
+#   DATA=folder        V-IRL: the city to walk in [a synthetic one, made as OUT/city]
 #   SMOKE=1            a few steps of everything, in a separate folder; without MORE_RL and MORE_SFT
 #   BAND=1             run all settings of PPO that tied on the training rule, not the best alone
 #   RL_SETTINGS=...    options of rl.py in place of those below, separated by ";", a run for each
@@ -56,6 +56,8 @@ OUT=${OUT:-runs/tiny-$TASK${SMOKE:+-smoke}}
 STARTS=${STARTS:-0}
 SEEDS=${SEEDS:-0}
 export JOBS=${JOBS:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+check_data
+check_plurals
 
 # ---- The settings of each task ----
 
@@ -138,6 +140,8 @@ check_numbers STARTS SEEDS
 [[ ! $SEEDS =~ [0-9][0-9] ]] || { echo "SEEDS=$SEEDS: each must be from 0 to 9" >&2; exit 2; }
 [ ! -e "$OUT" ] || [ -d "$OUT" ] || { echo "OUT=$OUT: is a file, not a folder" >&2; exit 2; }
 mkdir -p "$OUT"
+# A start of other making than the defaults of base.sh is none of data/base.
+other_making=${FAULTS+given}${FAULTY_TRIES:-}${SIZE:-}${LRS:-}${AFTER:-}
 say() { echo "== $TASK: $1 ($((SECONDS / 60)) min so far)"; }
 [ "$TASK" != virl-l ] || [ -d "$DATA" ] ||
     python data/synthetic_city.py --out "$DATA" --routes 1000 --most-legs 5 --no-pictures
@@ -161,7 +165,8 @@ for start in $STARTS; do
     model=$OUT/start_$start
     if [ "$start" = 0 ] && [ -n "${MODEL:-}" ]; then
         model=$MODEL                       # also where OUT holds another start 0, as in gpu.sh
-    elif [ ! -d "$model" ] && [ "$start" = 0 ] && [ -d "data/base/$TASK" ]; then
+    elif [ ! -d "$model" ] && [ "$start" = 0 ] && [ -z "$other_making" ] &&
+        [ -d "data/base/$TASK" ]; then
         model=data/base/$TASK
     elif [ ! -d "$model" ] || [ -d "$OUT/making_$start" ]; then
         [ -d "$model" ] || say "making start $start"

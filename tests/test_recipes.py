@@ -222,6 +222,27 @@ def test_a_start_that_is_there_stays_if_it_was_made_with_these_settings(recipe, 
         assert "making_1/settings says that this was begun with TASK=gp-l SEED=1" in told
 
 
+@pytest.mark.parametrize("setting", [{"FAULTY_TRIES": 1}, {"FAULTS": ""}, {"SIZE": "64x2"}])
+def test_a_start_of_another_making_is_not_the_committed_one(recipe, tmp_path, setting):
+    """Else the start 0 of a table would have other faults than its starts 1 and 2."""
+    status, _, lines = recipe("tiny", OUT=tmp_path, SFT_SETTINGS="none", **setting)
+    assert status == 0 and model_of(lines, "rl_0_0") == "start_0"
+    assert [line for line in lines if "making_0" in line]
+    status, _, lines = recipe("tiny", OUT=tmp_path / "other", SFT_SETTINGS="none")
+    assert status == 0 and model_of(lines, "rl_0_0") == "gp-l"
+
+
+@pytest.mark.parametrize("name", ["tiny", "study", "pretrained"])
+def test_a_setting_that_would_have_no_effect_and_a_city_that_is_not_there_are_refused(
+        recipe, tmp_path, name):
+    for setting, told in {
+            "SEED": 'SEED=7: has no effect here; SEEDS="7" has\n',
+            "START": 'START=7: has no effect here; STARTS="7" has\n',
+            "DATA": "DATA=7: no such folder; without DATA a synthetic city is made\n"}.items():
+        assert recipe(name, OUT=tmp_path / "runs", TASK="virl-l", **{setting: 7}) == (2, told, [])
+    assert not (tmp_path / "runs").exists()
+
+
 def python_in(name):
     """The Python that a recipe runs within itself."""
     return re.search(r"<<'PY'\n(.*?)\nPY\n", (ROOT / "recipes" / name).read_text(), re.S)[1]
