@@ -563,11 +563,10 @@ def make_env(task, split="id", common=(), /, **own):
 
     Each setting has the value of the last of these layers that gives one:
 
-    1. the default in the constructor;
-    2. the split;
-    3. `common`: settings for all splits; ValueError if the split sets one, too, and `own` does not;
-    4. `own`: keyword arguments, for this split alone;
-    5. what the task fixes.
+    1. the default in the constructor, then the split;
+    2. `common`: settings for all splits; ValueError if the split sets one, too, and `own` does not;
+    3. `own`: keyword arguments, for this split alone;
+    4. what the task fixes.
 
     Values may be texts; `env.settings` holds what was chosen. ValueError names what is not allowed.
     The arguments of `demonstrator.wrap`, which plants errors, are settings, too: `planted` below.
@@ -589,6 +588,7 @@ def make_env(task, split="id", common=(), /, **own):
     planted = {name: chosen[name] for name in settings.defaults_of(demonstrator.wrap)}
     env = row.environment(**{name: chosen[name] for name in chosen if name not in planted})
     env.settings = chosen
+    demonstrator.check_format(env)      # a prompt file may ask for what the verifier cannot read
     return demonstrator.wrap(env, task, **planted)
 
 

@@ -102,6 +102,20 @@ def name_arms(configs):
     return names
 
 
+def with_types(names, configs, start_of):
+    """The names of runs' arms, with the numeric types where two runs of one start and --seed differ
+    in these alone. Under one name they would pass for two runs with two seeds."""
+    types_of = {run: [config.get(name) for name in ("dtype", "param_dtype") if config.get(name)]
+                for run, config in configs.items()}
+    found = {}         # (arm, start, seed) -> types
+    for run, config in configs.items():
+        key = names[run], start_of[run], config.get("seed")
+        found.setdefault(key, set()).add(tuple(types_of[run]))
+    several = {arm for (arm, _, _), types in found.items() if len(types) > 1}
+    return {run: " ".join([name, *types_of[run]]) if name in several else name
+            for run, name in names.items()}
+
+
 def differing_settings(one, two):
     """In words, how the settings of two evaluations differ; "" if they do not."""
     # The same files may lie elsewhere.
@@ -242,20 +256,20 @@ def collect_rows(folders, metrics):
     runs.sort(key=lambda run: (not names[run].startswith("SFT"), names[run]))
 
     start_of = name_starts({run: configs[run] for run in runs})
+    names = with_types(names, configs, start_of)
     arms = {"start": []}
-    first_rows = {}    # split -> the first run that was evaluated on it, and its settings
+    first_rows = {}    # split -> a checkpoint that was tested on it, and its settings
     first_task = None  # the first run, and the task that it was tested on
     began_with = {}    # for `check_inputs`
     starts_seen = {}   # (start, split, seed) -> the first run with this row, and its results
-    seeds_seen = {}    # (arm, start, seed of the training, numeric types) -> the run
+    seeds_seen = {}    # (arm, start, seed of the training) -> the run
     for run in runs:
         # Find the run's start, and see that no other run is the same.
         rows = read_rows(run, metrics)
         start = start_of[run]
         check_inputs(run, configs[run], rows, began_with)
         if "seed" in configs[run]:
-            numbers = configs[run].get("dtype"), configs[run].get("param_dtype")
-            twin = seeds_seen.setdefault((names[run], start, configs[run]["seed"], numbers), run)
+            twin = seeds_seen.setdefault((names[run], start, configs[run]["seed"]), run)
             if twin != run:
                 raise ValueError(f"{twin} and {run} have one start, method and --seed "
                                  f"{configs[run]['seed']}, so they are one run twice: leave one "
@@ -268,10 +282,11 @@ def collect_rows(folders, metrics):
             if task != first_task[1]:
                 raise ValueError("runs are compared on one task: "
                                  f"{first_task[0]} was tested on {first_task[1]}, {run} on {task}")
-            first_run, first = first_rows.setdefault(split, (run, row["settings"]))
+            tested = f"step {row['step']} of {run}"
+            other, first = first_rows.setdefault(split, (tested, row["settings"]))
             if differing := differing_settings(first, row["settings"]):
                 raise ValueError("runs are compared with one set of settings for a split; on "
-                                 f"{split} {first_run} and {run} differ: {differing}")
+                                 f"{split} {other} and {tested} differ: {differing}")
             if row["step"]:
                 of_arm = arms.setdefault(names[run], [])
                 of_arm.append({**row, "start": start, "run": str(run)})

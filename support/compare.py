@@ -399,6 +399,31 @@ def trained_on(study):
     return " ".join(sentences)
 
 
+# How a test is made, whatever its split, with the value that need not be told.
+HOW_TESTED = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": None, "dtype": None,
+              "verify_iter": None, "feedback": "informative", "guided": False, "resolution": None,
+              "prompt_file": None}
+
+
+def tested_with(study):
+    """Sentences on how the tests were made: what is not usual, and what differs between splits."""
+    sentences = []
+    for name, usual in HOW_TESTED.items():
+        values = {}    # split -> value; what a split's own name tells is left out
+        for row in study.arms["start"]:
+            chosen = {**row["settings"], **row["settings"].get("env", {})}
+            if name in chosen and f"{name}=" not in row["split"]:
+                values[row["split"]] = chosen[name]
+        values = {split: values[split] for split in study.splits if split in values}
+        different = {str(value) for value in values.values()}
+        if len(different) > 1:
+            each = ", ".join(f"{value} on {title_of(split)}" for split, value in values.items())
+            sentences.append(f"Splits were not tested alike: {name} {each}.")
+        elif usual is not None and different - {str(usual)}:
+            sentences.append(f"Tested with {name} {different.pop()}.")
+    return " ".join(sentences)
+
+
 def cut_replies(study):
     """Which arms had more than a twentieth of their replies cut at the limit, in words, or ""."""
     told = []
@@ -423,7 +448,7 @@ def print_study(study, paper):
     print(f"\n{task_name(study.task)}: values in %, changes since the start in points, ± standard "
           "errors")
     for words in (how_many(study), f"Compared: {compared_at(study)} of post-training.",
-                  left_out(study), trained_on(study), cut_replies(study)):
+                  left_out(study), trained_on(study), tested_with(study), cut_replies(study)):
         if words:
             print(textwrap.fill(words, 80))
     for metric in study.metrics:

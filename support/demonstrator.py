@@ -19,6 +19,7 @@ guided         V-IRL: after a failed last try the expert goes on in the agent's 
 
 The starts of the tiny run are made with such faults (recipes/base.sh).
 """
+import copy
 import re
 
 from support import settings
@@ -141,6 +142,23 @@ def check_own_replies(given):
     """ValueError if a setting has no effect where a model learns its own right replies."""
     refuse_without_effect(given, NOT_OF_OWN_REPLIES, "a model that learns its own right replies "
                           "reads no expert and gets no reward")
+
+
+def check_format(env):
+    """ValueError if the verifier does not take the expert's reply, in the format of a prompt file.
+
+    Then no reply in this format would ever be right.
+    """
+    if not env.settings.get("prompt_file"):
+        return
+    trial = copy.copy(env)
+    trial.reset("0", begin=False)
+    reply = trial.expert_reply()
+    verdict = trial.judge(reply)
+    if verdict.status != "correct":
+        raise ValueError(f"prompt file {env.settings['prompt_file']}: the verifier does not read "
+                         f"its format; it judges the expert's reply {reply[:200]!r} as "
+                         f"{verdict.status}")
 
 
 # ---- The wrappers --------------------------------------------------------------------------------

@@ -450,7 +450,7 @@ def page(study, paper, make_env):
         f"<p>{RULES.get(study.task.partition('-')[0], '')} {text(trained_on)} {WORDS}</p>",
         f'<p class="soft">{text(compare.how_many(study))} Compared: '
         f"{text(compare.compared_at(study))}. {text(compare.left_out(study))} "
-        f"{text(compare.cut_replies(study))}</p>",
+        f"{text(compare.tested_with(study))} {text(compare.cut_replies(study))}</p>",
         claim(study, paper), f"<ul>{''.join(sentences)}</ul>",
         "<h2>As training goes on</h2>", figure(study, paper, colours),
         "<h2>The table</h2><p class=\"soft\">The value, and in brackets its change since the start "

@@ -162,6 +162,11 @@ def check_open(split, of_split, common, own):
                              f"({of_split[name]}); to change it, write {split} {name}={value}")
 
 
+# What a prompt must show, whatever its wording: else nobody could know the hand or the route.
+SHOWN = {"gp_input_text": "cards", "gp_card": "card", "nav_instruction": "instruction",
+         "nav_sentence": "sentence"}
+
+
 def load_templates(path, templates, more_values, rule=""):
     """`templates` with those of a JSON file put over them.
 
@@ -198,4 +203,7 @@ def load_templates(path, templates, more_values, rule=""):
         if foreign:
             raise ValueError(f"prompt file {path}: template {name!r} uses {{{min(foreign)}}}; "
                              f"allowed: {', '.join(sorted(allowed)) or 'none'}")
+        if name in SHOWN and f"{{{SHOWN[name]}}}" not in text:
+            raise ValueError(f"prompt file {path}: template {name!r} lacks {{{SHOWN[name]}}}, so "
+                             "no prompt would show it")
     return chosen

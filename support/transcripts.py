@@ -263,7 +263,7 @@ def wanted(row, words, make_env, config=None):
     for word in words:
         name, _, value = word.partition("=")
         if word == "failed":
-            # In turns.jsonl a dialogue may still go on; one of a test has ended, maybe not its route.
+            # In turns.jsonl a dialogue may still go on. One of a test has ended.
             ended = row["done"] or "split" in row
             fits = ended and row["verdicts"][-1][0] != "correct"
         elif word == "solved":

@@ -296,6 +296,30 @@ def test_the_table_says_which_arms_were_trained_by_another_rule(tmp_path, capsys
     assert "SFT was trained on rule_ood. RL was trained on id target=30." in told
 
 
+def test_the_table_says_how_tests_were_made_if_that_is_unusual_or_differs(tmp_path, capsys):
+    def told(of_id={}, **of_other):
+        """What stands above the tables, where the rules were tested with these settings."""
+        runs = []
+        for name, length in ("sft", {"steps": 5}), ("rl", {"updates": 5}):
+            folder = tmp_path / f"{name}_{len(list(tmp_path.iterdir()))}"
+            write_run(folder, 5, length)
+            rows = []
+            for row in running.read_jsonl(folder / "eval.jsonl"):
+                usual = {"temperature": 0.0, "feedback": "informative"}
+                for split, chosen in ("id", of_id), ("rule_ood", of_other):
+                    rows.append({**row, "split": split,
+                                 "settings": {**row["settings"], **usual, **chosen}})
+            running.write_jsonl(folder / "eval.jsonl", rows)
+            runs.append(str(folder))
+        evaluate.compare_runs(evaluate.Config(compare=(",".join(runs),)))
+        return " ".join(capsys.readouterr().out.partition("\n\n")[0].split())
+    assert "ested with" not in told()
+    assert ("Splits were not tested alike: feedback informative on the training rule, plain on "
+            "the other rule.") in told(feedback="plain")
+    both = told({"temperature": 1.0}, temperature=1.0, feedback="plain")
+    assert "Tested with temperature 1.0. Splits were not tested alike: feedback" in both
+
+
 def test_runs_before_and_after_their_city_was_moved_are_one_arm(tmp_path):
     configs = {}
     for name, root, files in ("a", "old", "f"), ("b", "new", "f"), ("c", "other", "g"):
@@ -319,8 +343,11 @@ def test_runs_of_one_seed_in_two_numeric_types_are_two(tmp_path):
         for row in rows:
             row["weights"] = weights if row["step"] else "start"
         running.write_jsonl(tmp_path / name / "eval.jsonl", rows)
-    arms = collect.collect_rows([tmp_path / "a", tmp_path / "b"], metrics)
-    assert len(arms["SFT"]) == 2
+    write_run(tmp_path / "c", 5, {"updates": 5, "seed": 0, "dtype": "bfloat16"})
+    arms = collect.collect_rows([tmp_path / name for name in "abc"], metrics)
+    # They are no two seeds of one arm, over which an error could be taken.
+    assert {arm: len(rows) for arm, rows in arms.items() if arm != "start"} == {
+        "SFT float32": 1, "SFT bfloat16": 1, "RL": 1}
 
 
 def test_a_copy_of_a_start_is_no_other_start(tmp_path):

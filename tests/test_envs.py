@@ -490,6 +490,21 @@ def test_a_prompt_file_with_a_fault_is_an_error_that_names_file_and_fault(tmp_pa
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("task, content, told", [
+    ("gp-l", {"gp_reply": '{{"cards": {cards}, "numbers": {numbers}, "answer": "{formula}"}}'},
+     "the verifier does not read its format; it judges the expert's reply .*as illegal_formula"),
+    ("gp-l", {"gp_input_text": "Here are your cards."}, r"'gp_input_text' lacks \{cards\}"),
+    ("gp-l", {"gp_card": "a card"}, r"'gp_card' lacks \{card\}"),
+    ("virl-l", {"nav_sentence": "- "}, r"'nav_sentence' lacks \{sentence\}"),
+    ("virl-l", {"nav_instruction": "Go."}, r"'nav_instruction' lacks \{instruction\}"),
+    ("virl-l", {"nav_reply": '{{"next": "{action}"}}'}, "judges .* as (no|illegal|wrong)_action")])
+def test_a_prompt_file_by_which_nobody_could_be_right_is_refused(task, content, told, tmp_path,
+                                                                 city):
+    root = {"root": city} if task == "virl-l" else {}
+    with pytest.raises(ValueError, match=f"prompt file .*{told}"):
+        make_env(task, "id", prompt_file=str(prompt_file(tmp_path, content)), **root)
+
+
 def test_a_prompt_file_that_is_missing_or_unreadable_is_an_error_that_names_it(tmp_path):
     binary = tmp_path / "binary.json"
     binary.write_bytes(b"\xff\xfe\x00\x80")

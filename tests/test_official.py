@@ -160,10 +160,11 @@ Q_GeneralPoint_EQN_L = ("T {target_number}; {face_card_msg} T {target_number}; C
                         "{face_card_msg} {target_number}; }}")
 Q_GeneralPoint_EQN_VL = ("V {target_number}; {face_card_msg} V {target_number}; O {{ "
                          "{face_card_msg} {target_number}; }}")
-ResponseEqn = "{{c={cards} n={numbers} f={formula}}}"
+ResponseEqn = '{{"c": {cards}, "number": {numbers}, "formula": "{formula}"}}'
 Q_VIRL_L = "I {instruction} A {action_space} H {obs_act_seq} O {{}}"
 Q_VIRL_VL = "I {instruction} see A {action_space} H {obs_act_seq} O {{}}"
-ResponseVIRL = "{{o={current_observation} i={current_instruction} a={action}}}"
+ResponseVIRL = ('{{"current observation": "{current_observation}", '
+                '"i": "{current_instruction}", "action": "{action}"}}')
 ''',
     "utils_rl.py": '''
 def aggregate_fn(message_list):
@@ -257,19 +258,18 @@ def shaped(tmp_path):
 
 @pytest.mark.parametrize("task, split, told, replied", [
     ("gp-l", "id", "T 24; faces 10 T 24; C ['7', 'Q', '2', 'A'] O { faces 10 24; }",
-     "{c=['7', 'Q', '2', 'A'] n=[7, 10, 2, 1] f="),
+     """{"c": ['7', 'Q', '2', 'A'], "number": [7, 10, 2, 1], "formula": \""""),
     ("gp-l", "rule_ood",
      "T 24; faces 11 to 13 T 24; C ['7', 'Q', '2', 'A'] O { faces 11 to 13 24; }",
-     "n=[7, 12, 2, 1] f="),
-    ("gp-vl", "id", "V 24; faces 10 V 24; O { faces 10 24; }", "n=[7, 10, 2, 1] f=")])
+     '"number": [7, 12, 2, 1], "formula": "'),
+    ("gp-vl", "id", "V 24; faces 10 V 24; O { faces 10 24; }", '"number": [7, 10, 2, 1], "f')])
 def test_one_prompt_file_words_cards_under_both_rules(task, split, told, replied, shaped):
     env = make_env(task, split, prompt_file=str(shaped / f"{task}.json"))
     env.deal = lambda: ([(rank, "S") for rank in ("7", "Q", "2", "A")],
                         [7, 12 if split == "rule_ood" else 10, 2, 1])
     assert read_text(env.reset(seed=0)[0][0]) == told
-    # The reply is no JSON, so it has no formula.
     assert (replied in env.expert_reply()
-            and env.judge(env.format_reply("1")).status == "illegal_formula")
+            and env.judge(env.format_reply("1")).status == "wrong_numbers")
 
 
 @pytest.mark.parametrize("reply, told", [
@@ -297,7 +297,7 @@ def test_walks_are_worded_by_one_prompt_file_under_both_rules(shaped, city):
                      if position.intersection and not position.landmark]
         assert (crossings and {env.observation(position) for position in crossings}
                 == {"nothing here; crossing"})
-        assert env.format_reply("stop()").endswith("a=stop()}")
+        assert env.format_reply("stop()").endswith(', "action": "stop()"}')
         wrong = '{"current observation": "%s", "action": "fly()"}'
         assert (env.step(wrong % "an intersection")[0][-1]["content"]
                 == "no, no: not at a crossing {{ o }}!")
