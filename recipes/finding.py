@@ -66,10 +66,9 @@ def curve(rows, measure):
 
 def main(arguments):
     with running.one_line_errors():
-        if len(arguments) != 1 or arguments[0].startswith("-"):
-            raise ValueError("expected one file to draw into, such as results/finding.png")
-        if not Path(arguments[0]).resolve().parent.is_dir():
-            raise ValueError(f"{arguments[0]}: its folder is not there")
+        named = len(arguments) == 1 and not arguments[0].startswith("-")
+        if not named or not Path(arguments[0]).resolve().parent.is_dir():
+            raise ValueError("expected one file to draw into, in a folder that is there")
     plt = compare.import_pyplot()
     if plt is None:
         return

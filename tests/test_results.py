@@ -211,7 +211,7 @@ def test_what_is_said_of_v_irl_vl_is_that_of_its_rows():
 
 
 def test_the_figure_asks_for_one_file(finding, capsys):
-    for arguments in ([], ["a.png", "b.png"], ["no/such/folder/a.png"]):
+    for arguments in ([], ["a.png", "b.png"], ["no/such/folder/a.png"], ["--help"]):
         with pytest.raises(SystemExit):
             finding.main(arguments)
         assert "expected one file to draw into" in capsys.readouterr().err
@@ -227,6 +227,37 @@ def test_the_gains_of_more_seeds_are_those_of_their_rows():
     page = " ".join((ROOT / "results" / "virl_l.md").read_text().split())
     assert f"start 0 gain {gains[1]}, {gains[2]} and {gains[3]} points" in page
     assert f"The table's seed, run again, gains {gains[0]} instead of 7.1" in page
+
+
+def test_rft_on_gp_l_is_beside_rl_as_its_page_says():
+    page = " ".join((ROOT / "results" / "gp_l.md").read_text().split())
+    found = {}
+    for row in read_data("gp_l_rft_every_evaluation"):
+        if row["form"] == "all right tries":
+            found[row["start"], row["round"], row["split"]] = row
+    rl = {}            # start -> (training rule, other rule)
+    for row in read_data("gp_l_rft"):
+        if row["arm"] == "RL" and row["split"] in ("id", "rule_ood"):
+            rl["0"] = *rl.get("0", ()), float(row["success"])
+    for row in read_data("gp_l_by_start"):
+        if row["arm"] == "RL" and row["start"] in ("1", "3"):
+            rl[row["start"]] = float(row["training_rule_end"]), float(row["other_rule_end"])
+    other, training, early = [], [], []
+    for start in "013":
+        rows = [found[start, number, "rule_ood"] for number in ("0", "2", "8")]
+        cells = [row["success"] for row in rows]
+        read = ", ".join(row["numbers_right"] for row in rows)
+        assert f"| start {start} | {' | '.join([*cells, str(rl[start][1]), read])} |" in page
+        early.append(float(cells[1]))
+        other.append(float(cells[2]) - rl[start][1])
+        training.append(float(found[start, "8", "id"]["success"]) - rl[start][0])
+    for values, told in ((early, "RFT is at {:.1f} ± {:.1f} %"),
+                         ([rl[start][1] for start in "013"], "RL ends at {:.1f} ± {:.1f}"),
+                         (training, "ends {:.1f} ± {:.1f} points above")):
+        assert told.format(*errors.mean_and_standard_error(values)) in page
+    below, error = errors.mean_and_standard_error(other)
+    p = errors.p_value(below, error, 3)
+    assert f"ends {-below:.1f} ± {error:.1f} points below RL (p = {p:.2f}, three starts)" in page
 
 
 # An arm of the pretrained model's page, and its name in the rows.
