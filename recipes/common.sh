@@ -41,13 +41,15 @@ check_data() {
     }
 }
 
-# check_plurals: this recipe reads SEEDS and STARTS, so SEED or START would have no effect.
-check_plurals() {
-    for setting in SEED START; do
-        [ -z "${!setting:-}" ] || {
-            echo "$setting=${!setting}: has no effect here; ${setting}S=\"${!setting}\" has" >&2
-            exit 2
-        }
+# check_unused NAME...: none of these settings has an effect here. The recipe may have NAMEs.
+check_unused() {
+    for setting in "$@"; do
+        [ -n "${!setting:-}" ] || continue
+        echo -n "$setting=${!setting}: has no effect here" >&2
+        ! grep -q "^#   ${setting}S=" "recipes/$(basename "$0")" ||
+            echo -n "; ${setting}S=\"${!setting}\" has" >&2
+        echo >&2
+        exit 2
     done
 }
 

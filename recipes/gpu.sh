@@ -34,6 +34,7 @@ for setting in BAND RL_SETTINGS RFT_SETTINGS; do
         exit 2
     }
 done
+check_unused SEED START
 mkdir -p "$OUT"
 check_numbers SEEDS
 # The folder of a start does not tell how it was made.

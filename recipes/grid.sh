@@ -18,6 +18,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source recipes/common.sh
+check_unused SEED SEEDS START STARTS
 export TASK=${TASK:-gp-l}
 export OUT=${OUT:-runs/grid-$TASK${SMOKE:+-smoke}}
 case $TASK in

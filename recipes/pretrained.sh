@@ -45,7 +45,7 @@ STARTS=${STARTS:-0}
 START_STEPS=${START_STEPS:-20}
 export JOBS=${JOBS:-1}
 check_data
-check_plurals
+check_unused SEED START
 case $TASK in
 virl-l)
     export DATA=${DATA:-$OUT/city}

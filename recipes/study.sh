@@ -48,7 +48,7 @@ STARTS=${STARTS:-0 1 2}
 [ -z "${SMOKE:-}" ] || STARTS=0
 PANELS=${PANELS:-virl two_by_two gate long no_start overfit cards arms frozen}
 check_data
-check_plurals
+check_unused SEED SEEDS START FAULTS FAULTY_TRIES SIZE LRS AFTER
 export DATA=${DATA:-$OUT/city} SEEDS=0
 unset MODEL                # it would take the place of start 0 in all panels
 mkdir -p "$OUT"

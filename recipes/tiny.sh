@@ -57,7 +57,7 @@ STARTS=${STARTS:-0}
 SEEDS=${SEEDS:-0}
 export JOBS=${JOBS:-2} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 check_data
-check_plurals
+check_unused SEED START
 
 # ---- The settings of each task ----
 

@@ -105,15 +105,17 @@ def name_arms(configs):
 def with_types(names, configs, start_of):
     """The names of runs' arms, with the numeric types where two runs of one start and --seed differ
     in these alone. Under one name they would pass for two runs with two seeds."""
-    types_of = {run: [config.get(name) for name in ("dtype", "param_dtype") if config.get(name)]
-                for run, config in configs.items()}
-    found = {}         # (arm, start, seed) -> types
-    for run, config in configs.items():
-        key = names[run], start_of[run], config.get("seed")
-        found.setdefault(key, set()).add(tuple(types_of[run]))
-    several = {arm for (arm, _, _), types in found.items() if len(types) > 1}
-    return {run: " ".join([name, *types_of[run]]) if name in several else name
-            for run, name in names.items()}
+    for option in "dtype", "param_dtype":
+        found = {}     # (arm, start, seed) -> types
+        for run, config in configs.items():
+            key = names[run], start_of[run], config.get("seed")
+            found.setdefault(key, set()).add(config.get(option))
+        several = {arm for (arm, _, _), types in found.items() if len(types) > 1}
+        named = {}
+        for run, name in names.items():
+            named[run] = f"{name} {option} {configs[run].get(option)}" if name in several else name
+        names = named
+    return names
 
 
 def differing_settings(one, two):

@@ -401,8 +401,8 @@ def trained_on(study):
 
 # How a test is made, whatever its split, with the value that need not be told.
 HOW_TESTED = {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": None, "dtype": None,
-              "verify_iter": None, "feedback": "informative", "guided": False, "resolution": None,
-              "prompt_file": None}
+              "verify_iter": None, "feedback": "informative", "guided": False, "target": 24,
+              "turn_words": "wrapped", "resolution": None, "card_dir": "", "prompt_file": ""}
 
 
 def tested_with(study):
@@ -417,7 +417,8 @@ def tested_with(study):
         values = {split: values[split] for split in study.splits if split in values}
         different = {str(value) for value in values.values()}
         if len(different) > 1:
-            each = ", ".join(f"{value} on {title_of(split)}" for split, value in values.items())
+            each = ", ".join(f"{'none' if value == '' else value} on {title_of(split)}"
+                             for split, value in values.items())
             sentences.append(f"Splits were not tested alike: {name} {each}.")
         elif usual is not None and different - {str(usual)}:
             sentences.append(f"Tested with {name} {different.pop()}.")

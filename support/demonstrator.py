@@ -155,10 +155,11 @@ def check_format(env):
     trial.reset("0", begin=False)
     reply = trial.expert_reply()
     verdict = trial.judge(reply)
-    if verdict.status != "correct":
+    cards_read = trial.details(verdict).get("cards_read", True)      # cards in pictures
+    if verdict.status != "correct" or not cards_read:
+        told = verdict.status if cards_read else f"{verdict.status}, but without the cards"
         raise ValueError(f"prompt file {env.settings['prompt_file']}: the verifier does not read "
-                         f"its format; it judges the expert's reply {reply[:200]!r} as "
-                         f"{verdict.status}")
+                         f"its format; it judges the expert's reply {reply[:200]!r} as {told}")
 
 
 # ---- The wrappers --------------------------------------------------------------------------------

@@ -237,7 +237,9 @@ def take_settings(config, run, trained, make_env, tasks):
 
 def as_in_its_run(config, make_env, tasks):
     """`take_settings` for --model: from the run folder that a checkpoint lies in, if it does."""
-    model = Path(config.model).resolve()
+    model = Path(config.model)
+    if not re.fullmatch(r"step_\d+", model.name):
+        model = model.resolve()        # maybe a link to a checkpoint
     trained = logs.read_object(model.parent / "config.json")
     if not re.fullmatch(r"step_\d+", model.name) or not {"task", "model"} <= trained.keys():
         return config
@@ -282,11 +284,10 @@ def without_paths(chosen):
 
 
 def are_settings(of_row, chosen):
-    """Whether a row has these settings; one of an earlier version does not tell of files. The same
-    files may lie elsewhere."""
-    files = {"files": chosen["files"]} if "files" in chosen else {}
-    of_row = {**files, **of_row}
-    if files and of_row["files"] == files["files"]:
+    """Whether a row has these settings. The same files may lie elsewhere."""
+    if "files" not in of_row:          # a test without files, or of an earlier version
+        return of_row == {name: value for name, value in chosen.items() if name != "files"}
+    if of_row["files"] == chosen.get("files"):
         of_row, chosen = without_paths(of_row), without_paths(chosen)
     return of_row == chosen
 

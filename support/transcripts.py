@@ -14,6 +14,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -201,12 +202,11 @@ def env_of_row(row, make_env, config=None):
     return env, seed, row["episode"], row["settings"].get("files")
 
 
-def lay_out_again(row, make_env, config=None):
-    """The environment of a dialogue, laid out from its seed, at the dialogue's position.
+def lay_out_again(row, env, seed, number, files):
+    """The environment of a dialogue (`env_of_row`), at the dialogue's position of its episode.
 
     ValueError if the city or the cards are not those that the model saw.
     """
-    env, seed, number, files = env_of_row(row, make_env, config)
     if files and files != digests.files_of([env]):   # earlier versions did not keep them
         raise ValueError(f"{title(row)}: it cannot be drawn again, since a city, card_dir or "
                          "prompt file of its settings has changed: put it back, or leave --html "
@@ -227,8 +227,8 @@ def picture_of_row(row, make_env, config=None):
     """
     if not config and not row["settings"]["env"].get("vision"):
         return None
-    env, *_ = env_of_row(row, make_env, config)
-    return lay_out_again(row, make_env, config).picture() if env.vision else None
+    env, *episode = env_of_row(row, make_env, config)
+    return lay_out_again(row, env, *episode).picture() if env.vision else None
 
 
 def as_image(picture):
@@ -253,9 +253,10 @@ def check_filter(word):
 def has_face_card(row, make_env, config=None):
     """Whether a dialogue is about a hand with J, Q or K."""
     if "expert" in row:                # of a test: the expert names the cards
-        return bool(re.search(r"\b[JQK]\b", row["expert"]))
-    hand = getattr(lay_out_again(row, make_env, config), "cards", ())
-    return not {"J", "Q", "K"}.isdisjoint(hand)
+        plays_cards = row["settings"]["task"].startswith("gp")
+        return plays_cards and bool(re.search(r"\b[JQK]\b", row["expert"]))
+    env = lay_out_again(row, *env_of_row(row, make_env, config))
+    return not {"J", "Q", "K"}.isdisjoint(getattr(env, "cards", ()))
 
 
 def wanted(row, words, make_env, config=None):
@@ -270,6 +271,8 @@ def wanted(row, words, make_env, config=None):
             fits = row["verdicts"][-1][0] == "correct"
         elif word == "face_card":
             fits = has_face_card(row, make_env, config)
+        elif name == "checkpoint":
+            fits = row.get(name) == os.path.normpath(value)
         else:
             fits = str(row.get(name)) == value
         if not fits:

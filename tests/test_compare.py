@@ -333,6 +333,11 @@ def test_runs_before_and_after_their_city_was_moved_are_one_arm(tmp_path):
     for other in ({"env": {"root": "old", "guided": True}, "files": "g"},
                   {"env": {"root": "new", "guided": False}, "files": "f"}):
         assert not evaluation.are_settings(row, other)
+    # A row without digests may be of an earlier version, or of a test without files.
+    plain, official = {"env": {"prompt_file": ""}}, {"env": {"prompt_file": "p.json"}, "files": "f"}
+    assert not evaluation.are_settings(plain, official)
+    assert evaluation.are_settings(plain, plain)
+    assert evaluation.are_settings({"env": official["env"]}, official)
 
 
 def test_runs_of_one_seed_in_two_numeric_types_are_two(tmp_path):
@@ -347,7 +352,7 @@ def test_runs_of_one_seed_in_two_numeric_types_are_two(tmp_path):
     arms = collect.collect_rows([tmp_path / name for name in "abc"], metrics)
     # They are no two seeds of one arm, over which an error could be taken.
     assert {arm: len(rows) for arm, rows in arms.items() if arm != "start"} == {
-        "SFT float32": 1, "SFT bfloat16": 1, "RL": 1}
+        "SFT dtype float32": 1, "SFT dtype bfloat16": 1, "RL": 1}
 
 
 def test_a_copy_of_a_start_is_no_other_start(tmp_path):

@@ -495,6 +495,7 @@ def test_a_prompt_file_with_a_fault_is_an_error_that_names_file_and_fault(tmp_pa
      "the verifier does not read its format; it judges the expert's reply .*as illegal_formula"),
     ("gp-l", {"gp_input_text": "Here are your cards."}, r"'gp_input_text' lacks \{cards\}"),
     ("gp-l", {"gp_card": "a card"}, r"'gp_card' lacks \{card\}"),
+    ("gp-vl", {"gp_reply": '{{"formula": "{formula}"}}'}, "as correct, but without the cards"),
     ("virl-l", {"nav_sentence": "- "}, r"'nav_sentence' lacks \{sentence\}"),
     ("virl-l", {"nav_instruction": "Go."}, r"'nav_instruction' lacks \{instruction\}"),
     ("virl-l", {"nav_reply": '{{"next": "{action}"}}'}, "judges .* as (no|illegal|wrong)_action")])

@@ -232,14 +232,20 @@ def test_a_start_of_another_making_is_not_the_committed_one(recipe, tmp_path, se
     assert status == 0 and model_of(lines, "rl_0_0") == "gp-l"
 
 
-@pytest.mark.parametrize("name", ["tiny", "study", "pretrained"])
+@pytest.mark.parametrize("name, hinted", [
+    ("tiny", ("SEED", "START")), ("study", ("START",)), ("pretrained", ("START",)), ("grid", ()),
+    ("gpu", ("SEED",))])
 def test_a_setting_that_would_have_no_effect_and_a_city_that_is_not_there_are_refused(
-        recipe, tmp_path, name):
-    for setting, told in {
-            "SEED": 'SEED=7: has no effect here; SEEDS="7" has\n',
-            "START": 'START=7: has no effect here; STARTS="7" has\n',
-            "DATA": "DATA=7: no such folder; without DATA a synthetic city is made\n"}.items():
+        recipe, tmp_path, name, hinted):
+    for setting in "SEED", "START":
+        hint = f'; {setting}S="7" has' if setting in hinted else ""
+        told = f"{setting}=7: has no effect here{hint}\n"
         assert recipe(name, OUT=tmp_path / "runs", TASK="virl-l", **{setting: 7}) == (2, told, [])
+    told = "DATA=7: no such folder; without DATA a synthetic city is made\n"
+    if name in ("tiny", "study", "pretrained"):
+        assert recipe(name, OUT=tmp_path / "runs", TASK="virl-l", DATA=7) == (2, told, [])
+    if name == "study":
+        assert recipe(name, OUT=tmp_path / "runs", SIZE="64x2")[0] == 2
     assert not (tmp_path / "runs").exists()
 
 

@@ -134,7 +134,7 @@ def test_tests_of_several_models_or_settings_can_be_told_apart(tmp_path, capsys)
     two = [row("base"), row("runs/sft/step_000004")]
     assert titles(two) == ["id, base, seed 0, episode 0",
                            "id, runs/sft/step_000004, seed 0, episode 0"]
-    assert titles(two, "checkpoint=base") == ["id, base, seed 0, episode 0"]
+    assert titles(two, "checkpoint=base/") == ["id, base, seed 0, episode 0"]
     assert titles([row("base"), row("runs/a/step_000004", 4)]) == [
         "id, step 0, seed 0, episode 0", "id, step 4, seed 0, episode 0"]
     again = row("runs/a/step_000004", 4, temperature=1.0, feedback="plain")
