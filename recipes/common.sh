@@ -41,7 +41,8 @@ check_data() {
     }
 }
 
-# check_unused NAME...: none of these settings has an effect here. The recipe may have NAMEs.
+# check_unused NAME...: this recipe reads none of these settings, so none may be given. Where it
+# reads the plural, such as SEEDS for SEED, that is said.
 check_unused() {
     for setting in "$@"; do
         [ -n "${!setting:-}" ] || continue
