@@ -66,6 +66,15 @@ def read_data(name):
         return list(csv.DictReader(file))
 
 
+def test_every_file_of_rows_is_listed_with_as_many_as_it_has():
+    folder = ROOT / "results" / "data"
+    page = (folder / "README.md").read_text()
+    assert {path.stem for path in folder.glob("*.csv")} == set(re.findall(r"`(\w+)\.csv`", page))
+    told = re.findall(r"^\| `(\w+)\.csv` \| (\d+) \|", page, re.M)
+    assert len(told) > 20
+    assert told == [(name, str(len(read_data(name)))) for name, _ in told]
+
+
 def scores_at(rows, method, setting, split, metric):
     """{start, or seed where there is one start: the score}.
 
@@ -235,29 +244,34 @@ def test_rft_on_gp_l_is_beside_rl_as_its_page_says():
     for row in read_data("gp_l_rft_every_evaluation"):
         if row["form"] == "all right tries":
             found[row["start"], row["round"], row["split"]] = row
-    rl = {}            # start -> (training rule, other rule)
-    for row in read_data("gp_l_rft"):
-        if row["arm"] == "RL" and row["split"] in ("id", "rule_ood"):
-            rl["0"] = *rl.get("0", ()), float(row["success"])
-    for row in read_data("gp_l_by_start"):
-        if row["arm"] == "RL" and row["start"] in ("1", "3"):
-            rl[row["start"]] = float(row["training_rule_end"]), float(row["other_rule_end"])
-    other, training, early = [], [], []
+    rl = {}            # (start, updates, split) -> success
+    for row in read_data("gp_l_every_evaluation"):
+        if (row["arm"], row["learning_rate"], row["temperature"]) == ("RL", "5e-5", "0.2"):
+            rl[row["start"], row["step"], row["split"]] = row["success"]
     for start in "013":
         rows = [found[start, number, "rule_ood"] for number in ("0", "2", "8")]
-        cells = [row["success"] for row in rows]
+        before, early, end = [row["success"] for row in rows]
         read = ", ".join(row["numbers_right"] for row in rows)
-        assert f"| start {start} | {' | '.join([*cells, str(rl[start][1]), read])} |" in page
-        early.append(float(cells[1]))
-        other.append(float(cells[2]) - rl[start][1])
-        training.append(float(found[start, "8", "id"]["success"]) - rl[start][0])
-    for values, told in ((early, "RFT is at {:.1f} ± {:.1f} %"),
-                         ([rl[start][1] for start in "013"], "RL ends at {:.1f} ± {:.1f}"),
-                         (training, "ends {:.1f} ± {:.1f} points above")):
-        assert told.format(*errors.mean_and_standard_error(values)) in page
-    below, error = errors.mean_and_standard_error(other)
+        cells = [before, early, rl[start, "8", "rule_ood"], end, rl[start, "24", "rule_ood"], read]
+        assert f"| start {start} | {' | '.join(cells)} |" in page
+
+    def over_starts(value):
+        return errors.mean_and_standard_error([value(start) for start in "013"])
+
+    def behind(split):
+        return over_starts(lambda start: float(found[start, "8", split]["success"])
+                           - float(rl[start, "24", split]))
+    change = over_starts(lambda start: float(found[start, "8", "rule_ood"]["success"])
+                         - float(found[start, "0", "rule_ood"]["success"]))
+    assert "Its change since the start is then {:+.1f} ± {:.1f}".format(*change) in page
+    early = over_starts(lambda start: float(found[start, "2", "rule_ood"]["success"]))
+    of_rl = over_starts(lambda start: float(rl[start, "8", "rule_ood"]))
+    assert "it is at {:.1f} ± {:.1f} %, RL at the same compute at {:.1f} ± {:.1f}".format(
+        *early, *of_rl) in page
+    below, error = behind("rule_ood")
     p = errors.p_value(below, error, 3)
     assert f"ends {-below:.1f} ± {error:.1f} points below RL (p = {p:.2f}, three starts)" in page
+    assert "ends {:.1f} ± {:.1f} points above".format(*behind("id")) in page
 
 
 # An arm of the pretrained model's page, and its name in the rows.
