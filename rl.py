@@ -528,7 +528,7 @@ def main(config):
             advantages, returns = estimate_advantages(turns, values, next_values, config)
             stats = ppo_update(policy, run.optimizer, turns, minibatches, old_logprobs, values,
                                advantages, returns, update, config)
-            run.check_first_ratios(stats)
+            run.check_update(update, stats)
         updated = time.monotonic()
         # Count tokens, which give the compute, and log the update.
         trained, rollout = count_compute(policy, turns, upcoming, config)

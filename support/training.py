@@ -56,7 +56,7 @@ class Run:
         dtype = running.pick_dtype(config.dtype, device, config.out)
         self.config = replace(config, dtype=dtype)
         self.data = digests.of_file(getattr(config, "data", ""))
-        self.told_of_ratios = False
+        self.told_of_ratios = self.told_of_values = False
         self.newest = run_folder.newest_checkpoint(self.config)
         # A model without a value head gets a new one, drawn from this seed.
         torch.manual_seed(config.seed)
@@ -100,14 +100,20 @@ class Run:
         """Show figures after the progress bar."""
         self.bar.set_postfix(refresh=False, **figures)
 
-    def check_first_ratios(self, stats):
-        """Print a line, once, if an update's PPO ratios were not 1 before its first step."""
+    def check_update(self, update, stats):
+        """Print a line, once each, if an update's PPO ratios were not 1 before its first step, or
+        if its values were worse than none. In the first update the value head is untrained."""
         low, high = stats["ratio_min_first"], stats["ratio_max_first"]
         if (low, high) != (1.0, 1.0) and not self.told_of_ratios:
             self.told_of_ratios = True
             print0(f"before the first optimizer step PPO ratios go from {low:.4f} to {high:.4f}, "
                    "though nothing has changed: on this device a log-prob is rounded differently "
                    "with a gradient than without one")
+        if update and stats["value_error"] > 1 and not self.told_of_values:
+            self.told_of_values = True
+            print0(f"update {update + 1}: the values are worse than none (value_error "
+                   f"{stats['value_error']:.2f}), so a right reply may count as worse than "
+                   "expected: a smaller --value-lr may help")
 
     def save(self, state, with_value_head=True):
         """Write the checkpoint of this state unless it is there; returns its folder."""
@@ -254,15 +260,16 @@ def update_stats(sums, first_ratios, grad_norms, gaps, residuals, returns, epoch
     ratios = []
     for part in running.gather(first_ratios):
         ratios += part
-    _, residual_variance = running.mean_and_variance(residuals)
-    _, return_variance = running.mean_and_variance(returns)
+    residual_mean, residual_variance = running.mean_and_variance(residuals)
+    return_mean, return_variance = running.mean_and_variance(returns)
     _, gap_variance = running.mean_and_variance(gaps)
     unexplained = residual_variance / (return_variance + 1e-8)
+    squares = residual_mean ** 2 + residual_variance, return_mean ** 2 + return_variance
     return {**stats, "ratio_max_first": max(ratios), "ratio_min_first": min(ratios),
             "scored_sampled_std": math.sqrt(gap_variance),
             "scored_sampled_max": max(running.gather(float(gaps.abs().max()))),
             "grad_norm": sum(grad_norms) / len(grad_norms), "optimizer_steps": len(grad_norms),
-            "explained_variance": 1 - unexplained}
+            "explained_variance": 1 - unexplained, "value_error": squares[0] / (squares[1] + 1e-8)}
 
 
 def count_read_and_sampled(policy, turns, dialogues):

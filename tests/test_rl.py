@@ -2,6 +2,7 @@
 import copy
 import functools
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -409,3 +410,22 @@ def test_a_prompt_counts_from_where_it_leaves_what_was_said_before(tiny):
     dialogues = 7 + 3 + 5                                 # three rows, of which one holds two turns
     read_and_sampled = (3 + 2) + (2 + 1) + (1 + 1) + (2 + 1)
     assert trained == 3 * dialogues and played == read_and_sampled + dialogues + 4 + 1
+
+
+def test_values_that_are_worse_than_none_are_told_once(capsys):
+    """Such values make right replies count as worse than expected."""
+    returns = torch.tensor([1.0, 2.0, -1.0, 2.0])
+
+    def stats(values):
+        return training.update_stats(Counter(), [1.0], [1.0], torch.zeros(4),
+                                     returns - torch.tensor(values), returns, 1)
+    none, good, high = stats([0.0] * 4), stats([1.0] * 4), stats([3.0] * 4)
+    assert none["value_error"] == pytest.approx(1) and good["value_error"] == pytest.approx(0.6)
+    assert high["value_error"] == pytest.approx(2.2)
+    run = SimpleNamespace(told_of_ratios=False, told_of_values=False)
+    for update, found in enumerate((high, good, high, high)):
+        training.Run.check_update(run, update, found)
+    # Before the first update the head is untrained.
+    assert capsys.readouterr().out == (
+        "update 3: the values are worse than none (value_error 2.20), so a right reply may count "
+        "as worse than expected: a smaller --value-lr may help\n")

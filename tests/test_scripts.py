@@ -140,7 +140,7 @@ def test_the_log_has_what_a_reader_of_a_run_needs(start, tmp_path, device):
         (3 * trained + rollout) / (3 * trained + 6 * trained))
     assert sum(value for name, value in row.items() if name.startswith("status_")) == 12
     assert {"success", "reward", "replies_cut", "grad_norm", "clip_fraction", "approx_kl",
-            "explained_variance", "lr",
+            "explained_variance", "value_error", "lr",
             "policy_loss", "value_loss", "tokens_trained", "tokens_rollout", "gflops"} <= row.keys()
     talk = running.read_jsonl(tmp_path / "rl" / "turns.jsonl")[0]["messages"]
     assert [m["role"] for m in talk[:3]] == ["user", "assistant", "user"]
