@@ -238,6 +238,41 @@ def test_the_gains_of_more_seeds_are_those_of_their_rows():
     assert f"The table's seed, run again, gains {gains[0]} instead of 7.1" in page
 
 
+def test_sft_that_is_stopped_early_is_beside_rl_as_its_page_says():
+    page = " ".join((ROOT / "results" / "gp_l.md").read_text().split())
+    found = {}         # (start, step, split) -> success
+    for row in read_data("gp_l_stopped_by_many_rules"):
+        found[row["start"], int(row["step"]), row["split"]] = float(row["success"])
+    best = {}          # start -> the step that scores best on many rules, the earliest of equals
+    for start in "013":
+        scores = {step: found[start, step, "rule_family"] for step in range(20, 201, 20)}
+        best[start] = max(scores, key=scores.get)
+    rl = {}
+    for row in read_data("gp_l_every_evaluation"):
+        if (row["arm"], row["learning_rate"], row["temperature"]) == ("RL", "5e-5", "0.2"):
+            if row["step"] == "24" and row["start"] in "013":
+                rl[row["start"], row["split"]] = float(row["success"])
+
+    def cells(steps):
+        means = []
+        for split in "id", "rule_family", "rule_ood":
+            values = [found[start, steps[start], split] for start in "013"]
+            means.append("{:.1f} ± {:.1f}".format(*errors.mean_and_standard_error(values)))
+        return " | ".join(means)
+    for name, steps in (("start | 0", dict.fromkeys("013", 0)),
+                        ("SFT, 20 steps | 1,393", dict.fromkeys("013", 20)),
+                        ("SFT, where it is best on many rules | 6,963 to 12,534", best),
+                        ("SFT, 200 steps | 13,925", dict.fromkeys("013", 200))):
+        assert f"| {name} | {cells(steps)} |" in page
+    of_rl = ["{:.1f} ± {:.1f}".format(*errors.mean_and_standard_error(
+        [rl[start, split] for start in "013"])) for split in ("id", "rule_ood")]
+    assert f"| RL, 24 updates | 14,016 | {of_rl[0]} | | {of_rl[1]} |" in page
+    ahead, error = errors.mean_and_standard_error(
+        [rl[start, "rule_ood"] - found[start, best[start], "rule_ood"] for start in "013"])
+    p = errors.p_value(ahead, error, 3)
+    assert f"RL is {ahead:.1f} ± {error:.1f} points ahead on the other rule (p = {p:.2f})" in page
+
+
 def test_rft_on_gp_l_is_beside_rl_as_its_page_says():
     page = " ".join((ROOT / "results" / "gp_l.md").read_text().split())
     found = {}
