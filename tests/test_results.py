@@ -273,6 +273,22 @@ def test_sft_that_is_stopped_early_is_beside_rl_as_its_page_says():
     assert f"RL is {ahead:.1f} ± {error:.1f} points ahead on the other rule (p = {p:.2f})" in page
 
 
+def test_what_one_start_tells_is_that_of_its_rows():
+    end = {row["split"]: row["solved_and_read"] for row in read_data("gp_vl_small_rate")
+           if row["step"] == "200"}
+    rl = {row["split"]: row["solved_and_read"] for row in read_data("gp_vl_every_evaluation")
+          if (row["run"], row["step"]) == ("rl_0_0", "24")}
+    page = " ".join((ROOT / "results" / "gp_vl.md").read_text().split())
+    assert f"ends at {end['id']} % on the training rule and {end['rule_ood']} % on the oth" in page
+    assert f"ends at {rl['id']} and {rl['rule_ood']}." in page
+    rft = {(row["round"], row["split"]): row["paper_step_accuracy"]
+           for row in read_data("virl_l_rft") if row["temperature"] == "0.2"}
+    page = " ".join((ROOT / "results" / "virl_l.md").read_text().split())
+    assert (f"ends at {rft['8', 'id']} % on the training rule and at {rft['8', 'rule_ood']} % on "
+            "the other") in page
+    assert f"The start has {rft['0', 'id']} and {rft['0', 'rule_ood']} %." in page
+
+
 def test_rft_on_gp_l_is_beside_rl_as_its_page_says():
     page = " ".join((ROOT / "results" / "gp_l.md").read_text().split())
     found = {}
