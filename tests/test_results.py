@@ -437,9 +437,13 @@ def test_what_is_said_of_the_third_pretrained_start_is_that_of_its_rows():
     for (arm, step, split), row in pretrained_rows("every_evaluation", "both 0").items():
         stops = float(row["first_try_stop"])
         assert stops == 0 if arm == rl else stops > 90
-    values = [row["value"] for row in read_data("pretrained_updates") if row["start"] == "both 0"]
-    first, second = (f"{float(value):.2f}" for value in values[:2])
-    assert f"One step took its mean from {first} to {second}" in page
+    updates = {(row["setting"], row["step"]): row for row in read_data("pretrained_updates")
+               if row["start"] == "both 0"}
+    first, second = (f"{float(updates['3e-5, one step', step]['value']):.2f}" for step in "12")
+    assert f"One step took the value head's mean from {first} to {second}" in page
+    for setting in "3e-5, one step", "3e-5, one step, value rate 1e-4":
+        stops = [updates[setting, step]["step_accuracy_stop"] for step in "1234"]
+        assert stops == ["1.0", "1.0", "0.25", "0.0"]
 
 
 def test_the_speed_on_the_pretrained_model_is_that_of_its_rows():
