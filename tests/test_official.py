@@ -160,7 +160,7 @@ Q_GeneralPoint_EQN_L = ("T {target_number}; {face_card_msg} T {target_number}; C
                         "{face_card_msg} {target_number}; }}")
 Q_GeneralPoint_EQN_VL = ("V {target_number}; {face_card_msg} V {target_number}; O {{ "
                          "{face_card_msg} {target_number}; }}")
-ResponseEqn = '{{"c": {cards}, "number": {numbers}, "formula": "{formula}"}}'
+ResponseEqn = '{{"cards": {cards}, "number": {numbers}, "formula": "{formula}"}}'
 Q_VIRL_L = "I {instruction} A {action_space} H {obs_act_seq} O {{}}"
 Q_VIRL_VL = "I {instruction} see A {action_space} H {obs_act_seq} O {{}}"
 ResponseVIRL = ('{{"current observation": "{current_observation}", '
@@ -258,7 +258,7 @@ def shaped(tmp_path):
 
 @pytest.mark.parametrize("task, split, told, replied", [
     ("gp-l", "id", "T 24; faces 10 T 24; C ['7', 'Q', '2', 'A'] O { faces 10 24; }",
-     """{"c": ['7', 'Q', '2', 'A'], "number": [7, 10, 2, 1], "formula": \""""),
+     """{"cards": ['7', 'Q', '2', 'A'], "number": [7, 10, 2, 1], "formula": \""""),
     ("gp-l", "rule_ood",
      "T 24; faces 11 to 13 T 24; C ['7', 'Q', '2', 'A'] O { faces 11 to 13 24; }",
      '"number": [7, 12, 2, 1], "formula": "'),
