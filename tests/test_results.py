@@ -286,6 +286,9 @@ def test_what_one_start_tells_is_that_of_its_rows():
     page = " ".join((ROOT / "results" / "virl_l.md").read_text().split())
     assert (f"ends at {rft['8', 'id']} % on the training rule and at {rft['8', 'rule_ood']} % on "
             "the other") in page
+    end = [row["paper_step_accuracy"] for row in read_data("virl_l_rft")
+           if (row["temperature"], row["round"]) == ("1.0", "8")]
+    assert "At 1.0 it ends at {} and {} %.".format(*end) in page
     assert f"The start has {rft['0', 'id']} and {rft['0', 'rule_ood']} %." in page
 
 
