@@ -123,8 +123,7 @@ def differing_settings(one, two):
     # The same files may lie elsewhere.
     same_files = one.get("files") and one.get("files") == two.get("files")
     moved = digests.NAME_FILES if same_files else ()
-    one = {**one, **one.get("env", {})}        # settings of the environment beside the others
-    two = {**two, **two.get("env", {})}
+    one, two = settings.by_name(one), settings.by_name(two)
     one, two = {"files": two.get("files"), **one}, {"files": one.get("files"), **two}
     found = []
     for name in {**one, **two}:

@@ -19,7 +19,7 @@ import textwrap
 from collections import Counter
 from typing import NamedTuple
 
-from support import collect, errors, running
+from support import collect, errors, running, settings
 
 # What a split is called in a figure.
 TITLES = {
@@ -98,14 +98,14 @@ class Sign(NamedTuple):
     cell: Cell
     num: int         # starts or runs that the error is over
     expected: str    # "up" or "down"
-    verdict: str     # of `judge_sign`
+    verdict: str     # of `errors.judge_sign`
 
 
 class Study(NamedTuple):
     """Evaluated runs beside each other."""
     task: str
-    arms: dict       # as `load_arms` returns them
-    dropped: str     # the rows that `load_arms` left out, in words
+    arms: dict       # as `collect.load_arms` returns them
+    dropped: str     # the rows that it left out, in words
     tried: list      # the arms but "start"
     splits: list
     metrics: list
@@ -411,7 +411,7 @@ def tested_with(study):
     for name, usual in HOW_TESTED.items():
         values = {}    # split -> value; what a split's own name tells is left out
         for row in study.arms["start"]:
-            chosen = {**row["settings"], **row["settings"].get("env", {})}
+            chosen = settings.by_name(row["settings"])
             if name in chosen and f"{name}=" not in row["split"]:
                 values[row["split"]] = chosen[name]
         values = {split: values[split] for split in study.splits if split in values}

@@ -89,6 +89,11 @@ def read_value(name, value, default):
     return int(value)
 
 
+def by_name(chosen):
+    """The settings of a row by name, those of its environment beside the others."""
+    return {**chosen, **chosen.get("env", {})}
+
+
 def check_choice(name, value, allowed):
     if value not in allowed:
         raise ValueError(f"{name} {value!r}: allowed are {', '.join(allowed)}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from support import digests
 from support.chat import printable
 from support.logs import check_row, read_jsonl, read_object, read_run_config
-from support.settings import read_settings, read_splits
+from support.settings import by_name, read_settings, read_splits
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem;
@@ -126,11 +126,6 @@ def check_conversation(row, where, keys=SHOWN):
         raise ValueError(f"{where}: {len(row['verdicts'])} verdicts for {len(replies)} replies")
 
 
-def settings_of(row):
-    """The settings of a test by name, those of its environment among them."""
-    return {**row["settings"], **row["settings"].get("env", {})}
-
-
 def tell_apart(rows):
     """Rows of tests, each with "called": its model, and settings of its split that rows differ in.
 
@@ -139,12 +134,12 @@ def tell_apart(rows):
     of_a_run = any(row["step"] for row in rows)
     values = {}                        # (split, setting) -> values
     for row in rows:
-        for name, value in settings_of(row).items():
+        for name, value in by_name(row["settings"]).items():
             values.setdefault((row["split"], name), set()).add(str(value))
     found = []
     for row in rows:
         called = [f"step {row['step']}" if of_a_run else row["checkpoint"]]
-        for name, value in settings_of(row).items():
+        for name, value in by_name(row["settings"]).items():
             if name != "env" and len(values[row["split"], name]) > 1:
                 called.append(f"{name} {value}")
         found.append({**row, "called": ", ".join(called)})

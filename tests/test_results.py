@@ -240,9 +240,10 @@ def test_the_gains_of_more_seeds_are_those_of_their_rows():
 
 def test_sft_that_is_stopped_early_is_beside_rl_as_its_page_says():
     page = " ".join((ROOT / "results" / "gp_l.md").read_text().split())
-    found = {}         # (start, step, split) -> success
+    found, spent = {}, {}      # (start, step, split) -> success; (start, step) -> GFLOPs
     for row in read_data("gp_l_stopped_by_many_rules"):
         found[row["start"], int(row["step"]), row["split"]] = float(row["success"])
+        spent[row["start"], int(row["step"])] = int(row["gflops"])
     best = {}          # start -> the step that scores best on many rules, the earliest of equals
     for start in "013":
         scores = {step: found[start, step, "rule_family"] for step in range(20, 201, 20)}
@@ -264,6 +265,9 @@ def test_sft_that_is_stopped_early_is_beside_rl_as_its_page_says():
                         ("SFT, where it is best on many rules | 6,963 to 12,534", best),
                         ("SFT, 200 steps | 13,925", dict.fromkeys("013", 200))):
         assert f"| {name} | {cells(steps)} |" in page
+    assert (spent["0", 20], spent["0", 200]) == (1393, 13925)
+    at_best = [spent[start, best[start]] for start in "013"]
+    assert (min(at_best), max(at_best)) == (6963, 12534)
     of_rl = ["{:.1f} ± {:.1f}".format(*errors.mean_and_standard_error(
         [rl[start, split] for start in "013"])) for split in ("id", "rule_ood")]
     assert f"| RL, 24 updates | 14,016 | {of_rl[0]} | | {of_rl[1]} |" in page
@@ -315,6 +319,8 @@ def test_rft_on_gp_l_is_beside_rl_as_its_page_says():
     def behind(split):
         return over_starts(lambda start: float(found[start, "8", split]["success"])
                            - float(rl[start, "24", split]))
+    rounds, _ = over_starts(lambda start: float(found[start, "2", "id"]["gflops"]))
+    assert round(rounds, -2) == 4100 and "take about 4,100 GFLOPs, eight updates 4,600" in page
     change = over_starts(lambda start: float(found[start, "8", "rule_ood"]["success"])
                          - float(found[start, "0", "rule_ood"]["success"]))
     assert "Its change since the start is then {:+.1f} ± {:.1f}".format(*change) in page
